@@ -1,0 +1,1 @@
+"""jaxserve: a production LLM serving engine in JAX."""

@@ -1,0 +1,127 @@
+"""What crosses between the host and the device in one step: padded inputs in, results out.
+
+`engine.batch` builds `StepInputs` from the scheduler's plan; an executor launches them and later
+returns `StepOutputs`. Plain numpy on both sides, so that a fake executor needs no device and the
+step can be broadcast as bytes.
+
+Layout of a step's tokens: the decoding rows come first, one token each, then the chunks. Row r
+owns tokens query_starts[r] : query_starts[r + 1]. Slots are the persistent row positions of device
+state (0 … max_rows - 1); slot max_rows is scratch, where padding rows point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jaxserve.types import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, order=True, kw_only=True)
+class Program:
+    """Shape of one compiled step program.
+
+    Attributes:
+        num_rows: rows it is padded to.
+        num_tokens: tokens it is padded to; equal to num_rows for a decode program.
+        decode_steps: decode steps done in one call; 1 where there are chunks.
+        prompt_logprobs: whether it also returns log-probabilities of the chunk's own tokens.
+    """
+
+    num_rows: int
+    num_tokens: int
+    decode_steps: int = 1
+    prompt_logprobs: bool = False
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every row brings exactly one token."""
+        return self.num_tokens == self.num_rows
+
+    @property
+    def name(self) -> str:
+        """Short name for logs and metrics, e.g. `decode_r32_k8` or `mixed_r32_t512`."""
+        kind = "decode" if self.is_decode else "mixed"
+        size = f"r{self.num_rows}" + ("" if self.is_decode else f"_t{self.num_tokens}")
+        steps = f"_k{self.decode_steps}" if self.decode_steps > 1 else ""
+        return f"{kind}_{size}{steps}" + ("_plp" if self.prompt_logprobs else "")
+
+
+@dataclass(slots=True, kw_only=True)
+class SlotWrite:
+    """Resets device state of one slot and stores its sequence's sampling parameters."""
+
+    slot: int
+    sampling: SamplingParams
+    prompt_len: int
+    choice: int
+
+
+@dataclass(slots=True, kw_only=True)
+class StepInputs:
+    """One step, padded to its program.
+
+    Attributes:
+        rows: slot of each row; scratch slot for padding.
+        num_live_rows, num_decode_rows: how many of `rows` are real, and decode.
+        query_starts: first token of each row; padding rows repeat the end.
+        context_lens: KV length of each row after this step's tokens (its first decode step's,
+            where there are several); 0 for padding.
+        token_ids: chunk tokens at their places; decode rows' entries are ignored, since the
+            device knows the token it sampled last for the slot.
+        samples: rows whose next token is sampled and kept as the slot's last token.
+        slot_writes: applied first.
+        page_copies: (group, source, target), applied before the step writes.
+        page_entries: (group, slot, index, page) page-table deltas, applied before the step.
+        logprobs: whether any sampling row asked for log-probabilities.
+    """
+
+    program: Program
+    rows: Int[np.ndarray, "R"]
+    num_live_rows: int
+    num_decode_rows: int
+    query_starts: Int[np.ndarray, "R+1"]
+    context_lens: Int[np.ndarray, "R"]
+    token_ids: Int[np.ndarray, "T"]
+    samples: Bool[np.ndarray, "R"]
+    slot_writes: list[SlotWrite] = field(default_factory=list)
+    page_copies: list[tuple[int, int, int]] = field(default_factory=list)
+    page_entries: list[tuple[int, int, int, int]] = field(default_factory=list)
+    logprobs: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class LogprobArrays:
+    """Log-probabilities beside token positions; arrays share their leading axes.
+
+    Attributes:
+        chosen, rank: of the token that stands there.
+        top_ids, top_values: the MAX_LOGPROBS most likely, best first.
+    """
+
+    chosen: Float[np.ndarray, "..."]
+    rank: Int[np.ndarray, "..."]
+    top_ids: Int[np.ndarray, "... 20"]
+    top_values: Float[np.ndarray, "... 20"]
+
+
+@dataclass(slots=True, kw_only=True)
+class StepOutputs:
+    """What a step brought.
+
+    Attributes:
+        token_ids: sampled token of each row and decode step; undefined where it does not sample.
+        logprobs: [decode_steps, R] leading axes; None where nobody asked.
+        prompt_logprobs: [T]: of token t + 1 of the same row given the tokens up to t (the last
+            token of a chunk has no successor in the step: the scheduler sends one overlapping
+            token, see there); None unless the program has them.
+        device_ns, idle_ns: as `StepStats`.
+    """
+
+    token_ids: Int[np.ndarray, "steps R"]
+    logprobs: LogprobArrays | None = None
+    prompt_logprobs: LogprobArrays | None = None
+    device_ns: int = 0
+    idle_ns: int = 0

@@ -1,0 +1,126 @@
+"""Every error a caller of jaxserve can meet, each with its code and HTTP status.
+
+The one table from error to status is this module: `http` renders whatever derives from
+`JaxserveError` and nothing else. Messages give the value, the limit and the remedy.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class JaxserveError(Exception):
+    """Base of all typed errors.
+
+    Attributes:
+        code: stable machine-readable name, OpenAI's where it has one.
+        status: HTTP status at the edge.
+        retryable: whether the same request may succeed later.
+        param: name of the offending request field, if one is to blame.
+    """
+
+    code: ClassVar[str] = "internal_error"
+    status: ClassVar[int] = 500
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequest(JaxserveError):
+    """The request can never succeed as it is."""
+
+    code = "invalid_value"
+    status = 400
+
+
+class ContextTooLong(InvalidRequest):
+    """Prompt plus requested output does not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class PayloadTooLarge(InvalidRequest):
+    """The body is larger than `http.max_body_bytes`."""
+
+    code = "payload_too_large"
+    status = 413
+
+
+class Unauthenticated(JaxserveError):
+    """No valid API key was given."""
+
+    code = "invalid_api_key"
+    status = 401
+
+
+class Forbidden(JaxserveError):
+    """The key is valid, but its role does not allow this."""
+
+    code = "forbidden"
+    status = 403
+
+
+class ModelNotFound(JaxserveError):
+    """No model of that name is served here."""
+
+    code = "model_not_found"
+    status = 404
+
+
+class Overloaded(JaxserveError):
+    """The waiting queue is full, or the server drains."""
+
+    code = "overloaded"
+    status = 503
+    retryable = True
+
+
+class DeadlineExceeded(JaxserveError):
+    """The request's deadline passed before it was done."""
+
+    code = "deadline_exceeded"
+    status = 504
+    retryable = True
+
+
+class Cancelled(JaxserveError):
+    """The request was cancelled by its client."""
+
+    code = "cancelled"
+    status = 499
+
+
+class OutOfPages(JaxserveError):
+    """The KV page pool cannot hold this sequence even when it is alone."""
+
+    code = "out_of_pages"
+    status = 400
+
+
+class DeviceFailure(JaxserveError):
+    """The device or the engine process failed while requests were in flight."""
+
+    code = "engine_failure"
+    status = 503
+    retryable = True
+
+
+class ConfigError(JaxserveError):
+    """A configuration key, value or combination is wrong; ends start-up."""
+
+    code = "config_error"
+
+
+class WeightsError(JaxserveError):
+    """A model directory, file or tensor is missing, truncated or of a wrong shape."""
+
+    code = "weights_error"
+
+
+class UnsupportedModel(WeightsError):
+    """The checkpoint's architecture or a feature of it is not implemented."""
+
+    code = "unsupported_model"

@@ -1,0 +1,205 @@
+"""The typed messages between a client (HTTP worker, offline use, tests) and an engine.
+
+Plain dataclasses without JAX, so that both halves import them. They cross a thread as they are
+and a process through `protocol.zmq`. Only token ids travel: text stays in the front end.
+
+Invariants: a client numbers its own sequences (`sequence_id`, unique for that client's life);
+every submitted sequence gets exactly one `Finished`, whatever happens short of the engine's death;
+events of one sequence arrive in order. Times are CLOCK_MONOTONIC nanoseconds, comparable between
+processes of one machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from jaxserve.types import FinishReason, ModelInfo, SamplingParams, TokenLogprobs
+
+# ---------------------------------------------------------------------------- client → engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSegment:
+    """A run of prompt tokens; other kinds of segment may join it in a prompt."""
+
+    token_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submit:
+    """Starts one sequence per id in `sequence_ids`; they share the prompt's pages.
+
+    Attributes:
+        sequence_ids: one per choice, in choice order (the choice index keys the random bits).
+        prompt: segments, in order; at least one token in all.
+        arrived_ns: when the request reached the front end.
+        priority: smaller is served first among waiting requests.
+        tenant: who is charged; opaque here.
+    """
+
+    sequence_ids: list[int]
+    prompt: list[TokenSegment]
+    sampling: SamplingParams
+    arrived_ns: int
+    priority: int = 0
+    tenant: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    """Ends these sequences. Unknown or finished ids are ignored.
+
+    `reason` is reported in `Finished`: CANCELLED when the client left, STOP when the front end
+    matched a stop string.
+    """
+
+    sequence_ids: list[int]
+    reason: FinishReason = FinishReason.CANCELLED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """Refuse new sequences from now on; running and waiting ones finish."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetStatus:
+    """Asks for an `EngineStatus`; also serves as the sign that this client lives."""
+
+
+ClientMessage = Submit | Cancel | Drain | GetStatus
+
+# ---------------------------------------------------------------------------- engine → client
+
+
+@dataclass(slots=True, kw_only=True)
+class SequenceRecord:
+    """What a sequence did and when; metering, tracing and SLOs are computed from it.
+
+    Attributes:
+        computed_tokens: positions run through the model for the first time, prompt and output.
+        cached_tokens: prompt tokens whose KV was found instead of computed.
+        recomputed_tokens: positions run again after a preemption.
+        drafted_tokens: proposed by speculation; discarded_tokens: sampled or drafted, not emitted.
+        context_tokens: prompt plus emitted tokens at the end.
+        *_ns: zero while it has not happened.
+    """
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    computed_tokens: int = 0
+    cached_tokens: int = 0
+    recomputed_tokens: int = 0
+    drafted_tokens: int = 0
+    discarded_tokens: int = 0
+    preemptions: int = 0
+    context_tokens: int = 0
+    arrived_ns: int = 0
+    queued_ns: int = 0
+    scheduled_ns: int = 0
+    first_token_ns: int = 0
+    done_ns: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Finished:
+    """The last word about one sequence.
+
+    Attributes:
+        stop_token_id: the end or stop token that ended it (not among the emitted tokens), if one did.
+        error: what went wrong, for FinishReason.ERROR.
+    """
+
+    sequence_id: int
+    reason: FinishReason
+    record: SequenceRecord
+    stop_token_id: int | None = None
+    error: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class TokenEvents:
+    """What one step brought to one client's sequences: parallel lists, one message a step.
+
+    Attributes:
+        step_id, at_ns: the step, and when its tokens were read back.
+        sequence_ids: the sequences that got tokens, aligned with token_ids.
+        token_ids: the new tokens of each, oldest first.
+        logprobs: sequence id → one entry per new token, for those that asked.
+        prompt_logprobs: sequence id → entries for the prompt tokens of this step's chunk.
+        finished: sequences that ended in this step, after their tokens.
+    """
+
+    step_id: int
+    at_ns: int
+    sequence_ids: list[int] = field(default_factory=list)
+    token_ids: list[list[int]] = field(default_factory=list)
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    finished: list[Finished] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True)
+class StepStats:
+    """One device call, for metrics: what ran, how long, and how much of it was work.
+
+    Attributes:
+        program: name of the compiled step program.
+        device_ns: from the device starting the call to its result being ready.
+        idle_ns: time the device waited since the previous call.
+        rows, tokens, padded_tokens: sequences, tokens of work, and tokens the program was padded to.
+        decode_tokens, prefill_tokens: tokens of work by kind.
+        flops, bytes: counted from shapes (models declare them), not measured.
+    """
+
+    step_id: int
+    program: str
+    device_ns: int
+    idle_ns: int
+    rows: int
+    tokens: int
+    padded_tokens: int
+    decode_tokens: int
+    prefill_tokens: int
+    flops: int
+    bytes: int
+    running: int
+    waiting: int
+    pages_used: int
+    pages_total: int
+    preemptions: int
+    compiles_after_warmup: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Progress:
+    """How far start-up is: `phase` is "loading", "compiling" or "ready"."""
+
+    phase: str
+    done: int
+    total: int
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineStatus:
+    """The engine's state: "loading", "compiling", "ready", "draining" or "failed".
+
+    Attributes:
+        model: set once the model is loaded.
+        step_age_s: seconds since the step loop last turned.
+        error: the one sentence, for "failed".
+    """
+
+    state: str
+    pid: int
+    step_age_s: float
+    running: int = 0
+    waiting: int = 0
+    pages_used: int = 0
+    pages_total: int = 0
+    compiles_after_warmup: int = 0
+    model: ModelInfo | None = None
+    error: str = ""
+
+
+EngineMessage = TokenEvents | StepStats | Progress | EngineStatus

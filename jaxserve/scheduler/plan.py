@@ -1,0 +1,88 @@
+"""A step's plan: what the scheduler tells the batch builder, as deltas against the last step.
+
+Integers only, no arrays and no JAX. Only rows that join, leave or cross a page appear; decoding
+rows that just go on are visited by nobody. On several hosts this is what would be broadcast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from jaxserve.types import SamplingParams
+
+
+@dataclass(slots=True, kw_only=True)
+class Join:
+    """A sequence takes row slot `slot`: the device resets the slot and stores its parameters.
+
+    Attributes:
+        prompt_len: tokens before it are prompt, from it on output (also when recomputed).
+        choice: index among the request's n, keys the random bits.
+    """
+
+    slot: int
+    sampling: SamplingParams
+    prompt_len: int
+    choice: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Chunk:
+    """Known tokens of one row to run through the model: part of a prompt, or of a recomputation.
+
+    Attributes:
+        start: position of the first token.
+        token_ids: the tokens at start, start + 1, …
+        samples: whether the chunk ends at the last known token, so that the next one is sampled.
+        prompt_logprobs: wanted alternatives a prompt position, None if not wanted.
+    """
+
+    slot: int
+    start: int
+    token_ids: list[int]
+    samples: bool
+    prompt_logprobs: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class PageEntry:
+    """Page-table delta: slot's logical page `index` of cache group `group` is now page `page`."""
+
+    slot: int
+    group: int
+    index: int
+    page: int
+
+
+@dataclass(slots=True, kw_only=True)
+class PageCopy:
+    """Copy a page within group `group` before the step (a shared page is about to be written)."""
+
+    group: int
+    source: int
+    target: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Plan:
+    """One device call.
+
+    Attributes:
+        joins, page_entries, page_copies: changes of device state, applied in this order before
+            the step's work.
+        decode_joins, decode_leaves: slots that enter or leave the set of decoding rows; every
+            decoding row brings one token a decode step, its input being the token the device
+            sampled last for that slot.
+        chunks: prefill work.
+        decode_steps: > 1 runs several decode steps in this one call; then there are no chunks,
+            and page tables already cover the positions.
+    """
+
+    step_id: int
+    joins: list[Join] = field(default_factory=list)
+    page_entries: list[PageEntry] = field(default_factory=list)
+    page_copies: list[PageCopy] = field(default_factory=list)
+    decode_joins: list[int] = field(default_factory=list)
+    decode_leaves: list[int] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    decode_steps: int = 1

@@ -1,0 +1,128 @@
+"""Words that every layer shares: sampling parameters, finish reasons, the facts about a model.
+
+Part of the floor: plain dataclasses, no JAX, nothing that reads the environment.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+#: Bounds of the per-request lists that live in fixed arrays on the device.
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 512
+MAX_STOP_TOKEN_IDS = 32
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_TOKENS = 8
+MAX_CHOICES = 128
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended, in OpenAI's words where it has them."""
+
+    STOP = "stop"  # an end-of-sequence or stop token was sampled, or a stop string matched
+    LENGTH = "length"  # max_tokens or the context is used up
+    CANCELLED = "cancelled"  # the client went away, or asked for it
+    ERROR = "error"  # the engine failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one sequence are chosen; every field is honoured on the device.
+
+    The front end validates and fills it in completely (a seed is always there), so that a
+    replay or another engine continues the very same stream. Neutral values switch a part off.
+
+    Attributes:
+        max_tokens: tokens to generate at most; > 0.
+        min_tokens: no end or stop token is sampled before this many.
+        temperature: 0 is greedy.
+        top_k: 0 keeps all.
+        top_p: 1 keeps all.
+        min_p: tokens below min_p × the largest probability are dropped; 0 keeps all.
+        presence_penalty: OpenAI's, over output tokens; likewise frequency_penalty.
+        repetition_penalty: CTRL's (arXiv 1909.05858), over prompt and output tokens; 1 is off.
+        seed: 64-bit; random bits are keyed by (seed, choice index, position).
+        stop_token_ids: end the sequence; the token itself is not part of the text.
+        ignore_eos: the model's own end tokens do not end the sequence.
+        logit_bias: (token id, bias) pairs, added to the logits.
+        allowed_token_ids: if not None, all other tokens are ruled out.
+        bad_words: token sequences that must never be completed.
+        logprobs: None, or how many alternatives to report beside the sampled token (0 = just it).
+        prompt_logprobs: the same for each prompt token after the first.
+    """
+
+    max_tokens: int
+    seed: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprobs:
+    """Log-probabilities at one position: the token that stands there first, then the best ones.
+
+    Attributes:
+        token_id: the sampled (or prompt) token; logprob and rank are its own (rank 0 is best).
+        top: (token id, logprob) of the most likely tokens, best first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheGroup:
+    """Layers of a model whose KV pages share one page table.
+
+    Attributes:
+        kind: "full" attention, or "sliding" with a window.
+        layers: indices of the model's layers, in order; a layer is in exactly one group.
+        num_kv_heads, head_dim: of one layer's K (and V) entry.
+        window: positions a query sees, itself included; None for full attention.
+    """
+
+    kind: str
+    layers: tuple[int, ...]
+    num_kv_heads: int
+    head_dim: int
+    window: int | None = None
+
+    def page_bytes(self, page_size: int, dtype_bytes: int) -> int:
+        """Bytes of one page: K and V of all of the group's layers."""
+        row = 2 * self.num_kv_heads * self.head_dim * dtype_bytes
+        return len(self.layers) * page_size * row
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What the front end and the scheduler need to know of a loaded model.
+
+    Attributes:
+        name: the name it is served under.
+        max_context: positions a sequence may have, prompt and output together.
+        vocab_size: number of logits; token ids are below it.
+        eos_token_ids: end a sequence unless `ignore_eos`.
+        cache_groups: empty for encoders.
+    """
+
+    name: str
+    max_context: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    cache_groups: tuple[CacheGroup, ...]
