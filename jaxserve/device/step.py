@@ -71,6 +71,8 @@ class StepInputs:
             where there are several); 0 for padding.
         token_ids: chunk tokens at their places; decode rows' entries are ignored, since the
             device knows the token it sampled last for the slot.
+        next_token_ids: at each chunk token, the token that follows it in its sequence (prompt
+            log-probabilities are of these); 0 for decode rows, padding and where none is known.
         samples: rows whose next token is sampled and kept as the slot's last token.
         slot_writes: applied first.
         page_copies: (group, source, target), applied before the step writes.
@@ -85,6 +87,7 @@ class StepInputs:
     query_starts: Int[np.ndarray, "R+1"]
     context_lens: Int[np.ndarray, "R"]
     token_ids: Int[np.ndarray, "T"]
+    next_token_ids: Int[np.ndarray, "T"]
     samples: Bool[np.ndarray, "R"]
     slot_writes: list[SlotWrite] = field(default_factory=list)
     page_copies: list[tuple[int, int, int]] = field(default_factory=list)
@@ -114,9 +117,8 @@ class StepOutputs:
     Attributes:
         token_ids: sampled token of each row and decode step; undefined where it does not sample.
         logprobs: [decode_steps, R] leading axes; None where nobody asked.
-        prompt_logprobs: [T]: of token t + 1 of the same row given the tokens up to t (the last
-            token of a chunk has no successor in the step: the scheduler sends one overlapping
-            token, see there); None unless the program has them.
+        prompt_logprobs: [T]: of `next_token_ids[t]` given the tokens of the row up to t; None
+            unless the program has them.
         device_ns, idle_ns: as `StepStats`.
     """
 

@@ -64,10 +64,21 @@ class Drain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GetStatus:
-    """Asks for an `EngineStatus`; also serves as the sign that this client lives."""
+    """Asks for an `EngineStatus`; also serves as the sign that this client lives.
+
+    Attributes:
+        stats: whether this client wants a `StepStats` for each device call from now on.
+    """
+
+    stats: bool = False
 
 
-ClientMessage = Submit | Cancel | Drain | GetStatus
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goodbye:
+    """This client leaves: all its sequences are cancelled, and nothing more is sent to it."""
+
+
+ClientMessage = Submit | Cancel | Drain | GetStatus | Goodbye
 
 # ---------------------------------------------------------------------------- engine → client
 
@@ -107,7 +118,8 @@ class Finished:
 
     Attributes:
         stop_token_id: the end or stop token that ended it (not among the emitted tokens), if one did.
-        error: what went wrong, for FinishReason.ERROR.
+        error, error_code: what went wrong, for FinishReason.ERROR; the code is a
+            `JaxserveError`'s, by which the client raises the right exception.
     """
 
     sequence_id: int
@@ -115,6 +127,7 @@ class Finished:
     record: SequenceRecord
     stop_token_id: int | None = None
     error: str = ""
+    error_code: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -126,7 +139,8 @@ class TokenEvents:
         sequence_ids: the sequences that got tokens, aligned with token_ids.
         token_ids: the new tokens of each, oldest first.
         logprobs: sequence id → one entry per new token, for those that asked.
-        prompt_logprobs: sequence id → entries for the prompt tokens of this step's chunk.
+        prompt_logprobs: sequence id → entries for the prompt tokens of this step's chunk, each
+            token but the first once; of several choices only the first reports them.
         finished: sequences that ended in this step, after their tokens.
     """
 

@@ -35,6 +35,8 @@ class Chunk:
         token_ids: the tokens at start, start + 1, …
         samples: whether the chunk ends at the last known token, so that the next one is sampled.
         prompt_logprobs: wanted alternatives a prompt position, None if not wanted.
+        next_token_id: the token after the chunk's last one, where it is known: the last position
+            needs it for its prompt log-probability. None where the chunk ends the known tokens.
     """
 
     slot: int
@@ -42,6 +44,7 @@ class Chunk:
     token_ids: list[int]
     samples: bool
     prompt_logprobs: int | None = None
+    next_token_id: int | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -72,7 +75,9 @@ class Plan:
             the step's work.
         decode_joins, decode_leaves: slots that enter or leave the set of decoding rows; every
             decoding row brings one token a decode step, its input being the token the device
-            sampled last for that slot.
+            sampled last for that slot. Leaves come first: a slot that one sequence leaves may be
+            joined by another in the same plan. A slot joins the decoding rows after a chunk of it
+            that samples; its position goes on from there.
         chunks: prefill work.
         decode_steps: > 1 runs several decode steps in this one call; then there are no chunks,
             and page tables already cover the positions.
