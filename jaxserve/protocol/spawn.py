@@ -1,0 +1,62 @@
+"""Starts an engine process and ends it: how HTTP and offline programs get their engine.
+
+The engine half is never imported here: the child runs `python -m jaxserve.engine.process`, reads
+its configuration from stdin (secrets stay out of the argument list) and binds its socket in a
+directory that only this user may enter. The child dies with its parent.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import Self
+
+from jaxserve.config import Config
+
+
+class EngineProcess:
+    """A running engine process.
+
+    Attributes:
+        address: where `protocol.zmq.ZmqClient` connects; known to other HTTP workers by argument.
+        pid: of the process.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], directory: str, address: str) -> None:
+        self._process = process
+        self._directory = directory
+        self.address = address
+        self.pid = process.pid
+
+    @classmethod
+    def start(cls, config: Config, *, module: str = "jaxserve.engine.process") -> Self:
+        """Starts the child; it loads and compiles while clients already may connect."""
+        directory = tempfile.mkdtemp(prefix="jaxserve-")  # mode 0700
+        address = f"ipc://{os.path.join(directory, 'engine')}"
+        process = subprocess.Popen([sys.executable, "-m", module, address], stdin=subprocess.PIPE)
+        assert process.stdin is not None
+        try:
+            process.stdin.write(pickle.dumps(config))
+            process.stdin.close()
+        except BrokenPipeError:
+            pass  # it died at once; `poll` says so
+        return cls(process, directory, address)
+
+    def poll(self) -> int | None:
+        """The exit status; None while it runs."""
+        return self._process.poll()
+
+    def stop(self, timeout_s: float = 10.0) -> int:
+        """Asks it to end, insists after `timeout_s`; returns its exit status."""
+        self._process.terminate()
+        try:
+            status = self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            status = self._process.wait()
+        shutil.rmtree(self._directory, ignore_errors=True)
+        return status

@@ -1,0 +1,502 @@
+"""The scheduler: each step, which sequences get how many tokens, which slots and which pages.
+
+`plan()` says what the next device call does, `commit()` takes in what an earlier one sampled. The
+engine's loop calls them so that plan n + 1 is made before the tokens of plan n are read; what that
+delay means is written in `engine.loop`. Integers only: no arrays, no device.
+
+One budget, no phases: decoding rows bring a token each, the rest of `max_step_tokens` goes to
+sequences whose known tokens are not all computed, best rank first, then to the waiting queue.
+
+Invariants: a sequence of better rank is never preempted for one of worse rank, and what fits the
+pool alone is let in, so the best always comes to its end. Only rows that join, leave, open a page
+or end are visited by `plan`; how many wait makes no difference.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import cast
+
+from jaxserve.config import SchedulerConfig
+from jaxserve.errors import ContextTooLong, OutOfPages, Overloaded
+from jaxserve.scheduler.decoding import DecodeSet
+from jaxserve.scheduler.pages import PageAllocator
+from jaxserve.scheduler.plan import Chunk, Join, PageCopy, PageEntry, Plan
+from jaxserve.scheduler.queue import WaitingQueue
+from jaxserve.scheduler.sequence import Sequence, SequenceState
+from jaxserve.types import FinishReason, ModelInfo, SamplingParams
+
+
+@dataclass(slots=True)
+class Commit:
+    """What one step brought, once read back.
+
+    Attributes:
+        sequences, token_ids, rows: parallel: who got tokens, which, and its row in the step.
+        chunks: (sequence, chunk, row) of each chunk whose prompt log-probabilities are due.
+        finished: sequences that ended in this step.
+    """
+
+    sequences: list[Sequence] = field(default_factory=list)
+    token_ids: list[list[int]] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    chunks: list[tuple[Sequence, Chunk, int]] = field(default_factory=list)
+    finished: list[Sequence] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Launched:
+    """A plan and who held which slot in it; the list is replaced when slots change hands."""
+
+    plan: Plan
+    owners: list[Sequence | None]
+
+
+class Scheduler:
+    """Decides what runs; see the module.
+
+    Args:
+        config: budgets.
+        model: its context, end tokens and cache groups.
+        page_size: tokens a page.
+        num_pages: pages of each cache group's pool, page 0 included.
+        clock_ns: CLOCK_MONOTONIC.
+
+    Attributes:
+        pages: the allocator.
+        num_preemptions: so far.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        model: ModelInfo,
+        *,
+        page_size: int,
+        num_pages: Iterable[int],
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self.pages = PageAllocator(page_size, model.cache_groups, list(num_pages))
+        self.num_preemptions = 0
+        self._config = config
+        self._model = model
+        self._clock_ns = clock_ns
+        self._waiting = WaitingQueue()
+        self._num_held = 0
+        self._prefilling: dict[Sequence, None] = {}
+        self._decoding = DecodeSet(page_size)
+        self._holders: dict[Sequence, None] = {}  # waiting sequences that hold shared pages
+        self._forked: list[Sequence] = []
+        self._free_slots = list(range(config.max_rows - 1, -1, -1))
+        self._owners: list[Sequence | None] = [None] * config.max_rows
+        self._launched: deque[_Launched] = deque()
+        self._next_step_id = 0
+        self._num_arrived = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that hold no slot and have not ended."""
+        return len(self._waiting) + self._num_held
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold a slot."""
+        return len(self._prefilling) + len(self._decoding)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything runs, waits, or is launched and not committed."""
+        return bool(self.num_running or self.num_waiting or self._launched)
+
+    # ------------------------------------------------------------------ from and to the engine
+
+    def submit(
+        self,
+        keys: list[Hashable],
+        prompt: list[int],
+        sampling: SamplingParams,
+        *,
+        priority: int = 0,
+        arrived_ns: int = 0,
+    ) -> list[Sequence]:
+        """Lets a request in: one sequence a key, in choice order, all over one prompt.
+
+        Raises:
+            ContextTooLong: prompt and max_tokens exceed the model's context.
+            OutOfPages: they exceed the page pool even when nothing else runs.
+            Overloaded: too many wait.
+        """
+        self._check_fits(len(keys), len(prompt), sampling.max_tokens)
+        stops = frozenset(sampling.stop_token_ids)
+        if not sampling.ignore_eos:
+            stops |= frozenset(self._model.eos_token_ids)
+        sequences = []
+        for choice, key in enumerate(keys):
+            self._num_arrived += 1
+            sequences.append(
+                Sequence(
+                    key=key,
+                    token_ids=list(prompt),
+                    prompt_len=len(prompt),
+                    sampling=sampling,
+                    choice=choice,
+                    rank=(priority, self._num_arrived),
+                    stop_token_ids=stops,
+                    table=self.pages.new_table(),
+                    arrived_ns=arrived_ns,
+                    queued_ns=self._clock_ns(),
+                )
+            )
+        self._lead(sequences)
+        return sequences
+
+    def cancel(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Ends a sequence now, wherever it is; what is launched for it is discarded when read."""
+        if sequence.reason is None:
+            sequence.reason = reason
+            self._end(sequence)
+
+    def plan(self) -> Plan | None:
+        """The next device call; None if there is nothing to launch."""
+        plan = Plan(step_id=self._next_step_id)
+        for sequence in self._decoding.done():
+            self._decoding.remove(sequence)
+            self._leave_slot(sequence)
+            sequence.state = SequenceState.RETIRED
+        preemptions = self.num_preemptions
+        plan.decode_steps = self._decode_steps()
+        self._open_pages(plan)
+        # Decoding rows come first; the budget is at least one token a row, so it is never negative.
+        budget = self._config.max_step_tokens - len(self._decoding)
+        budget = self._continue_prefills(plan, budget)
+        if self.num_preemptions == preemptions:  # else what was preempted would come right back
+            self._admit(plan, budget)
+        if not plan.chunks and not len(self._decoding):
+            return None
+        self._next_step_id += 1
+        self._decoding.tell(plan)
+        self._launched.append(_Launched(plan, self._owners))
+        for chunk in plan.chunks:
+            if chunk.samples:
+                sequence = self._owners[chunk.slot]
+                assert sequence is not None
+                del self._prefilling[sequence]
+                self._decoding.add(sequence)
+        for sequence in self._forked:
+            self._waiting.push(sequence)
+        self._forked = []
+        return plan
+
+    def commit(self, rows: list[int], token_ids: list[list[int]]) -> Commit:
+        """Takes in the tokens of the oldest launched plan.
+
+        Args:
+            rows: slot of each live row: the decoding rows, then the plan's chunks in order.
+            token_ids: [decode step][row].
+        """
+        launched = self._launched.popleft()
+        owners = cast(list[Sequence], launched.owners)  # a live row's slot has an owner
+        chunks = launched.plan.chunks
+        num_decode_rows = len(rows) - len(chunks)
+        commit = Commit()
+        for row, chunk in enumerate(chunks, num_decode_rows):
+            sequence = owners[chunk.slot]
+            assert chunk.slot == rows[row], "the step's chunk rows are not in the plan's order"
+            if chunk.prompt_logprobs is not None and sequence.reason is None:
+                commit.chunks.append((sequence, chunk, row))
+            if chunk.samples and sequence.first_token_ns == 0:
+                sequence.first_token_ns = self._clock_ns()
+        samples = [True] * num_decode_rows + [chunk.samples for chunk in chunks]
+        columns = zip(*token_ids, strict=True)  # the tokens of each row, padding rows last
+        # The one loop over all rows: keep it small.
+        for row, (slot, sampled) in enumerate(zip(rows, columns, strict=False)):
+            sequence = owners[slot]
+            if sequence.reason is not None or not samples[row]:
+                continue
+            tokens = sequence.accept(sampled)
+            if tokens:
+                commit.sequences.append(sequence)
+                commit.token_ids.append(tokens)
+                commit.rows.append(row)
+            if sequence.reason is not None:
+                self._end(sequence)
+                commit.finished.append(sequence)
+        return commit
+
+    # ------------------------------------------------------------------ parts of a plan
+
+    def _decode_steps(self) -> int:
+        """Several steps in one call only if nothing would have to be done between them."""
+        steps = self._config.decode_steps
+        if steps == 1 or self.num_waiting or self._prefilling or not len(self._decoding):
+            return 1
+        if self._decoding.any_done_within(steps):
+            return 1
+        num_opened = len(self._decoding.opening(steps))
+        if any(pool.num_free < num_opened for pool in self.pages.pools):
+            return 1
+        return steps
+
+    def _open_pages(self, plan: Plan) -> None:
+        """Gives decoding rows that come to a new page one, preempting the worst if need be."""
+        for sequence, position in self._decoding.opening(plan.decode_steps):
+            while sequence.state is SequenceState.DECODING:
+                # What a window has passed is given back as of the call's first step: the pages
+                # may go to rows of this very call.
+                first = self._decoding.position(sequence)
+                entries = self.pages.extend(sequence.table, first, position + 1)
+                if entries is not None:
+                    self._enter(plan, sequence, entries)
+                    break
+                self._make_room(None)
+
+    def _continue_prefills(self, plan: Plan, budget: int) -> int:
+        """Chunks for sequences that hold a slot; returns the budget that is left."""
+        for sequence in sorted(self._prefilling, key=_rank):
+            if budget == 0:
+                break
+            if sequence.state is not SequenceState.PREFILLING:
+                continue  # preempted for a better one, just now
+            end = min(sequence.num_computed + budget, len(sequence.token_ids))
+            entries = self.pages.extend(sequence.table, sequence.num_computed, end)
+            while entries is None and self._make_room(sequence):
+                entries = self.pages.extend(sequence.table, sequence.num_computed, end)
+            if entries is None:
+                end = min(end, self.pages.reachable(sequence.table, sequence.num_computed))
+                if end <= sequence.num_computed:
+                    continue  # the worst-ranked of all, and no page is free: it waits a step
+                entries = self.pages.extend(sequence.table, sequence.num_computed, end)
+                assert entries is not None
+            self._enter(plan, sequence, entries)
+            budget -= self._add_chunk(plan, sequence, end)
+        return budget
+
+    def _admit(self, plan: Plan, budget: int) -> None:
+        """Lets waiting sequences take free slots, in the queue's order without exception."""
+        while budget > 0 and self._free_slots:
+            sequence = self._waiting.peek()
+            if sequence is None or sequence.has_unread:
+                return  # nobody, or preempted a moment ago: its last tokens are still on their way
+            end = min(sequence.num_computed + budget, len(sequence.token_ids))
+            if not self._has_room(sequence):
+                return
+            copies = self.pages.own(sequence.table, sequence.num_computed)
+            if copies is None:
+                if not self.num_running and self._reclaim(sequence):
+                    continue
+                return
+            entries = self.pages.extend(sequence.table, sequence.num_computed, end)
+            if entries is None:  # alone, and a window group holds only a part of the budget
+                end = min(end, self.pages.reachable(sequence.table, sequence.num_computed))
+                entries = self.pages.extend(sequence.table, sequence.num_computed, end)
+                assert entries is not None and end > sequence.num_computed
+            self._waiting.pop()
+            self._holders.pop(sequence, None)
+            self._take_slot(plan, sequence)
+            plan.page_copies += [PageCopy(group=g, source=s, target=t) for g, s, t in copies]
+            self._enter(plan, sequence, self.pages.entries(sequence.table))
+            budget -= self._add_chunk(plan, sequence, end)
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether all known tokens fit, with a page to spare for each running row.
+
+        The spare pages let the newcomer run about a page's worth of steps before pages run out;
+        without them it would be let in only to be preempted. Alone it needs no spare ones, and
+        what other waiting sequences hold is taken from them.
+        """
+        reserve = self.num_running
+        while True:
+            if self.pages.can_hold(
+                sequence.table, len(sequence.token_ids), self._config.max_step_tokens, reserve
+            ):
+                return True
+            if self.num_running:
+                return False
+            if not self._reclaim(sequence):
+                return True  # nothing runs, nobody holds: it fits by the check at its submission
+
+    # ------------------------------------------------------------------ changes of state
+
+    def _check_fits(self, num_choices: int, prompt_len: int, max_tokens: int) -> None:
+        limit = self._model.max_context
+        if prompt_len + max_tokens > limit:
+            raise ContextTooLong(
+                f"the prompt has {prompt_len} tokens and max_tokens is {max_tokens}, in all "
+                f"{prompt_len + max_tokens}, but the model's context is {limit} tokens; shorten "
+                "the prompt or lower max_tokens",
+                param="max_tokens",
+            )
+        num_positions = prompt_len + max_tokens - 1  # the last token is never an input
+        if not self.pages.fits_alone(num_positions):
+            sizes = ", ".join(str(pool.capacity) for pool in self.pages.pools)
+            raise OutOfPages(
+                f"prompt and output need {num_positions} positions, but the cache has {sizes} "
+                f"pages of {self.pages.page_size}; lower max_tokens or raise cache.memory_bytes"
+            )
+        room = self._config.max_waiting + len(self._free_slots) - self.num_waiting
+        if num_choices > room:
+            raise Overloaded(
+                f"{self.num_waiting} sequences wait and {num_choices} more came, the limit is "
+                f"{self._config.max_waiting}; try again later, or raise scheduler.max_waiting"
+            )
+
+    def _lead(self, sequences: list[Sequence]) -> None:
+        """The first of these goes to the queue, the others wait for its prompt."""
+        if not sequences:
+            return
+        leader, *followers = sequences
+        if leader.state is SequenceState.HELD:
+            self._num_held -= 1
+        for follower in followers:
+            if follower.state is not SequenceState.HELD:
+                self._num_held += 1
+            follower.state = SequenceState.HELD
+            follower.leader = leader
+        leader.leader = None
+        leader.followers = followers
+        leader.state = SequenceState.WAITING
+        self._waiting.push(leader)
+
+    def _fork(self, leader: Sequence) -> None:
+        """The prompt is launched: followers share its pages, from the next plan on.
+
+        All but the last prompt token are shared; that one each choice computes itself, to sample
+        from it. The page it is written to is copied first, unless nobody else holds it any more.
+        The leader goes on in the original: followers read only positions before its writes.
+        """
+        num_shared = leader.prompt_len - 1
+        for follower in leader.followers:
+            follower.leader = None
+            follower.state = SequenceState.WAITING
+            self._num_held -= 1
+            self._forked.append(follower)
+            if num_shared > 0:
+                follower.table = self.pages.share(leader.table, num_shared)
+                follower.num_computed = follower.num_reached = follower.num_cached = num_shared
+                self._holders[follower] = None
+        leader.followers = []
+
+    def _add_chunk(self, plan: Plan, sequence: Sequence, end: int) -> int:
+        """Plans the known tokens up to `end`; returns how many."""
+        start, known = sequence.num_computed, sequence.token_ids
+        samples = end == len(known)
+        due = min(end, sequence.prompt_len - 1)
+        wanted = sequence.sampling.prompt_logprobs if sequence.choice == 0 else None
+        if due <= sequence.num_prompt_logprobs_planned:
+            wanted = None
+        else:
+            sequence.num_prompt_logprobs_planned = due
+        plan.chunks.append(
+            Chunk(
+                slot=sequence.slot,
+                start=start,
+                token_ids=known[start:end],
+                samples=samples,
+                prompt_logprobs=wanted,
+                next_token_id=None if samples else known[end],
+            )
+        )
+        sequence.reach(start, end)
+        if samples:
+            sequence.num_planned = sequence.num_outputs + 1
+        if sequence.followers and end >= sequence.prompt_len:
+            self._fork(sequence)
+        return end - start
+
+    def _take_slot(self, plan: Plan, sequence: Sequence) -> None:
+        sequence.slot = self._free_slots.pop()
+        sequence.state = SequenceState.PREFILLING
+        sequence.scheduled_ns = sequence.scheduled_ns or self._clock_ns()
+        if not plan.joins:  # launched plans keep the list as it was
+            self._owners = list(self._owners)
+        self._owners[sequence.slot] = sequence
+        self._prefilling[sequence] = None
+        plan.joins.append(
+            Join(
+                slot=sequence.slot,
+                sampling=sequence.sampling,
+                prompt_len=sequence.prompt_len,
+                choice=sequence.choice,
+            )
+        )
+
+    def _leave_slot(self, sequence: Sequence) -> None:
+        self.pages.release(sequence.table)
+        self._free_slots.append(sequence.slot)
+
+    def _end(self, sequence: Sequence) -> None:
+        """Takes an ended sequence out of wherever it is and settles its counts."""
+        state = sequence.state
+        if state is SequenceState.HELD:
+            assert sequence.leader is not None
+            sequence.leader.followers.remove(sequence)
+            self._num_held -= 1
+        elif state is SequenceState.WAITING:
+            self._waiting.remove(sequence)
+            self._holders.pop(sequence, None)
+            self.pages.release(sequence.table)
+        elif state is SequenceState.PREFILLING:
+            del self._prefilling[sequence]
+            self._leave_slot(sequence)
+        elif state is SequenceState.DECODING:
+            self._decoding.remove(sequence)
+            self._leave_slot(sequence)
+        sequence.state = SequenceState.FINISHED
+        stop_tokens = int(sequence.stop_token_id is not None)
+        sequence.num_discarded = max(
+            sequence.num_planned - sequence.num_outputs - stop_tokens, 0
+        )
+        self._lead(sequence.followers)
+
+    def _make_room(self, needy: Sequence | None) -> bool:
+        """Frees some pages: those that waiting sequences hold, else the worst running row's.
+
+        Args:
+            needy: only sequences of worse rank than this may be preempted; None: any.
+        """
+        if self._reclaim(None):
+            return True
+        running = [*self._decoding, *self._prefilling]  # pages ran out: rare enough to visit all
+        victim = max(running, key=_rank)
+        if needy is not None and victim.rank <= needy.rank:
+            return False
+        self._preempt(victim)
+        return True
+
+    def _reclaim(self, exempt: Sequence | None) -> bool:
+        """Takes the shared pages from a waiting sequence; it will compute its prompt itself."""
+        for holder in reversed(self._holders):
+            if holder is not exempt:
+                del self._holders[holder]
+                self.pages.release(holder.table)
+                holder.num_computed = holder.num_reached = holder.num_cached = 0
+                return True
+        return False
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the queue, at its old place; its known tokens will be computed again."""
+        if sequence.state is SequenceState.DECODING:
+            self._decoding.remove(sequence)
+        else:
+            del self._prefilling[sequence]
+        self._leave_slot(sequence)
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        sequence.state = SequenceState.WAITING
+        self._waiting.push(sequence)
+
+    def _enter(
+        self, plan: Plan, sequence: Sequence, entries: Iterable[tuple[int, int, int]]
+    ) -> None:
+        plan.page_entries += [
+            PageEntry(slot=sequence.slot, group=group, index=index, page=page)
+            for group, index, page in entries
+        ]
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank

@@ -1,0 +1,121 @@
+"""One sequence: a prompt and what is generated after it, from submission to its end.
+
+The scheduler moves it through its states; the engine reads its counts and times into the record
+that the client gets. There are no phases: `num_computed` catches up with the known tokens, in
+chunks, and when it has caught up the sequence decodes.
+
+Tokens of a sequence, so that the counts add up (all but the known tokens are settled at its end):
+    sampled on the device = emitted + discarded + 1 if a stop token ended it
+    positions run through the model = computed + recomputed
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+from jaxserve.scheduler.pages import PageTable
+from jaxserve.types import FinishReason, SamplingParams
+
+
+class SequenceState(enum.Enum):
+    """Where a sequence is."""
+
+    HELD = enum.auto()  # a further choice: waits for the first one's prompt to be computed
+    WAITING = enum.auto()  # in the queue: new, preempted, or a choice whose prompt is computed
+    PREFILLING = enum.auto()  # has a slot; known tokens are being computed
+    DECODING = enum.auto()  # has a slot; each step samples its next token
+    RETIRED = enum.auto()  # its last token is launched but not read; holds no slot and no pages
+    FINISHED = enum.auto()
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Sequence:
+    """State of one generation.
+
+    Attributes:
+        key: who it is to the engine (client and the client's id); opaque here.
+        token_ids: known tokens: the prompt, then what was read back from the device.
+        rank: (priority, arrival); smaller runs first, the largest is preempted first.
+        stop_token_ids: end the sequence when sampled; the model's end tokens among them.
+        followers: choices that wait to share this one's prompt.
+        num_computed: positions whose KV is launched; while decoding see `decode_base`.
+        num_planned: output tokens launched, read back or not.
+        decode_base: while decoding, the next position is this plus the scheduler's clock.
+        end_clock: while decoding, the clock at which all its tokens are launched.
+        num_reached: most positions ever launched; below it positions are recomputed.
+        num_prompt_logprobs_planned, num_prompt_logprobs: prompt tokens after the first whose
+            log-probabilities are launched, and reported.
+    """
+
+    key: Hashable
+    token_ids: list[int]
+    prompt_len: int
+    sampling: SamplingParams
+    choice: int
+    rank: tuple[int, int]
+    stop_token_ids: frozenset[int]
+    table: PageTable
+    arrived_ns: int = 0
+
+    state: SequenceState = SequenceState.WAITING
+    slot: int = -1
+    followers: list[Sequence] = field(default_factory=list)
+    leader: Sequence | None = None
+    num_computed: int = 0
+    num_planned: int = 0
+    decode_base: int = 0
+    end_clock: int = 0
+    num_reached: int = 0
+    num_prompt_logprobs_planned: int = 0
+    num_prompt_logprobs: int = 0
+
+    reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    num_cached: int = 0
+    num_recomputed: int = 0
+    num_discarded: int = 0
+    num_preemptions: int = 0
+    queued_ns: int = 0
+    scheduled_ns: int = 0
+    first_token_ns: int = 0
+
+    @property
+    def num_outputs(self) -> int:
+        """Output tokens read back."""
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether tokens of it are launched that have not been read back."""
+        return self.num_planned > self.num_outputs
+
+    @property
+    def num_first_computed(self) -> int:
+        """Positions that it ran through the model for the first time."""
+        return self.num_reached - self.num_cached
+
+    def reach(self, start: int, end: int) -> None:
+        """Counts positions start … end - 1 as launched, once more or for the first time."""
+        self.num_recomputed += max(min(end, self.num_reached) - start, 0)
+        self.num_reached = max(self.num_reached, end)
+        self.num_computed = end
+
+    def accept(self, sampled: tuple[int, ...]) -> list[int]:
+        """Takes tokens read back, up to one that ends the sequence; returns those to emit.
+
+        Sets `reason` when it ends. A stop token is kept beside the tokens, not among them.
+        """
+        known = self.token_ids
+        limit = self.prompt_len + self.sampling.max_tokens
+        for index, token in enumerate(sampled):
+            if token in self.stop_token_ids:
+                self.stop_token_id = token
+                self.reason = FinishReason.STOP
+                return list(sampled[:index])
+            known.append(token)
+            if len(known) == limit:
+                self.reason = FinishReason.LENGTH
+                return list(sampled[: index + 1])
+        return list(sampled)
