@@ -1,0 +1,51 @@
+"""The interface of kv_update: in place where the pages are donated."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.errors import UnsupportedKernel
+from pallas_kernels.kv_update import xla
+
+BACKENDS = {"xla": xla}
+
+
+def kv_update(
+    k_pages: Float[Array, "L P K Z H"],
+    v_pages: Float[Array, "L P K Z H"],
+    k_new: Float[Array, "T K H"],
+    v_new: Float[Array, "T K H"],
+    layer: int | Int[Array, ""],
+    token_pages: Int[Array, "T"],
+    token_offsets: Int[Array, "T"],
+    *,
+    backend: str = "xla",
+) -> tuple[Float[Array, "L P K Z H"], Float[Array, "L P K Z H"]]:
+    """Writes token t's key and value to pages[layer, token_pages[t], :, token_offsets[t]].
+
+    Args:
+        layer: a Python int where layers are unrolled, traced in a scan.
+        token_pages, token_offsets: from `RaggedBatch.token_places`; padding goes to page 0.
+        backend: "xla" (any platform) or "cpu" (native).
+
+    Returns:
+        The pages, the same buffers where the caller donated them. The content of page 0 is
+        undefined afterwards.
+
+    Raises:
+        UnsupportedKernel: the backend cannot run here, or not with these shapes or dtypes.
+        ValueError: shapes that contradict each other, or an unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: kv_update has {', '.join(BACKENDS)}")
+    expected = (k_new.shape[0], k_pages.shape[2], k_pages.shape[4])
+    if k_pages.shape != v_pages.shape or k_new.shape != expected or v_new.shape != expected:
+        raise ValueError(
+            f"pages {k_pages.shape}, {v_pages.shape} and tokens {k_new.shape}, {v_new.shape} differ"
+        )
+    reason = BACKENDS[backend].unsupported(head_dim=k_pages.shape[-1], dtype=k_pages.dtype)
+    if reason is not None:
+        raise UnsupportedKernel(f"kv_update backend={backend!r}: {reason}")
+    return BACKENDS[backend].kv_update(
+        k_pages, v_pages, k_new, v_new, layer, token_pages, token_offsets
+    )

@@ -1,0 +1,68 @@
+"""The interface of paged attention; every backend computes what `reference.py` says.
+
+Pages are [L, P, K, Z, H]: one page of one KV head is a contiguous [Z, H] tile, which is what a
+TPU or GPU kernel moves in one copy, and what the CPU kernel walks in order.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.errors import UnsupportedKernel
+from pallas_kernels.paged_attention import cpu, xla
+from pallas_kernels.ragged import RaggedBatch
+
+BACKENDS = {"xla": xla, "cpu": cpu}
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    k_pages: Float[Array, "L P K Z H"],
+    v_pages: Float[Array, "L P K Z H"],
+    layer: int | Int[Array, ""],
+    batch: RaggedBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    backend: str,
+) -> Float[Array, "T N H"]:
+    """Causal attention of each token over its own row's pages.
+
+    Query heads n of one KV head are adjacent: head n reads KV head n // (N // K). A token at
+    position p sees positions max(0, p - window + 1) … p, its own included; its key and value must
+    already be in the pages (see `kv_update`).
+
+    Args:
+        layer: which layer's pages; a Python int where layers are unrolled, traced in a scan.
+        scale: multiplies q·k.
+        window: sliding window in tokens, None for full attention.
+        soft_cap: scores become soft_cap * tanh(score / soft_cap).
+        backend: "xla" (any platform) or "cpu" (native).
+
+    Returns:
+        In q's dtype; zeros for padding tokens.
+
+    Raises:
+        UnsupportedKernel: the backend cannot run here, or not with these shapes or dtypes.
+        ValueError: shapes that contradict each other, or an unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: paged_attention has {', '.join(BACKENDS)}")
+    if k_pages.shape != v_pages.shape or k_pages.shape[-1] != q.shape[-1]:
+        raise ValueError(f"q {q.shape}, k_pages {k_pages.shape} and v_pages {v_pages.shape} differ")
+    if q.shape[1] % k_pages.shape[2]:
+        raise ValueError(f"{q.shape[1]} query heads are no multiple of {k_pages.shape[2]} KV heads")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}: give at least 1, or None for full attention")
+    reason = unsupported(backend, head_dim=q.shape[-1], dtype=k_pages.dtype)
+    if reason is not None:
+        raise UnsupportedKernel(f"paged_attention backend={backend!r}: {reason}")
+    return BACKENDS[backend].paged_attention(
+        q, k_pages, v_pages, layer, batch, scale=scale, window=window, soft_cap=soft_cap
+    )
+
+
+def unsupported(backend: str, *, head_dim: int, dtype: object) -> str | None:
+    """Why the backend cannot run here with such pages; None where it can."""
+    return BACKENDS[backend].unsupported(head_dim=head_dim, dtype=dtype)

@@ -1,0 +1,229 @@
+"""Paged attention in plain JAX: right on every platform, its cost follows the live pages.
+
+Math: online softmax. For each tile of KV positions, with running maximum m, sum l and
+    accumulator a: m' = max(m, max s), a = a e^(m-m') + e^(s-m') v, l = l e^(m-m') + Σ e^(s-m').
+
+Shapes: q [T, N, H], pages [L, P, K, Z, H]; tiles of C pages, C Z ≈ KV_TILE positions.
+
+Grid: rows with one token (decode) run together, a dynamic-trip-count loop over tiles; each row
+    starts at its own first visible tile. Rows with more run as query blocks of QUERY_BLOCK tokens, found
+    on the device by cumsum and searchsorted, in a loop over the live blocks:
+
+        tokens  |a|b|c c c c c c c|d d d|pad      a, b: decode, one vectorised loop
+        blocks        [0      |1  ][2   ]         each: loop over tiles up to its last position
+
+Traffic: decode reads R × max live tiles; a block reads its own visible tiles. See `traffic.py`.
+
+Numerics: scores and accumulators float32 whatever the pages' dtype. Positions that nobody sees are
+    replaced, not multiplied, by zero, so that unused pages may hold anything, NaN included.
+
+Limits: rows of one call share the trip count of the longest one in decode.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.ragged import RaggedBatch
+
+KV_TILE = 128
+QUERY_BLOCK = 64
+_LOWEST = -1e30
+
+
+class _Score(NamedTuple):
+    """How a score is made from q·k."""
+
+    scale: float
+    window: int | None
+    soft_cap: float | None
+
+
+class _Pages(NamedTuple):
+    """The cache of all layers, and which layer is read."""
+
+    k: Float[Array, "L P K Z H"]
+    v: Float[Array, "L P K Z H"]
+    layer: int | Int[Array, ""]
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[3]
+
+    def tile(self, max_pages: int) -> int:
+        """Pages a tile."""
+        return max(1, min(max_pages, KV_TILE // self.page_size))
+
+    def gather(self, pages: Int[Array, "*B C"]) -> tuple[Array, Array]:
+        """Keys and values of these pages, [*B, K, C Z, H], in float32."""
+        *lead, count = pages.shape
+        heads = jnp.arange(self.k.shape[2], dtype=jnp.int32)[:, None]
+
+        def read(x: Array) -> Array:
+            x = x.at[self.layer, pages[..., None, :], heads].get(mode="clip")
+            return x.reshape(*lead, x.shape[-4], count * self.page_size, -1).astype(jnp.float32)
+
+        return read(self.k), read(self.v)
+
+
+def unsupported(*, head_dim: int, dtype: object) -> str | None:
+    """Runs everywhere."""
+    return None
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    k_pages: Float[Array, "L P K Z H"],
+    v_pages: Float[Array, "L P K Z H"],
+    layer: int | Int[Array, ""],
+    batch: RaggedBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Float[Array, "T N H"]:
+    """See `api.paged_attention`."""
+    num_tokens = q.shape[0]
+    pages = _Pages(k_pages, v_pages, layer)
+    score = _Score(scale, window, soft_cap)
+    with jax.named_scope("paged_attention"):
+        single = batch.query_lens == 1
+        rows = batch.token_rows(num_tokens)
+        first_tokens = jnp.minimum(batch.query_starts[:-1], num_tokens - 1)
+        decoded = _decode(q[first_tokens], pages, batch, single, score)[rows]
+        live = batch.live_tokens(num_tokens)[:, None, None]
+        if batch.max_query_len == 1:
+            return jnp.where(live, decoded, 0).astype(q.dtype)
+        chunked = _chunks(q, pages, batch, score)
+        out = jnp.where(single[rows][:, None, None], decoded, chunked)
+        return jnp.where(live, out, 0).astype(q.dtype)
+
+
+def _decode(
+    q_RNH: Array, pages: _Pages, batch: RaggedBatch, single: Bool[Array, "R"], score: _Score
+) -> Float[Array, "R N H"]:
+    """One query a row; rows that are not `single` give zeros."""
+    num_rows, num_heads, head_dim = q_RNH.shape
+    num_kv_heads = pages.k.shape[2]
+    max_pages = batch.page_table.shape[1]
+    tile_pages = pages.tile(max_pages)
+    tile = tile_pages * pages.page_size
+    ends = jnp.where(single, batch.context_lens, 0)
+    starts = jnp.zeros_like(ends)
+    if score.window is not None:
+        starts = jnp.maximum(ends - score.window, 0)
+    first_tile = starts // tile
+    q_RKGH = q_RNH.astype(jnp.float32).reshape(num_rows, num_kv_heads, -1, head_dim)
+
+    def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        index = (first_tile + i)[:, None] * tile_pages + jnp.arange(tile_pages, dtype=jnp.int32)
+        page_ids = jnp.take_along_axis(
+            batch.page_table, jnp.minimum(index, max_pages - 1), axis=1, mode="clip"
+        )
+        position = (first_tile + i)[:, None] * tile + jnp.arange(tile, dtype=jnp.int32)
+        visible = (position >= starts[:, None]) & (position < ends[:, None])
+        k, v = pages.gather(page_ids)
+        s = _capped(jnp.einsum("rkgh,rksh->rkgs", q_RKGH, k), score)
+        v = jnp.where(visible[:, None, :, None], v, 0.0)
+        return _accumulate(carry, s, visible[:, None, None, :], v)
+
+    num_tiles = jnp.max((ends + tile - 1) // tile - first_tile)
+    carry = _empty(q_RKGH.shape)
+    return _normalised(jax.lax.fori_loop(0, num_tiles, step, carry)).reshape(q_RNH.shape)
+
+
+def _chunks(
+    q: Float[Array, "T N H"], pages: _Pages, batch: RaggedBatch, score: _Score
+) -> Float[Array, "T N H"]:
+    """Rows of more than one query, a block of queries at a time; other tokens are undefined."""
+    num_tokens, num_heads, head_dim = q.shape
+    size = min(QUERY_BLOCK, batch.max_query_len)
+    lens = jnp.where(batch.query_lens > 1, batch.query_lens, 0)
+    num_blocks = (lens + size - 1) // size
+    block_ends = jnp.cumsum(num_blocks)
+    q_padded = jnp.pad(q.astype(jnp.float32), ((0, size), (0, 0), (0, 0)))
+
+    def block(i: Array, out: Array) -> Array:
+        row = jnp.searchsorted(block_ends, i, side="right").astype(jnp.int32)
+        offset = (i - (block_ends[row] - num_blocks[row])) * size
+        token = batch.query_starts[row] + offset
+        q_QNH = jax.lax.dynamic_slice_in_dim(q_padded, token, size)
+        position = batch.context_lens[row] - lens[row] + offset
+        end = jnp.minimum(position + size, batch.context_lens[row])
+        o_QNH = _attend_block(q_QNH, pages, batch.page_table[row], position, end, score)
+        # A block's tail may lie over the next row's tokens: blocks go upwards, and overwrite it.
+        return jax.lax.dynamic_update_slice_in_dim(out, o_QNH, token, axis=0)
+
+    out = jnp.zeros((num_tokens + size, num_heads, head_dim), jnp.float32)
+    return jax.lax.fori_loop(0, block_ends[-1], block, out)[:num_tokens]
+
+
+def _attend_block(
+    q_QNH: Array,
+    pages: _Pages,
+    page_table_M: Int[Array, "M"],
+    position: Int[Array, ""],
+    end: Int[Array, ""],
+    score: _Score,
+) -> Float[Array, "Q N H"]:
+    """Queries at position, position + 1, … of one row, whose visible positions are below `end`."""
+    size, num_heads, head_dim = q_QNH.shape
+    num_kv_heads = pages.k.shape[2]
+    groups = num_heads // num_kv_heads
+    tile_pages = pages.tile(page_table_M.shape[0])
+    tile = tile_pages * pages.page_size
+    start = jnp.int32(0)
+    if score.window is not None:
+        start = jnp.maximum(position - score.window + 1, 0)
+    q_KXH = q_QNH.reshape(size, num_kv_heads, groups, head_dim).transpose(1, 2, 0, 3)
+    q_KXH = q_KXH.reshape(num_kv_heads, groups * size, head_dim)
+    q_pos = jnp.tile(position + jnp.arange(size, dtype=jnp.int32), groups)[:, None]
+
+    def step(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        index = i * tile_pages + jnp.arange(tile_pages, dtype=jnp.int32)
+        k, v = pages.gather(page_table_M[jnp.minimum(index, page_table_M.shape[0] - 1)])
+        kv_pos = i * tile + jnp.arange(tile, dtype=jnp.int32)
+        visible = kv_pos <= q_pos
+        if score.window is not None:
+            visible &= kv_pos > q_pos - score.window
+        s = _capped(jnp.einsum("kxh,ksh->kxs", q_KXH, k), score)
+        v = jnp.where(((kv_pos >= start) & (kv_pos < end))[:, None], v, 0.0)
+        # Queries past the row's end would see positions past it.
+        return _accumulate(carry, s, (visible & (kv_pos < end))[None], v)
+
+    carry = jax.lax.fori_loop(start // tile, (end + tile - 1) // tile, step, _empty(q_KXH.shape))
+    o = _normalised(carry).reshape(num_kv_heads, groups, size, head_dim)
+    return o.transpose(2, 0, 1, 3).reshape(q_QNH.shape)
+
+
+def _capped(s: Array, score: _Score) -> Array:
+    s = s * score.scale
+    return s if score.soft_cap is None else score.soft_cap * jnp.tanh(s / score.soft_cap)
+
+
+def _empty(shape: tuple[int, ...]) -> tuple[Array, Array, Array]:
+    """Running maximum and sum [..., X, 1] and accumulator [..., X, H], before the first tile."""
+    m = jnp.full((*shape[:-1], 1), _LOWEST, jnp.float32)
+    return m, jnp.zeros_like(m), jnp.zeros(shape, jnp.float32)
+
+
+def _accumulate(
+    carry: tuple[Array, Array, Array], s: Array, visible: Array, v: Array
+) -> tuple[Array, Array, Array]:
+    """One tile more: scores [..., X, S], values [..., S, H]."""
+    m, total, acc = carry
+    s = jnp.where(visible, s, _LOWEST)
+    m_new = jnp.maximum(m, jnp.max(s, axis=-1, keepdims=True))
+    p = jnp.where(visible, jnp.exp(s - m_new), 0.0)
+    fade = jnp.exp(m - m_new)
+    total = total * fade + jnp.sum(p, axis=-1, keepdims=True)
+    return m_new, total, acc * fade + jnp.einsum("...xs,...sh->...xh", p, v)
+
+
+def _normalised(carry: tuple[Array, Array, Array]) -> Array:
+    _, total, acc = carry
+    return acc / jnp.where(total > 0.0, total, 1.0)
