@@ -8,7 +8,7 @@ position opens a page (buckets by clock modulo page size) and those that are don
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.sequence import Sequence, SequenceState
@@ -33,7 +33,7 @@ class DecodeSet:
     def __len__(self) -> int:
         return len(self._members)
 
-    def __iter__(self) -> Iterable[Sequence]:
+    def __iter__(self) -> Iterator[Sequence]:
         return iter(self._members)
 
     def position(self, sequence: Sequence) -> int:

@@ -115,7 +115,7 @@ class Scheduler:
 
     def submit(
         self,
-        keys: list[Hashable],
+        keys: list[tuple[Hashable, int]],
         prompt: list[int],
         sampling: SamplingParams,
         *,

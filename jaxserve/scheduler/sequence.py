@@ -35,7 +35,7 @@ class Sequence:
     """State of one generation.
 
     Attributes:
-        key: who it is to the engine (client and the client's id); opaque here.
+        key: (client, the client's id of it); opaque here.
         token_ids: known tokens: the prompt, then what was read back from the device.
         rank: (priority, arrival); smaller runs first, the largest is preempted first.
         stop_token_ids: end the sequence when sampled; the model's end tokens among them.
@@ -49,7 +49,7 @@ class Sequence:
             log-probabilities are launched, and reported.
     """
 
-    key: Hashable
+    key: tuple[Hashable, int]
     token_ids: list[int]
     prompt_len: int
     sampling: SamplingParams

@@ -1,0 +1,105 @@
+"""Answers clients while the model loads and compiles, before the engine can.
+
+A thread holds the transport until `stop`; then the engine's thread takes it over. Requests that
+come too early are refused as `Overloaded`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Hashable
+
+from jaxserve.errors import Overloaded
+from jaxserve.protocol.messages import (
+    EngineStatus,
+    Finished,
+    GetStatus,
+    Goodbye,
+    Progress,
+    SequenceRecord,
+    Submit,
+    TokenEvents,
+)
+from jaxserve.protocol.server import ServerTransport
+from jaxserve.types import FinishReason
+
+#: How often progress is looked at.
+TURN_S = 0.05
+
+
+class Greeter:
+    """Serves status and progress from its own thread.
+
+    Attributes:
+        clients: those that have come, and whether each wants step statistics.
+    """
+
+    def __init__(self, server: ServerTransport) -> None:
+        self.clients: dict[Hashable, bool] = {}
+        self._server = server
+        self._progress = Progress(phase="loading", done=0, total=0)
+        self._since_ns = time.monotonic_ns()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="jaxserve greeter", daemon=True)
+
+    def start(self) -> None:
+        """Begins to answer."""
+        self._thread.start()
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Start-up has come this far; clients hear of it within a moment. Any thread."""
+        self._progress = Progress(phase=phase, done=done, total=total)
+
+    def stop(self) -> None:
+        """Ends the thread; the transport is the caller's from then on."""
+        self._stopping.set()
+        self._thread.join()
+
+    def fail(self, error: str) -> None:
+        """Stops, and tells the clients that start-up failed."""
+        self.stop()
+        for client in self.clients:
+            self._server.send(client, self._status("failed", error))
+
+    def _run(self) -> None:
+        told = self._progress
+        while not self._stopping.is_set():
+            for client, message in self._server.receive(TURN_S):
+                match message:
+                    case GetStatus():
+                        if client not in self.clients:
+                            self._server.send(client, self._progress)
+                        self.clients[client] = message.stats
+                        self._server.send(client, self._status(self._progress.phase))
+                    case Submit():
+                        self._server.send(client, self._refusal(message))
+                    case Goodbye():
+                        self.clients.pop(client, None)
+            progress = self._progress
+            if progress is not told:
+                told = progress
+                for client in self.clients:
+                    self._server.send(client, progress)
+
+    def _status(self, phase: str, error: str = "") -> EngineStatus:
+        state = "compiling" if phase == "ready" else phase
+        age_s = (time.monotonic_ns() - self._since_ns) / 1e9
+        return EngineStatus(state=state, pid=os.getpid(), step_age_s=age_s, error=error)
+
+    def _refusal(self, message: Submit) -> TokenEvents:
+        error = Overloaded(f"the engine is still {self._progress.phase}; wait until it is ready")
+        now_ns = time.monotonic_ns()
+        record = SequenceRecord(arrived_ns=message.arrived_ns, done_ns=now_ns)
+        finished = [
+            Finished(
+                sequence_id=sequence_id,
+                reason=FinishReason.ERROR,
+                record=record,
+                error=error.message,
+                error_code=error.code,
+            )
+            for sequence_id in message.sequence_ids
+        ]
+        return TokenEvents(step_id=-1, at_ns=now_ns, finished=finished)

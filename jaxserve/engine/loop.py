@@ -1,0 +1,355 @@
+"""The engine: takes requests in, turns the step loop, sends tokens out.
+
+One thread owns it. Each turn plans and launches step n + 1 before the tokens of step n are read,
+so the device never waits for the host; sampled tokens stay on the device as the next step's input.
+What one step of delay means:
+
+- *Stop tokens* are seen when step n is read, while n + 1 (or several decode steps) already runs
+  for the sequence. What that samples is discarded when it is read, and counted as discarded.
+- *max_tokens* is known beforehand: a sequence leaves the decoding rows in the plan after the one
+  that launched its last token, with its slot and its pages; nothing is over-run. Its tokens are
+  still to be read then (state RETIRED), by the owner list that each launched plan keeps.
+- *Cancel* works like a stop token: at once for the client, its pages and slot are free for the
+  next plan, and what is launched for it is discarded.
+- *Page release.* Pages of an ended or preempted sequence may be handed out in the next plan though
+  a launched step still writes to them: device calls form one chain, each takes the cache that the
+  one before returned, so the new owner's writes come after. Within one call no row reads a page
+  that the call's other rows were given (see `scheduler.pages`).
+- *Preemption.* A preempted sequence's launched tokens are still read and sent. It is let in again
+  only when they have been, since its recomputation starts from the known tokens.
+- *Several decode steps* in one call happen only when nobody waits, no prompt is being computed and
+  no row ends within them; stop tokens then cost up to two calls' worth of discarded tokens.
+
+Invariants: every sequence let in gets exactly one `Finished`. A fault in a step ends all of them
+with reason ERROR and the loop with the exception; the process then exits.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jaxserve.device.step import StepInputs, StepOutputs
+from jaxserve.engine.check import check_submit
+from jaxserve.engine.outbox import Outbox
+from jaxserve.errors import DeviceFailure, JaxserveError, Overloaded
+from jaxserve.protocol.messages import (
+    Cancel,
+    ClientMessage,
+    Drain,
+    EngineStatus,
+    Finished,
+    GetStatus,
+    Goodbye,
+    SequenceRecord,
+    StepStats,
+    Submit,
+    TokenEvents,
+)
+from jaxserve.protocol.server import ServerTransport
+from jaxserve.scheduler.plan import Plan
+from jaxserve.scheduler.scheduler import Scheduler
+from jaxserve.scheduler.sequence import Sequence
+from jaxserve.types import FinishReason, ModelInfo
+
+logger = logging.getLogger(__name__)
+
+#: How long an idle engine waits for a message before it looks around.
+IDLE_WAIT_S = 0.5
+
+
+class Batch(Protocol):
+    """Plans to padded arrays (`engine.batch`)."""
+
+    def build(self, plan: Plan) -> StepInputs:
+        """The inputs of the plan's device call. Every plan is built, in order."""
+        ...
+
+
+class Executor(Protocol):
+    """The device (`device.executor`)."""
+
+    def launch(self, inputs: StepInputs) -> Any:
+        """Starts a device call and returns what `collect` takes; does not wait."""
+        ...
+
+    def collect(self, launched: Any) -> StepOutputs:
+        """Waits for a call's results."""
+        ...
+
+    def count_work(self, inputs: StepInputs) -> tuple[int, int]:
+        """FLOPs and bytes of a call, counted from shapes."""
+        ...
+
+    @property
+    def compiles_after_warmup(self) -> int:
+        """Programs compiled while serving; stays 0."""
+        ...
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A launched step that has not been read."""
+
+    plan: Plan
+    inputs: StepInputs
+    launched: Any
+
+
+class Engine:
+    """A model being served: scheduler, batch and executor behind a transport.
+
+    Args:
+        model: what is served.
+        scheduler, batch, executor: the three parts of a step.
+        server: the road to the clients.
+
+    Attributes:
+        in_flight: the step that runs on the device.
+        state: "ready", "draining" or "failed".
+        step_ns: when the loop last turned.
+    """
+
+    def __init__(
+        self,
+        model: ModelInfo,
+        scheduler: Scheduler,
+        batch: Batch,
+        executor: Executor,
+        server: ServerTransport,
+    ) -> None:
+        self.scheduler = scheduler
+        self.batch = batch
+        self.executor = executor
+        self.in_flight: InFlight | None = None
+        self.state = "ready"
+        self.step_ns = time.monotonic_ns()
+        self._model = model
+        self._server = server
+        self._outbox = Outbox(server)
+        self._live: dict[Hashable, dict[int, Sequence]] = {}
+        self._stopping = False
+        self._error = ""
+
+    # ------------------------------------------------------------------ the loop
+
+    def step(self) -> None:
+        """One turn: plan and launch the next step, then read and send the one before."""
+        self.step_ns = time.monotonic_ns()
+        plan = self.scheduler.plan()
+        launched = self._launch(plan) if plan is not None else None
+        if self.in_flight is not None:
+            self._deliver(self.in_flight)
+        self.in_flight = launched
+
+    def serve(self) -> None:
+        """Turns the loop until `stop`. Raises what a step raised, after telling the clients."""
+        try:
+            while not self._stopping:
+                idle = self.in_flight is None and not self.scheduler.has_work
+                self.receive(IDLE_WAIT_S if idle else 0.0)
+                self.step()
+        except Exception as error:
+            self._fail(error)
+            raise
+
+    def stop(self) -> None:
+        """Has `serve` return after the turn it is in. May be called from elsewhere."""
+        self._stopping = True
+
+    def _launch(self, plan: Plan) -> InFlight:
+        inputs = self.batch.build(plan)
+        return InFlight(plan, inputs, self.executor.launch(inputs))
+
+    def _deliver(self, step: InFlight) -> None:
+        """Reads a step's tokens and sends each client its own."""
+        outputs = self.executor.collect(step.launched)
+        now_ns = time.monotonic_ns()
+        rows = step.inputs.rows[: step.inputs.num_live_rows].tolist()
+        commit = self.scheduler.commit(rows, outputs.token_ids.tolist())
+        self._outbox.add_step(step.plan.step_id, now_ns, commit, step.inputs, outputs)
+        for sequence in commit.finished:
+            self._finish(sequence, now_ns)
+        self._outbox.send()
+        if self._outbox.wants_stats:
+            self._outbox.send_stats(self._stats(step, outputs))
+
+    # ------------------------------------------------------------------ messages
+
+    def receive(self, timeout_s: float) -> None:
+        """Handles what clients sent, waiting at most `timeout_s` for the first message."""
+        for client, message in self._server.receive(timeout_s):
+            if message is not None:
+                self.handle(client, message)
+        self._outbox.send()
+
+    def greet(self, clients: dict[Hashable, bool]) -> None:
+        """Tells clients that came during start-up that the engine serves now.
+
+        Args:
+            clients: whether each wants step statistics.
+        """
+        for client, stats in clients.items():
+            self.handle(client, GetStatus(stats=stats))
+
+    def handle(self, client: Hashable, message: ClientMessage) -> None:
+        """One message of one client. Whatever it holds, it harms nobody else."""
+        match message:
+            case Submit():
+                self.submit(client, message)
+            case Cancel():
+                self.cancel(client, message.sequence_ids, message.reason)
+            case Drain():
+                self.drain()
+            case GetStatus():
+                self._outbox.subscribe(client, message.stats)
+                self._server.send(client, self.status())
+            case Goodbye():
+                self.cancel(client, list(self._live.get(client, ())), FinishReason.CANCELLED)
+                self._live.pop(client, None)
+                self._outbox.forget(client)
+
+    def submit(self, client: Hashable, message: Submit) -> None:
+        """Lets a request in, or refuses it: each of its sequences ends with the error."""
+        live = self._live.setdefault(client, {})
+        if not live.keys().isdisjoint(message.sequence_ids):
+            logger.warning("client %s used a sequence id twice: request dropped", client)
+            return
+        try:
+            if self.state != "ready":
+                raise Overloaded(f"the engine is {self.state} and takes no new requests")
+            prompt = check_submit(message, self._model)
+            sequences = self.scheduler.submit(
+                [(client, sequence_id) for sequence_id in message.sequence_ids],
+                prompt,
+                message.sampling,
+                priority=message.priority,
+                arrived_ns=message.arrived_ns,
+            )
+        except JaxserveError as error:
+            self._refuse(client, message, error)
+        else:
+            live.update(zip(message.sequence_ids, sequences, strict=True))
+
+    def cancel(self, client: Hashable, sequence_ids: list[int], reason: FinishReason) -> None:
+        """Ends those of a client's sequences that still live."""
+        live = self._live.get(client, {})
+        now_ns = time.monotonic_ns()
+        for sequence_id in sequence_ids:
+            sequence = live.get(sequence_id)
+            if sequence is not None:
+                self.scheduler.cancel(sequence, reason)
+                self._finish(sequence, now_ns)
+
+    def drain(self) -> None:
+        """Refuses new requests from now on."""
+        if self.state == "ready":
+            self.state = "draining"
+
+    def status(self) -> EngineStatus:
+        """The engine's state, now."""
+        pages = self.scheduler.pages
+        return EngineStatus(
+            state=self.state,
+            pid=os.getpid(),
+            step_age_s=(time.monotonic_ns() - self.step_ns) / 1e9,
+            running=self.scheduler.num_running,
+            waiting=self.scheduler.num_waiting,
+            pages_used=pages.num_used,
+            pages_total=pages.capacity,
+            compiles_after_warmup=self.executor.compiles_after_warmup,
+            model=self._model,
+            error=self._error,
+        )
+
+    # ------------------------------------------------------------------ ends
+
+    def _finish(self, sequence: Sequence, now_ns: int, error: JaxserveError | None = None) -> None:
+        client, sequence_id = sequence.key
+        del self._live[client][sequence_id]
+        assert sequence.reason is not None
+        finished = Finished(
+            sequence_id=sequence_id,
+            reason=sequence.reason,
+            record=_record(sequence, now_ns),
+            stop_token_id=sequence.stop_token_id,
+            error=error.message if error else "",
+            error_code=error.code if error else "",
+        )
+        self._outbox.events(client).finished.append(finished)
+
+    def _refuse(self, client: Hashable, message: Submit, error: JaxserveError) -> None:
+        now_ns = time.monotonic_ns()
+        for sequence_id in message.sequence_ids:
+            record = SequenceRecord(arrived_ns=message.arrived_ns, done_ns=now_ns)
+            self._outbox.events(client).finished.append(
+                Finished(
+                    sequence_id=sequence_id,
+                    reason=FinishReason.ERROR,
+                    record=record,
+                    error=error.message,
+                    error_code=error.code,
+                )
+            )
+
+    def _fail(self, cause: Exception) -> None:
+        """Ends every sequence with the error and says "failed" to every client."""
+        self.state = "failed"
+        self._error = f"the engine's step failed: {type(cause).__name__}: {cause}".split("\n")[0]
+        error = DeviceFailure(self._error)
+        now_ns = time.monotonic_ns()
+        for live in self._live.values():
+            for sequence in list(live.values()):
+                # The scheduler may be what failed: it is not asked any more.
+                sequence.reason = sequence.reason or FinishReason.ERROR
+                self._finish(sequence, now_ns, error)
+        self._outbox.send()
+        for client in self._live:
+            self._server.send(client, self.status())
+
+    def _stats(self, step: InFlight, outputs: StepOutputs) -> StepStats:
+        inputs, plan = step.inputs, step.plan
+        prefill_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks)
+        decode_tokens = inputs.num_decode_rows * plan.decode_steps
+        flops, num_bytes = self.executor.count_work(inputs)
+        return StepStats(
+            step_id=plan.step_id,
+            program=inputs.program.name,
+            device_ns=outputs.device_ns,
+            idle_ns=outputs.idle_ns,
+            rows=inputs.num_live_rows,
+            tokens=decode_tokens + prefill_tokens,
+            padded_tokens=inputs.program.num_tokens * plan.decode_steps,
+            decode_tokens=decode_tokens,
+            prefill_tokens=prefill_tokens,
+            flops=flops,
+            bytes=num_bytes,
+            running=self.scheduler.num_running,
+            waiting=self.scheduler.num_waiting,
+            pages_used=self.scheduler.pages.num_used,
+            pages_total=self.scheduler.pages.capacity,
+            preemptions=self.scheduler.num_preemptions,
+            compiles_after_warmup=self.executor.compiles_after_warmup,
+        )
+
+
+def _record(sequence: Sequence, now_ns: int) -> SequenceRecord:
+    return SequenceRecord(
+        prompt_tokens=sequence.prompt_len,
+        output_tokens=sequence.num_outputs,
+        computed_tokens=sequence.num_first_computed,
+        cached_tokens=sequence.num_cached,
+        recomputed_tokens=sequence.num_recomputed,
+        discarded_tokens=sequence.num_discarded,
+        preemptions=sequence.num_preemptions,
+        context_tokens=len(sequence.token_ids),
+        arrived_ns=sequence.arrived_ns,
+        queued_ns=sequence.queued_ns,
+        scheduled_ns=sequence.scheduled_ns,
+        first_token_ns=sequence.first_token_ns,
+        done_ns=now_ns,
+    )

@@ -1,0 +1,33 @@
+"""What an engine is built from: a loaded model behind a batch builder and an executor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxserve.config import Config
+from jaxserve.engine.loop import Batch, Executor
+from jaxserve.types import ModelInfo
+
+#: Told how far start-up is: phase ("loading" or "compiling"), done, total.
+Progressing = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """A model that is loaded, with all its step programs compiled.
+
+    Attributes:
+        page_size: tokens a page.
+        num_pages: pages of each cache group's pool, page 0 included.
+    """
+
+    model: ModelInfo
+    batch: Batch
+    executor: Executor
+    page_size: int
+    num_pages: tuple[int, ...]
+
+
+#: Loads and compiles what a configuration asks for.
+Factory = Callable[[Config, Progressing], Parts]

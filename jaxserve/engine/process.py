@@ -1,0 +1,138 @@
+"""The engine process: configuration in on stdin, a model served on a ZeroMQ address until the end.
+
+Started by `protocol.spawn` as `python -m jaxserve.engine.process ADDRESS`. The model is loaded and
+compiled in the main thread while a `Greeter` answers clients; then the main thread turns the step
+loop. Exit status: 0 after SIGTERM, 1 after an error that was told in one sentence, 3 when a step
+hung for longer than `engine.step_timeout_s`.
+
+Invariant: the process ends with its parent, whatever way that ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from jaxserve.config import Config
+from jaxserve.engine.greeter import Greeter
+from jaxserve.engine.loop import Engine
+from jaxserve.engine.parts import Factory, Parts
+from jaxserve.errors import JaxserveError
+from jaxserve.protocol.server import ServerTransport
+from jaxserve.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+EXIT_FAILED = 1
+EXIT_HUNG = 3
+
+
+def main() -> int:
+    """The child's entry; returns its exit status."""
+    from jaxserve.engine.load import load_parts  # JAX, once the cheap checks are done
+    from jaxserve.protocol.zmq import ZmqServer  # the bare accelerator image has no zmq
+
+    follow_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which drains us
+    config: Config = pickle.load(sys.stdin.buffer)  # from our parent, through its pipe
+    logging.basicConfig(level=config.logging.level.upper(), stream=sys.stderr)
+    server = ZmqServer(sys.argv[1])
+    try:
+        return run(config, server, load_parts)
+    finally:
+        server.close()
+
+
+def run(config: Config, server: ServerTransport, factory: Factory) -> int:
+    """Loads, then serves until SIGTERM; returns the exit status.
+
+    Args:
+        factory: loads and compiles the model, reporting progress.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    greeter = Greeter(server)
+    greeter.start()
+    try:
+        engine = build_engine(config, server, factory(config, greeter.progress))
+    except JaxserveError as error:
+        return _give_up(greeter, error.message)
+    except Exception as error:
+        logger.exception("start-up failed")
+        return _give_up(greeter, f"{type(error).__name__}: {error}")
+    greeter.progress("ready", 1, 1)
+    greeter.stop()
+    signal.signal(signal.SIGTERM, lambda *_: engine.stop())
+    engine.greet(greeter.clients)
+    watch_steps(engine, config.engine.step_timeout_s, _exit_hung)
+    try:
+        engine.serve()
+    except Exception:
+        logger.exception("the step loop failed")
+        return EXIT_FAILED
+    return 0
+
+
+def build_engine(config: Config, server: ServerTransport, parts: Parts) -> Engine:
+    """An engine over a loaded model."""
+    scheduler = Scheduler(
+        config.scheduler, parts.model, page_size=parts.page_size, num_pages=parts.num_pages
+    )
+    return Engine(parts.model, scheduler, parts.batch, parts.executor, server)
+
+
+def follow_parent() -> None:
+    """Ends this process at once when its parent ends.
+
+    A watching thread instead of PR_SET_PDEATHSIG, which fires when the parent's *thread* ends.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        try:
+            poll = select.poll()
+            poll.register(os.pidfd_open(parent), select.POLLIN)
+            if os.getppid() == parent:
+                poll.poll()
+        except (AttributeError, OSError):  # not Linux, or the parent is in another pid namespace
+            while os.getppid() == parent:
+                time.sleep(0.5)
+        os._exit(EXIT_FAILED)
+
+    threading.Thread(target=watch, name="jaxserve parent watch", daemon=True).start()
+
+
+def watch_steps(engine: Engine, timeout_s: float, on_hang: Callable[[float], None]) -> None:
+    """Calls `on_hang` with the step's age once the loop has not turned for `timeout_s`."""
+
+    def watch() -> None:
+        while True:
+            age_s = (time.monotonic_ns() - engine.step_ns) / 1e9
+            if age_s > timeout_s:
+                on_hang(age_s)
+                return
+            time.sleep(timeout_s - age_s + 0.01)
+
+    threading.Thread(target=watch, name="jaxserve step watch", daemon=True).start()
+
+
+def _exit_hung(age_s: float) -> None:
+    sys.stderr.write(f"jaxserve: a step has hung for {age_s:.0f} s; the engine process ends\n")
+    sys.stderr.flush()
+    os._exit(EXIT_HUNG)
+
+
+def _give_up(greeter: Greeter, sentence: str) -> int:
+    greeter.fail(sentence)
+    sys.stderr.write(f"jaxserve: {sentence}\n")
+    return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""A device that needs no device: the next token is a hash of the token history.
+
+`FakeExecutor` keeps a paged "KV cache" of (token, position) pairs and interprets `StepInputs` to
+the letter: every token is written through the page table and the whole history is read back
+through it, so a wrong page, position, slot, order or sampling parameter gives a wrong token.
+`oracle` computes what must come out from the plain token list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxserve.device.step import LogprobArrays, StepInputs, StepOutputs
+from jaxserve.types import MAX_LOGPROBS, CacheGroup, SamplingParams
+
+FULL = CacheGroup(kind="full", layers=(0,), num_kv_heads=1, head_dim=1)
+
+_MASK = 2**64 - 1
+_WEIGHTS = np.random.default_rng(7).integers(1, 2**63, size=1 << 16, dtype=np.uint64) | np.uint64(1)
+
+
+def sliding(window: int) -> CacheGroup:
+    """A sliding-window group."""
+    return CacheGroup(kind="sliding", layers=(1,), num_kv_heads=1, head_dim=1, window=window)
+
+
+def _mix(value: int) -> int:
+    """splitmix64's finaliser."""
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB & _MASK
+    return value ^ (value >> 31)
+
+
+def _hash(tokens: np.ndarray, positions: np.ndarray) -> int:
+    terms = (tokens.astype(np.uint64) + np.uint64(1)) * _WEIGHTS[positions]
+    return int(terms.sum(dtype=np.uint64))
+
+
+def _history_hash(by_group: list[tuple[np.ndarray, np.ndarray]]) -> int:
+    value = 0
+    for tokens, positions in by_group:
+        value = _mix((value * 31 + _hash(tokens, positions)) & _MASK)
+    return value
+
+
+def _pick(history: int, seed: int, choice: int, prompt_len: int, vocab_size: int) -> int:
+    keyed = history + seed * 3 + choice * 1_000_003 + prompt_len * 65_537
+    return _mix(keyed & _MASK) % vocab_size
+
+
+def _logprob(history: int, token: int) -> float:
+    return -(_mix((history + token) & _MASK) % 4096) / 256
+
+
+def history_hash(history: Sequence[int], groups: Sequence[CacheGroup]) -> int:
+    """The hash of a token list, seen through each group's window."""
+    tokens = np.asarray(history, np.int64)
+    positions = np.arange(len(tokens))
+    first = [0 if g.window is None else max(len(tokens) - g.window, 0) for g in groups]
+    return _history_hash([(tokens[lo:], positions[lo:]) for lo in first])
+
+
+def oracle(
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    choice: int,
+    *,
+    groups: Sequence[CacheGroup],
+    vocab_size: int,
+    eos_token_ids: Sequence[int],
+) -> list[int]:
+    """The tokens that must be emitted after a prompt, computed alone and without pages."""
+    stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(eos_token_ids))
+    history = list(prompt)
+    while len(history) - len(prompt) < sampling.max_tokens:
+        hashed = history_hash(history, groups)
+        token = _pick(hashed, sampling.seed, choice, len(prompt), vocab_size)
+        if token in stops:
+            break
+        history.append(token)
+    return history[len(prompt) :]
+
+
+def oracle_logprob(history: Sequence[int], token: int, groups: Sequence[CacheGroup]) -> float:
+    """The log-probability that the fake gives to `token` after `history`."""
+    return _logprob(history_hash(history, groups), token)
+
+
+class FakeExecutor:
+    """Runs steps on the host; see the module.
+
+    Attributes:
+        num_positions: positions run so far; num_sampled: tokens sampled so far.
+        calls: device calls so far, by decode steps a call.
+        fail_at: step number at which `launch` raises, if set.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[CacheGroup],
+        *,
+        page_size: int,
+        num_pages: Sequence[int],
+        max_rows: int,
+        vocab_size: int,
+        max_context: int,
+    ) -> None:
+        self.groups = groups
+        self.page_size = page_size
+        self.vocab_size = vocab_size
+        self.num_positions = 0
+        self.num_sampled = 0
+        self.calls: list[int] = []
+        self.fail_at: int | None = None
+        self.compiles_after_warmup = 0
+        max_pages = -(-max_context // page_size) + 1
+        self._tokens = [np.full((pages, page_size), 10**6, np.int64) for pages in num_pages]
+        self._positions = [np.full((pages, page_size), 1, np.int64) for pages in num_pages]
+        self._tables = [np.zeros((max_rows + 1, max_pages), np.int64) for _ in groups]
+        self._last = np.zeros(max_rows + 1, np.int64)
+        self._slots: list[tuple[SamplingParams, int, int] | None] = [None] * (max_rows + 1)
+
+    def launch(self, inputs: StepInputs) -> StepOutputs:
+        """Runs the step at once; the results wait for `collect`."""
+        if self.fail_at == len(self.calls):
+            raise RuntimeError("the fake device was told to fail")
+        self.calls.append(inputs.program.decode_steps)
+        self._change_state(inputs)
+        steps = [self._decode_step(inputs, i) for i in range(inputs.program.decode_steps)]
+        outputs = StepOutputs(token_ids=np.stack([tokens for tokens, _ in steps]))
+        if inputs.logprobs:
+            outputs.logprobs = _arrays(
+                np.stack([h for _, h in steps]), outputs.token_ids, self.vocab_size
+            )
+        if inputs.program.prompt_logprobs:
+            outputs.prompt_logprobs = self._prompt_logprobs(inputs)
+        return outputs
+
+    def collect(self, launched: StepOutputs) -> StepOutputs:
+        """The results of a launched step."""
+        return launched
+
+    def count_work(self, inputs: StepInputs) -> tuple[int, int]:
+        """No FLOPs, no bytes."""
+        return 0, 0
+
+    def _change_state(self, inputs: StepInputs) -> None:
+        for write in inputs.slot_writes:
+            self._slots[write.slot] = (write.sampling, write.choice, write.prompt_len)
+            self._last[write.slot] = 10**6
+        for group, slot, index, page in inputs.page_entries:
+            assert 0 < page < len(self._tokens[group]), "page 0 is never handed out"
+            self._tables[group][slot, index] = page
+        for group, source, target in inputs.page_copies:
+            for cache in (self._tokens[group], self._positions[group]):
+                cache[target] = cache[source]
+
+    def _decode_step(self, inputs: StepInputs, step: int) -> tuple[np.ndarray, np.ndarray]:
+        starts = inputs.query_starts
+        spans = []
+        for row in range(inputs.num_live_rows):  # all rows write before any reads, as on a device
+            slot, num = int(inputs.rows[row]), int(starts[row + 1] - starts[row])
+            end = int(inputs.context_lens[row]) + step
+            assert 0 < num <= end and (num == 1 or row >= inputs.num_decode_rows)
+            tokens = inputs.token_ids[starts[row] : starts[row + 1]]
+            if row < inputs.num_decode_rows:
+                tokens = self._last[slot : slot + 1]
+            self._write(slot, np.arange(end - num, end), tokens)
+            spans.append((slot, end))
+            self.num_positions += num
+        sampled = np.full(inputs.program.num_rows, -1, np.int64)
+        hashes = np.zeros(inputs.program.num_rows, np.uint64)
+        for row, (slot, end) in enumerate(spans):
+            if not inputs.samples[row]:
+                continue
+            state = self._slots[slot]
+            assert state is not None, f"slot {slot} was never joined"
+            sampling, choice, prompt_len = state
+            hashed = self._read(slot, end)
+            sampled[row] = _pick(hashed, sampling.seed, choice, prompt_len, self.vocab_size)
+            hashes[row] = hashed
+            self.num_sampled += 1
+            self._last[slot] = sampled[row]
+        return sampled, hashes
+
+    def _write(self, slot: int, positions: np.ndarray, tokens: np.ndarray) -> None:
+        for group, table in enumerate(self._tables):
+            pages = table[slot, positions // self.page_size]
+            self._tokens[group][pages, positions % self.page_size] = tokens
+            self._positions[group][pages, positions % self.page_size] = positions
+
+    def _read(self, slot: int, end: int) -> int:
+        by_group = []
+        for group, info in enumerate(self.groups):
+            positions = np.arange(0 if info.window is None else max(end - info.window, 0), end)
+            pages = self._tables[group][slot, positions // self.page_size]
+            offsets = positions % self.page_size
+            by_group.append(
+                (self._tokens[group][pages, offsets], self._positions[group][pages, offsets])
+            )
+        return _history_hash(by_group)
+
+    def _prompt_logprobs(self, inputs: StepInputs) -> LogprobArrays:
+        hashes = np.zeros(inputs.program.num_tokens, np.uint64)
+        for row in range(inputs.num_decode_rows, inputs.num_live_rows):
+            start, end = int(inputs.query_starts[row]), int(inputs.query_starts[row + 1])
+            context = int(inputs.context_lens[row])
+            for token in range(start, end):
+                hashes[token] = self._read(int(inputs.rows[row]), context - (end - 1 - token))
+        return _arrays(hashes, inputs.next_token_ids, self.vocab_size)
+
+
+def _arrays(hashes: np.ndarray, tokens: np.ndarray, vocab_size: int) -> LogprobArrays:
+    chosen = np.asarray(
+        [_logprob(int(h), int(t)) for h, t in zip(hashes.ravel(), tokens.ravel(), strict=True)]
+    ).reshape(tokens.shape)
+    top_ids = (hashes[..., None] % np.uint64(vocab_size)).astype(np.int64)
+    top_ids = (top_ids + np.arange(MAX_LOGPROBS)) % vocab_size
+    top_values = np.broadcast_to(-np.arange(MAX_LOGPROBS, dtype=np.float64), top_ids.shape)
+    return LogprobArrays(
+        chosen=chosen, rank=np.zeros(tokens.shape, np.int64), top_ids=top_ids, top_values=top_values
+    )
