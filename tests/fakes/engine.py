@@ -1,0 +1,82 @@
+"""A whole engine over the fake device: in a thread, or as a process of its own.
+
+`EngineThread(config, fake_parts)` for tests in one process; `EngineProcess.start(config,
+module="tests.fakes.engine")` for a real child over ZeroMQ.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+
+from jaxserve.config import Config
+from jaxserve.engine.parts import Parts, Progressing
+from jaxserve.types import CacheGroup, ModelInfo, SamplingParams
+from tests.fakes import executor
+from tests.fakes.batch import ExactBatch
+from tests.fakes.executor import FULL, FakeExecutor
+
+VOCAB_SIZE = 512
+EOS = 2
+MAX_CONTEXT = 4096
+GROUPS: tuple[CacheGroup, ...] = (FULL,)
+
+
+def fake_parts(config: Config, progress: Progressing) -> Parts:
+    """A loaded fake; `model.max_context` and `cache.num_pages` are honoured."""
+    max_context = config.model.max_context or MAX_CONTEXT
+    progress("loading", 1, 1)
+    num_pages = config.cache.num_pages or 1 + 64 * max_context // config.cache.page_size
+    device = FakeExecutor(
+        GROUPS,
+        page_size=config.cache.page_size,
+        num_pages=(num_pages,),
+        max_rows=config.scheduler.max_rows,
+        vocab_size=VOCAB_SIZE,
+        max_context=max_context,
+    )
+    for done in range(3):
+        progress("compiling", done + 1, 3)
+    return Parts(
+        model=ModelInfo(
+            name=config.model.served_name or "fake",
+            max_context=max_context,
+            vocab_size=VOCAB_SIZE,
+            eos_token_ids=(EOS,),
+            cache_groups=GROUPS,
+        ),
+        batch=ExactBatch(),
+        executor=device,
+        page_size=config.cache.page_size,
+        num_pages=(num_pages,),
+    )
+
+
+def oracle(prompt: list[int], sampling: SamplingParams, choice: int = 0) -> list[int]:
+    """The tokens that this engine emits."""
+    return executor.oracle(
+        prompt,
+        sampling,
+        choice,
+        groups=GROUPS,
+        vocab_size=VOCAB_SIZE,
+        eos_token_ids=(EOS,),
+    )
+
+
+def main() -> int:
+    """The child process, as `jaxserve.engine.process.main` with a fake model."""
+    from jaxserve.engine.process import follow_parent, run
+    from jaxserve.protocol.zmq import ZmqServer
+
+    follow_parent()
+    config: Config = pickle.load(sys.stdin.buffer)
+    server = ZmqServer(sys.argv[1])
+    try:
+        return run(config, server, fake_parts)
+    finally:
+        server.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

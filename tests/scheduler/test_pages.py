@@ -1,0 +1,121 @@
+"""The allocator against a plain model that keeps sets of holders."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxserve.scheduler.pages import PageAllocator, PagePool, PageTable
+from tests.fakes.executor import FULL, sliding
+
+PAGE = 4
+NUM_PAGES = 9
+WINDOW = 6
+
+
+def holders(allocator: PageAllocator, tables: list[PageTable], group: int) -> Counter[int]:
+    """How often each page is held, counted from the tables."""
+    return Counter(
+        page for table in tables for page in table.pages[group][table.num_behind[group] :]
+    )
+
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["new", "extend", "share", "own", "release"]),
+        st.integers(0, 100),
+        st.integers(1, 12),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(steps)
+def test_references_equal_the_tables_that_hold_a_page(script):
+    allocator = PageAllocator(PAGE, (FULL, sliding(WINDOW)), (NUM_PAGES, NUM_PAGES))
+    tables: dict[int, PageTable] = {}
+    lengths: dict[int, int] = {}
+    for number, (action, pick, amount) in enumerate(script):
+        known = sorted(tables)
+        chosen = known[pick % len(known)] if known else None
+        if action == "new":
+            tables[number], lengths[number] = allocator.new_table(), 0
+        elif chosen is None:
+            continue
+        elif action == "extend":
+            free = [pool.num_free for pool in allocator.pools]
+            start, end = lengths[chosen], lengths[chosen] + amount
+            entries = allocator.extend(tables[chosen], start, end)
+            if entries is None:
+                assert any(-(-end // PAGE) > f for f in free)  # it was truly short
+                assert allocator.reachable(tables[chosen], start) < end
+            else:
+                lengths[chosen] = end
+                for group, index, page in entries:
+                    assert page != 0 and tables[chosen].pages[group][index] == page
+                oldest = max(start - WINDOW + 1, 0)  # all that the next query sees is there
+                window_pages = tables[chosen].pages[1]
+                assert all(window_pages[p // PAGE] for p in range(oldest, end))
+                assert all(tables[chosen].pages[0])
+        elif action == "share" and lengths[chosen]:
+            tables[number] = allocator.share(tables[chosen], lengths[chosen])
+            lengths[number] = lengths[chosen]
+        elif action == "own" and lengths[chosen]:
+            position = lengths[chosen] - 1
+            before = [list(pages) for pages in tables[chosen].pages]
+            copies = allocator.own(tables[chosen], position)
+            for group, source, target in copies or ():
+                assert before[group][position // PAGE] == source
+                assert tables[chosen].pages[group][position // PAGE] == target
+            if copies is not None:
+                for group in range(2):
+                    page = tables[chosen].pages[group][position // PAGE]
+                    assert allocator.pools[group].num_holders(page) == 1
+        elif action == "release":
+            allocator.release(tables.pop(chosen))
+            del lengths[chosen]
+        for group, pool in enumerate(allocator.pools):
+            held = holders(allocator, list(tables.values()), group)
+            assert held == Counter({p: pool.num_holders(p) for p in held})
+            assert pool.num_used == len(held)
+            assert pool.num_used + pool.num_free == pool.capacity == NUM_PAGES - 1
+    for table in tables.values():
+        allocator.release(table)
+    assert allocator.num_used == 0
+
+
+def test_a_page_is_handed_out_once_and_page_0_never():
+    pool = PagePool(5)
+    assert sorted(pool.take() for _ in range(4)) == [1, 2, 3, 4]
+    assert pool.num_free == 0
+    pool.share(3)
+    pool.release(3)
+    assert pool.num_free == 0
+    pool.release(3)
+    assert pool.take() == 3
+
+
+def test_releasing_a_free_page_is_caught():
+    pool = PagePool(3)
+    with pytest.raises(AssertionError, match="page 2 is free"):
+        pool.release(2)
+
+
+def test_a_short_group_takes_nothing_from_the_other():
+    allocator = PageAllocator(PAGE, (FULL, sliding(WINDOW)), (9, 3))
+    table = allocator.new_table()
+    assert allocator.extend(table, 0, 12) is None
+    assert allocator.num_used == 0
+    assert allocator.reachable(table, 0) == 8
+
+
+def test_fits_alone_counts_the_window_only():
+    allocator = PageAllocator(PAGE, (sliding(WINDOW),), (4,))
+    assert allocator.fits_alone(10_000)
+    assert not PageAllocator(PAGE, (sliding(WINDOW),), (3,)).fits_alone(10_000)
+    assert PageAllocator(PAGE, (FULL,), (4,)).fits_alone(12)
+    assert not PageAllocator(PAGE, (FULL,), (4,)).fits_alone(13)
