@@ -51,12 +51,16 @@ class Program:
 
 @dataclass(slots=True, kw_only=True)
 class SlotWrite:
-    """Resets device state of one slot and stores its sequence's sampling parameters."""
+    """Resets device state of one slot and stores its sequence's sampling parameters.
+
+    `prefix` as in `scheduler.plan.Join`: tokens that the slot will not see entering the model.
+    """
 
     slot: int
     sampling: SamplingParams
     prompt_len: int
     choice: int
+    prefix: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)

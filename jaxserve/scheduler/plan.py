@@ -18,12 +18,15 @@ class Join:
     Attributes:
         prompt_len: tokens before it are prompt, from it on output (also when recomputed).
         choice: index among the request's n, keys the random bits.
+        prefix: tokens at positions 0, 1, … whose KV was found instead of computed; given only
+            where the sampling parameters look back at them.
     """
 
     slot: int
     sampling: SamplingParams
     prompt_len: int
     choice: int
+    prefix: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)
