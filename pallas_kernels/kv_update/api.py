@@ -5,9 +5,9 @@ from __future__ import annotations
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.errors import UnsupportedKernel
-from pallas_kernels.kv_update import xla
+from pallas_kernels.kv_update import cpu, xla
 
-BACKENDS = {"xla": xla}
+BACKENDS = {"xla": xla, "cpu": cpu}
 
 
 def kv_update(

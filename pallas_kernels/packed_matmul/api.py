@@ -60,9 +60,7 @@ def packed_matmul(
     """
     num_panels, depth, panel = packed.shape
     if depth != x.shape[1] or panel != PANEL or num_panels != -(-num_columns // PANEL):
-        raise ValueError(
-            f"x {x.shape} and packed {packed.shape} do not give {num_columns} columns"
-        )
+        raise ValueError(f"x {x.shape} and packed {packed.shape} do not give {num_columns} columns")
     if x.dtype != jnp.float32 or packed.dtype not in DTYPES:
         raise ValueError(
             f"x is {x.dtype} and packed {packed.dtype}: give float32, and float32 or float16"

@@ -94,9 +94,9 @@ def check(case: Case, backend: str, layer: int = 1) -> None:
     seed = secrets.randbits(32)
     arrays = case.arrays(seed)
     expected = reference.paged_attention(layer=layer, **arrays, **case.options)
-    out = jax.jit(
-        lambda a: paged_attention(layer=layer, backend=backend, **a, **case.options)
-    )(arrays)
+    out = jax.jit(lambda a: paged_attention(layer=layer, backend=backend, **a, **case.options))(
+        arrays
+    )
     live = int(arrays["batch"].query_starts[-1])
     assert out.shape == expected.shape and out.dtype == arrays["q"].dtype
     assert np.isfinite(np.asarray(out)).all(), f"seed {seed}"
@@ -146,7 +146,7 @@ def test_contexts_beyond_int16(backend: str, window: int | None) -> None:
         lens=[(1, 70_001), (3, 40_000)],
         num_heads=2,
         num_kv_heads=1,
-        head_dim=8,
+        head_dim=16,
         num_layers=1,
         window=window,
     )

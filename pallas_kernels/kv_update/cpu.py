@@ -1,0 +1,47 @@
+"""The native kv_update (`cpu.cc`) as a JAX function."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import native
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def unsupported(*, head_dim: int, dtype: object) -> str | None:
+    """Why it cannot run here; None where it can."""
+    if head_dim % 8:
+        return f"head_dim {head_dim} is no multiple of 8"
+    if jnp.dtype(dtype).name not in DTYPES:
+        return f"pages are {jnp.dtype(dtype).name}, the kernel takes {', '.join(DTYPES)}"
+    return native.load().reason
+
+
+def kv_update(
+    k_pages: Float[Array, "L P K Z H"],
+    v_pages: Float[Array, "L P K Z H"],
+    k_new: Float[Array, "T K H"],
+    v_new: Float[Array, "T K H"],
+    layer: int | Int[Array, ""],
+    token_pages: Int[Array, "T"],
+    token_offsets: Int[Array, "T"],
+) -> tuple[Float[Array, "L P K Z H"], Float[Array, "L P K Z H"]]:
+    """See `api.kv_update`."""
+    with jax.named_scope("kv_update"):
+        k_pages, v_pages = jax.ffi.ffi_call(
+            "jaxserve_kv_update",
+            tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_pages, v_pages)),
+            input_output_aliases={5: 0, 6: 1},
+        )(
+            k_new.astype(jnp.float32),
+            v_new.astype(jnp.float32),
+            jnp.asarray(layer, jnp.int32),
+            token_pages.astype(jnp.int32),
+            token_offsets.astype(jnp.int32),
+            k_pages,
+            v_pages,
+        )
+    return k_pages, v_pages
