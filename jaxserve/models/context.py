@@ -52,7 +52,9 @@ class StepContext:
     num_live: Int[Array, ""]
 
     @classmethod
-    def build(cls, batches: tuple[RaggedBatch, ...], num_tokens: int, page_size: int) -> StepContext:
+    def build(
+        cls, batches: tuple[RaggedBatch, ...], num_tokens: int, page_size: int
+    ) -> StepContext:
         """Works out every token's place from its row's.
 
         Args:

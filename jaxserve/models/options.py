@@ -1,0 +1,64 @@
+"""How a model is computed, apart from what it computes: chosen from the configuration at start-up.
+
+Read by every layer; nothing in here changes results beyond rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxserve.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16")
+BACKENDS = ("xla", "cpu")
+LAYERS = ("unrolled", "scanned")
+#: What the native matmul reads.
+PACKED_DTYPES = ("float32", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Dtype and backends of one loaded model.
+
+    Attributes:
+        dtype: weights are held in it: "float32", "bfloat16" or "float16". Norm scales and biases
+            are float32 always.
+        matmul: "xla", dense weights; or "cpu", packed weights and the native kernel.
+        attention: backend of `paged_attention` and `kv_update`, "xla" or "cpu".
+        layers: "unrolled", or "scanned" over stacked weights: one layer to compile.
+
+    Raises:
+        ConfigError: an unknown value, or a dtype that the native matmul does not read.
+    """
+
+    dtype: str = "float32"
+    matmul: str = "xla"
+    attention: str = "xla"
+    layers: str = "unrolled"
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("dtype", DTYPES),
+            ("matmul", BACKENDS),
+            ("attention", BACKENDS),
+            ("layers", LAYERS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        if self.packed and self.dtype not in PACKED_DTYPES:
+            raise ConfigError(
+                f"kernels.matmul=cpu reads {' and '.join(PACKED_DTYPES)} weights, not {self.dtype}: "
+                "set weights.dtype, or kernels.matmul=xla"
+            )
+
+    @property
+    def packed(self) -> bool:
+        """Whether linear weights are held in the native kernel's panels."""
+        return self.matmul == "cpu"
+
+    @property
+    def activations(self) -> str:
+        """Dtype of the residual stream: the weights', except that the native matmul is float32."""
+        return "float32" if self.packed else self.dtype

@@ -1,0 +1,128 @@
+"""What an architecture is, as data: sizes and switches that the shared layers are built from.
+
+Made by `Decoder.spec_from_hf` from a checkpoint's config; hashable, without arrays. Whatever in
+the config changes the result stands here or was refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxserve.models.rotary import Rope
+from jaxserve.types import CacheGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """Attention of every layer.
+
+    Attributes:
+        num_heads, num_kv_heads, head_dim: N, K, H.
+        scale: multiplies q·k.
+        qkv_bias, output_bias: whether the projections have one.
+        qk_norm: RMSNorm over H of each query and key head before the rotary embedding.
+        soft_cap: of the scores; None for none.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    soft_cap: float | None = None
+
+    @property
+    def queries_per_kv(self) -> int:
+        """Query heads that share one KV head."""
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerKind:
+    """In what layers of one model differ.
+
+    Attributes:
+        rope: its rotary embedding.
+        window: sliding window in tokens, itself included; None for full attention.
+    """
+
+    rope: Rope
+    window: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """A decoder.
+
+    Attributes:
+        architecture: name in HF's config.
+        vocab_size: V, number of logits.
+        hidden_size: D.
+        feed_forward: F.
+        max_context: positions the model was made for.
+        eos_token_ids: end a sequence; may be empty.
+        attention: of all layers.
+        layers: kind of each layer, in order.
+        activation: of the gated MLP: "silu", "gelu_tanh" or "gelu".
+        mlp_bias: whether the MLP's projections have one.
+        norm_eps: of all RMS norms.
+        tied: whether the output head is the embedding table.
+        embed_scale: multiplies the embeddings.
+        logit_soft_cap: of the logits; None for none.
+        tensor_prefix: what stands before `model.` in this checkpoint's tensor names.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    feed_forward: int
+    max_context: int
+    eos_token_ids: tuple[int, ...]
+    attention: AttentionSpec
+    layers: tuple[LayerKind, ...]
+    activation: str
+    norm_eps: float
+    tied: bool
+    mlp_bias: bool = False
+    embed_scale: float = 1.0
+    logit_soft_cap: float | None = None
+    tensor_prefix: str = ""
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.layers)
+
+    def cache_groups(self) -> tuple[CacheGroup, ...]:
+        """Layers by window: full attention first, then each window, ascending."""
+        windows = {kind.window for kind in self.layers}
+        ordered = [w for w in (None, *sorted(w for w in windows if w is not None)) if w in windows]
+        return tuple(
+            CacheGroup(
+                kind="full" if window is None else "sliding",
+                layers=tuple(i for i, kind in enumerate(self.layers) if kind.window == window),
+                num_kv_heads=self.attention.num_kv_heads,
+                head_dim=self.attention.head_dim,
+                window=window,
+            )
+            for window in ordered
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRule:
+    """How one parameter is made of a checkpoint's tensors.
+
+    Attributes:
+        names: HF tensor names.
+        build: from those tensors, in that order, to the parameter's dense, logical array, in the
+            dtype of the tensors or float32. `Decoder.encode` turns that into what is held.
+    """
+
+    names: tuple[str, ...]
+    build: Callable[[list[np.ndarray]], np.ndarray]
