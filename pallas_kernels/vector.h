@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+// Before a loop over the registers of a tile: unrolled early, so that the compiler keeps an array
+// of vectors in registers instead of storing it in each turn.
+#define UNROLL _Pragma("GCC unroll 16")
+
 namespace jaxserve {
 
 // Storage types of half precision; bits only.

@@ -51,7 +51,9 @@ template <int R, typename W>
 inline void multiply_tile(const float* x, int64_t stride, const W* w, int64_t depth, bool resume,
                           float* acc, int64_t acc_stride) {
   __m256 c[R][3];
+  UNROLL
   for (int r = 0; r < R; ++r) {
+    UNROLL
     for (int j = 0; j < 3; ++j) {
       c[r][j] = resume ? _mm256_loadu_ps(acc + r * acc_stride + 8 * j) : _mm256_setzero_ps();
     }
@@ -59,6 +61,7 @@ inline void multiply_tile(const float* x, int64_t stride, const W* w, int64_t de
   for (int64_t k = 0; k < depth; ++k, w += kPanel) {
     const __m256 w0 = load8(w), w1 = load8(w + 8), w2 = load8(w + 16);
     _mm_prefetch(reinterpret_cast<const char*>(w + kPanel * 16), _MM_HINT_T0);
+    UNROLL
     for (int r = 0; r < R; ++r) {
       const __m256 a = _mm256_broadcast_ss(x + r * stride + k);
       c[r][0] = _mm256_fmadd_ps(a, w0, c[r][0]);
@@ -66,7 +69,9 @@ inline void multiply_tile(const float* x, int64_t stride, const W* w, int64_t de
       c[r][2] = _mm256_fmadd_ps(a, w2, c[r][2]);
     }
   }
+  UNROLL
   for (int r = 0; r < R; ++r) {
+    UNROLL
     for (int j = 0; j < 3; ++j) _mm256_storeu_ps(acc + r * acc_stride + 8 * j, c[r][j]);
   }
 }

@@ -187,19 +187,26 @@ template <int R>
 void dot_scores(const float* q, const float* const* k, int64_t count, int64_t dim, float* s) {
   for (int64_t i = 0; i < count; i += 4) {
     const float* row[4];
+    UNROLL
     for (int j = 0; j < 4; ++j) row[j] = k[std::min(i + j, count - 1)];
     __m256 c[R][4];
+    UNROLL
     for (int r = 0; r < R; ++r) {
+      UNROLL
       for (int j = 0; j < 4; ++j) c[r][j] = _mm256_setzero_ps();
     }
     for (int64_t h = 0; h < dim; h += 8) {
       __m256 a[R];
+      UNROLL
       for (int r = 0; r < R; ++r) a[r] = load8(q + r * dim + h);
+      UNROLL
       for (int j = 0; j < 4; ++j) {
         const __m256 b = load8(row[j] + h);
+        UNROLL
         for (int r = 0; r < R; ++r) c[r][j] = _mm256_fmadd_ps(a[r], b, c[r][j]);
       }
     }
+    UNROLL
     for (int r = 0; r < R; ++r) {
       _mm_storeu_ps(s + r * kTile + i, sum4x8(c[r][0], c[r][1], c[r][2], c[r][3]));
     }
@@ -211,18 +218,21 @@ template <int R>
 void add_values(const float* p, const float* const* v, int64_t count, int64_t dim, float* acc) {
   for (int64_t h = 0; h < dim; h += 16) {
     __m256 c[R][2];
+    UNROLL
     for (int r = 0; r < R; ++r) {
       c[r][0] = load8(acc + r * dim + h);
       c[r][1] = load8(acc + r * dim + h + 8);
     }
     for (int64_t i = 0; i < count; ++i) {
       const __m256 v0 = load8(v[i] + h), v1 = load8(v[i] + h + 8);
+      UNROLL
       for (int r = 0; r < R; ++r) {
         const __m256 a = _mm256_broadcast_ss(p + r * kTile + i);
         c[r][0] = _mm256_fmadd_ps(a, v0, c[r][0]);
         c[r][1] = _mm256_fmadd_ps(a, v1, c[r][1]);
       }
     }
+    UNROLL
     for (int r = 0; r < R; ++r) {
       _mm256_storeu_ps(acc + r * dim + h, c[r][0]);
       _mm256_storeu_ps(acc + r * dim + h + 8, c[r][1]);
@@ -309,18 +319,21 @@ template <bool kAdd>
 inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t depth,
                           float* c, int64_t c_stride) {
   __m256 sum[kRegisterRows][2];
+  UNROLL
   for (int r = 0; r < kRegisterRows; ++r) {
     sum[r][0] = kAdd ? load8(c + r * c_stride) : _mm256_setzero_ps();
     sum[r][1] = kAdd ? load8(c + r * c_stride + 8) : _mm256_setzero_ps();
   }
   for (int64_t k = 0; k < depth; ++k) {
     const __m256 b0 = load8(b + 16 * k), b1 = load8(b + 16 * k + 8);
+    UNROLL
     for (int r = 0; r < kRegisterRows; ++r) {
       const __m256 x = _mm256_broadcast_ss(a + r * a_stride + k);
       sum[r][0] = _mm256_fmadd_ps(x, b0, sum[r][0]);
       sum[r][1] = _mm256_fmadd_ps(x, b1, sum[r][1]);
     }
   }
+  UNROLL
   for (int r = 0; r < kRegisterRows; ++r) {
     _mm256_storeu_ps(c + r * c_stride, sum[r][0]);
     _mm256_storeu_ps(c + r * c_stride + 8, sum[r][1]);

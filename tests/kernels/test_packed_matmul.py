@@ -1,0 +1,89 @@
+"""The native packed matmul against its reference, and the layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import native
+from pallas_kernels.packed_matmul import pack, packed_matmul, packed_rows, reference
+
+needs_native = pytest.mark.skipif(
+    native.load().reason is not None, reason=f"native kernels: {native.load().reason}"
+)
+
+
+def random(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("num_columns", [1, 23, 24, 25, 96, 100])
+def test_packing_is_undone_by_the_reference(num_columns: int) -> None:
+    w = random(np.random.default_rng(0), 7, num_columns)
+    packed = pack(w, np.float32)
+    assert packed.shape == (-(-num_columns // 24), 7, 24)
+    np.testing.assert_array_equal(reference.unpack(packed, num_columns), w)
+    assert not packed[-1, :, 1 + (num_columns - 1) % 24 :].any()
+
+
+def test_rows_of_the_table_come_back() -> None:
+    table = random(np.random.default_rng(1), 50, 8)
+    packed = jnp.asarray(pack(table.T, np.float32))
+    rows = packed_rows(packed, jnp.asarray([0, 23, 24, 49, 7]))
+    np.testing.assert_array_equal(rows, table[[0, 23, 24, 49, 7]])
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 15, 16, 17, 127, 128, 129, 300])
+@pytest.mark.parametrize(("depth", "num_columns"), [(1, 1), (64, 24), (300, 100), (577, 49)])
+def test_matches_reference(dtype: Any, num_rows: int, depth: int, num_columns: int) -> None:
+    rng = np.random.default_rng(num_rows * depth)
+    x, packed = random(rng, num_rows, depth), pack(random(rng, depth, num_columns), dtype)
+    out = jax.jit(packed_matmul, static_argnums=2)(x, packed, num_columns)
+    expected = reference.packed_matmul(x, packed, num_columns)
+    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5 * np.sqrt(depth))
+
+
+@needs_native
+@pytest.mark.parametrize("live", [0, 1, 5, 20])
+def test_dead_rows_are_zero_and_never_read(live: int) -> None:
+    rng = np.random.default_rng(2)
+    x, packed = random(rng, 20, 32), pack(random(rng, 32, 30), np.float32)
+    x[live:] = np.nan
+    out = np.asarray(packed_matmul(jnp.asarray(x), jnp.asarray(packed), 30, jnp.int32(live)))
+    assert not out[live:].any()
+    np.testing.assert_allclose(
+        out, reference.packed_matmul(x, packed, 30, live), rtol=1e-5, atol=1e-5
+    )
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_row_has_the_same_bits_in_any_company(dtype: Any) -> None:
+    rng = np.random.default_rng(3)
+    x, packed = random(rng, 300, 600), pack(random(rng, 600, 50), dtype)
+    together = np.asarray(packed_matmul(jnp.asarray(x), jnp.asarray(packed), 50))
+    for row in (0, 3, 15, 16, 127, 128, 299):
+        alone = packed_matmul(jnp.asarray(x[row : row + 1]), jnp.asarray(packed), 50)
+        np.testing.assert_array_equal(alone[0], together[row])
+    few = packed_matmul(jnp.asarray(x[:9]), jnp.asarray(packed), 50)
+    np.testing.assert_array_equal(few, together[:9])
+
+
+def test_contradictions_are_refused() -> None:
+    packed = jnp.zeros((2, 8, 24))
+    with pytest.raises(ValueError, match="do not give 10 columns"):
+        packed_matmul(jnp.zeros((1, 8)), packed, 10)
+    with pytest.raises(ValueError, match="do not give 40 columns"):
+        packed_matmul(jnp.zeros((1, 9)), packed, 40)
+    with pytest.raises(ValueError, match="bfloat16"):
+        packed_matmul(jnp.zeros((1, 8), jnp.bfloat16), packed, 40)
+    with pytest.raises(ValueError, match="int8"):
+        pack(np.zeros((2, 2), np.float32), np.int8)
+    with pytest.raises(ValueError, match="range of float16"):
+        pack(np.full((2, 2), 1e6, np.float32), np.float16)
