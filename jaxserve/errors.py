@@ -49,6 +49,13 @@ class PayloadTooLarge(InvalidRequest):
     status = 413
 
 
+class UnsupportedMediaType(InvalidRequest):
+    """The body is not declared to be JSON."""
+
+    code = "unsupported_media_type"
+    status = 415
+
+
 class Unauthenticated(JaxserveError):
     """No valid API key was given."""
 

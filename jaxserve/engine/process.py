@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import os
 import pickle
-import select
 import signal
 import sys
 import threading
@@ -25,6 +24,7 @@ from jaxserve.engine.greeter import Greeter
 from jaxserve.engine.loop import Engine
 from jaxserve.engine.parts import Factory, Parts
 from jaxserve.errors import JaxserveError
+from jaxserve.protocol.parent import follow_parent
 from jaxserve.protocol.server import ServerTransport
 from jaxserve.scheduler.scheduler import Scheduler
 
@@ -85,27 +85,6 @@ def build_engine(config: Config, server: ServerTransport, parts: Parts) -> Engin
         config.scheduler, parts.model, page_size=parts.page_size, num_pages=parts.num_pages
     )
     return Engine(parts.model, scheduler, parts.batch, parts.executor, server)
-
-
-def follow_parent() -> None:
-    """Ends this process at once when its parent ends.
-
-    A watching thread instead of PR_SET_PDEATHSIG, which fires when the parent's *thread* ends.
-    """
-    parent = os.getppid()
-
-    def watch() -> None:
-        try:
-            poll = select.poll()
-            poll.register(os.pidfd_open(parent), select.POLLIN)
-            if os.getppid() == parent:
-                poll.poll()
-        except (AttributeError, OSError):  # not Linux, or the parent is in another pid namespace
-            while os.getppid() == parent:
-                time.sleep(0.5)
-        os._exit(EXIT_FAILED)
-
-    threading.Thread(target=watch, name="jaxserve parent watch", daemon=True).start()
 
 
 def watch_steps(engine: Engine, timeout_s: float, on_hang: Callable[[float], None]) -> None:

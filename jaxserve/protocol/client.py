@@ -94,6 +94,17 @@ class Stream:
         if ids:
             self._client.send(Cancel(sequence_ids=ids, reason=reason))
 
+    def take(self) -> SequenceEvent | None:
+        """The next event that is already here; None if there is none. Raises as iteration does."""
+        return self._state.take()
+
+    def watch(self, wake: Callable[[], None]) -> None:
+        """Has `wake` called when there is something to take: for readers of several streams.
+
+        Replaces iteration: such a reader uses `take` and `done`.
+        """
+        self._state.wake = wake
+
     def __aiter__(self) -> AsyncIterator[SequenceEvent]:
         return self
 
@@ -176,6 +187,11 @@ class EngineClient:
     def progress(self) -> Progress | None:
         """How far start-up is; None before the first word of it."""
         return self._dispatcher.progress
+
+    @property
+    def error(self) -> JaxserveError | None:
+        """Why the engine is dead; None while it is not known to be."""
+        return self._dispatcher.error
 
     @property
     def num_streams(self) -> int:
