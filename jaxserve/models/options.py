@@ -49,8 +49,8 @@ class ModelOptions:
                 )
         if self.packed and self.dtype not in PACKED_DTYPES:
             raise ConfigError(
-                f"kernels.matmul=cpu reads {' and '.join(PACKED_DTYPES)} weights, not {self.dtype}: "
-                "set weights.dtype, or kernels.matmul=xla"
+                f"kernels.matmul=cpu reads {' and '.join(PACKED_DTYPES)} weights, not "
+                f"{self.dtype}: set weights.dtype, or kernels.matmul=xla"
             )
 
     @property

@@ -120,9 +120,11 @@ class TensorRule:
 
     Attributes:
         names: HF tensor names.
+        shapes: what each of them must have, as HF stores it; to be checked before reading.
         build: from those tensors, in that order, to the parameter's dense, logical array, in the
             dtype of the tensors or float32. `Decoder.encode` turns that into what is held.
     """
 
     names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
     build: Callable[[list[np.ndarray]], np.ndarray]

@@ -1,0 +1,125 @@
+"""From Hugging Face's tensors to this package's parameters, as data.
+
+Each function gives `TensorRule`s for one layer's parts, keyed by the path inside the layer. HF's
+linear weights are [out, in]; here they are [in, *out].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from jaxserve.models.spec import ModelSpec, TensorRule
+
+Path = tuple[str | int, ...]
+Rules = dict[Path, TensorRule]
+
+
+def norm(name: str, size: int, offset: float = 0.0) -> TensorRule:
+    """A norm's scale; Gemma's checkpoints hold scale − 1, so `offset` 1."""
+
+    def build(tensors: list[np.ndarray]) -> np.ndarray:
+        return tensors[0].astype(np.float32) + np.float32(offset)
+
+    return TensorRule(names=(name,), shapes=((size,),), build=build)
+
+
+def table(name: str, spec: ModelSpec) -> TensorRule:
+    """The embedding table or the untied head, [V, D] as it is."""
+    shape = (spec.vocab_size, spec.hidden_size)
+    return TensorRule(names=(name,), shapes=(shape,), build=lambda tensors: tensors[0])
+
+
+def attention(prefix: str, spec: ModelSpec, norm_offset: float = 0.0) -> Rules:
+    """q_proj, k_proj, v_proj, o_proj, and q_norm and k_norm where the spec has them."""
+    sizes = spec.attention
+    heads, kv_heads = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
+    names = tuple(f"{prefix}.{part}_proj" for part in "qkv")
+    rows = (heads, kv_heads, kv_heads)
+
+    def build_weight(tensors: list[np.ndarray]) -> Float[np.ndarray, "D K G+2 H"]:
+        return np.moveaxis(_by_kv_head(tensors, spec), -1, 0)
+
+    def build_bias(tensors: list[np.ndarray]) -> Float[np.ndarray, "K G+2 H"]:
+        return _by_kv_head([t[:, None] for t in tensors], spec)[..., 0]
+
+    rules: Rules = {
+        ("qkv", "weight"): TensorRule(
+            names=tuple(f"{name}.weight" for name in names),
+            shapes=tuple((n, spec.hidden_size) for n in rows),
+            build=build_weight,
+        ),
+        ("out", "weight"): _transposed(f"{prefix}.o_proj.weight", (spec.hidden_size, heads)),
+    }
+    if sizes.qkv_bias:
+        rules["qkv", "bias"] = TensorRule(
+            names=tuple(f"{name}.bias" for name in names),
+            shapes=tuple((n,) for n in rows),
+            build=build_bias,
+        )
+    if sizes.output_bias:
+        rules["out", "bias"] = norm(f"{prefix}.o_proj.bias", spec.hidden_size)
+    if sizes.qk_norm:
+        for part in "qk":
+            name = f"{prefix}.{part}_norm.weight"
+            rules[f"{part}_norm", "scale"] = norm(name, sizes.head_dim, norm_offset)
+    return rules
+
+
+def gated_mlp(prefix: str, spec: ModelSpec) -> Rules:
+    """gate_proj, up_proj and down_proj."""
+    names = (f"{prefix}.gate_proj", f"{prefix}.up_proj")
+    wide, narrow = spec.feed_forward, spec.hidden_size
+
+    def build_weight(tensors: list[np.ndarray]) -> Float[np.ndarray, "D 2 F"]:
+        return np.moveaxis(np.stack(tensors), -1, 0)
+
+    rules: Rules = {
+        ("gate_up", "weight"): TensorRule(
+            names=tuple(f"{name}.weight" for name in names),
+            shapes=((wide, narrow),) * 2,
+            build=build_weight,
+        ),
+        ("down", "weight"): _transposed(f"{prefix}.down_proj.weight", (narrow, wide)),
+    }
+    if spec.mlp_bias:
+        rules["gate_up", "bias"] = TensorRule(
+            names=tuple(f"{name}.bias" for name in names), shapes=((wide,),) * 2, build=np.stack
+        )
+        rules["down", "bias"] = norm(f"{prefix}.down_proj.bias", narrow)
+    return rules
+
+
+def within(path: Path, rules: Rules) -> Rules:
+    """The same rules, a level deeper."""
+    return {(*path, *inner): rule for inner, rule in rules.items()}
+
+
+def stacked(rules: Sequence[TensorRule]) -> TensorRule:
+    """One parameter with a leading layer axis, made of the same parameter of several layers."""
+    counts = [len(rule.names) for rule in rules]
+
+    def build(tensors: list[np.ndarray]) -> np.ndarray:
+        parts, start = [], 0
+        for rule, count in zip(rules, counts, strict=True):
+            parts.append(rule.build(tensors[start : start + count]))
+            start += count
+        return np.stack(parts)
+
+    return TensorRule(
+        names=tuple(name for rule in rules for name in rule.names),
+        shapes=tuple(shape for rule in rules for shape in rule.shapes),
+        build=build,
+    )
+
+
+def _transposed(name: str, shape: tuple[int, int]) -> TensorRule:
+    return TensorRule(names=(name,), shapes=(shape,), build=lambda tensors: tensors[0].T)
+
+
+def _by_kv_head(tensors: list[np.ndarray], spec: ModelSpec) -> Float[np.ndarray, "K G+2 H D"]:
+    sizes = spec.attention
+    parts = [t.reshape(sizes.num_kv_heads, -1, sizes.head_dim, t.shape[-1]) for t in tensors]
+    return np.concatenate(parts, axis=1)
