@@ -181,11 +181,26 @@ void soften(const Call& call, float* s, int64_t first, int64_t last, int64_t wid
   *total += sum8(sum);
 }
 
+// The next tile's rows, whose cache lines are asked for while this tile is computed: pages lie
+// scattered, and the processor's own prefetching ends at each.
+struct Ahead {
+  const char* const* rows;
+  int64_t count, bytes;
+
+  void fetch(int64_t first, int64_t num) const {
+    for (int64_t i = first; i < std::min(first + num, count); ++i) {
+      for (int64_t b = 0; b < bytes; b += 64) _mm_prefetch(rows[i] + b, _MM_HINT_T0);
+    }
+  }
+};
+
 // Scores of R queries against `count` keys, four keys at a time; up to 3 beyond `count` are
 // written, and masked by `soften`.
 template <int R>
-void dot_scores(const float* q, const float* const* k, int64_t count, int64_t dim, float* s) {
+void dot_scores(const float* q, const float* const* k, int64_t count, int64_t dim, float* s,
+                const Ahead& ahead) {
   for (int64_t i = 0; i < count; i += 4) {
+    ahead.fetch(i, 4);
     const float* row[4];
     UNROLL
     for (int j = 0; j < 4; ++j) row[j] = k[std::min(i + j, count - 1)];
@@ -215,8 +230,11 @@ void dot_scores(const float* q, const float* const* k, int64_t count, int64_t di
 
 // acc[r] += sum over i of p[r, i] v[i], for R rows.
 template <int R>
-void add_values(const float* p, const float* const* v, int64_t count, int64_t dim, float* acc) {
+void add_values(const float* p, const float* const* v, int64_t count, int64_t dim, float* acc,
+                const Ahead& ahead) {
+  const int64_t share = kTile * 16 / dim;
   for (int64_t h = 0; h < dim; h += 16) {
+    ahead.fetch(h / 16 * share, share);
     __m256 c[R][2];
     UNROLL
     for (int r = 0; r < R; ++r) {
@@ -260,9 +278,14 @@ void decode_item(const Call& call, const Item& item, float* partials) {
   Scratch& mine = scratch;
   mine.reserve(groups, dim);
   load_queries(call, item, mine.q.data());
+  TileRows<T> rows(call, item, item.begin, std::min(kTile, item.end - item.begin));
   for (int64_t begin = item.begin; begin < item.end; begin += kTile) {
     const int64_t count = std::min(kTile, item.end - begin);
-    const TileRows<T> rows(call, item, begin, count);
+    const int64_t num_ahead = std::clamp<int64_t>(item.end - begin - kTile, 0, kTile);
+    const TileRows<T> next(call, item, begin + kTile, num_ahead);
+    const int64_t row_bytes = dim * static_cast<int64_t>(sizeof(T));
+    const Ahead keys_ahead{reinterpret_cast<const char* const*>(next.k), num_ahead, row_bytes};
+    const Ahead values_ahead{reinterpret_cast<const char* const*>(next.v), num_ahead, row_bytes};
     const float *k[kTile], *v[kTile];
     float_rows(rows.k, count, dim, mine.keys.data(), k);
     float_rows(rows.v, count, dim, mine.values.data(), v);
@@ -271,17 +294,18 @@ void decode_item(const Call& call, const Item& item, float* partials) {
       float* s = mine.scores.data() + g * kTile;
       float* acc = mine.acc.data() + g * dim;
       const int64_t n = std::min<int64_t>(3, groups - g);
-      if (n == 3) dot_scores<3>(q, k, count, dim, s);
-      if (n == 2) dot_scores<2>(q, k, count, dim, s);
-      if (n == 1) dot_scores<1>(q, k, count, dim, s);
+      if (n == 3) dot_scores<3>(q, k, count, dim, s, keys_ahead);
+      if (n == 2) dot_scores<2>(q, k, count, dim, s, keys_ahead);
+      if (n == 1) dot_scores<1>(q, k, count, dim, s, keys_ahead);
       for (int64_t r = 0; r < n; ++r) {
         soften(call, s + r * kTile, 0, count, count, &mine.top[g + r], &mine.total[g + r],
                acc + r * dim);
       }
-      if (n == 3) add_values<3>(s, v, count, dim, acc);
-      if (n == 2) add_values<2>(s, v, count, dim, acc);
-      if (n == 1) add_values<1>(s, v, count, dim, acc);
+      if (n == 3) add_values<3>(s, v, count, dim, acc, values_ahead);
+      if (n == 2) add_values<2>(s, v, count, dim, acc, values_ahead);
+      if (n == 1) add_values<1>(s, v, count, dim, acc, values_ahead);
     }
+    rows = next;
   }
   if (item.partial < 0) {
     store_results(call, item, mine.acc.data(), mine.total.data());
