@@ -1,0 +1,172 @@
+"""The ASGI application: routes, and what stands around them.
+
+    Arrival (stamps the time, counts, answers errors) → CORS → Authentication → routes
+
+`Arrival` is outermost, so TTFT starts before the body is read, and the only place where an
+exception becomes a response. Pure ASGI throughout: no middleware buffers a stream.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route, Router
+
+from jaxserve.config import HttpConfig
+from jaxserve.errors import JaxserveError
+from jaxserve.http.auth import Authentication, KeyRing
+from jaxserve.http.chat import read_chat
+from jaxserve.http.completions import read_completion
+from jaxserve.http.errors import MethodNotAllowed, NotFound, send_error
+from jaxserve.http.frontend import Frontend
+from jaxserve.http.generate import GenerationEndpoint
+from jaxserve.http.metrics import Metrics
+from jaxserve.http.probes import Health, Models, PrometheusMetrics, Ready
+from jaxserve.http.tokens import Detokenize, Tokenize
+from jaxserve.protocol.client import EngineClient
+from jaxserve.text.template import ChatTemplate
+from jaxserve.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+#: Counted as the status of requests whose client left before an answer began.
+LEFT = 499
+
+
+def create_app(
+    client: EngineClient,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    config: HttpConfig,
+    *,
+    page_size: int,
+    keys: KeyRing | None = None,
+    metrics: Metrics | None = None,
+) -> Arrival:
+    """The application over a client that has been started.
+
+    Args:
+        template: None where the model has no chat template.
+        page_size: tokens a KV page.
+        keys: none are asked for where None.
+        metrics: of this process; its own where None.
+    """
+    frontend = Frontend(
+        client=client,
+        tokenizer=tokenizer,
+        template=template,
+        config=config,
+        keys=keys or KeyRing(),
+        metrics=metrics or Metrics(lambda: client.status),
+        page_size=page_size,
+        started_s=int(time.time()),
+    )
+    post, get = ["POST"], ["GET"]
+    router = Router(
+        routes=[
+            Route("/v1/chat/completions", GenerationEndpoint(frontend, read_chat), methods=post),
+            Route("/v1/completions", GenerationEndpoint(frontend, read_completion), methods=post),
+            Route("/v1/models", Models(frontend), methods=get),
+            Route("/v1/models/{name:path}", Models(frontend), methods=get),
+            Route("/tokenize", Tokenize(frontend), methods=post),
+            Route("/detokenize", Detokenize(frontend), methods=post),
+            Route("/health", Health(frontend), methods=get),
+            Route("/ready", Ready(frontend), methods=get),
+            Route("/metrics", PrometheusMetrics(frontend), methods=get),
+        ],
+        redirect_slashes=False,
+    )
+    app: Any = Authentication(Refusals(router), frontend.keys)
+    if config.cors_origins:
+        app = CORSMiddleware(
+            app,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            max_age=600,
+        )
+    return Arrival(app, frontend)
+
+
+class Refusals:
+    """ASGI: turns what a route raised into an error response, if none has begun."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Passes the request on."""
+        try:
+            await self._app(scope | {"app": self}, receive, send)
+        except JaxserveError as error:
+            await send_error(send, error)
+        except HTTPException as error:  # the router's own
+            await send_error(send, _routing_error(scope, error))
+
+
+class Arrival:
+    """ASGI, outermost: when a request came, that it is here, and how it was answered.
+
+    Attributes:
+        frontend: what the endpoints share; `frontend.idle()` waits for all requests to end.
+    """
+
+    def __init__(self, app: Any, frontend: Frontend) -> None:
+        self.frontend = frontend
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answers one request."""
+        if scope["type"] != "http":
+            return
+        scope["jaxserve.arrived_ns"] = time.monotonic_ns()
+        frontend = self.frontend
+        status = 0
+
+        async def send_counted(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if frontend.draining:
+                    message = message | {
+                        "headers": [*message["headers"], (b"connection", b"close")]
+                    }
+            await send(message)
+
+        frontend.enter()
+        frontend.metrics.in_flight(1)
+        try:
+            await self._app(scope, receive, send_counted)
+        except Exception:
+            logger.exception("a request failed")
+            if not status:
+                await send_error(send_counted, JaxserveError("internal error; see the log"))
+        finally:
+            frontend.leave()
+            frontend.metrics.in_flight(-1)
+            frontend.metrics.request(_route_of(scope["path"]), status or LEFT)
+
+
+_ROUTES = frozenset(
+    {
+        "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize",
+        "/health", "/ready", "/metrics",
+    }
+)  # fmt: skip
+
+
+def _route_of(path: str) -> str:
+    """A path as a metric's label: one of few."""
+    if path in _ROUTES:
+        return path
+    return "/v1/models/{name}" if path.startswith("/v1/models/") else "other"
+
+
+def _routing_error(scope: Any, error: HTTPException) -> JaxserveError:
+    if error.status_code == 405:
+        return MethodNotAllowed(f"{scope['path']} does not take {scope['method']}")
+    return NotFound(f"there is no {scope['path']} here")

@@ -1,0 +1,217 @@
+"""/v1/completions: one or several prompts, as text or token ids, continued."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxserve import types
+from jaxserve.errors import InvalidRequest
+from jaxserve.http.auth import Identity
+from jaxserve.http.body import Fields
+from jaxserve.http.frontend import Frontend
+from jaxserve.http.generation import Delta, Usage
+from jaxserve.http.logprobs import completion_logprobs, prompt_logprobs
+from jaxserve.http.sampling import (
+    Options,
+    plan_outputs,
+    read_options,
+    refuse_unsupported,
+    with_candidates_ranked,
+)
+from jaxserve.http.wire import Answer, Head, Work, encode, usage_fields
+from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.types import ModelInfo, TokenLogprobs
+
+#: OpenAI's default of max_tokens here.
+DEFAULT_MAX_TOKENS = 16
+
+
+async def read_completion(
+    fields: Fields, frontend: Frontend, model: ModelInfo, identity: Identity
+) -> Work:
+    """A validated completion request.
+
+    Raises:
+        InvalidRequest, ContextTooLong, Forbidden: what is wrong, by field, value and limit.
+    """
+    max_choices = frontend.config.max_choices
+    values = _prompts(fields, model, max_choices)
+    options = read_options(fields, model, frontend.tokenizer, identity, max_choices)
+    if len(values) * options.candidates > max_choices:
+        raise InvalidRequest(
+            f"{len(values)} prompts with {options.candidates} sequences each come to "
+            f"{len(values) * options.candidates}, the limit is {max_choices}",
+            param="prompt",
+        )
+    echo = fields.flag("echo", False)
+    options.max_tokens = fields.integer("max_tokens", None, 0, 2**31 - 1)
+    if options.max_tokens == 0:
+        if not echo:
+            raise InvalidRequest("max_tokens may be 0 only with echo, got 0", param="max_tokens")
+        options.discard = True
+    num_top = fields.integer("logprobs", None, 0, types.MAX_LOGPROBS)
+    num_prompt_top = options.sampling["prompt_logprobs"]
+    if num_top is not None:
+        options.sampling["logprobs"] = num_top
+        if echo:
+            options.sampling["prompt_logprobs"] = max(num_top, num_prompt_top or 0)
+    if options.stream and options.sampling["prompt_logprobs"] is not None:
+        field = "prompt_logprobs" if num_prompt_top is not None else "logprobs"
+        raise InvalidRequest("log-probabilities of the prompt cannot be streamed", param=field)
+    fields.neutral("suffix", "")
+    add_special_tokens = fields.flag("add_special_tokens", True)
+    refuse_unsupported(fields)
+    fields.finish()
+    prompts = [
+        value
+        if isinstance(value, list)
+        else await frontend.encode(value, add_special_tokens=add_special_tokens)
+        for value in values
+    ]
+    if not all(prompts):
+        raise InvalidRequest("prompt is empty; it needs at least one token", param="prompt")
+    with_candidates_ranked(options)
+    samplings = plan_outputs(
+        options,
+        [len(prompt) for prompt in prompts],
+        DEFAULT_MAX_TOKENS,
+        model,
+        frontend.positions_in_cache(),
+        prompt_field="prompt",
+    )
+    echoed = None
+    if echo:
+        echoed = [
+            value if isinstance(value, str) else frontend.tokenizer.decode(value)
+            for value in values
+        ]
+    wire = CompletionWire(
+        model.name, frontend.tokenizer, options, num_top, num_prompt_top, prompts, echoed
+    )
+    return Work(prompts=prompts, samplings=samplings, options=options, wire=wire)
+
+
+class CompletionWire:
+    """The completions format of one response.
+
+    Args:
+        num_top: alternatives to report beside each token; None for no log-probabilities.
+        num_prompt_top: the same for `prompt_logprobs`.
+        prompts: their token ids.
+        echoed: their texts, if they are to stand before the output.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: Tokenizer,
+        options: Options,
+        num_top: int | None,
+        num_prompt_top: int | None,
+        prompts: list[list[int]],
+        echoed: list[str] | None,
+    ) -> None:
+        self._head = Head("cmpl-", "text_completion", model, include_usage=options.include_usage)
+        self._tokenizer = tokenizer
+        self._options = options
+        self._num_top = num_top
+        self._num_prompt_top = num_prompt_top
+        self._prompts = prompts
+        self._echoed = echoed
+        self._plain = num_top is None and not options.return_token_ids
+        self._opened: set[int] = set()
+        self._offsets: dict[int, int] = {}
+        self._before, self._after = self._head.event_parts()
+        self._bare = b',"logprobs":null,"finish_reason":null}' + self._after
+
+    def events(self, delta: Delta) -> bytes:
+        """See `Wire`."""
+        index = delta.choice
+        text = delta.text
+        first = index not in self._opened
+        if first:
+            self._opened.add(index)
+            if self._echoed is not None:
+                text = self._echoed[index // self._options.n] + text
+        if self._plain and delta.finish_reason is None:
+            if not text:
+                return b""
+            return self._before + b'{"index":%d,"text":' % index + encode(text) + self._bare
+        if not (text or delta.token_ids or delta.finish_reason):
+            return b""
+        choice: dict[str, Any] = {"index": index, "text": text}
+        choice["logprobs"] = self._streamed_logprobs(delta) if delta.token_ids else None
+        choice["finish_reason"] = delta.finish_reason
+        if self._options.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+            if first:
+                choice["prompt_token_ids"] = self._prompts[index // self._options.n]
+        return self._before + encode(choice) + self._after
+
+    def usage_event(self, usage: Usage) -> bytes:
+        """See `Wire`."""
+        return self._head.usage_event(usage)
+
+    def document(self, answers: list[Answer], usage: Usage) -> bytes:
+        """See `Wire`."""
+        document: dict[str, Any] = dict(self._head.fields)
+        document["choices"] = [
+            self._choice(prompt, prompt * self._options.n + rank, answer, delta)
+            for prompt, answer in enumerate(answers)
+            for rank, delta in enumerate(answer.choices)
+        ]
+        document["usage"] = usage_fields(usage)
+        return encode(document)
+
+    def _choice(self, prompt: int, index: int, answer: Answer, delta: Delta) -> dict[str, Any]:
+        echoed = self._echoed[prompt] if self._echoed is not None else ""
+        choice: dict[str, Any] = {
+            "index": index,
+            "text": echoed + delta.text,
+            "logprobs": self._logprobs(prompt, answer, delta),
+            "finish_reason": delta.finish_reason,
+        }
+        if self._num_prompt_top is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(
+                self._tokenizer, answer.prompt_logprobs, self._num_prompt_top
+            )
+        if self._options.return_token_ids:
+            choice["prompt_token_ids"] = self._prompts[prompt]
+            choice["token_ids"] = delta.token_ids
+        return choice
+
+    def _logprobs(self, prompt: int, answer: Answer, delta: Delta) -> dict[str, Any] | None:
+        if self._num_top is None:
+            return None
+        entries: list[TokenLogprobs | int] = list(delta.logprobs)
+        if self._echoed is not None:
+            entries = [self._prompts[prompt][0], *answer.prompt_logprobs, *entries]
+        return completion_logprobs(self._tokenizer, entries, self._num_top, 0)[0]
+
+    def _streamed_logprobs(self, delta: Delta) -> dict[str, Any] | None:
+        if self._num_top is None:
+            return None
+        logprobs, self._offsets[delta.choice] = completion_logprobs(
+            self._tokenizer, delta.logprobs, self._num_top, self._offsets.get(delta.choice, 0)
+        )
+        return logprobs
+
+
+def _prompts(fields: Fields, model: ModelInfo, limit: int) -> list[str | list[int]]:
+    """The prompts, each as it came: text, or checked token ids."""
+    value = fields.take("prompt")
+    if type(value) is str:
+        return [value]
+    if type(value) is not list or not value:
+        raise fields.wrong("prompt", "a string, a list of strings or token ids", value)
+    if type(value[0]) is int:
+        fields.check_tokens("prompt", value, model.vocab_size)
+        return [value]
+    if len(value) > limit:
+        raise fields.wrong("prompt", f"a list of at most {limit} prompts", value)
+    for item in value:
+        if type(item) is not type(value[0]) or type(item) not in (str, list):
+            raise fields.wrong("prompt", "made of strings only, or of token ids only", item)
+        if type(item) is list:
+            fields.check_tokens("prompt", item, model.vocab_size)
+    return value

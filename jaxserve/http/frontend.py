@@ -1,0 +1,92 @@
+"""What one HTTP process holds: the client of the engine, the text half of the model, its limits.
+
+Endpoints get this object and nothing global. It says whether work may begin (`model`), turns text
+into tokens without stopping the event loop, and counts the requests that drain waits for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from jaxserve.config import HttpConfig
+from jaxserve.errors import DeviceFailure, Overloaded
+from jaxserve.http.auth import KeyRing
+from jaxserve.http.metrics import Metrics
+from jaxserve.protocol.client import EngineClient
+from jaxserve.text.template import ChatTemplate
+from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.types import ModelInfo
+
+#: Longer texts are tokenized in a thread, so that other streams go on.
+INLINE_CHARACTERS = 16_384
+
+
+@dataclass(kw_only=True)
+class Frontend:
+    """The parts that endpoints work with.
+
+    Attributes:
+        template: None where the model has no chat template.
+        page_size: tokens a KV page, to know what the cache can hold.
+        started_s: wall clock, the `created` of /v1/models.
+        draining: no new work is taken.
+    """
+
+    client: EngineClient
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    config: HttpConfig
+    keys: KeyRing
+    metrics: Metrics
+    page_size: int
+    started_s: int
+    draining: bool = False
+    num_requests: int = 0
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def model(self) -> ModelInfo:
+        """The model, if a request may begin now.
+
+        Raises:
+            DeviceFailure: the engine is dead.
+            Overloaded: it is not ready yet, or the server drains.
+        """
+        if self.client.error is not None:
+            raise DeviceFailure(self.client.error.message)
+        if self.draining:
+            raise Overloaded("the server is shutting down and takes no new requests")
+        status = self.client.status
+        if status is None or status.model is None or status.state != "ready":
+            state = status.state if status is not None else "starting"
+            raise Overloaded(f"the engine is {state}; wait until /ready answers 200")
+        return status.model
+
+    def positions_in_cache(self) -> int:
+        """Tokens that the whole page pool holds; a bound where the model's context is larger."""
+        status = self.client.status
+        return status.pages_total * self.page_size if status is not None else 0
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Text as token ids."""
+        if len(text) <= INLINE_CHARACTERS:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(
+            self.tokenizer.encode, text, add_special_tokens=add_special_tokens
+        )
+
+    def enter(self) -> None:
+        """A request has come."""
+        self.num_requests += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        """A request has been answered to its end."""
+        self.num_requests -= 1
+        if self.num_requests == 0:
+            self._idle.set()
+
+    async def idle(self) -> None:
+        """Waits until no request is being answered."""
+        if self.num_requests:
+            await self._idle.wait()

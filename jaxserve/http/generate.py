@@ -1,0 +1,139 @@
+"""The one endpoint behind chat and completions: read, submit, answer in pieces or whole.
+
+`read_chat` and `read_completion` say what a body asks for; from there on both take this path.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from jaxserve.errors import DeviceFailure, JaxserveError, ModelNotFound
+from jaxserve.http.auth import Identity
+from jaxserve.http.body import Fields, read_object, show
+from jaxserve.http.errors import error_event, send_json
+from jaxserve.http.frontend import Frontend
+from jaxserve.http.generation import Delta, Generation
+from jaxserve.http.sse import DONE, Departure, EventStream
+from jaxserve.http.wire import Answer, Work
+from jaxserve.types import ModelInfo
+
+logger = logging.getLogger(__name__)
+
+Read = Callable[[Fields, Frontend, ModelInfo, Identity], Awaitable[Work]]
+
+
+class GenerationEndpoint:
+    """ASGI: one of the generating routes.
+
+    Args:
+        read: takes the body's fields apart.
+    """
+
+    def __init__(self, frontend: Frontend, read: Read) -> None:
+        self._frontend = frontend
+        self._read = read
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answers one request; raises what the error table answers."""
+        frontend = self._frontend
+        model = frontend.model()
+        identity: Identity = scope["jaxserve.identity"]
+        fields = await read_object(scope, receive, frontend.config.max_body_bytes)
+        check_model(fields, model)
+        work = await self._read(fields, frontend, model, identity)
+        generation = Generation(
+            frontend.client,
+            frontend.tokenizer,
+            frontend.metrics,
+            prompts=work.prompts,
+            samplings=work.samplings,
+            options=work.options,
+            tenant=identity.tenant,
+            arrived_ns=scope["jaxserve.arrived_ns"],
+        )
+        answer = _stream if work.options.stream else _whole
+        try:
+            async with Departure(receive, generation.cancel) as departure:
+                await answer(generation, work, frontend, departure, send)
+        finally:
+            generation.cancel()
+
+
+def check_model(fields: Fields, model: ModelInfo) -> None:
+    """Refuses a request for another model than the one served; naming none is fine.
+
+    Raises:
+        ModelNotFound: it names another.
+    """
+    name = fields.text("model")
+    if name is not None and name != model.name:
+        raise ModelNotFound(
+            f"model {show(name)} is not served here; {model.name!r} is", param="model"
+        )
+
+
+async def _whole(
+    generation: Generation, work: Work, frontend: Frontend, departure: Departure, send: Any
+) -> None:
+    options = work.options
+    merged = [Delta(index) for index in range(len(work.prompts) * options.candidates)]
+    try:
+        async for deltas in generation.deltas():
+            for delta in deltas:
+                _merge(merged[delta.choice], delta)
+    except JaxserveError:
+        if departure.gone:
+            return
+        raise
+    answers = []
+    for start in range(0, len(merged), options.candidates):
+        choices = merged[start : start + options.candidates]
+        prompt_logprobs = choices[0].prompt_logprobs
+        if options.candidates > options.n:
+            choices = sorted(choices, key=_mean_logprob, reverse=True)[: options.n]
+        answers.append(Answer(choices=choices, prompt_logprobs=prompt_logprobs))
+    await send_json(send, work.wire.document(answers, generation.usage))
+
+
+async def _stream(
+    generation: Generation, work: Work, frontend: Frontend, departure: Departure, send: Any
+) -> None:
+    events = EventStream(send, frontend.config.heartbeat_s)
+    wire = work.wire
+    try:
+        async for deltas in generation.deltas():
+            data = b"".join([wire.events(delta) for delta in deltas])
+            if data:
+                await events.write(data)
+        last = wire.usage_event(generation.usage) if work.options.include_usage else b""
+        await events.end(last + DONE)
+    except JaxserveError as error:
+        if departure.gone:
+            return
+        if not events.started:
+            raise
+        await events.end(error_event(error))
+    except Exception:
+        if not events.started:
+            raise
+        logger.exception("a stream failed")
+        await events.end(error_event(DeviceFailure("the server failed to write this stream")))
+    finally:
+        events.close()
+
+
+def _merge(whole: Delta, delta: Delta) -> None:
+    whole.text += delta.text
+    whole.token_ids += delta.token_ids
+    whole.logprobs += delta.logprobs
+    whole.prompt_logprobs += delta.prompt_logprobs
+    whole.finish_reason = delta.finish_reason or whole.finish_reason
+
+
+def _mean_logprob(choice: Delta) -> float:
+    if not choice.logprobs:
+        return -math.inf
+    return sum(entry.logprob for entry in choice.logprobs) / len(choice.logprobs)

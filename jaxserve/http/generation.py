@@ -1,0 +1,206 @@
+"""One request on its way through the engine: what chat and completions have in common.
+
+`Generation` submits each prompt, turns the engine's tokens into text with `ChoiceText` (which
+matches stop strings and never splits a character), and hands out `Delta`s, all that have come
+since its reader last looked. Endpoints only say how prompts are made and how deltas look on the
+wire; streaming and not are two readers of the same deltas.
+
+Invariants: every choice gets exactly one delta with a `finish_reason`, and none after it. Tokens
+past a stop string are neither handed out nor counted. Whoever leaves early calls `cancel`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from jaxserve.errors import Overloaded
+from jaxserve.http.metrics import Metrics
+from jaxserve.http.sampling import Options
+from jaxserve.protocol.client import EngineClient, SequenceEvent, Stream
+from jaxserve.protocol.messages import Finished
+from jaxserve.text.choice import ChoiceText
+from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.types import FinishReason, SamplingParams, TokenLogprobs
+
+
+@dataclass(slots=True)
+class Delta:
+    """What is new for one choice.
+
+    Attributes:
+        choice: prompt index × candidates + candidate.
+        token_ids, logprobs: of the tokens that belong to the output; text may lag behind them.
+        prompt_logprobs: of prompt tokens after the first; with a prompt's first choice only.
+        finish_reason: "stop" or "length" in the choice's last delta.
+    """
+
+    choice: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Usage:
+    """Tokens of a whole request; every candidate's output counts."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class _Choice:
+    """One sequence, as far as it has come."""
+
+    __slots__ = ("done", "last_ns", "text")
+
+    def __init__(self, text: ChoiceText) -> None:
+        self.text = text
+        self.done = False
+        self.last_ns = 0
+
+
+class Generation:
+    """The sequences of one request; iterate `deltas()` once.
+
+    Args:
+        prompts: token ids of each prompt, at least one token; samplings: aligned with them.
+        tenant: who is charged.
+        arrived_ns: when the request reached the server.
+
+    Attributes:
+        usage: complete once `deltas` has ended.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        *,
+        prompts: list[list[int]],
+        samplings: list[SamplingParams],
+        options: Options,
+        tenant: str,
+        arrived_ns: int,
+    ) -> None:
+        self.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in prompts))
+        self._options = options
+        self._metrics = metrics
+        self._arrived_ns = arrived_ns
+        self._first_token = True
+        self._choices = [
+            _Choice(
+                ChoiceText(
+                    tokenizer,
+                    prompt,
+                    stop=options.stop,
+                    include_stop=options.include_stop,
+                    skip_special_tokens=options.skip_special_tokens,
+                )
+            )
+            for prompt in prompts
+            for _ in range(options.candidates)
+        ]
+        self._waiter: asyncio.Future[None] | None = None
+        self._streams: list[Stream] = []
+        for prompt, sampling in zip(prompts, samplings, strict=True):
+            stream = client.submit(
+                prompt,
+                sampling,
+                n=options.candidates,
+                priority=options.priority,
+                tenant=tenant,
+                arrived_ns=arrived_ns,
+            )
+            stream.watch(self._wake)
+            self._streams.append(stream)
+        metrics.prompt_tokens(self.usage.prompt_tokens)
+
+    def cancel(self) -> None:
+        """The client has left, or the answer failed: gives the engine's pages back."""
+        for stream in self._streams:
+            stream.cancel()
+
+    async def deltas(self) -> AsyncIterator[list[Delta]]:
+        """All deltas, in lists of what had come at each look.
+
+        Raises:
+            JaxserveError: the engine refused a prompt, or failed; `cancel` the others then.
+        """
+        while True:
+            deltas: list[Delta] = []
+            for index, stream in enumerate(self._streams):
+                while (event := stream.take()) is not None:
+                    self._advance(deltas, stream, index, event)
+            if deltas:
+                yield deltas  # more may have come meanwhile: look again before waiting
+            elif all(stream.done for stream in self._streams):
+                break
+            else:
+                await self._wait()
+        self._metrics.request_done((time.monotonic_ns() - self._arrived_ns) / 1e9)
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _advance(
+        self, deltas: list[Delta], stream: Stream, prompt: int, event: SequenceEvent
+    ) -> None:
+        """Turns one event into a delta, if it brings anything that shows."""
+        index = prompt * self._options.candidates + event.choice
+        choice = self._choices[index]
+        if event.finished is not None and event.choice == 0:
+            self.usage.cached_tokens += event.finished.record.cached_tokens
+        if choice.done:
+            return
+        delta = Delta(index, prompt_logprobs=event.prompt_logprobs)
+        if event.token_ids and not self._options.discard:
+            self._add_tokens(choice, delta, stream, event)
+        if event.finished is not None and not choice.done:
+            delta.text += choice.text.finish().text
+            delta.finish_reason = _finish_reason(event.finished)
+            choice.done = True
+        deltas.append(delta)
+
+    def _add_tokens(
+        self, choice: _Choice, delta: Delta, stream: Stream, event: SequenceEvent
+    ) -> None:
+        added = choice.text.add(event.token_ids)
+        num_tokens = added.num_tokens
+        self.usage.completion_tokens += num_tokens
+        delta.text = added.text
+        delta.token_ids = event.token_ids[:num_tokens]
+        delta.logprobs = event.logprobs[:num_tokens]
+        self._measure(choice, event)
+        if added.stopped:
+            delta.finish_reason = FinishReason.STOP.value
+            choice.done = True
+            stream.cancel(event.choice, FinishReason.STOP)
+
+    def _measure(self, choice: _Choice, event: SequenceEvent) -> None:
+        metrics = self._metrics
+        num_tokens = len(event.token_ids)
+        metrics.output_tokens(num_tokens)
+        if choice.last_ns:
+            metrics.inter_token((event.at_ns - choice.last_ns) / 1e9, num_tokens)
+        elif self._first_token:
+            self._first_token = False
+            metrics.first_token((time.monotonic_ns() - self._arrived_ns) / 1e9)
+        choice.last_ns = event.at_ns
+
+
+def _finish_reason(finished: Finished) -> str:
+    if finished.reason is FinishReason.CANCELLED:
+        raise Overloaded("the request was cancelled before it was done")
+    return finished.reason.value

@@ -1,0 +1,98 @@
+"""What operators ask: is it alive, is it ready, what does it serve, how does it do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxserve.errors import ModelNotFound
+from jaxserve.http.body import show
+from jaxserve.http.errors import send_json
+from jaxserve.http.frontend import Frontend
+from jaxserve.http.metrics import CONTENT_TYPE
+
+
+class Health:
+    """/health: 200 while this process and the engine live, whether or not it is ready."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._client = frontend.client
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answers with the engine's state."""
+        status, error = self._client.status, self._client.error
+        engine = {
+            "id": 0,
+            "pid": status.pid if status else None,
+            "state": "failed" if error else status.state if status else "starting",
+            "step_age_s": round(status.step_age_s, 3) if status else None,
+        }
+        document: dict[str, Any] = {"status": "failed" if error else "ok", "engines": [engine]}
+        if error:
+            document["error"] = error.message
+        await send_json(send, document, status=503 if error else 200)
+
+
+class Ready:
+    """/ready: 200 when a request would be served now; else 503, with how far start-up is."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answers with the state, and start-up's progress where there is some."""
+        client = self._frontend.client
+        status, progress = client.status, client.progress
+        state = status.state if status else "starting"
+        if client.error:
+            state = "failed"
+        elif self._frontend.draining:
+            state = "draining"
+        document: dict[str, Any] = {"status": state}
+        if state not in ("ready", "failed", "draining") and progress is not None:
+            document["progress"] = {
+                "phase": progress.phase,
+                "done": progress.done,
+                "total": progress.total,
+            }
+        await send_json(send, document, status=200 if state == "ready" else 503)
+
+
+class Models:
+    """/v1/models and /v1/models/{name}."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answers with the model, or the list of it."""
+        model = self._frontend.model()
+        card = {
+            "id": model.name,
+            "object": "model",
+            "created": self._frontend.started_s,
+            "owned_by": "jaxserve",
+            "max_model_len": model.max_context,
+        }
+        name = scope["path_params"].get("name")
+        if name is None:
+            await send_json(send, {"object": "list", "data": [card]})
+        elif name == model.name:
+            await send_json(send, card)
+        else:
+            raise ModelNotFound(
+                f"model {show(name)} is not served here; {model.name!r} is", param="model"
+            )
+
+
+class PrometheusMetrics:
+    """/metrics."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._metrics = frontend.metrics
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answers in Prometheus' text format."""
+        body = self._metrics.render()
+        headers = [(b"content-type", CONTENT_TYPE), (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,339 @@
+"""`python -m jaxserve serve`: binds, resolves the model, starts the engine and the HTTP workers.
+
+    serve ─┬─ engine process (JAX)          ← ZeroMQ, ipc:// ─┐
+           ├─ HTTP worker 0 ──────────────────────────────────┤   all workers accept on
+           └─ HTTP worker 1 … ────────────────────────────────┘   the one listening socket
+
+The supervisor serves nothing itself: it shows start-up's progress, watches its children, and passes
+SIGTERM on. A child that ends by itself ends the server, with a status other than 0 and one
+sentence; whoever runs us (systemd, Kubernetes) starts it again. The children end with us, even if
+we are killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import pickle
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from jaxserve.config import Config, HttpConfig, ModelConfig, WeightsConfig
+from jaxserve.errors import ConfigError, DeviceFailure, JaxserveError
+from jaxserve.http.auth import check_exposure, load_keys
+from jaxserve.http.worker import WorkerSettings
+from jaxserve.protocol.client import EngineClient
+from jaxserve.protocol.messages import Progress
+from jaxserve.protocol.spawn import EngineProcess
+from jaxserve.protocol.zmq import ZmqClient
+
+#: Connections that may wait to be accepted.
+BACKLOG = 2048
+#: How long a failed engine's workers get to tell their clients.
+FAREWELL_S = 5.0
+#: Beyond `http.drain_timeout_s`, how long workers get to close their connections.
+CLOSING_S = 10.0
+
+#: Finds (downloads) the model's files: `weights.sources.resolve`.
+Resolve = Callable[[ModelConfig, WeightsConfig, Callable[[str, int, int], None]], Path]
+
+
+def serve(
+    config: Config,
+    *,
+    resolve: Resolve | None = None,
+    engine_module: str = "jaxserve.engine.process",
+    worker_module: str = "jaxserve.http.worker",
+) -> int:
+    """Serves until SIGTERM or SIGINT; returns the exit status.
+
+    Args:
+        resolve: where the model's files come from.
+        engine_module, worker_module: what the children run.
+
+    Returns:
+        0 after a drain; 1 after an error, which has been told in one sentence on stderr.
+    """
+    try:
+        check_exposure(config.http)
+        load_keys(config.http)
+        _check_tls(config.http)
+        with _bind(config.http) as listener:
+            config = _resolved(config, resolve)
+            return asyncio.run(_Supervisor(config, listener, engine_module, worker_module).run())
+    except JaxserveError as error:
+        sys.stderr.write(f"jaxserve: {error.message}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def served_name(config: ModelConfig) -> str:
+    """The model's name in the API."""
+    if config.served_name:
+        return config.served_name
+    if "://" not in config.path and not config.path.startswith((".", "/")):
+        return config.path  # the embedded default's name, or a hub id
+    return Path(config.path.rstrip("/")).name.removesuffix(".gguf")
+
+
+class _Worker:
+    """One HTTP process, as its parent sees it."""
+
+    def __init__(self, settings: WorkerSettings, listener: socket.socket, module: str) -> None:
+        fd = listener.fileno()
+        # prometheus_client looks for this variable when the child imports it
+        environ = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": settings.metrics_directory}
+        self.name = f"HTTP worker {settings.index}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, str(fd), str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[fd],
+            env=environ,
+        )
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(pickle.dumps(settings))
+            self.process.stdin.close()
+        except BrokenPipeError:
+            self.process.stdin = None  # it died at once; waiting for its end says so
+
+    async def listening(self) -> None:
+        """Waits until it accepts connections (or has ended)."""
+        assert self.process.stdout is not None
+        await asyncio.get_running_loop().run_in_executor(None, self.process.stdout.readline)
+
+
+class _Supervisor:
+    """Starts the children and watches them."""
+
+    def __init__(
+        self, config: Config, listener: socket.socket, engine_module: str, worker_module: str
+    ) -> None:
+        self._config = config
+        self._listener = listener
+        self._engine_module = engine_module
+        self._worker_module = worker_module
+        self._workers: list[_Worker] = []
+        self._stopping = asyncio.Event()
+        self._bar = _Bar()
+
+    async def run(self) -> int:
+        """Runs the server's life; returns the exit status."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        directory = tempfile.mkdtemp(prefix="jaxserve-metrics-")
+        engine = EngineProcess.start(self._config, module=self._engine_module)
+        client = EngineClient(ZmqClient(engine.address), on_progress=self._bar.show)
+        try:
+            await client.start()
+            self._start_workers(engine.address, directory)
+            return await self._watch(engine, client)
+        finally:
+            self._bar.close()
+            await client.close()
+            for worker in self._workers:
+                worker.process.kill()
+                worker.process.wait()
+                assert worker.process.stdout is not None
+                worker.process.stdout.close()
+            engine.stop()
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def _start_workers(self, address: str, directory: str) -> None:
+        for index in range(self._config.http.workers):
+            settings = WorkerSettings(
+                config=self._config,
+                engine_address=address,
+                index=index,
+                metrics_directory=directory,
+            )
+            self._workers.append(_Worker(settings, self._listener, self._worker_module))
+
+    async def _watch(self, engine: EngineProcess, client: EngineClient) -> int:
+        """Waits for the first of: a child's end, a signal."""
+        engine_end = asyncio.create_task(_ended(engine.pid))
+        worker_ends = [asyncio.create_task(_ended(w.process.pid)) for w in self._workers]
+        stopping = asyncio.create_task(self._stopping.wait())
+        ready = asyncio.create_task(self._announce(client))
+        try:
+            await asyncio.wait(
+                [engine_end, stopping, *worker_ends], return_when=asyncio.FIRST_COMPLETED
+            )
+            if engine_end.done():
+                return await self._after_engine(engine, ready, worker_ends)
+            if not stopping.done():
+                return self._after_worker()
+            return await self._drain(worker_ends)
+        finally:
+            tasks = [engine_end, stopping, ready, *worker_ends]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _announce(self, client: EngineClient) -> None:
+        await asyncio.gather(client.ready(), *(worker.listening() for worker in self._workers))
+        self._bar.close()
+        scheme = "https" if self._config.http.tls_certificate else "http"
+        host, port = self._listener.getsockname()[:2]
+        host = f"[{host}]" if ":" in host else host
+        sys.stdout.write(f"ready on {scheme}://{host}:{port}\n")
+        sys.stdout.flush()
+
+    async def _after_engine(
+        self,
+        engine: EngineProcess,
+        ready: asyncio.Task[None],
+        worker_ends: list[asyncio.Task[None]],
+    ) -> int:
+        """The engine has ended: its clients are told, then all ends."""
+        self._bar.close()
+        status = await _status_of(engine)
+        for worker in self._workers:
+            worker.process.terminate()
+        await asyncio.wait(worker_ends, timeout=FAREWELL_S)
+        how = f"by signal {-status}" if status < 0 else f"with status {status}"
+        told = ready.done() and not ready.cancelled() and ready.exception() is not None
+        if told and isinstance(ready.exception(), DeviceFailure) and status == 1:
+            return 1  # it said why it could not start
+        sys.stderr.write(f"jaxserve: the engine process ended {how}\n")
+        return 1
+
+    def _after_worker(self) -> int:
+        for worker in self._workers:
+            status = worker.process.poll()
+            if status is not None:
+                how = f"by signal {-status}" if status < 0 else f"with status {status}"
+                sys.stderr.write(f"jaxserve: {worker.name} ended {how}; the server ends\n")
+        return 1
+
+    async def _drain(self, worker_ends: list[asyncio.Task[None]]) -> int:
+        """Has the workers finish their streams; a second signal ends it at once."""
+        for worker in self._workers:
+            worker.process.terminate()
+        self._stopping.clear()
+        again = asyncio.create_task(self._stopping.wait())
+        ended = asyncio.gather(*worker_ends)
+        limit_s = self._config.http.drain_timeout_s + CLOSING_S
+        done, _ = await asyncio.wait(
+            [again, ended], timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        again.cancel()
+        if ended not in done:
+            sys.stderr.write("jaxserve: ended before all streams were done\n")
+            return 1
+        return max(abs(worker.process.wait()) for worker in self._workers) and 1
+
+    def _on_signal(self) -> None:
+        self._stopping.set()
+
+
+class _Bar:
+    """Start-up's progress on stderr."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+        self._phase = ""
+
+    def show(self, progress: Progress) -> None:
+        """Shows how far it is."""
+        if progress.phase == "ready" or not progress.total:
+            return
+        if progress.phase != self._phase or self._bar is None:
+            self.close()
+            self._phase = progress.phase
+            self._bar = tqdm(total=progress.total, desc=progress.phase, file=sys.stderr)
+        self._bar.total = progress.total
+        self._bar.n = progress.done
+        self._bar.refresh()
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+async def _ended(pid: int) -> None:
+    """Waits for the end of a child, without reaping it."""
+    loop = asyncio.get_running_loop()
+    end: asyncio.Future[None] = loop.create_future()
+    fd = os.pidfd_open(pid)
+    loop.add_reader(fd, lambda: end.done() or end.set_result(None))
+    try:
+        await end
+    finally:
+        loop.remove_reader(fd)
+        os.close(fd)
+
+
+async def _status_of(engine: EngineProcess) -> int:
+    status = engine.poll()
+    assert status is not None, "its pidfd said that it has ended"
+    return status
+
+
+def _resolved(config: Config, resolve: Resolve | None) -> Config:
+    """The configuration with the model's files in place of their address."""
+    if resolve is None:
+        from jaxserve.weights.sources import resolve  # downloads nothing unless called
+    bar = _Bar()
+    path = resolve(
+        config.model,
+        config.weights,
+        lambda phase, done, total: bar.show(Progress(phase=phase, done=done, total=total)),
+    )
+    bar.close()
+    model = dataclasses.replace(config.model, path=str(path), served_name=served_name(config.model))
+    return dataclasses.replace(config, model=model)
+
+
+def _bind(config: HttpConfig) -> socket.socket:
+    """The listening socket.
+
+    Raises:
+        ConfigError: the address is not ours, or the port is in use.
+    """
+    host = config.host.strip("[]")
+    try:
+        infos = socket.getaddrinfo(host, config.port, type=socket.SOCK_STREAM)
+        family, kind, number, _, address = infos[0]
+        listener = socket.socket(family, kind, number)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {config.host} port {config.port}: {error.strerror}; choose another "
+            "with http.port"
+        ) from None
+    listener.setblocking(False)
+    return listener
+
+
+def _check_tls(config: HttpConfig) -> None:
+    if not config.tls_certificate:
+        return
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(config.tls_certificate, config.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"cannot use the TLS files {config.tls_certificate} and {config.tls_key}: {error}"
+        ) from None

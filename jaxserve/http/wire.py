@@ -1,0 +1,93 @@
+"""What chat and completions responses share, and the protocol by which the endpoint writes them.
+
+A `Wire` writes one request's answer: as events while it runs, or as one document at its end. The
+constant parts of an event are encoded once a request; per event only the new text is.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import msgspec
+
+from jaxserve.http.generation import Delta, Usage
+from jaxserve.http.sampling import Options
+from jaxserve.types import SamplingParams
+
+encode = msgspec.json.Encoder().encode
+
+
+class Wire(Protocol):
+    """One response format, for one request."""
+
+    def events(self, delta: Delta) -> bytes:
+        """A delta as server-sent events; empty if it brings nothing that shows."""
+        ...
+
+    def usage_event(self, usage: Usage) -> bytes:
+        """The event that `stream_options.include_usage` asks for."""
+        ...
+
+    def document(self, answers: list[Answer], usage: Usage) -> bytes:
+        """The whole response."""
+        ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Answer:
+    """All that came for one prompt.
+
+    Attributes:
+        choices: the n to answer with, best first where they were ranked.
+        prompt_logprobs: of prompt tokens after the first, if asked for.
+    """
+
+    choices: list[Delta]
+    prompt_logprobs: list[Any] = field(default_factory=list)
+
+
+@dataclass(slots=True, kw_only=True)
+class Work:
+    """A validated request: what to generate, and how to write it."""
+
+    prompts: list[list[int]]
+    samplings: list[SamplingParams]
+    options: Options
+    wire: Wire
+
+
+class Head:
+    """The fields that open every chunk and document of one response."""
+
+    def __init__(self, prefix: str, kind: str, model: str, *, include_usage: bool) -> None:
+        self.fields = {
+            "id": prefix + secrets.token_hex(12),
+            "object": kind,
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._include_usage = include_usage
+
+    def event_parts(self, extra: dict[str, Any] | None = None) -> tuple[bytes, bytes]:
+        """What stands before and after the one choice of an event."""
+        before = b"data: " + encode(self.fields | (extra or {}))[:-1] + b',"choices":['
+        after = b'],"usage":null}\n\n' if self._include_usage else b"]}\n\n"
+        return before, after
+
+    def usage_event(self, usage: Usage) -> bytes:
+        """The last event before [DONE], if usage was asked for."""
+        document = {**self.fields, "choices": [], "usage": usage_fields(usage)}
+        return b"data: " + encode(document) + b"\n\n"
+
+
+def usage_fields(usage: Usage) -> dict[str, Any]:
+    """OpenAI's usage object."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }

@@ -1,0 +1,116 @@
+"""One HTTP process: settings in on stdin, a listening socket inherited, an engine to talk to.
+
+Started by `serve` as `python -m jaxserve.http.worker FD PARENT`. It writes one line to stdout once
+it accepts connections. Exit status: 0 after SIGTERM and drain, 1 after a second SIGTERM or an error
+told in one sentence.
+
+Invariants: never imports JAX; ends with its parent, whatever way that ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import pickle
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvloop
+
+from jaxserve.config import Config
+from jaxserve.errors import JaxserveError
+from jaxserve.http.app import create_app
+from jaxserve.http.auth import load_keys
+from jaxserve.http.metrics import Metrics
+from jaxserve.http.server import Server
+from jaxserve.protocol.client import EngineClient
+from jaxserve.protocol.parent import follow_parent
+from jaxserve.protocol.zmq import ZmqClient
+from jaxserve.text.template import ChatTemplate, load_chat_template
+from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
+
+LISTENING = b"listening\n"
+
+#: Loads the text half of a model.
+LoadText = Callable[[Config], tuple[Tokenizer, ChatTemplate | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """What a worker is told by its supervisor.
+
+    Attributes:
+        config: with `model.path` resolved.
+        engine_address: of the engine's socket.
+        index: among the workers; number 0 counts the engine's steps.
+        metrics_directory: shared by all workers.
+    """
+
+    config: Config
+    engine_address: str
+    index: int
+    metrics_directory: str
+
+
+def main(load_text: LoadText | None = None) -> int:
+    """The child's entry; returns its exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which drains us
+    follow_parent(int(sys.argv[2]))
+    settings: WorkerSettings = pickle.load(sys.stdin.buffer)  # from our parent, through its pipe
+    logging.basicConfig(level=settings.config.logging.level.upper(), stream=sys.stderr)
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    try:
+        tokenizer, template = (load_text or load_model_text)(settings.config)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(settings, listener, tokenizer, template))
+    except JaxserveError as error:
+        sys.stderr.write(f"jaxserve: {error.message}\n")
+        return 1
+    return 0
+
+
+def load_model_text(config: Config) -> tuple[Tokenizer, ChatTemplate | None]:
+    """The tokenizer and chat template of the configured model."""
+    path = Path(config.model.path)
+    tokenizer = load_tokenizer(path, config.model.tokenizer)
+    return tokenizer, load_chat_template(path, config.model.chat_template)
+
+
+async def _serve(
+    settings: WorkerSettings,
+    listener: socket.socket,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+) -> None:
+    config = settings.config
+    metrics = Metrics(lambda: client.status, settings.metrics_directory)
+    client = EngineClient(
+        ZmqClient(settings.engine_address),
+        on_stats=metrics.step if settings.index == 0 else None,
+        silence_s=config.engine.step_timeout_s + 30.0,
+    )
+    await client.start()
+    app = create_app(
+        client,
+        tokenizer,
+        template,
+        config.http,
+        page_size=config.cache.page_size,
+        keys=load_keys(config.http),
+        metrics=metrics,
+    )
+    await Server(app, config.http, _say_listening).run_on(listener, lambda: os._exit(1))
+    await client.close()
+
+
+def _say_listening() -> None:
+    os.write(1, LISTENING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
