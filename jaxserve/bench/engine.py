@@ -63,14 +63,21 @@ class Case:
 
 @dataclass(slots=True, kw_only=True)
 class Sample:
-    """One run of a case; `device_ns` is the time the device was busy in it."""
+    """One run of a case.
 
-    tokens: int
-    seconds: float
-    flops: int
-    bytes: int
-    device_ns: int
+    Attributes:
+        device_ns: the time the device was busy in it.
+        step_ms: wall time of each decode step.
+        outputs: all tokens that the first sequence got.
+    """
+
+    tokens: int = 0
+    seconds: float = 0.0
+    flops: int = 0
+    bytes: int = 0
+    device_ns: int = 0
     step_ms: list[float] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
 
     @property
     def tokens_per_s(self) -> float:
@@ -114,33 +121,39 @@ class EngineBench:
         self._random = np.random.default_rng(0)
         self._next_id = 0
 
-    def run(self, case: Case, steps: int) -> Sample:
-        """One run of a case; the engine is idle before and after."""
-        sample = (
-            self._prefill(case.context)
-            if case.kind == "prefill"
-            else self._decode(case.rows, case.context, steps)
-        )
+    def run(self, case: Case, steps: int, prompts: list[list[int]] | None = None) -> Sample:
+        """One run of a case; the engine is idle before and after.
+
+        Args:
+            prompts: one for each row, of `case.context` tokens; random ones where None.
+        """
+        prompts = prompts or self._random_prompts(case)
+        if case.kind == "prefill":
+            sample = self._prefill(prompts[0])
+        else:
+            sample = self._decode(prompts, steps)
         self._finish_all()
         return sample
 
-    def _prefill(self, num_tokens: int) -> Sample:
+    def _prefill(self, prompt: list[int]) -> Sample:
         start_ns = time.monotonic_ns()
-        (sequence_id,) = self._submit(1, num_tokens, max_tokens=1)
-        sample = Sample(tokens=num_tokens, seconds=0.0, flops=0, bytes=0, device_ns=0)
+        (sequence_id,) = self._submit([prompt], max_tokens=1)
+        sample = Sample(tokens=len(prompt))
         while sample.seconds == 0.0:
             for message in self._turn():
                 if isinstance(message, TokenEvents) and sequence_id in message.sequence_ids:
                     sample.seconds = (message.at_ns - start_ns) / 1e9
+                    sample.outputs += message.token_ids[0]
                 elif isinstance(message, StepStats):
                     _add_work(sample, message)
         return sample
 
-    def _decode(self, rows: int, context: int, steps: int) -> Sample:
+    def _decode(self, prompts: list[list[int]], steps: int) -> Sample:
         # Enough to go on while the last of them are still computing their prompts, and to the end.
-        room = self.model.max_context - context
-        waiting = set(self._submit(rows, context, max_tokens=min(room, 2 * steps + 8 * rows + 64)))
-        sample = Sample(tokens=0, seconds=0.0, flops=0, bytes=0, device_ns=0)
+        rows, room = len(prompts), self.model.max_context - len(prompts[0])
+        sequence_ids = self._submit(prompts, max_tokens=min(room, 2 * steps + 8 * rows + 64))
+        waiting = set(sequence_ids)
+        sample = Sample()
         start_ns = last_ns = 0
         while sample.tokens < rows * steps:
             for message in self._turn():
@@ -150,6 +163,9 @@ class EngineBench:
                             f"a sequence ended before {rows} x {steps} tokens were measured: "
                             f"{message.finished[0].error or message.finished[0].reason}"
                         )
+                    if sequence_ids[0] in message.sequence_ids:
+                        place = message.sequence_ids.index(sequence_ids[0])
+                        sample.outputs += message.token_ids[place]
                     if start_ns:
                         brought = sum(map(len, message.token_ids))
                         sample.tokens += brought
@@ -164,20 +180,22 @@ class EngineBench:
                     _add_work(sample, message)
         return sample
 
-    def _submit(self, rows: int, num_tokens: int, max_tokens: int) -> list[int]:
-        """Distinct random prompts of the same length, greedy."""
-        sequence_ids = list(range(self._next_id, self._next_id + rows))
-        self._next_id += rows
+    def _random_prompts(self, case: Case) -> list[list[int]]:
         low = min(self.model.vocab_size // 2, 256)  # special and byte tokens often come first
-        for sequence_id in sequence_ids:
-            ids = self._random.integers(low, self.model.vocab_size, num_tokens).tolist()
+        shape = (case.rows, case.context)
+        return self._random.integers(low, self.model.vocab_size, shape).tolist()
+
+    def _submit(self, prompts: list[list[int]], max_tokens: int) -> list[int]:
+        """A greedy sequence for each prompt; returns their ids."""
+        sampling = SamplingParams(max_tokens=max_tokens, seed=0, temperature=0.0, ignore_eos=True)
+        sequence_ids = list(range(self._next_id, self._next_id + len(prompts)))
+        self._next_id += len(prompts)
+        for sequence_id, prompt in zip(sequence_ids, prompts, strict=True):
             self.server.inbox.append(
                 Submit(
                     sequence_ids=[sequence_id],
-                    prompt=[TokenSegment(token_ids=ids)],
-                    sampling=SamplingParams(
-                        max_tokens=max_tokens, seed=0, temperature=0.0, ignore_eos=True
-                    ),
+                    prompt=[TokenSegment(token_ids=prompt)],
+                    sampling=sampling,
                     arrived_ns=time.monotonic_ns(),
                 )
             )

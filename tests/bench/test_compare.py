@@ -40,7 +40,7 @@ def test_records_of_two_benchmarks_are_refused(
     other = tmp_path / "b.json"
     other.write_text('{"benchmark": "serve"}\n')
     assert cli.run(["compare", before, str(other)]) == 1
-    assert "is of bench serve" in capsys.readouterr().err
+    assert "b.json of bench serve" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["", "no json", "[1]"])

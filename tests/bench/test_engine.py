@@ -62,7 +62,7 @@ def test_the_command_ends_in_one_json_line(
         "--repeats",
         "2",
     ]
-    assert engine.main(cli.parser().parse_args(words), CONFIG, fake_parts) == 0
+    assert engine.main(cli.parser().parse_args(words.split()), CONFIG, fake_parts) == 0
     captured = capsys.readouterr()
     record = json.loads(captured.out)
     assert [case["name"] for case in record["cases"]] == ["decode 1", "decode 4", "prefill 30"]
