@@ -49,20 +49,8 @@ def test_the_command_ends_in_one_json_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine.Roofline, "measure", _measure)
-    words = [
-        "engine",
-        "--rows",
-        "1,4",
-        "--context",
-        "20",
-        "--steps",
-        "3",
-        "--prefill",
-        "30",
-        "--repeats",
-        "2",
-    ]
-    assert engine.main(cli.parser().parse_args(words.split()), CONFIG, fake_parts) == 0
+    words = ["engine", "--rows=1,4", "--context=20", "--steps=3", "--prefill=30", "--repeats=2"]
+    assert engine.main(cli.parser().parse_args(words), CONFIG, fake_parts) == 0
     captured = capsys.readouterr()
     record = json.loads(captured.out)
     assert [case["name"] for case in record["cases"]] == ["decode 1", "decode 4", "prefill 30"]
