@@ -40,7 +40,7 @@ SMALL_WRITES = 8
 #: finite.
 MIN_TEMPERATURE = 1e-30
 
-_SETTINGS = struct.Struct("<iifiIffffIIIii")  # the slot, then `state.Column`
+_SETTINGS = struct.Struct("<iififffffIIIii")  # the slot, then `state.Column`
 _ROW_BYTES = 4 * (1 + NUM_COLUMNS)
 assert _SETTINGS.size == _ROW_BYTES
 
@@ -185,7 +185,7 @@ def _pack_settings(buffer: memoryview, row: int, write: SlotSettings, flags: int
         flags,
         max(sampling.temperature, MIN_TEMPERATURE),
         min(sampling.top_k, 0x7FFF_FFFF),
-        min(round(sampling.top_p * 2**32), 0xFFFF_FFFF),
+        sampling.top_p,
         sampling.min_p,
         sampling.presence_penalty,
         sampling.frequency_penalty,

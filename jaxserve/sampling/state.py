@@ -54,12 +54,12 @@ class Flag(enum.IntFlag):
 
 
 class Column(enum.IntEnum):
-    """Columns of `settings`: int32, floats and unsigned numbers by their bits."""
+    """Columns of `settings`: int32, others by their bits."""
 
     FLAGS = 0
     TEMPERATURE = 1
     TOP_K = 2
-    TOP_P = 3  # unsigned, in 2**-32
+    TOP_P = 3
     MIN_P = 4
     PRESENCE = 5
     FREQUENCY = 6
@@ -127,7 +127,7 @@ class RowSettings:
     flags: Int[Array, "B"]
     temperature: Float[Array, "B"]
     top_k: Int[Array, "B"]
-    top_p: UInt[Array, "B"]
+    top_p: Float[Array, "B"]
     min_p: Float[Array, "B"]
     presence: Float[Array, "B"]
     frequency: Float[Array, "B"]
@@ -157,7 +157,7 @@ def read_settings(state: SamplingState, slots: Int[Array, "B"], live: Array) -> 
         flags=jnp.where(live, column(Column.FLAGS), 0),
         temperature=column(Column.TEMPERATURE, jnp.float32),
         top_k=column(Column.TOP_K),
-        top_p=column(Column.TOP_P, jnp.uint32),
+        top_p=column(Column.TOP_P, jnp.float32),
         min_p=column(Column.MIN_P, jnp.float32),
         presence=column(Column.PRESENCE, jnp.float32),
         frequency=column(Column.FREQUENCY, jnp.float32),
