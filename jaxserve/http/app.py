@@ -1,9 +1,9 @@
 """The ASGI application: routes, and what stands around them.
 
-    Arrival (stamps the time, counts, answers errors) → CORS → Authentication → routes
+    Arrival (stamps the time, counts) → CORS → Authentication → Refusals (errors) → routes
 
-`Arrival` is outermost, so TTFT starts before the body is read, and the only place where an
-exception becomes a response. Pure ASGI throughout: no middleware buffers a stream.
+`Arrival` is outermost, so TTFT starts before the body is read; CORS is outside of what refuses, so
+that browsers may read refusals. Pure ASGI throughout: no middleware buffers a stream.
 """
 
 from __future__ import annotations

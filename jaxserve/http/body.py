@@ -109,7 +109,10 @@ def show(value: Any) -> str:
             return msgspec.json.encode(value if len(value) <= 60 else value[:60] + "…").decode()
         case list():
             return f"a list of {len(value)}"
-    return "an object"
+        case dict():
+            text = msgspec.json.encode(value)
+            return text.decode() if len(text) <= 60 else f"an object of {len(value)}"
+    raise TypeError(f"{type(value).__name__} is not a JSON value")
 
 
 class Fields:

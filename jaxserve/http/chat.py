@@ -39,7 +39,7 @@ async def read_chat(
     """
     render = read_messages(fields, frontend)
     options = read_options(fields, model, frontend.tokenizer, identity, frontend.config.max_choices)
-    options.max_tokens = _max_tokens(fields, model)
+    _read_max_tokens(fields, options)
     num_top = _num_top(fields, options)
     _refuse_unsupported(fields)
     refuse_unsupported(fields)
@@ -244,7 +244,7 @@ def _content(fields: Fields) -> str:
     return "\n".join(texts)
 
 
-def _max_tokens(fields: Fields, model: ModelInfo) -> int | None:
+def _read_max_tokens(fields: Fields, options: Options) -> None:
     new = fields.integer("max_completion_tokens", None, 1, 2**31 - 1)
     old = fields.integer("max_tokens", None, 1, 2**31 - 1)
     if new is not None and old is not None and new != old:
@@ -252,7 +252,8 @@ def _max_tokens(fields: Fields, model: ModelInfo) -> int | None:
             f"max_tokens {old} and max_completion_tokens {new} differ; send one of them",
             param="max_completion_tokens",
         )
-    return old if new is None else new
+    options.max_tokens = old if new is None else new
+    options.max_tokens_field = "max_tokens" if new is None else "max_completion_tokens"
 
 
 def _num_top(fields: Fields, options: Options) -> int | None:

@@ -29,7 +29,7 @@ class Options:
 
     Attributes:
         n: choices to answer with; candidates (best_of): sequences to generate for each prompt.
-        max_tokens: None for the endpoint's default.
+        max_tokens: None for the endpoint's default; max_tokens_field: which parameter said so.
         sampling: fields of `SamplingParams` that do not depend on the prompt.
         discard: run the prompt only, and drop the one token the engine must generate.
     """
@@ -45,6 +45,7 @@ class Options:
     priority: int
     sampling: dict[str, Any]
     max_tokens: int | None = None
+    max_tokens_field: str = "max_tokens"
     discard: bool = False
 
 
@@ -139,9 +140,9 @@ def plan_outputs(
         max_tokens = options.max_tokens
         if max_tokens is not None and max_tokens > left:
             raise ContextTooLong(
-                f"max_tokens is {max_tokens}, but after the prompt's {prompt_len} tokens only "
+                f"{options.max_tokens_field} is {max_tokens}, but after the prompt's {prompt_len} tokens only "
                 f"{left} of the model's context of {model.max_context} are left",
-                param="max_tokens",
+                param=options.max_tokens_field,
             )
         if max_tokens is None:
             usable = max(1, min(left, held - prompt_len))

@@ -200,7 +200,8 @@ class _Supervisor:
     ) -> int:
         """The engine has ended: its clients are told, then all ends."""
         self._bar.close()
-        status = await _status_of(engine)
+        status = engine.poll()
+        assert status is not None, "its pidfd said that it has ended"
         for worker in self._workers:
             worker.process.terminate()
         await asyncio.wait(worker_ends, timeout=FAREWELL_S)
@@ -277,12 +278,6 @@ async def _ended(pid: int) -> None:
     finally:
         loop.remove_reader(fd)
         os.close(fd)
-
-
-async def _status_of(engine: EngineProcess) -> int:
-    status = engine.poll()
-    assert status is not None, "its pidfd said that it has ended"
-    return status
 
 
 def _resolved(config: Config, resolve: Resolve | None) -> Config:

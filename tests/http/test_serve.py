@@ -1,0 +1,210 @@
+"""The whole server as processes: supervisor, fake engine, HTTP workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from jaxserve.config import ModelConfig
+from jaxserve.http.serve import served_name
+
+TIMEOUT_S = 60
+HI = [{"role": "user", "content": "hi"}]
+ENDLESS = {"messages": HI, "ignore_eos": True, "stream": True, "seed": 1}
+
+
+@contextmanager
+def started(*settings: str) -> Iterator[subprocess.Popen]:
+    """A server process; killed at the end if it still runs."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.fakes.serve", "http.port=0", *settings],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def address_of(process: subprocess.Popen) -> str:
+    """Waits for the line that says it is ready."""
+    line = process.stdout.readline()
+    assert line.startswith("ready on http"), process.communicate()
+    return line.split()[-1]
+
+
+def children(pid: int) -> list[int]:
+    """Child processes."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def command(pid: int) -> str:
+    """The command line of a process."""
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+
+
+def wait_gone(pidfd: int) -> None:
+    """Waits for a process's end."""
+    assert select.select([pidfd], [], [], TIMEOUT_S)[0], "it still runs"
+    os.close(pidfd)
+
+
+def chunks(lines: Iterator[str]) -> Iterator[dict]:
+    """The documents of a stream."""
+    for line in lines:
+        if line.startswith("data: {"):
+            yield json.loads(line.removeprefix("data: "))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigterm_drains_and_ends_with_0(workers):
+    with started(f"http.workers={workers}", "model.max_context=3000") as process:
+        base = address_of(process)
+        with httpx.Client(base_url=base, timeout=TIMEOUT_S) as client:
+            assert client.get("/ready").status_code == 200
+            assert client.get("/health").json()["status"] == "ok"
+            with client.stream("POST", "/v1/chat/completions", json=ENDLESS) as stream:
+                lines = stream.iter_lines()
+                next(chunks(lines))
+                process.send_signal(signal.SIGTERM)
+                rest = list(lines)
+        assert rest[-2:] == ["data: [DONE]", ""]
+        assert '"finish_reason":"length"' in rest[-4]
+        assert process.wait(TIMEOUT_S) == 0
+        assert "Traceback" not in process.stderr.read()
+
+
+def test_workers_share_metrics():
+    with started("http.workers=2") as process:
+        base = address_of(process)
+        body = {"messages": HI, "max_tokens": 3, "ignore_eos": True}
+        for _ in range(8):  # each over a connection of its own, so that both workers get some
+            assert httpx.post(f"{base}/v1/chat/completions", json=body).status_code == 200
+        for _ in range(4):
+            text = httpx.get(f"{base}/metrics").text
+            values = dict(
+                line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")
+            )
+            assert float(values["jaxserve_output_tokens_total"]) == 24
+            assert float(values["jaxserve_inter_token_seconds_count"]) >= 8
+            steps = [value for name, value in values.items() if "steps_total" in name]
+            assert sum(map(float, steps)) >= 8
+        process.send_signal(signal.SIGINT)
+        assert process.wait(TIMEOUT_S) == 0
+
+
+def test_an_engine_that_is_killed_ends_streams_and_server():
+    with started("model.max_context=3000") as process:
+        base = address_of(process)
+        engine = next(p for p in children(process.pid) if "fakes.engine" in command(p))
+        with (
+            httpx.Client(base_url=base, timeout=TIMEOUT_S) as client,
+            client.stream("POST", "/v1/chat/completions", json=ENDLESS | {"n": 8}) as stream,
+        ):
+            documents = chunks(stream.iter_lines())
+            next(documents)
+            os.kill(engine, signal.SIGKILL)
+            last = list(documents)[-1]
+        assert last["error"]["code"] == "engine_failure"
+        assert process.wait(TIMEOUT_S) == 1
+        assert "engine process ended by signal 9" in process.stderr.read()
+
+
+def test_an_engine_that_cannot_start_is_one_sentence():
+    with started("engine=tests.fakes.failing_engine", "model.path=/no/such/model") as process:
+        assert process.wait(TIMEOUT_S) == 1
+        lines = [line for line in process.stderr.read().splitlines() if line.startswith("jaxserve")]
+        assert lines == ["jaxserve: /no/such/model does not exist"]
+
+
+def test_a_worker_that_is_killed_ends_the_server():
+    with started("http.workers=2") as process:
+        address_of(process)
+        worker = [p for p in children(process.pid) if "http_worker" in command(p)][1]
+        os.kill(worker, signal.SIGKILL)
+        assert process.wait(TIMEOUT_S) == 1
+        assert "HTTP worker" in process.stderr.read()
+
+
+def test_a_killed_supervisor_leaves_no_orphans():
+    with started("http.workers=2") as process:
+        address_of(process)
+        pids = children(process.pid)
+        assert len(pids) == 3
+        watches = [os.pidfd_open(pid) for pid in pids]
+        process.kill()
+        for watch in watches:
+            wait_gone(watch)
+
+
+def test_a_second_signal_ends_it_at_once():
+    with started("model.max_context=4000", "cache.num_pages=2000") as process:
+        base = address_of(process)
+        with (
+            httpx.Client(base_url=base, timeout=TIMEOUT_S) as client,
+            client.stream("POST", "/v1/chat/completions", json=ENDLESS | {"n": 7}) as stream,
+        ):
+            next(chunks(stream.iter_lines()))
+            process.send_signal(signal.SIGTERM)
+            while client_sees(base) != "refused":
+                pass
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(TIMEOUT_S) == 1
+
+
+def client_sees(base: str) -> str:
+    """What a new client is told."""
+    answer = httpx.post(f"{base}/v1/chat/completions", json={"messages": HI, "max_tokens": 1})
+    return {200: "served", 503: "refused"}[answer.status_code]
+
+
+def test_a_port_in_use_is_one_sentence():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with started(f"http.port={port}") as process:
+            assert process.wait(TIMEOUT_S) == 1
+            error = process.stderr.read()
+    assert f"port {port}" in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["http.host=0.0.0.0"], "http.key_file"),
+        (["http.key_file=/nowhere.yaml"], "/nowhere.yaml"),
+        (["http.tls_certificate=/no.pem", "http.tls_key=/no.key"], "/no.pem"),
+        (["http.host=nowhere.invalid", "http.key_file=/nowhere.yaml"], "/nowhere.yaml"),
+    ],
+)
+def test_wrong_settings_are_one_sentence(settings, words):
+    with started(*settings) as process:
+        assert process.wait(TIMEOUT_S) == 1
+        error = process.stderr.read()
+    assert words in error and len(error.splitlines()) == 1
+
+
+def test_served_names():
+    names = {
+        "smollm2-135m-instruct": "smollm2-135m-instruct",
+        "org/name": "org/name",
+        "/models/tiny/": "tiny",
+        "/models/tiny.gguf": "tiny",
+        "gs://bucket/models/tiny": "tiny",
+    }
+    assert {path: served_name(ModelConfig(path=path)) for path in names} == names
+    assert served_name(ModelConfig(path="/x", served_name="mine")) == "mine"
