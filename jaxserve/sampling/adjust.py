@@ -39,7 +39,9 @@ def adjust_logits(
     def under(flag: Flag, change, logits):
         return jax.lax.cond(settings.any_has(flag), change, lambda logits: logits, logits)
 
-    logits = logits.astype(jnp.float32)
+    # A new array, made in the branch that wants it: else the caller's would be copied before every
+    # branch, also the one that only reads. No value is changed but -inf.
+    logits = jnp.maximum(logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
     logits = under(Flag.PENALTIES, lambda x: _penalties(x, state, slots, settings), logits)
     logits = under(Flag.BIAS, lambda x: _bias(x, state, slots, settings), logits)
     logits = under(

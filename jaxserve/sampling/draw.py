@@ -1,8 +1,8 @@
 """A draw from each row's truncated distribution, in two or three passes over the logits.
 
-Weights exp((logit - best) / temperature) are written once. The vocabulary is cut into NUM_PARTS
-equal runs; block j is the j-th token of every run, group g every G-th block. A draw picks a group by
-its summed weight, a block in the group and a token in the block, each with fresh random bits.
+Weights exp((logit - best) / temperature) are written once and summed by block (see `blocks`);
+group g is every G-th block. A draw picks a group by its summed weight, a block in the group and a
+token in the block, each with its own random bits.
 
 The nucleus top_p is drawn from by rejection: draw from all that is left; if the weight strictly
 above the drawn token is less than top_p of the whole, the token is in the nucleus. Else neither it
@@ -10,8 +10,8 @@ nor anything below it is, only what is above it is left, and the sums of the tes
 draw. That is exactly a draw from the nucleus, and tokens that tie with its last one are in it.
 
 A row's token must not depend on its company, so nothing here depends on the order in which a
-compiler would sum: float sums are written out as additions in a fixed order (`_fold`), picks are
-made among integers, and random bits are keyed by (seed, choice, position, trial).
+compiler would sum: float sums are written out as additions in a fixed order (`blocks.fold`), picks
+are made among integers, and random bits are keyed by (seed, choice, position, trial).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
 from jaxserve.sampling.bits import threefry
+from jaxserve.sampling.blocks import fold, in_blocks
 from jaxserve.sampling.state import Flag, RowSettings
 from jaxserve.sampling.truncate import kth_largest
 
-NUM_PARTS = 32
 _BLOCKS_OF_GROUP = 64
 _CHOICE_BITS = 8  # of the counter word that also holds the trial; MAX_CHOICES fits
 
@@ -33,18 +33,18 @@ def draw(
     logits: Float[Array, "B V"], settings: RowSettings, positions: Int[Array, "B"]
 ) -> Int[Array, "B"]:
     """A token of each row, by its temperature, min_p, top_k and top_p; row by row independent."""
-    blocks = _in_blocks(logits.astype(jnp.float32))
+    blocks = in_blocks(logits.astype(jnp.float32))
     weights = _weigh(blocks, jnp.max(logits, axis=1).astype(jnp.float32), settings)
 
     def pick(above: Float[Array, "B"], sums: Float[Array, "B J"], trial: Int[Array, ""]):
         return _pick_token(weights, above, sums, _random_words(settings, positions, trial))
 
-    sums = _fold(weights)
+    sums = fold(weights)
     nucleus = settings.top_p * _total(sums)
 
     def retry(carry):
         pending, tokens, values, trial = carry
-        left = _fold(jnp.where(weights > values[:, None, None], weights, 0.0))
+        left = fold(weights, lambda part: jnp.where(part > values[:, None], part, 0.0))
         left_total = _total(left)
         pending &= (left_total > 0) & (left_total >= nucleus)
         new_tokens, new_values = pick(values, left, trial)
@@ -55,13 +55,6 @@ def draw(
     everything = jnp.zeros_like(nucleus)
     first = (settings.has(Flag.TOP_P), *pick(everything, sums, jnp.int32(0)), jnp.int32(1))
     return jax.lax.while_loop(lambda carry: jnp.any(carry[0]), retry, first)[1]
-
-
-def _in_blocks(logits: Float[Array, "B V"]) -> Float[Array, "B P J"]:
-    padding = -logits.shape[1] % NUM_PARTS
-    if padding:
-        logits = jnp.pad(logits, ((0, 0), (0, padding)), constant_values=-jnp.inf)
-    return logits.reshape(logits.shape[0], NUM_PARTS, -1)
 
 
 def _weigh(
@@ -84,16 +77,8 @@ def _weigh(
     return jax.lax.cond(settings.any_has(Flag.TOP_K), weigh_top_k, weigh)
 
 
-def _fold(values: Float[Array, "B N ..."]) -> Float[Array, "B ..."]:
-    """Sum over the second axis, first to last."""
-    total = values[:, 0]
-    for index in range(1, values.shape[1]):
-        total = total + values[:, index]
-    return total
-
-
 def _total(sums: Float[Array, "B J"]) -> Float[Array, "B"]:
-    return _fold(_fold(_in_groups(sums)))
+    return fold(fold(_in_groups(sums)))
 
 
 def _in_groups(sums: Float[Array, "B J"]) -> Float[Array, "B L G"]:
@@ -124,7 +109,7 @@ def _pick_token(
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """A token among those heavier than `above`, whose sums by block are `sums`; and its weight."""
     groups = _in_groups(sums)
-    group = _pick(_fold(groups), words[0])
+    group = _pick(fold(groups), words[0])
     of_group = jnp.take_along_axis(groups, group[:, None, None], axis=2)[:, :, 0]
     block = _pick(of_group, words[1]) * groups.shape[2] + group
     of_block = jnp.take_along_axis(weights, block[:, None, None], axis=2)[:, :, 0]

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxserve.sampling.blocks import fold
+
 
 def kth_largest(
     blocks: Float[Array, "B P J"], best: Float[Array, "B"], k: Int[Array, "B"]
@@ -36,8 +38,8 @@ def kth_largest(
     bound = jnp.where(bounded, bound, -jnp.inf)
 
     def count(threshold: Float[Array, "B"]) -> Int[Array, "B"]:
-        inside = (blocks >= threshold[:, None, None]).astype(jnp.int32)
-        return jnp.sum(jnp.sum(inside, axis=1), axis=1)
+        by_block = fold(blocks, lambda part: (part >= threshold[:, None]).astype(jnp.int32))
+        return jnp.sum(by_block, axis=1)
 
     threshold = _narrow(count, bound, best, k, k > 0)
     return jnp.where(k > 0, threshold, -jnp.inf)
