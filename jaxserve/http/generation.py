@@ -168,8 +168,9 @@ class Generation:
         if event.token_ids and not self._options.discard:
             self._add_tokens(choice, delta, stream, event)
         if event.finished is not None and not choice.done:
-            delta.text += choice.text.finish().text
-            delta.finish_reason = _finish_reason(event.finished)
+            tail = choice.text.finish()
+            delta.text += tail.text
+            delta.finish_reason = _finish_reason(event.finished, tail.stopped)
             choice.done = True
         deltas.append(delta)
 
@@ -200,7 +201,7 @@ class Generation:
         choice.last_ns = event.at_ns
 
 
-def _finish_reason(finished: Finished) -> str:
+def _finish_reason(finished: Finished, stopped: bool) -> str:
     if finished.reason is FinishReason.CANCELLED:
         raise Overloaded("the request was cancelled before it was done")
-    return finished.reason.value
+    return FinishReason.STOP.value if stopped else finished.reason.value

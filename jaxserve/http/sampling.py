@@ -140,8 +140,8 @@ def plan_outputs(
         max_tokens = options.max_tokens
         if max_tokens is not None and max_tokens > left:
             raise ContextTooLong(
-                f"{options.max_tokens_field} is {max_tokens}, but after the prompt's {prompt_len} tokens only "
-                f"{left} of the model's context of {model.max_context} are left",
+                f"{options.max_tokens_field} is {max_tokens}, but after the prompt's {prompt_len} "
+                f"tokens only {left} of the model's context of {model.max_context} are left",
                 param=options.max_tokens_field,
             )
         if max_tokens is None:

@@ -29,7 +29,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from jaxserve.config import Config, HttpConfig, ModelConfig, WeightsConfig
-from jaxserve.errors import ConfigError, DeviceFailure, JaxserveError
+from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.http.auth import check_exposure, load_keys
 from jaxserve.http.worker import WorkerSettings
 from jaxserve.protocol.client import EngineClient
@@ -37,6 +37,8 @@ from jaxserve.protocol.messages import Progress
 from jaxserve.protocol.spawn import EngineProcess
 from jaxserve.protocol.zmq import ZmqClient
 
+#: Status of an engine that has said on stderr why it could not start.
+EXIT_TOLD = 1
 #: Connections that may wait to be accepted.
 BACKLOG = 2048
 #: How long a failed engine's workers get to tell their clients.
@@ -127,6 +129,7 @@ class _Supervisor:
         self._worker_module = worker_module
         self._workers: list[_Worker] = []
         self._stopping = asyncio.Event()
+        self._announced = False
         self._bar = _Bar()
 
     async def run(self) -> int:
@@ -173,7 +176,7 @@ class _Supervisor:
                 [engine_end, stopping, *worker_ends], return_when=asyncio.FIRST_COMPLETED
             )
             if engine_end.done():
-                return await self._after_engine(engine, ready, worker_ends)
+                return await self._after_engine(engine, worker_ends)
             if not stopping.done():
                 return self._after_worker()
             return await self._drain(worker_ends)
@@ -186,6 +189,7 @@ class _Supervisor:
     async def _announce(self, client: EngineClient) -> None:
         await asyncio.gather(client.ready(), *(worker.listening() for worker in self._workers))
         self._bar.close()
+        self._announced = True
         scheme = "https" if self._config.http.tls_certificate else "http"
         host, port = self._listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
@@ -195,7 +199,6 @@ class _Supervisor:
     async def _after_engine(
         self,
         engine: EngineProcess,
-        ready: asyncio.Task[None],
         worker_ends: list[asyncio.Task[None]],
     ) -> int:
         """The engine has ended: its clients are told, then all ends."""
@@ -205,11 +208,9 @@ class _Supervisor:
         for worker in self._workers:
             worker.process.terminate()
         await asyncio.wait(worker_ends, timeout=FAREWELL_S)
-        how = f"by signal {-status}" if status < 0 else f"with status {status}"
-        told = ready.done() and not ready.cancelled() and ready.exception() is not None
-        if told and isinstance(ready.exception(), DeviceFailure) and status == 1:
-            return 1  # it said why it could not start
-        sys.stderr.write(f"jaxserve: the engine process ended {how}\n")
+        if self._announced or status != EXIT_TOLD:
+            how = f"by signal {-status}" if status < 0 else f"with status {status}"
+            sys.stderr.write(f"jaxserve: the engine process ended {how}\n")
         return 1
 
     def _after_worker(self) -> int:

@@ -153,7 +153,7 @@ def test_a_killed_supervisor_leaves_no_orphans():
 
 
 def test_a_second_signal_ends_it_at_once():
-    with started("model.max_context=4000", "cache.num_pages=2000") as process:
+    with started("model.max_context=60000", "cache.num_pages=30000") as process:
         base = address_of(process)
         with (
             httpx.Client(base_url=base, timeout=TIMEOUT_S) as client,
