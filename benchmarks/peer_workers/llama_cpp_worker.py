@@ -18,11 +18,17 @@ import numpy as np  # noqa: E402
 BATCH_TOKENS = 512
 
 
+@llama.llama_log_callback
+def quiet(level, text, user_data) -> None:
+    """Takes llama.cpp's log; errors show as failed calls."""
+
+
 class LlamaCppPeer:
     """A context with room for all sequences; the cache is cleared between measurements."""
 
     def __init__(self, file: str, num_threads: int, max_rows: int, positions: int) -> None:
         self._about = f"llama-cpp-python {llama.__version__}, {num_threads} threads"
+        llama.llama_log_set(quiet, None)
         llama.llama_backend_init()
         parameters = llama.llama_model_default_params()
         self._model = llama.llama_model_load_from_file(file.encode(), parameters)
