@@ -63,6 +63,7 @@ def main(load_text: LoadText | None = None) -> int:
     follow_parent(int(sys.argv[2]))
     settings: WorkerSettings = pickle.load(sys.stdin.buffer)  # from our parent, through its pipe
     logging.basicConfig(level=settings.config.logging.level.upper(), stream=sys.stderr)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     listener = socket.socket(fileno=int(sys.argv[1]))
     try:
         tokenizer, template = (load_text or load_model_text)(settings.config)

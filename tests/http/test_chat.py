@@ -8,6 +8,7 @@ import pytest
 from jaxserve.http.metrics import CONTENT_TYPE
 from tests.fakes.engine import GROUPS
 from tests.fakes.executor import oracle_logprob
+from tests.fakes.tokenizer import ByteTokenizer
 from tests.http.frontend import chat_prompt, expected, split_bytes_seed
 
 HI = [{"role": "user", "content": "hi"}]
@@ -107,7 +108,8 @@ def test_logprobs_with_bytes(front, client, stream):
         content = made.choices[0].logprobs.content
     values = [oracle_logprob(PROMPT + tokens[:i], t, GROUPS) for i, t in enumerate(tokens)]
     assert [entry.logprob for entry in content] == pytest.approx(values)
-    assert [entry.bytes for entry in content] == [[t] if t < 256 else [] for t in tokens]
+    tokenizer = ByteTokenizer()
+    assert [bytes(entry.bytes) for entry in content] == list(map(tokenizer.token_bytes, tokens))
     assert {len(entry.top_logprobs) for entry in content} == {3}
 
 

@@ -159,7 +159,8 @@ def test_a_second_signal_ends_it_at_once():
             httpx.Client(base_url=base, timeout=TIMEOUT_S) as client,
             client.stream("POST", "/v1/chat/completions", json=ENDLESS | {"n": 7}) as stream,
         ):
-            next(chunks(stream.iter_lines()))
+            documents = chunks(stream.iter_lines())  # dropping it would hang up
+            next(documents)
             process.send_signal(signal.SIGTERM)
             while client_sees(base) != "refused":
                 pass
