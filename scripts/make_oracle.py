@@ -1,6 +1,6 @@
 """Makes the reference arrays under tests/data/oracle that the model tests compare with.
 
-Run where torch and transformers are installed, which the project itself never needs:
+Run where torch, transformers, accelerate and gguf are installed; the project never needs torch:
 
     python scripts/make_oracle.py tests/data/oracle --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
@@ -9,9 +9,9 @@ Everything is computed by transformers in float32 with eager attention.
 - `smollm2/reference.npz`: greedy continuations of PROMPTS. 49,152 logits a position would be too
   much to keep, so each position keeps its logsumexp, its TOP largest, and the logits at a fixed
   pseudo-random set of token ids; two positions keep all.
-- `<case>/`: for each other architecture a tiny random checkpoint (config.json,
-  model.safetensors in bfloat16), and reference.npz: a prompt and all its logits. Windows are shorter than the
-  prompt and rotary scalings begin within it, so that both matter.
+- `<case>/`: for each other architecture a tiny random checkpoint (config.json, model.safetensors in
+  bfloat16), and reference.npz: a prompt and all its logits. Windows are shorter than the prompt
+  and rotary scalings begin within it, so that both matter.
 """
 
 from __future__ import annotations
@@ -255,7 +255,8 @@ def make_tiny(folder: Path, config: Any, spread: float) -> None:
         tokens=prompt[0].numpy().astype(np.int32),
         logits=logits.numpy(),
     )
-    print(f"{folder.name}: {sum(w.numel() for w in tensors.values())} weights, logits {logits.std():.2f}")
+    size = sum(weight.numel() for weight in tensors.values())
+    print(f"{folder.name}: {size} weights, deviation of the logits {logits.std():.2f}")
 
 
 def _without(fields: dict[str, Any], name: str) -> dict[str, Any]:

@@ -117,7 +117,7 @@ class Decoder(nnx.Module):
 
     @classmethod
     def hf_tensors(cls, spec: ModelSpec, options: ModelOptions) -> Rules:
-        """How every parameter is made of HF's tensors, by its path in `nnx.state(model)`."""
+        """How every parameter is made of HF's tensors, by its path in `params`."""
         rules: Rules = {
             ("embed", "table"): hf_tensors.table(
                 f"{spec.tensor_prefix}model.embed_tokens.weight", spec
@@ -150,7 +150,11 @@ class Decoder(nnx.Module):
             ValueError: the wrong shape, or values beyond the dtype's range.
             KeyError: the model has no such parameter.
         """
-        return encode(dict(nnx.state(self, nnx.Param).flat_state())[path], path, dense)
+        return encode(self.params()[path], path, dense)
+
+    def params(self) -> dict[Path, nnx.Param]:
+        """Every parameter by its path; abstract ones take their arrays through `set_value`."""
+        return {path: p for path, p in nnx.iter_graph(self) if isinstance(p, nnx.Param)}
 
     def cache_groups(self) -> tuple[CacheGroup, ...]:
         """Layers that share a page table; their order is that of `KVCache.groups`."""

@@ -1,0 +1,112 @@
+"""Drives a model over the paged cache without the engine: what the engine's steps come down to.
+
+`Driver` owns the cache and the page tables of some sequences; each `step` brings some of them
+forward by some tokens, in one padded batch, as a mixed step of decode rows and prefill chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.models.context import GroupPages, KVCache, StepContext
+from jaxserve.models.decoder import Decoder
+from jaxserve.models.options import ModelOptions
+from pallas_kernels import native
+from pallas_kernels.ragged import RaggedBatch
+
+PAGE_SIZE = 8
+
+
+def skip_without_native(options: ModelOptions) -> None:
+    """Skips, saying why, where the native kernels are asked for and are not there."""
+    if "cpu" in (options.matmul, options.attention):
+        reason = native.load().reason
+        if reason is not None:
+            pytest.skip(f"no native kernels: {reason}")
+
+
+@jax.jit
+def _forward(
+    model: Decoder, token_ids: Any, cache: KVCache, batches: tuple[RaggedBatch, ...], last: Any
+) -> tuple[Any, Any, KVCache]:
+    num_tokens = token_ids.shape[0]
+    context = StepContext.build(batches, num_tokens, PAGE_SIZE)
+    hidden, cache = model(token_ids, cache, context)
+    return hidden, model.logits(hidden[last], jnp.sum(batches[0].query_lens > 0)), cache
+
+
+_all_logits = jax.jit(lambda model, hidden: model.logits(hidden))
+
+
+class Driver:
+    """Sequences 0 … num_sequences - 1 of one model; pages are dealt out in a shuffled order."""
+
+    def __init__(
+        self, model: Decoder, num_sequences: int, max_tokens: int, dtype: str = "float32"
+    ) -> None:
+        self.model = model
+        self.lens = [0] * num_sequences
+        max_pages = -(-max_tokens // PAGE_SIZE)
+        num_pages = num_sequences * max_pages + 1
+        rng = np.random.default_rng(0)
+        self.tables = []
+        groups = []
+        for group in model.cache_groups():
+            pages = rng.permutation(np.arange(1, num_pages, dtype=np.int32))
+            self.tables.append(pages.reshape(num_sequences, max_pages))
+            shape = (len(group.layers), num_pages, group.num_kv_heads, PAGE_SIZE, group.head_dim)
+            filled = jnp.full(shape, jnp.nan, dtype)  # what was never written must not matter
+            groups.append(GroupPages(k=filled, v=filled))
+        self.cache = KVCache(groups=tuple(groups))
+
+    def step(
+        self,
+        tokens: dict[int, Sequence[int]],
+        *,
+        num_rows: int | None = None,
+        num_tokens: int | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Brings these sequences forward.
+
+        Returns:
+            The logits after each row's last token, in the order of `tokens`, and the hidden
+            states of all tokens.
+        """
+        rows, lens = list(tokens), [len(part) for part in tokens.values()]
+        num_rows = num_rows or len(rows)
+        num_tokens = num_tokens or sum(lens)
+        flat = np.zeros(num_tokens, np.int32)
+        flat[: sum(lens)] = np.concatenate([np.asarray(part, np.int32) for part in tokens.values()])
+        starts = np.full(num_rows + 1, sum(lens), np.int32)
+        starts[: len(lens) + 1] = np.cumsum([0, *lens])
+        context_lens = np.zeros(num_rows, np.int32)
+        for i, row in enumerate(rows):
+            self.lens[row] += lens[i]
+            context_lens[i] = self.lens[row]
+        batches = []
+        for table in self.tables:
+            padded = np.zeros((num_rows, table.shape[1]), np.int32)
+            padded[: len(rows)] = table[rows]
+            batches.append(
+                RaggedBatch(
+                    page_table=jnp.asarray(padded),
+                    query_starts=jnp.asarray(starts),
+                    context_lens=jnp.asarray(context_lens),
+                    max_query_len=1 if num_rows == num_tokens else num_tokens,
+                )
+            )
+        last = jnp.asarray(np.maximum(starts[1:] - 1, 0))
+        hidden, logits, self.cache = _forward(
+            self.model, jnp.asarray(flat), self.cache, tuple(batches), last
+        )
+        return np.asarray(logits)[: len(rows)], np.asarray(hidden)[: sum(lens)]
+
+    def all_logits(self, hidden: np.ndarray) -> np.ndarray:
+        """Logits of every given hidden state."""
+        return np.asarray(_all_logits(self.model, jnp.asarray(hidden)))
