@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 #: Larger than any cache, small beside the memory.
-_CPU_BYTES, _DEVICE_BYTES = 256 << 20, 2 << 30
+_CPU_BYTES, _DEVICE_BYTES = 512 << 20, 2 << 30
 _CPU_SIZE, _DEVICE_SIZE = 2048, 8192
 
 
