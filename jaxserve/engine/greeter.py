@@ -27,6 +27,8 @@ from jaxserve.types import FinishReason
 
 #: How often progress is looked at.
 TURN_S = 0.05
+#: How long a start-up that failed waits for a first client to tell it to.
+FAREWELL_S = 2.0
 
 
 class Greeter:
@@ -58,30 +60,40 @@ class Greeter:
         self._thread.join()
 
     def fail(self, error: str) -> None:
-        """Stops, and tells the clients that start-up failed."""
+        """Tells the clients that start-up failed, and stops.
+
+        A start-up may fail before any client came: the first one is waited for, within reason.
+        """
         self.stop()
+        deadline_s = time.monotonic() + FAREWELL_S
+        while not self.clients and time.monotonic() < deadline_s:
+            self._turn()
         for client in self.clients:
             self._server.send(client, self._status("failed", error))
 
     def _run(self) -> None:
         told = self._progress
         while not self._stopping.is_set():
-            for client, message in self._server.receive(TURN_S):
-                match message:
-                    case GetStatus():
-                        if client not in self.clients:
-                            self._server.send(client, self._progress)
-                        self.clients[client] = message.stats
-                        self._server.send(client, self._status(self._progress.phase))
-                    case Submit():
-                        self._server.send(client, self._refusal(message))
-                    case Goodbye():
-                        self.clients.pop(client, None)
+            self._turn()
             progress = self._progress
             if progress is not told:
                 told = progress
                 for client in self.clients:
                     self._server.send(client, progress)
+
+    def _turn(self) -> None:
+        """Answers what has come, waiting a moment for it."""
+        for client, message in self._server.receive(TURN_S):
+            match message:
+                case GetStatus():
+                    if client not in self.clients:
+                        self._server.send(client, self._progress)
+                    self.clients[client] = message.stats
+                    self._server.send(client, self._status(self._progress.phase))
+                case Submit():
+                    self._server.send(client, self._refusal(message))
+                case Goodbye():
+                    self.clients.pop(client, None)
 
     def _status(self, phase: str, error: str = "") -> EngineStatus:
         state = "compiling" if phase == "ready" else phase

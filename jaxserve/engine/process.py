@@ -1,9 +1,9 @@
 """The engine process: configuration in on stdin, a model served on a ZeroMQ address until the end.
 
-Started by `protocol.spawn` as `python -m jaxserve.engine.process ADDRESS`. The model is loaded and
-compiled in the main thread while a `Greeter` answers clients; then the main thread turns the step
-loop. Exit status: 0 after SIGTERM, 1 after an error that was told in one sentence, 3 when a step
-hung for longer than `engine.step_timeout_s`.
+Started by `protocol.spawn` as `python -m jaxserve.engine.process ADDRESS PARENT_PID`. The model is
+loaded and compiled in the main thread while a `Greeter` answers clients; then the main thread turns
+the step loop. Exit status: 0 after SIGTERM, 1 after an error that was told in one sentence, 3 when a
+step hung for longer than `engine.step_timeout_s`.
 
 Invariant: the process ends with its parent, whatever way that ends.
 """
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from jaxserve.config import Config
 from jaxserve.engine.greeter import Greeter
 from jaxserve.engine.loop import Engine
-from jaxserve.engine.parts import Factory, Parts
+from jaxserve.engine.parts import Factory, Parts, Progressing
 from jaxserve.errors import JaxserveError
 from jaxserve.protocol.parent import follow_parent
 from jaxserve.protocol.server import ServerTransport
@@ -34,18 +34,22 @@ EXIT_FAILED = 1
 EXIT_HUNG = 3
 
 
-def main() -> int:
-    """The child's entry; returns its exit status."""
-    from jaxserve.engine.load import load_parts  # JAX, once the cheap checks are done
-    from jaxserve.protocol.zmq import ZmqServer  # the bare accelerator image has no zmq
+def main(factory: Factory | None = None) -> int:
+    """The child's entry; returns its exit status.
 
-    follow_parent()
+    Args:
+        factory: loads and compiles the model; `engine.load.load_parts` where None.
+    """
+    signal.signal(signal.SIGTERM, _exit_early)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which drains us
+    follow_parent(int(sys.argv[2]))
     config: Config = pickle.load(sys.stdin.buffer)  # from our parent, through its pipe
     logging.basicConfig(level=config.logging.level.upper(), stream=sys.stderr)
+    from jaxserve.protocol.zmq import ZmqServer  # the bare accelerator image has no zmq
+
     server = ZmqServer(sys.argv[1])
     try:
-        return run(config, server, load_parts)
+        return run(config, server, factory or _load_parts)
     finally:
         server.close()
 
@@ -56,7 +60,6 @@ def run(config: Config, server: ServerTransport, factory: Factory) -> int:
     Args:
         factory: loads and compiles the model, reporting progress.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     greeter = Greeter(server)
     greeter.start()
     try:
@@ -76,6 +79,8 @@ def run(config: Config, server: ServerTransport, factory: Factory) -> int:
     except Exception:
         logger.exception("the step loop failed")
         return EXIT_FAILED
+    finally:
+        _ignore_sigterm()
     return 0
 
 
@@ -107,7 +112,24 @@ def _exit_hung(age_s: float) -> None:
     os._exit(EXIT_HUNG)
 
 
+def _load_parts(config: Config, progress: Progressing) -> Parts:
+    from jaxserve.engine.load import load_parts  # JAX; clients are greeted meanwhile
+
+    return load_parts(config, progress)
+
+
+def _exit_early(signum: int, frame: object) -> None:
+    """SIGTERM before the engine serves: nothing is lost, and compiling threads are not awaited."""
+    os._exit(0)
+
+
+def _ignore_sigterm() -> None:
+    """The exit status is settled; a SIGTERM while the interpreter winds up must not change it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _give_up(greeter: Greeter, sentence: str) -> int:
+    _ignore_sigterm()
     greeter.fail(sentence)
     sys.stderr.write(f"jaxserve: {sentence}\n")
     return EXIT_FAILED

@@ -37,7 +37,9 @@ class EngineProcess:
         """Starts the child; it loads and compiles while clients already may connect."""
         directory = tempfile.mkdtemp(prefix="jaxserve-")  # mode 0700
         address = f"ipc://{os.path.join(directory, 'engine')}"
-        process = subprocess.Popen([sys.executable, "-m", module, address], stdin=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, address, str(os.getpid())], stdin=subprocess.PIPE
+        )
         assert process.stdin is not None
         try:
             process.stdin.write(pickle.dumps(config))

@@ -446,9 +446,7 @@ class Scheduler:
             self._leave_slot(sequence)
         sequence.state = SequenceState.FINISHED
         stop_tokens = int(sequence.stop_token_id is not None)
-        sequence.num_discarded = max(
-            sequence.num_planned - sequence.num_outputs - stop_tokens, 0
-        )
+        sequence.num_discarded = max(sequence.num_planned - sequence.num_outputs - stop_tokens, 0)
         self._lead(sequence.followers)
 
     def _make_room(self, needy: Sequence | None) -> bool:

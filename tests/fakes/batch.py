@@ -55,7 +55,9 @@ class ExactBatch:
             next_token_ids=np.asarray(successors),
             samples=np.asarray([True] * len(self._decoding) + [c.samples for c in plan.chunks]),
             slot_writes=[
-                SlotWrite(slot=j.slot, sampling=j.sampling, prompt_len=j.prompt_len, choice=j.choice)
+                SlotWrite(
+                    slot=j.slot, sampling=j.sampling, prompt_len=j.prompt_len, choice=j.choice
+                )
                 for j in plan.joins
             ],
             page_copies=[(c.group, c.source, c.target) for c in plan.page_copies],

@@ -6,10 +6,10 @@ module="tests.fakes.engine")` for a real child over ZeroMQ.
 
 from __future__ import annotations
 
-import pickle
 import sys
 
 from jaxserve.config import Config
+from jaxserve.engine import process
 from jaxserve.engine.parts import Parts, Progressing
 from jaxserve.types import CacheGroup, ModelInfo, SamplingParams
 from tests.fakes import executor
@@ -64,19 +64,5 @@ def oracle(prompt: list[int], sampling: SamplingParams, choice: int = 0) -> list
     )
 
 
-def main() -> int:
-    """The child process, as `jaxserve.engine.process.main` with a fake model."""
-    from jaxserve.engine.process import follow_parent, run
-    from jaxserve.protocol.zmq import ZmqServer
-
-    follow_parent()
-    config: Config = pickle.load(sys.stdin.buffer)
-    server = ZmqServer(sys.argv[1])
-    try:
-        return run(config, server, fake_parts)
-    finally:
-        server.close()
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(process.main(fake_parts))

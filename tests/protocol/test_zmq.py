@@ -158,7 +158,9 @@ def test_a_client_that_never_reads_blocks_nobody_and_loses_nothing(server, addre
     # Large events fill the socket's buffers soon; what follows is merged into few messages.
     num_events, padding = 3000, list(range(1000, 1300))
     for step in range(num_events):
-        events = TokenEvents(step_id=step, at_ns=step, sequence_ids=[7], token_ids=[[step, *padding]])
+        events = TokenEvents(
+            step_id=step, at_ns=step, sequence_ids=[7], token_ids=[[step, *padding]]
+        )
         server.send(client, events)
     assert client in server._backlogs
     received: list[TokenEvents] = []

@@ -204,7 +204,9 @@ def test_a_stop_token_costs_what_is_in_flight_and_it_is_counted():
     rig.run()
     tokens = rig.emitted[probe]
     place = next(i for i, token in enumerate(tokens) if token not in tokens[:i] and i > 2)
-    (sequence,) = rig.submit([9, 9, 9], max_tokens=12, stop_token_ids=(tokens[place],), ignore_eos=True)
+    (sequence,) = rig.submit(
+        [9, 9, 9], max_tokens=12, stop_token_ids=(tokens[place],), ignore_eos=True
+    )
     rig.run()
     rig.check()
     assert sequence.stop_token_id == tokens[place]

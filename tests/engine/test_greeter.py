@@ -1,0 +1,51 @@
+"""Start-up over a real road: status and progress come while the model loads."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from jaxserve.engine.greeter import Greeter
+from jaxserve.errors import DeviceFailure, Overloaded
+from jaxserve.protocol.client import SyncClient
+from jaxserve.protocol.messages import Progress
+from jaxserve.protocol.thread import ThreadRoad
+from jaxserve.types import SamplingParams
+
+
+@pytest.fixture
+def road():
+    """A road, its greeter, a client and the progress it was told."""
+    road = ThreadRoad()
+    greeter = Greeter(road.server)
+    greeter.start()
+    progress: list[Progress] = []
+    client = SyncClient(road.connect(), on_progress=progress.append)
+    client.start()
+    yield greeter, client, progress
+    client.close()
+
+
+def test_progress_and_refusals_before_the_engine_is_ready(road):
+    greeter, client, progress = road
+    assert client.get_status().state == "loading"
+    assert progress[0] == Progress(phase="loading", done=0, total=0)
+    greeter.progress("compiling", 3, 9)
+    while len(progress) < 2:
+        client.wait()
+    assert progress[1] == Progress(phase="compiling", done=3, total=9)
+    assert client.get_status().state == "compiling"
+    with pytest.raises(Overloaded, match="compiling"):
+        list(client.submit([1], SamplingParams(max_tokens=1, seed=0), n=2))
+    assert list(greeter.clients.values()) == [False]
+    greeter.stop()
+    assert "jaxserve greeter" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_failed_start_reaches_the_clients(road):
+    greeter, client, _ = road
+    assert client.get_status().state == "loading"
+    greeter.fail("the file is truncated")
+    with pytest.raises(DeviceFailure, match="the file is truncated"):
+        client.ready()
