@@ -151,19 +151,9 @@ class Arrival:
             frontend.metrics.request(_route_of(scope["path"]), status or LEFT)
 
 
-_ROUTES = frozenset(
-    {
-        "/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize",
-        "/health", "/ready", "/metrics",
-    }
-)  # fmt: skip
-
-
 def _route_of(path: str) -> str:
-    """A path as a metric's label: one of few."""
-    if path in _ROUTES:
-        return path
-    return "/v1/models/{name}" if path.startswith("/v1/models/") else "other"
+    """A path as a metric's label."""
+    return "/v1/models/{name}" if path.startswith("/v1/models/") else path
 
 
 def _routing_error(scope: Any, error: HTTPException) -> JaxserveError:

@@ -81,7 +81,7 @@ async def _whole(
     options = work.options
     merged = [Delta(index) for index in range(len(work.prompts) * options.candidates)]
     try:
-        async for deltas in generation.deltas():
+        while deltas := await generation.next():
             for delta in deltas:
                 _merge(merged[delta.choice], delta)
     except JaxserveError:
@@ -104,9 +104,8 @@ async def _stream(
     events = EventStream(send, frontend.config.heartbeat_s)
     wire = work.wire
     try:
-        async for deltas in generation.deltas():
-            data = b"".join([wire.events(delta) for delta in deltas])
-            if data:
+        while deltas := await generation.next():
+            if data := b"".join([wire.events(delta) for delta in deltas]):
                 await events.write(data)
         last = wire.usage_event(generation.usage) if work.options.include_usage else b""
         await events.end(last + DONE)

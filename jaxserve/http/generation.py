@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from jaxserve.errors import Overloaded
@@ -66,7 +65,7 @@ class _Choice:
 
 
 class Generation:
-    """The sequences of one request; iterate `deltas()` once.
+    """The sequences of one request: call `next` until it gives nothing.
 
     Args:
         prompts: token ids of each prompt, at least one token; samplings: aligned with them.
@@ -74,7 +73,7 @@ class Generation:
         arrived_ns: when the request reached the server.
 
     Attributes:
-        usage: complete once `deltas` has ended.
+        usage: complete once `next` has given nothing.
     """
 
     def __init__(
@@ -107,6 +106,7 @@ class Generation:
             for prompt in prompts
             for _ in range(options.candidates)
         ]
+        self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._streams: list[Stream] = []
         for prompt, sampling in zip(prompts, samplings, strict=True):
@@ -127,28 +127,26 @@ class Generation:
         for stream in self._streams:
             stream.cancel()
 
-    async def deltas(self) -> AsyncIterator[list[Delta]]:
-        """All deltas, in lists of what had come at each look.
+    async def next(self) -> list[Delta]:
+        """What has come since the last call, waiting for it if need be; empty at the end.
 
         Raises:
             JaxserveError: the engine refused a prompt, or failed; `cancel` the others then.
         """
         while True:
             deltas: list[Delta] = []
+            running = False
             for index, stream in enumerate(self._streams):
                 while (event := stream.take()) is not None:
                     self._advance(deltas, stream, index, event)
+                running = running or not stream.done
             if deltas:
-                yield deltas  # more may have come meanwhile: look again before waiting
-            elif all(stream.done for stream in self._streams):
-                break
-            else:
-                await self._wait()
-        self._metrics.request_done((time.monotonic_ns() - self._arrived_ns) / 1e9)
-
-    async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        await self._waiter
+                return deltas
+            if not running:
+                self._metrics.request_done((time.monotonic_ns() - self._arrived_ns) / 1e9)
+                return []
+            self._waiter = self._loop.create_future()
+            await self._waiter
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -1,28 +1,78 @@
 """Prometheus metrics of the HTTP processes, and of the engine as they see it.
 
-Each process counts what it serves. With a shared directory (prometheus_client's multiprocess mode,
-which `serve` sets up for its workers) any of them answers /metrics for all. What only the engine
-knows (queues, pages) is read from its last status at the scrape; its steps are counted by the one
-worker that subscribes to `StepStats`.
+Each process counts in a row of cells of its own; the rows of all workers lie in one shared file, so
+that any worker answers /metrics for all by adding them up. A cell is a float64 that one thread of
+one process writes: counting takes no lock, and costs a stream's event next to nothing. What only
+the engine knows (queues, pages) is read from its last status at the scrape; its steps are counted
+by the one worker that subscribes to `StepStats`.
+
+Invariant: all processes that share a file run the same code, so they agree on the layout.
 """
 
 from __future__ import annotations
 
+import mmap
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
 from jaxserve.protocol.messages import EngineStatus, StepStats
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
-_SECONDS = (
-    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
-    *(1, 2.5, 5, 10, 30, 60, 120, 300),
+ROUTES = (
+    *("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{name}"),
+    *("/tokenize", "/detokenize", "/health", "/ready", "/metrics", "other"),
 )
+#: Statuses counted by themselves; 499 stands for a client that left before its answer began.
+STATUSES = (200, 400, 401, 403, 404, 405, 413, 415, 499, 500, 503, 504)
+
+_COUNTERS = {
+    "prompt_tokens": "Prompt tokens submitted",
+    "output_tokens": "Tokens generated",
+    "steps": "Device calls",
+    "step_device_seconds": "Device time of steps",
+    "step_prefill_tokens": "Prompt tokens run on the device",
+    "step_decode_tokens": "Decoded tokens run on the device",
+    "step_padding_tokens": "Padding run on the device",
+    "preemptions": "Sequences set back to make room",
+}
+_HISTOGRAMS = {
+    "time_to_first_token_seconds": "From arrival to the first token",
+    "inter_token_seconds": "Between tokens of a choice",
+    "request_duration_seconds": "From arrival to the last token",
+}
+_BOUNDS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0),
+)
+
+_SPAN = len(_BOUNDS) + 2  # of a histogram: its buckets, the last open, and its sum
+_IN_FLIGHT = 0
+_COUNTER = {name: 1 + index for index, name in enumerate(_COUNTERS)}
+_HISTOGRAM = {name: 1 + len(_COUNTERS) + _SPAN * i for i, name in enumerate(_HISTOGRAMS)}
+_REQUESTS = 1 + len(_COUNTERS) + _SPAN * len(_HISTOGRAMS)
+_NUM_CELLS = _REQUESTS + len(ROUTES) * (len(STATUSES) + 1)
+
+_PROMPT_TOKENS = _COUNTER["prompt_tokens"]
+_OUTPUT_TOKENS = _COUNTER["output_tokens"]
+_TTFT = _HISTOGRAM["time_to_first_token_seconds"]
+_ITL = _HISTOGRAM["inter_token_seconds"]
+_E2E = _HISTOGRAM["request_duration_seconds"]
+
+
+def create_shared(path: Path, num_workers: int) -> None:
+    """Makes the file that workers count in."""
+    path.write_bytes(bytes(8 * _NUM_CELLS * num_workers))
 
 
 class Metrics:
@@ -30,102 +80,127 @@ class Metrics:
 
     Args:
         status: gives the engine's last status.
-        directory: shared by all workers of a server; "" where this process is alone.
+        shared: the file of all workers; None where this process is alone.
+        index: of this process among them.
     """
 
-    def __init__(self, status: Callable[[], EngineStatus | None], directory: str = "") -> None:
-        self._own = CollectorRegistry()
-        self._shared = self._own
-        if directory:
-            self._shared = CollectorRegistry()
-            MultiProcessCollector(self._shared, path=directory)
-        self._engine = CollectorRegistry()
-        self._engine.register(_EngineCollector(status))
-        self._requests = self._counter("requests", "Requests answered", "route", "status")
-        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens submitted")
-        self._output_tokens = self._counter("output_tokens", "Tokens generated")
-        self._ttft = self._histogram("time_to_first_token", "From arrival to the first token")
-        self._itl = self._histogram("inter_token", "Between tokens of a choice, as delivered")
-        self._e2e = self._histogram("request_duration", "From arrival to the last token")
-        self._in_flight = Gauge(
-            "jaxserve_http_requests_in_flight",
-            "Requests being answered",
-            registry=self._own,
-            multiprocess_mode="livesum",
-        )
-        self._steps = self._counter("steps", "Device calls", "program")
-        self._step_seconds = self._counter("step_device_seconds", "Device time", "program")
-        self._step_tokens = self._counter("step_tokens", "Tokens run on the device", "kind")
-        self._preemptions = self._counter("preemptions", "Sequences set back to make room")
+    def __init__(
+        self, status: Callable[[], EngineStatus | None], shared: Path | None = None, index: int = 0
+    ) -> None:
+        if shared is None:
+            self._all = memoryview(bytearray(8 * _NUM_CELLS)).cast("d")
+        else:
+            with shared.open("r+b") as file:
+                self._all = memoryview(mmap.mmap(file.fileno(), 0)).cast("d")
+        self._own = self._all[index * _NUM_CELLS : (index + 1) * _NUM_CELLS]
+        self._registry = CollectorRegistry()
+        self._registry.register(_Collector(self._all, status))
 
     def render(self) -> bytes:
         """The text format, for all workers."""
-        return generate_latest(self._shared) + generate_latest(self._engine)
+        return generate_latest(self._registry)
 
     def request(self, route: str, status: int) -> None:
         """A request was answered."""
-        self._requests.labels(route, str(status)).inc()
+        column = STATUSES.index(status) if status in STATUSES else len(STATUSES)
+        row = ROUTES.index(route if route in ROUTES else "other")
+        self._own[_REQUESTS + row * (len(STATUSES) + 1) + column] += 1
 
     def in_flight(self, change: int) -> None:
         """A request has come (1) or gone (-1)."""
-        self._in_flight.inc(change)
+        self._own[_IN_FLIGHT] += change
 
     def prompt_tokens(self, num_tokens: int) -> None:
         """A request was submitted."""
-        self._prompt_tokens.inc(num_tokens)
+        self._own[_PROMPT_TOKENS] += num_tokens
 
     def output_tokens(self, num_tokens: int) -> None:
         """Tokens came from the engine."""
-        self._output_tokens.inc(num_tokens)
+        self._own[_OUTPUT_TOKENS] += num_tokens
 
     def first_token(self, seconds: float) -> None:
         """A request's first token is about to be sent."""
-        self._ttft.observe(seconds)
+        self._observe(_TTFT, seconds, 1)
 
     def inter_token(self, seconds: float, num_tokens: int) -> None:
-        """Tokens came `seconds` after the choice's tokens before them."""
-        self._itl.observe(seconds / num_tokens)
+        """Tokens came together, `seconds` after the choice's tokens before them."""
+        self._observe(_ITL, seconds / num_tokens, num_tokens)
 
     def request_done(self, seconds: float) -> None:
         """All choices of a request have ended."""
-        self._e2e.observe(seconds)
+        self._observe(_E2E, seconds, 1)
 
     def step(self, stats: StepStats) -> None:
         """A device call was made."""
-        self._steps.labels(stats.program).inc()
-        self._step_seconds.labels(stats.program).inc(stats.device_ns / 1e9)
-        self._step_tokens.labels("prefill").inc(stats.prefill_tokens)
-        self._step_tokens.labels("decode").inc(stats.decode_tokens)
-        self._step_tokens.labels("padding").inc(stats.padded_tokens - stats.tokens)
-        self._preemptions.inc(stats.preemptions)
+        own = self._own
+        own[_COUNTER["steps"]] += 1
+        own[_COUNTER["step_device_seconds"]] += stats.device_ns / 1e9
+        own[_COUNTER["step_prefill_tokens"]] += stats.prefill_tokens
+        own[_COUNTER["step_decode_tokens"]] += stats.decode_tokens
+        own[_COUNTER["step_padding_tokens"]] += stats.padded_tokens - stats.tokens
+        own[_COUNTER["preemptions"]] += stats.preemptions
 
-    def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
-        return Counter(f"jaxserve_{name}", documentation, labels, registry=self._own)
-
-    def _histogram(self, name: str, documentation: str) -> Histogram:
-        return Histogram(
-            f"jaxserve_{name}_seconds", documentation, registry=self._own, buckets=_SECONDS
-        )
+    def _observe(self, base: int, seconds: float, times: int) -> None:
+        own = self._own
+        own[base + bisect_left(_BOUNDS, seconds)] += times
+        own[base + _SPAN - 1] += seconds * times
 
 
-class _EngineCollector(Collector):
-    """What the engine said last, as gauges."""
+class _Collector(Collector):
+    """The rows of all workers, added up; and what the engine said last."""
 
-    def __init__(self, status: Callable[[], EngineStatus | None]) -> None:
+    def __init__(self, cells: memoryview, status: Callable[[], EngineStatus | None]) -> None:
+        self._cells = cells
         self._status = status
 
     def collect(self) -> Iterator[Metric]:
-        status = self._status()
-        ready = status is not None and status.state == "ready"
-        yield GaugeMetricFamily("jaxserve_engine_ready", "1 if it serves", float(ready))
-        if status is None:
-            return
-        for name, documentation, value in (
-            ("running", "Sequences that run", status.running),
-            ("waiting", "Sequences that wait", status.waiting),
-            ("pages_used", "KV pages in use", status.pages_used),
-            ("pages_total", "KV pages of the pool", status.pages_total),
-            ("compiles_after_warmup", "Compilations since ready", status.compiles_after_warmup),
-            ("step_age_seconds", "Since the step loop last turned", status.step_age_s),
-        ):
-            yield GaugeMetricFamily(f"jaxserve_{name}", documentation, value)
+        sums = [sum(self._cells[cell::_NUM_CELLS]) for cell in range(_NUM_CELLS)]
+        yield GaugeMetricFamily(
+            "jaxserve_requests_in_flight", "Requests being answered", sums[_IN_FLIGHT]
+        )
+        for name, documentation in _COUNTERS.items():
+            yield CounterMetricFamily(f"jaxserve_{name}", documentation, sums[_COUNTER[name]])
+        for name, documentation in _HISTOGRAMS.items():
+            yield _histogram(name, documentation, sums[_HISTOGRAM[name] :][:_SPAN])
+        yield _requests(sums)
+        yield from _engine(self._status())
+
+
+def _histogram(name: str, documentation: str, cells: list[float]) -> Metric:
+    total = 0.0
+    buckets = []
+    for bound, count in zip((*_BOUNDS, "+Inf"), cells[:-1], strict=True):
+        total += count
+        buckets.append((str(bound), total))
+    return HistogramMetricFamily(
+        f"jaxserve_{name}", documentation, buckets=buckets, sum_value=cells[-1]
+    )
+
+
+def _requests(sums: list[float]) -> Metric:
+    family = CounterMetricFamily(
+        "jaxserve_requests", "Requests answered", labels=["route", "status"]
+    )
+    cell = _REQUESTS
+    for route in ROUTES:
+        for status in (*STATUSES, "other"):
+            if sums[cell]:
+                family.add_metric([route, str(status)], sums[cell])
+            cell += 1
+    return family
+
+
+def _engine(status: EngineStatus | None) -> Iterator[Metric]:
+    ready = status is not None and status.state == "ready"
+    yield GaugeMetricFamily("jaxserve_engine_ready", "1 if it serves", float(ready))
+    if status is None:
+        return
+    for name, documentation, value in (
+        ("running", "Sequences that run", status.running),
+        ("waiting", "Sequences that wait", status.waiting),
+        ("pages_used", "KV pages in use", status.pages_used),
+        ("pages_total", "KV pages of the pool", status.pages_total),
+        ("compiles_after_warmup", "Compilations since ready", status.compiles_after_warmup),
+        ("step_age_seconds", "Since the step loop last turned", status.step_age_s),
+    ):
+        yield GaugeMetricFamily(f"jaxserve_{name}", documentation, value)

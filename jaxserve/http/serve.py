@@ -31,6 +31,7 @@ from tqdm import tqdm
 from jaxserve.config import Config, HttpConfig, ModelConfig, WeightsConfig
 from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.http.auth import check_exposure, load_keys
+from jaxserve.http.metrics import create_shared
 from jaxserve.http.worker import WorkerSettings
 from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.messages import Progress
@@ -94,15 +95,12 @@ class _Worker:
 
     def __init__(self, settings: WorkerSettings, listener: socket.socket, module: str) -> None:
         fd = listener.fileno()
-        # prometheus_client looks for this variable when the child imports it
-        environ = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": settings.metrics_directory}
         self.name = f"HTTP worker {settings.index}"
         self.process = subprocess.Popen(
             [sys.executable, "-m", module, str(fd), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             pass_fds=[fd],
-            env=environ,
         )
         assert self.process.stdin is not None
         try:
@@ -137,12 +135,12 @@ class _Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        directory = tempfile.mkdtemp(prefix="jaxserve-metrics-")
+        directory = tempfile.mkdtemp(prefix="jaxserve-http-")
         engine = EngineProcess.start(self._config, module=self._engine_module)
         client = EngineClient(ZmqClient(engine.address), on_progress=self._bar.show)
         try:
             await client.start()
-            self._start_workers(engine.address, directory)
+            self._start_workers(engine.address, Path(directory, "metrics"))
             return await self._watch(engine, client)
         finally:
             self._bar.close()
@@ -155,13 +153,14 @@ class _Supervisor:
             engine.stop()
             shutil.rmtree(directory, ignore_errors=True)
 
-    def _start_workers(self, address: str, directory: str) -> None:
+    def _start_workers(self, address: str, metrics_file: Path) -> None:
+        create_shared(metrics_file, self._config.http.workers)
         for index in range(self._config.http.workers):
             settings = WorkerSettings(
                 config=self._config,
                 engine_address=address,
                 index=index,
-                metrics_directory=directory,
+                metrics_file=metrics_file,
             )
             self._workers.append(_Worker(settings, self._listener, self._worker_module))
 

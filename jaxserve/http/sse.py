@@ -48,9 +48,15 @@ class EventStream:
 
     async def write(self, events: bytes) -> None:
         """Sends events; returns once the transport takes more."""
-        if self._beat is not None:
+        if self._beat is not None and self._beat is not asyncio.current_task():
             await self._beat
-        await self._write(events)
+        self._writing = True
+        if not self.started:
+            self.started = True
+            await self._send(_START)
+        await self._send({"type": "http.response.body", "body": events, "more_body": True})
+        self._last_s = self._loop.time()
+        self._writing = False
 
     async def end(self, events: bytes) -> None:
         """Sends the last events and closes the response."""
@@ -66,21 +72,12 @@ class EventStream:
         """No more heartbeats."""
         self._timer.cancel()
 
-    async def _write(self, events: bytes) -> None:
-        self._writing = True
-        if not self.started:
-            self.started = True
-            await self._send(_START)
-        await self._send({"type": "http.response.body", "body": events, "more_body": True})
-        self._last_s = self._loop.time()
-        self._writing = False
-
     def _on_timer(self) -> None:
         wait_s = self._last_s + self._heartbeat_s - self._loop.time()
         if wait_s <= 0:
             wait_s = self._heartbeat_s
             if not self._writing:
-                self._beat = asyncio.create_task(self._write(HEARTBEAT), name="jaxserve heartbeat")
+                self._beat = asyncio.create_task(self.write(HEARTBEAT), name="jaxserve heartbeat")
                 self._beat.add_done_callback(self._on_beat)
         self._timer = self._loop.call_later(wait_s, self._on_timer)
 

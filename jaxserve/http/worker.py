@@ -48,13 +48,13 @@ class WorkerSettings:
         config: with `model.path` resolved.
         engine_address: of the engine's socket.
         index: among the workers; number 0 counts the engine's steps.
-        metrics_directory: shared by all workers.
+        metrics_file: shared by all workers.
     """
 
     config: Config
     engine_address: str
     index: int
-    metrics_directory: str
+    metrics_file: Path
 
 
 def main(load_text: LoadText | None = None) -> int:
@@ -89,7 +89,7 @@ async def _serve(
     template: ChatTemplate | None,
 ) -> None:
     config = settings.config
-    metrics = Metrics(lambda: client.status, settings.metrics_directory)
+    metrics = Metrics(lambda: client.status, settings.metrics_file, settings.index)
     client = EngineClient(
         ZmqClient(settings.engine_address),
         on_stats=metrics.step if settings.index == 0 else None,

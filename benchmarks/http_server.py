@@ -1,0 +1,228 @@
+"""What does an event of a stream cost the HTTP process, beside a bare Starlette response?
+
+Method: one HTTP process serves both, in interleaved rounds of the same number of streams, events
+and bytes, read by one client process that takes bytes and counts events:
+
+    jaxserve   /v1/chat/completions over the fake engine (a process of its own, over ZeroMQ):
+               protocol, detokenizing, JSON, metrics, heartbeats, watching for departures
+    paced      a bare Starlette StreamingResponse of the very bytes that an event of ours has; all
+               streams are woken once a step, as tokens come from a real engine
+    unpaced    the same, without ever waiting: nothing but Starlette and uvicorn
+
+CPU time (user and system, all threads) of the HTTP process is divided by the events that reached
+the client, requests' own cost included. The target is jaxserve / paced ≤ 2.
+
+    python benchmarks/http_server.py [--streams 64] [--tokens 128] [--rounds 10]
+
+Ends in one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import resource
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import uvloop
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the fakes are in tests/
+
+from jaxserve.bench.stats import environment, json_line, median, ratio_interval
+from jaxserve.config import CacheConfig, Config, HttpConfig, ModelConfig, SchedulerConfig
+from jaxserve.http.app import create_app
+from jaxserve.http.server import Server
+from jaxserve.protocol.client import EngineClient
+from jaxserve.protocol.spawn import EngineProcess
+from jaxserve.protocol.zmq import ZmqClient
+from tests.fakes.tokenizer import CHAT_TEMPLATE, ByteTokenizer
+
+ARMS = ("jaxserve", "paced", "unpaced")
+#: Long, because the fake engine's step costs by context: its steps must leave time for ours.
+MESSAGE = {"role": "user", "content": "hi there, fake. " * 60}
+#: Pause between steps of the paced arm; the event loop is idle for part of it, as in real life.
+STEP_S = 0.004
+
+EVENT = (
+    b'data: {"id":"chatcmpl-0123456789abcdef01234567","object":"chat.completion.chunk",'
+    b'"created":1795487389,"model":"fake","choices":[{"index":0,"delta":{"content":" w333"},'
+    b'"logprobs":null,"finish_reason":null}]}\n\n'
+)
+
+
+class Ticker:
+    """Wakes all who wait, once a step."""
+
+    def __init__(self) -> None:
+        self._waiters: list[asyncio.Future[None]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    async def wait(self) -> None:
+        """Waits for the next step."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+        future = asyncio.get_running_loop().create_future()
+        self._waiters.append(future)
+        await future
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(STEP_S)
+            waiters, self._waiters = self._waiters, []
+            for future in waiters:
+                if not future.done():
+                    future.set_result(None)
+
+
+def bare_app() -> Starlette:
+    """The two yardsticks."""
+    ticker = Ticker()
+
+    async def events(num_events: int, paced: bool) -> AsyncIterator[bytes]:
+        for _ in range(num_events):
+            if paced:
+                await ticker.wait()
+            yield EVENT
+
+    async def stream(request: Request) -> StreamingResponse:
+        document = await request.json()
+        body = events(document["max_tokens"], request.url.path == "/paced")
+        return StreamingResponse(body, media_type="text/event-stream")
+
+    async def cpu(request: Request) -> JSONResponse:
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return JSONResponse({"cpu_s": usage.ru_utime + usage.ru_stime})
+
+    return Starlette(
+        routes=[
+            Route("/paced", stream, methods=["POST"]),
+            Route("/unpaced", stream, methods=["POST"]),
+            Route("/cpu", cpu),
+        ]
+    )
+
+
+async def serve(listener: socket.socket, address: str) -> None:
+    """The HTTP process: both applications behind one uvicorn."""
+    from jaxserve.text.template import ChatTemplate
+
+    client = EngineClient(ZmqClient(address))
+    await client.start()
+    await client.ready()
+    app = create_app(
+        client, ByteTokenizer(), ChatTemplate(CHAT_TEMPLATE), HttpConfig(), page_size=16
+    )
+    bare = bare_app()
+
+    async def both(scope: Any, receive: Any, send: Any) -> None:
+        await (app if scope["path"].startswith("/v1") else bare)(scope, receive, send)
+
+    server = Server(app, HttpConfig(), lambda: None)
+    server.config.app = both
+    await server.run_on(listener, lambda: os._exit(1))
+    await client.close()
+
+
+async def exchange(port: int, path: str, body: Any = None) -> bytes:
+    """One request on a connection of its own; the response's bytes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    data = b"" if body is None else msgspec.json.encode(body)
+    writer.write(
+        f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data
+    )
+    response = await reader.read()
+    writer.close()
+    return response
+
+
+async def cpu_s(port: int) -> float:
+    """CPU seconds that the HTTP process has used."""
+    response = await exchange(port, "/cpu")
+    return msgspec.json.decode(response.partition(b"\r\n\r\n")[2])["cpu_s"]
+
+
+async def one_round(port: int, arm: str, num_streams: int, num_tokens: int) -> tuple[float, int]:
+    """CPU microseconds an event, and how many events came."""
+    path = "/v1/chat/completions" if arm == "jaxserve" else f"/{arm}"
+    body = {"stream": True, "max_tokens": num_tokens, "messages": [MESSAGE], "ignore_eos": True}
+    before = await cpu_s(port)
+    responses = await asyncio.gather(
+        *(exchange(port, path, body | {"seed": seed}) for seed in range(num_streams))
+    )
+    used = await cpu_s(port) - before
+    assert all(b" 200 " in response[:20] for response in responses), responses[0][:500]
+    num_events = sum(response.count(b"data: {") for response in responses)
+    return used * 1e6 / num_events, num_events
+
+
+async def measure(port: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All rounds; the record."""
+    costs: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    events: dict[str, list[int]] = {arm: [] for arm in ARMS}
+    for number in range(arguments.rounds + 1):
+        for arm in ARMS[:: 1 if number % 2 else -1]:
+            cost, num = await one_round(port, arm, arguments.streams, arguments.tokens)
+            if number:  # the first warms up
+                costs[arm].append(cost)
+                events[arm].append(num)
+    record: dict[str, Any] = {"benchmark": "http", "streams": arguments.streams}
+    record |= {f"{arm}_us_an_event": median(costs[arm]) for arm in ARMS}
+    record |= {f"{arm}_events": median(events[arm]) for arm in ARMS}
+    for arm in ARMS[1:]:
+        record[f"ratio_to_{arm}"] = ratio_interval(costs["jaxserve"], costs[arm])
+    return record | environment()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Starts the processes and prints the record."""
+    config = Config(
+        model=ModelConfig(served_name="fake", max_context=2048),
+        cache=CacheConfig(page_size=16, num_pages=129 * arguments.streams),
+        scheduler=SchedulerConfig(
+            max_rows=arguments.streams, max_step_tokens=4 * arguments.streams, decode_steps=1
+        ),
+    )
+    engine = EngineProcess.start(config, module="tests.fakes.engine")
+    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
+        fd = listener.fileno()
+        command = [sys.executable, __file__, "--child", str(fd), "--address", engine.address]
+        child = subprocess.Popen(command, pass_fds=[fd])
+        try:
+            record = asyncio.run(measure(listener.getsockname()[1], arguments))
+        finally:
+            child.kill()
+            child.wait()
+            engine.stop()
+    print(json_line(record))
+
+
+def main(loop: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop) -> None:
+    """Reads the arguments."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--streams", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--address", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child is None:
+        run(arguments)
+        return
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(serve(socket.socket(fileno=arguments.child), arguments.address))
+
+
+if __name__ == "__main__":
+    main()
