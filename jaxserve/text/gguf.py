@@ -137,8 +137,8 @@ def _distinct(tokens: list[str], types: list[int]) -> tuple[list[str], list[int]
     seen: set[str] = set()
     pieces, kinds = [], []
     for i, (token, kind) in enumerate(zip(tokens, types, strict=True)):
-        usable = token and token not in seen
-        pieces.append(token if usable else f"\x00{i}")
+        usable = bool(token) and token not in seen and "\x00" not in token
+        pieces.append(token if usable else f"\ue000{i}")
         kinds.append((kind if NORMAL <= kind <= BYTE else NORMAL) if usable else UNUSED)
         seen.add(token)
     return pieces, kinds

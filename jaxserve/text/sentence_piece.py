@@ -120,8 +120,8 @@ class SentencePieceTokenizer(PieceTokenizer):
                 ids.append(self._found[part])
             elif part:
                 try:
-                    ids += processor.encode(part)
-                except (UnicodeEncodeError, TypeError):
+                    ids += processor.encode(part.encode())
+                except UnicodeEncodeError:
                     raise not_unicode(text) from None
             processor = self._later
         return ids + self._after if add_special_tokens else ids

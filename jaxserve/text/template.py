@@ -94,14 +94,14 @@ class ChatTemplate:
             messages: with role and content; content is a string or a list of text parts, which are
                 joined by newlines.
             add_generation_prompt: end with the opening of the assistant's turn.
-            kwargs: further variables of the template (`enable_thinking`, …).
+            kwargs: further variables of the template (`enable_thinking`, …); the others go before.
 
         Raises:
             InvalidRequest: the template refuses these messages or fails on them, or its output
                 passes MAX_CHARS or takes longer than MAX_SECONDS.
         """
         template = self._tools_template if tools else self._template
-        variables: dict[str, Any] = self._special_tokens | kwargs
+        variables: dict[str, Any] = kwargs | self._special_tokens
         variables |= {
             "messages": [_with_plain_content(message) for message in messages],
             "tools": list(tools) if tools else None,
