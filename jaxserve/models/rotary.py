@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -56,7 +57,7 @@ def rotary_table(
 ) -> tuple[Float[Array, "T H/2"], Float[Array, "T H/2"]]:
     """Cosine and sine of each token's angles, float32."""
     angles = positions.astype(jnp.float32)[:, None] * rope.frequencies(head_dim)
-    return jnp.cos(angles), jnp.sin(angles)
+    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
 
 
 def rotate(
