@@ -48,7 +48,6 @@ from jaxserve.protocol.messages import (
     SequenceRecord,
     StepStats,
     Submit,
-    TokenEvents,
 )
 from jaxserve.protocol.server import ServerTransport
 from jaxserve.scheduler.plan import Plan

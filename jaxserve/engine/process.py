@@ -2,8 +2,8 @@
 
 Started by `protocol.spawn` as `python -m jaxserve.engine.process ADDRESS PARENT_PID`. The model is
 loaded and compiled in the main thread while a `Greeter` answers clients; then the main thread turns
-the step loop. Exit status: 0 after SIGTERM, 1 after an error that was told in one sentence, 3 when a
-step hung for longer than `engine.step_timeout_s`.
+the step loop. Exit status: 0 after SIGTERM, 1 after an error that was told in one sentence, 3 when
+a step hung for longer than `engine.step_timeout_s`.
 
 Invariant: the process ends with its parent, whatever way that ends.
 """

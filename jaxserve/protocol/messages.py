@@ -117,7 +117,7 @@ class Finished:
     """The last word about one sequence.
 
     Attributes:
-        stop_token_id: the end or stop token that ended it (not among the emitted tokens), if one did.
+        stop_token_id: the end or stop token that ended it, if one did; it is not emitted.
         error, error_code: what went wrong, for FinishReason.ERROR; the code is a
             `JaxserveError`'s, by which the client raises the right exception.
     """
@@ -161,7 +161,7 @@ class StepStats:
         program: name of the compiled step program.
         device_ns: from the device starting the call to its result being ready.
         idle_ns: time the device waited since the previous call.
-        rows, tokens, padded_tokens: sequences, tokens of work, and tokens the program was padded to.
+        rows, tokens, padded_tokens: sequences, tokens of work, and tokens with the padding.
         decode_tokens, prefill_tokens: tokens of work by kind.
         flops, bytes: counted from shapes (models declare them), not measured.
     """

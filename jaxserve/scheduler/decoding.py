@@ -76,11 +76,11 @@ class DecodeSet:
 
     def opening(self, num_steps: int) -> list[tuple[Sequence, int]]:
         """(member, position) of each page opened in the next decode steps, in their order."""
-        opened = []
-        for clock in range(self.clock, self.clock + num_steps):
-            for sequence in self._opening[clock % self._page_size]:
-                opened.append((sequence, sequence.decode_base + clock))
-        return opened
+        return [
+            (sequence, sequence.decode_base + clock)
+            for clock in range(self.clock, self.clock + num_steps)
+            for sequence in self._opening[clock % self._page_size]
+        ]
 
     def tell(self, plan: Plan) -> None:
         """Moves who joined and left since the last plan into this one, and advances the clock."""

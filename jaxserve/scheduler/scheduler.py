@@ -21,12 +21,14 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from jaxserve.config import SchedulerConfig
-from jaxserve.errors import ContextTooLong, OutOfPages, Overloaded
+from jaxserve.scheduler.admission import check_cache, check_context, check_queue
+from jaxserve.scheduler.choices import Choices
 from jaxserve.scheduler.decoding import DecodeSet
 from jaxserve.scheduler.pages import PageAllocator
 from jaxserve.scheduler.plan import Chunk, Join, PageCopy, PageEntry, Plan
 from jaxserve.scheduler.queue import WaitingQueue
 from jaxserve.scheduler.sequence import Sequence, SequenceState
+from jaxserve.scheduler.slots import Owners, SlotTable
 from jaxserve.types import FinishReason, ModelInfo, SamplingParams
 
 
@@ -49,10 +51,10 @@ class Commit:
 
 @dataclass(slots=True)
 class _Launched:
-    """A plan and who held which slot in it; the list is replaced when slots change hands."""
+    """A plan and who held which slot in it."""
 
     plan: Plan
-    owners: list[Sequence | None]
+    owners: Owners
 
 
 class Scheduler:
@@ -85,13 +87,10 @@ class Scheduler:
         self._model = model
         self._clock_ns = clock_ns
         self._waiting = WaitingQueue()
-        self._num_held = 0
+        self._choices = Choices(self.pages, self._waiting)
         self._prefilling: dict[Sequence, None] = {}
         self._decoding = DecodeSet(page_size)
-        self._holders: dict[Sequence, None] = {}  # waiting sequences that hold shared pages
-        self._forked: list[Sequence] = []
-        self._free_slots = list(range(config.max_rows - 1, -1, -1))
-        self._owners: list[Sequence | None] = [None] * config.max_rows
+        self._slots = SlotTable(config.max_rows)
         self._launched: deque[_Launched] = deque()
         self._next_step_id = 0
         self._num_arrived = 0
@@ -99,7 +98,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Sequences that hold no slot and have not ended."""
-        return len(self._waiting) + self._num_held
+        return len(self._waiting) + self._choices.num_held
 
     @property
     def num_running(self) -> int:
@@ -129,7 +128,9 @@ class Scheduler:
             OutOfPages: they exceed the page pool even when nothing else runs.
             Overloaded: too many wait.
         """
-        self._check_fits(len(keys), len(prompt), sampling.max_tokens)
+        check_context(len(prompt), sampling.max_tokens, self._model.max_context)
+        check_cache(len(prompt), sampling.max_tokens, self.pages)
+        check_queue(len(keys), self.num_waiting, self._slots.num_free, self._config.max_waiting)
         stops = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             stops |= frozenset(self._model.eos_token_ids)
@@ -150,7 +151,7 @@ class Scheduler:
                     queued_ns=self._clock_ns(),
                 )
             )
-        self._lead(sequences)
+        self._choices.lead(sequences)
         return sequences
 
     def cancel(self, sequence: Sequence, reason: FinishReason) -> None:
@@ -178,16 +179,13 @@ class Scheduler:
             return None
         self._next_step_id += 1
         self._decoding.tell(plan)
-        self._launched.append(_Launched(plan, self._owners))
+        self._launched.append(_Launched(plan, self._slots.owners()))
         for chunk in plan.chunks:
             if chunk.samples:
-                sequence = self._owners[chunk.slot]
-                assert sequence is not None
+                sequence = self._slots.owner(chunk.slot)
                 del self._prefilling[sequence]
                 self._decoding.add(sequence)
-        for sequence in self._forked:
-            self._waiting.push(sequence)
-        self._forked = []
+        self._choices.queue_forked()
         return plan
 
     def commit(self, rows: list[int], token_ids: list[list[int]]) -> Commit:
@@ -276,7 +274,7 @@ class Scheduler:
 
     def _admit(self, plan: Plan, budget: int) -> None:
         """Lets waiting sequences take free slots, in the queue's order without exception."""
-        while budget > 0 and self._free_slots:
+        while budget > 0 and self._slots.num_free:
             sequence = self._waiting.peek()
             if sequence is None or sequence.has_unread:
                 return  # nobody, or preempted a moment ago: its last tokens are still on their way
@@ -285,7 +283,7 @@ class Scheduler:
                 return
             copies = self.pages.own(sequence.table, sequence.num_computed)
             if copies is None:
-                if not self.num_running and self._reclaim(sequence):
+                if not self.num_running and self._choices.reclaim(sequence):
                     continue
                 return
             entries = self.pages.extend(sequence.table, sequence.num_computed, end)
@@ -294,7 +292,7 @@ class Scheduler:
                 entries = self.pages.extend(sequence.table, sequence.num_computed, end)
                 assert entries is not None and end > sequence.num_computed
             self._waiting.pop()
-            self._holders.pop(sequence, None)
+            self._choices.leaves_queue(sequence)
             self._take_slot(plan, sequence)
             plan.page_copies += [PageCopy(group=g, source=s, target=t) for g, s, t in copies]
             self._enter(plan, sequence, self.pages.entries(sequence.table))
@@ -315,69 +313,10 @@ class Scheduler:
                 return True
             if self.num_running:
                 return False
-            if not self._reclaim(sequence):
+            if not self._choices.reclaim(sequence):
                 return True  # nothing runs, nobody holds: it fits by the check at its submission
 
     # ------------------------------------------------------------------ changes of state
-
-    def _check_fits(self, num_choices: int, prompt_len: int, max_tokens: int) -> None:
-        limit = self._model.max_context
-        if prompt_len + max_tokens > limit:
-            raise ContextTooLong(
-                f"the prompt has {prompt_len} tokens and max_tokens is {max_tokens}, in all "
-                f"{prompt_len + max_tokens}, but the model's context is {limit} tokens; shorten "
-                "the prompt or lower max_tokens",
-                param="max_tokens",
-            )
-        num_positions = prompt_len + max_tokens - 1  # the last token is never an input
-        if not self.pages.fits_alone(num_positions):
-            sizes = ", ".join(str(pool.capacity) for pool in self.pages.pools)
-            raise OutOfPages(
-                f"prompt and output need {num_positions} positions, but the cache has {sizes} "
-                f"pages of {self.pages.page_size}; lower max_tokens or raise cache.memory_bytes"
-            )
-        room = self._config.max_waiting + len(self._free_slots) - self.num_waiting
-        if num_choices > room:
-            raise Overloaded(
-                f"{self.num_waiting} sequences wait and {num_choices} more came, the limit is "
-                f"{self._config.max_waiting}; try again later, or raise scheduler.max_waiting"
-            )
-
-    def _lead(self, sequences: list[Sequence]) -> None:
-        """The first of these goes to the queue, the others wait for its prompt."""
-        if not sequences:
-            return
-        leader, *followers = sequences
-        if leader.state is SequenceState.HELD:
-            self._num_held -= 1
-        for follower in followers:
-            if follower.state is not SequenceState.HELD:
-                self._num_held += 1
-            follower.state = SequenceState.HELD
-            follower.leader = leader
-        leader.leader = None
-        leader.followers = followers
-        leader.state = SequenceState.WAITING
-        self._waiting.push(leader)
-
-    def _fork(self, leader: Sequence) -> None:
-        """The prompt is launched: followers share its pages, from the next plan on.
-
-        All but the last prompt token are shared; that one each choice computes itself, to sample
-        from it. The page it is written to is copied first, unless nobody else holds it any more.
-        The leader goes on in the original: followers read only positions before its writes.
-        """
-        num_shared = leader.prompt_len - 1
-        for follower in leader.followers:
-            follower.leader = None
-            follower.state = SequenceState.WAITING
-            self._num_held -= 1
-            self._forked.append(follower)
-            if num_shared > 0:
-                follower.table = self.pages.share(leader.table, num_shared)
-                follower.num_computed = follower.num_reached = follower.num_cached = num_shared
-                self._holders[follower] = None
-        leader.followers = []
 
     def _add_chunk(self, plan: Plan, sequence: Sequence, end: int) -> int:
         """Plans the known tokens up to `end`; returns how many."""
@@ -403,16 +342,13 @@ class Scheduler:
         if samples:
             sequence.num_planned = sequence.num_outputs + 1
         if sequence.followers and end >= sequence.prompt_len:
-            self._fork(sequence)
+            self._choices.fork(sequence)
         return end - start
 
     def _take_slot(self, plan: Plan, sequence: Sequence) -> None:
-        sequence.slot = self._free_slots.pop()
+        self._slots.take(sequence)
         sequence.state = SequenceState.PREFILLING
         sequence.scheduled_ns = sequence.scheduled_ns or self._clock_ns()
-        if not plan.joins:  # launched plans keep the list as it was
-            self._owners = list(self._owners)
-        self._owners[sequence.slot] = sequence
         self._prefilling[sequence] = None
         plan.joins.append(
             Join(
@@ -420,23 +356,22 @@ class Scheduler:
                 sampling=sequence.sampling,
                 prompt_len=sequence.prompt_len,
                 choice=sequence.choice,
+                prefix=sequence.prefix_looked_back_at(),
             )
         )
 
     def _leave_slot(self, sequence: Sequence) -> None:
         self.pages.release(sequence.table)
-        self._free_slots.append(sequence.slot)
+        self._slots.leave(sequence)
 
     def _end(self, sequence: Sequence) -> None:
         """Takes an ended sequence out of wherever it is and settles its counts."""
         state = sequence.state
         if state is SequenceState.HELD:
-            assert sequence.leader is not None
-            sequence.leader.followers.remove(sequence)
-            self._num_held -= 1
+            self._choices.desert(sequence)
         elif state is SequenceState.WAITING:
             self._waiting.remove(sequence)
-            self._holders.pop(sequence, None)
+            self._choices.leaves_queue(sequence)
             self.pages.release(sequence.table)
         elif state is SequenceState.PREFILLING:
             del self._prefilling[sequence]
@@ -447,7 +382,7 @@ class Scheduler:
         sequence.state = SequenceState.FINISHED
         stop_tokens = int(sequence.stop_token_id is not None)
         sequence.num_discarded = max(sequence.num_planned - sequence.num_outputs - stop_tokens, 0)
-        self._lead(sequence.followers)
+        self._choices.lead(sequence.followers)
 
     def _make_room(self, needy: Sequence | None) -> bool:
         """Frees some pages: those that waiting sequences hold, else the worst running row's.
@@ -455,7 +390,7 @@ class Scheduler:
         Args:
             needy: only sequences of worse rank than this may be preempted; None: any.
         """
-        if self._reclaim(None):
+        if self._choices.reclaim():
             return True
         running = [*self._decoding, *self._prefilling]  # pages ran out: rare enough to visit all
         victim = max(running, key=_rank)
@@ -463,16 +398,6 @@ class Scheduler:
             return False
         self._preempt(victim)
         return True
-
-    def _reclaim(self, exempt: Sequence | None) -> bool:
-        """Takes the shared pages from a waiting sequence; it will compute its prompt itself."""
-        for holder in reversed(self._holders):
-            if holder is not exempt:
-                del self._holders[holder]
-                self.pages.release(holder.table)
-                holder.num_computed = holder.num_reached = holder.num_cached = 0
-                return True
-        return False
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue, at its old place; its known tokens will be computed again."""

@@ -96,6 +96,17 @@ class Sequence:
         """Positions that it ran through the model for the first time."""
         return self.num_reached - self.num_cached
 
+    def prefix_looked_back_at(self) -> list[int]:
+        """The tokens already computed elsewhere, if its sampling depends on tokens before them.
+
+        Presence and frequency penalties count output tokens only, which nobody shares; single bad
+        words need no history.
+        """
+        sampling = self.sampling
+        if sampling.repetition_penalty != 1 or any(len(word) > 1 for word in sampling.bad_words):
+            return self.token_ids[: self.num_computed]
+        return []
+
     def reach(self, start: int, end: int) -> None:
         """Counts positions start … end - 1 as launched, once more or for the first time."""
         self.num_recomputed += max(min(end, self.num_reached) - start, 0)

@@ -1,13 +1,17 @@
-"""The plainest reading of a plan: exact shapes, no padding, nothing persistent but positions.
+"""Batches for tests: the plainest reading of a plan, and one that compares the real one with it.
 
-Independent of `engine.batch`, so that a misreading there cannot hide one in the scheduler.
+`ExactBatch` has exact shapes, no padding, nothing persistent but positions. It is independent of
+`engine.batch`, so that a misreading there cannot hide one in the scheduler.
 """
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 
 from jaxserve.device.step import Program, SlotWrite, StepInputs
+from jaxserve.engine.batch import BatchBuilder, Shapes
 from jaxserve.scheduler.plan import Plan
 
 
@@ -15,11 +19,13 @@ class ExactBatch:
     """Builds the inputs of each plan, in order."""
 
     def __init__(self) -> None:
+        self._wants: dict[int, bool] = {}  # slot → log-probabilities
         self._decoding: list[int] = []
         self._lengths: dict[int, int] = {}  # slot → tokens whose KV is written
 
     def build(self, plan: Plan) -> StepInputs:
         """See `engine.loop.Batch`."""
+        self._wants |= {join.slot: join.sampling.logprobs is not None for join in plan.joins}
         for slot in plan.decode_leaves:
             self._decoding.remove(slot)
         for slot in plan.decode_joins:
@@ -56,14 +62,95 @@ class ExactBatch:
             samples=np.asarray([True] * len(self._decoding) + [c.samples for c in plan.chunks]),
             slot_writes=[
                 SlotWrite(
-                    slot=j.slot, sampling=j.sampling, prompt_len=j.prompt_len, choice=j.choice
+                    slot=j.slot,
+                    sampling=j.sampling,
+                    prompt_len=j.prompt_len,
+                    choice=j.choice,
+                    prefix=j.prefix,
                 )
                 for j in plan.joins
             ],
             page_copies=[(c.group, c.source, c.target) for c in plan.page_copies],
             page_entries=[(e.group, e.slot, e.index, e.page) for e in plan.page_entries],
-            logprobs=True,
+            logprobs=any(
+                self._wants[slot]
+                for slot in self._decoding + [c.slot for c in plan.chunks if c.samples]
+            ),
         )
         for slot in self._decoding:
             self._lengths[slot] += plan.decode_steps - 1
         return inputs
+
+
+class DoublingShapes:
+    """Programs of every power of two."""
+
+    def choose(
+        self, num_rows: int, num_tokens: int, decode_steps: int, prompt_logprobs: bool
+    ) -> Program:
+        """See `engine.batch.Shapes`."""
+        rows = 1 << (num_rows - 1).bit_length()
+        tokens = max(1 << (num_tokens - 1).bit_length(), rows)
+        return Program(
+            num_rows=rows,
+            num_tokens=rows if num_tokens == num_rows else max(tokens, rows + 1),
+            decode_steps=decode_steps,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+
+class ComparedBatch:
+    """`engine.batch.BatchBuilder`, each step of which is held against `ExactBatch`.
+
+    Its arrays are also kept, and must be as they were when it is asked to `check`.
+    """
+
+    def __init__(self, shapes: Shapes, max_rows: int) -> None:
+        self._exact = ExactBatch()
+        self._builder = BatchBuilder(shapes, max_rows)
+        self._max_rows = max_rows
+        self._kept: deque[tuple[StepInputs, list[np.ndarray]]] = deque(maxlen=4)
+
+    def build(self, plan: Plan) -> StepInputs:
+        """See `engine.loop.Batch`."""
+        exact, built = self._exact.build(plan), self._builder.build(plan)
+        rows, tokens = exact.program.num_rows, exact.program.num_tokens
+        program = built.program
+        assert (built.num_live_rows, built.num_decode_rows) == (rows, exact.num_decode_rows)
+        assert program.decode_steps == plan.decode_steps
+        assert program.prompt_logprobs >= exact.program.prompt_logprobs
+        for array, expected, size, padding in (
+            (built.rows, exact.rows, program.num_rows, self._max_rows),
+            (built.query_starts, exact.query_starts, program.num_rows + 1, tokens),
+            (built.context_lens, exact.context_lens, program.num_rows, 0),
+            (built.samples, exact.samples, program.num_rows, False),
+            (built.token_ids, exact.token_ids, program.num_tokens, 0),
+            (built.next_token_ids, exact.next_token_ids, program.num_tokens, 0),
+        ):
+            live = len(expected)
+            assert array.shape == (size,)
+            assert array.dtype == (np.bool_ if array is built.samples else np.int32)
+            assert array[:live].tolist() == expected.tolist()
+            assert (array[live:] == padding).all()
+        for name in ("slot_writes", "page_copies", "page_entries", "logprobs"):
+            assert getattr(built, name) == getattr(exact, name)
+        self.check()
+        self._kept.append((built, [array.copy() for array in _arrays(built)]))
+        return built
+
+    def check(self) -> None:
+        """The arrays of the latest steps have not been written since."""
+        for inputs, copies in self._kept:
+            for array, copy in zip(_arrays(inputs), copies, strict=True):
+                assert np.array_equal(array, copy)
+
+
+def _arrays(inputs: StepInputs) -> list[np.ndarray]:
+    return [
+        inputs.rows,
+        inputs.query_starts,
+        inputs.context_lens,
+        inputs.token_ids,
+        inputs.next_token_ids,
+        inputs.samples,
+    ]

@@ -2,7 +2,9 @@
 
 `FakeExecutor` keeps a paged "KV cache" of (token, position) pairs and interprets `StepInputs` to
 the letter: every token is written through the page table and the whole history is read back
-through it, so a wrong page, position, slot, order or sampling parameter gives a wrong token.
+through it, so a wrong page, position, slot, order or sampling parameter gives a wrong token. Rows
+whose sampling looks back at their tokens also depend on the tokens that were seen entering the
+model in their slot, as the device's history of tokens does.
 `oracle` computes what must come out from the plain token list.
 """
 
@@ -50,6 +52,15 @@ def _pick(history: int, seed: int, choice: int, prompt_len: int, vocab_size: int
     return _mix(keyed & _MASK) % vocab_size
 
 
+def _looks_back(sampling: SamplingParams) -> bool:
+    return sampling.repetition_penalty != 1 or any(len(word) > 1 for word in sampling.bad_words)
+
+
+def _seen_hash(tokens: Sequence[int]) -> int:
+    seen = np.asarray(tokens, np.int64)
+    return _hash(seen, np.arange(len(seen)))
+
+
 def _logprob(history: int, token: int) -> float:
     return -(_mix((history + token) & _MASK) % 4096) / 256
 
@@ -76,6 +87,8 @@ def oracle(
     history = list(prompt)
     while len(history) - len(prompt) < sampling.max_tokens:
         hashed = history_hash(history, groups)
+        if _looks_back(sampling):
+            hashed ^= _seen_hash(history)
         token = _pick(hashed, sampling.seed, choice, len(prompt), vocab_size)
         if token in stops:
             break
@@ -121,6 +134,7 @@ class FakeExecutor:
         self._tables = [np.zeros((max_rows + 1, max_pages), np.int64) for _ in groups]
         self._last = np.zeros(max_rows + 1, np.int64)
         self._slots: list[tuple[SamplingParams, int, int] | None] = [None] * (max_rows + 1)
+        self._seen: list[list[int]] = [[] for _ in range(max_rows + 1)]
 
     def launch(self, inputs: StepInputs) -> StepOutputs:
         """Runs the step at once; the results wait for `collect`."""
@@ -150,6 +164,7 @@ class FakeExecutor:
         for write in inputs.slot_writes:
             self._slots[write.slot] = (write.sampling, write.choice, write.prompt_len)
             self._last[write.slot] = 10**6
+            self._seen[write.slot] = list(write.prefix)
         for group, slot, index, page in inputs.page_entries:
             assert 0 < page < len(self._tokens[group]), "page 0 is never handed out"
             self._tables[group][slot, index] = page
@@ -168,6 +183,7 @@ class FakeExecutor:
             if row < inputs.num_decode_rows:
                 tokens = self._last[slot : slot + 1]
             self._write(slot, np.arange(end - num, end), tokens)
+            self._seen[slot] += tokens.tolist()
             spans.append((slot, end))
             self.num_positions += num
         sampled = np.full(inputs.program.num_rows, -1, np.int64)
@@ -179,6 +195,8 @@ class FakeExecutor:
             assert state is not None, f"slot {slot} was never joined"
             sampling, choice, prompt_len = state
             hashed = self._read(slot, end)
+            if _looks_back(sampling):
+                hashed ^= _seen_hash(self._seen[slot])
             sampled[row] = _pick(hashed, sampling.seed, choice, prompt_len, self.vocab_size)
             hashes[row] = hashed
             self.num_sampled += 1

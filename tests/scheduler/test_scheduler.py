@@ -2,158 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxserve.config import SchedulerConfig
 from jaxserve.errors import ContextTooLong, OutOfPages, Overloaded
-from jaxserve.scheduler.plan import Plan
-from jaxserve.scheduler.scheduler import Scheduler
-from jaxserve.scheduler.sequence import Sequence, SequenceState
-from jaxserve.types import CacheGroup, FinishReason, ModelInfo, SamplingParams
-from tests.fakes.batch import ExactBatch
-from tests.fakes.executor import FULL, FakeExecutor, oracle, sliding
-
-VOCAB = 50
-EOS = 0
-
-
-@dataclass
-class Rig:
-    """A scheduler, a batch and a fake device, turned as the engine turns them."""
-
-    groups: Seq[CacheGroup] = (FULL,)
-    page_size: int = 4
-    pages: int = 40
-    max_rows: int = 4
-    max_step_tokens: int = 16
-    decode_steps: int = 4
-    max_context: int = 256
-    pipelined: bool = True
-    sequences: list[Sequence] = field(default_factory=list)
-    ends: Counter[Sequence] = field(default_factory=Counter)
-    emitted: dict[Sequence, list[int]] = field(default_factory=dict)
-    plans: list[Plan] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.model = ModelInfo(
-            name="fake",
-            max_context=self.max_context,
-            vocab_size=VOCAB,
-            eos_token_ids=(EOS,),
-            cache_groups=tuple(self.groups),
-        )
-        num_pages = [self.pages] * len(self.groups)
-        self.scheduler = Scheduler(
-            SchedulerConfig(
-                max_rows=self.max_rows,
-                max_step_tokens=self.max_step_tokens,
-                decode_steps=self.decode_steps,
-                max_waiting=100,
-            ),
-            self.model,
-            page_size=self.page_size,
-            num_pages=num_pages,
-        )
-        self.batch = ExactBatch()
-        self.executor = FakeExecutor(
-            self.groups,
-            page_size=self.page_size,
-            num_pages=num_pages,
-            max_rows=self.max_rows,
-            vocab_size=VOCAB,
-            max_context=self.max_context,
-        )
-        self.in_flight = None
-
-    def submit(self, prompt: list[int], *, n: int = 1, priority: int = 0, **sampling) -> list:
-        """A request; its sequences."""
-        params = SamplingParams(**{"max_tokens": 8, "seed": 1} | sampling)
-        keys = [("client", len(self.sequences) + i) for i in range(n)]
-        sequences = self.scheduler.submit(keys, prompt, params, priority=priority)
-        self.sequences += sequences
-        self.emitted |= {sequence: [] for sequence in sequences}
-        return sequences
-
-    def cancel(self, sequence: Sequence) -> None:
-        """Ends a sequence from outside."""
-        if sequence.reason is None:
-            self.scheduler.cancel(sequence, FinishReason.CANCELLED)
-            self.ends[sequence] += 1
-
-    def turn(self) -> None:
-        """One turn of the engine's loop."""
-        plan = self.scheduler.plan()
-        launched = None
-        if plan is not None:
-            self.plans.append(plan)
-            inputs = self.batch.build(plan)
-            assert inputs.program.num_tokens <= self.max_step_tokens
-            launched = (inputs, self.executor.launch(inputs))
-        if not self.pipelined:
-            self.read(launched)
-            return
-        self.read(self.in_flight)
-        self.in_flight = launched
-
-    def read(self, step) -> None:
-        """Commits a launched step."""
-        if step is None:
-            return
-        inputs, outputs = step
-        commit = self.scheduler.commit(inputs.rows.tolist(), outputs.token_ids.tolist())
-        for sequence, tokens in zip(commit.sequences, commit.token_ids, strict=True):
-            self.emitted[sequence] += tokens
-        for sequence in commit.finished:
-            self.ends[sequence] += 1
-
-    def run(self, limit: int = 3000) -> None:
-        """Turns until nothing is left to do."""
-        for _ in range(limit):
-            if not self.scheduler.has_work:
-                return
-            self.turn()
-        raise AssertionError("the scheduler does not come to an end")
-
-    def expected(self, sequence: Sequence) -> list[int]:
-        """What the oracle says."""
-        return oracle(
-            sequence.token_ids[: sequence.prompt_len],
-            sequence.sampling,
-            sequence.choice,
-            groups=self.groups,
-            vocab_size=VOCAB,
-            eos_token_ids=(EOS,),
-        )
-
-    def check(self) -> None:
-        """All that must hold once everything has ended."""
-        assert self.scheduler.pages.num_used == 0
-        assert self.scheduler.num_running == self.scheduler.num_waiting == 0
-        assert self.ends == Counter(self.sequences)
-        sampled = positions = 0
-        for sequence in self.sequences:
-            expected = self.expected(sequence)
-            emitted = self.emitted[sequence]
-            if sequence.reason is FinishReason.CANCELLED:
-                assert emitted == expected[: len(emitted)]
-            else:
-                assert emitted == expected
-                full = len(emitted) == sequence.sampling.max_tokens
-                assert sequence.reason is (FinishReason.LENGTH if full else FinishReason.STOP)
-            assert emitted == sequence.token_ids[sequence.prompt_len :]
-            stop_tokens = int(sequence.stop_token_id is not None)
-            sampled += sequence.num_outputs + sequence.num_discarded + stop_tokens
-            positions += sequence.num_first_computed + sequence.num_recomputed
-            if sequence.reason is FinishReason.LENGTH:
-                assert sequence.num_discarded == 0  # max_tokens is never over-run
-        assert sampled == self.executor.num_sampled
-        assert positions == self.executor.num_positions
+from jaxserve.scheduler.sequence import SequenceState
+from tests.fakes.executor import FULL, sliding
+from tests.fakes.rig import VOCAB, Rig
 
 
 def test_one_sequence_follows_the_oracle_and_pages_return():
@@ -229,6 +85,35 @@ def test_choices_share_the_prompt_and_copy_its_last_page():
     assert leader.num_cached == 0
     assert [other.num_cached for other in others] == [13, 13]
     assert len({tuple(rig.emitted[s]) for s in rig.sequences}) == 3
+
+
+@pytest.mark.parametrize(
+    ("looking_back", "sampling"),
+    [
+        (True, {"repetition_penalty": 1.2}),
+        (True, {"bad_words": ((9,), (7, 8))}),
+        (False, {"bad_words": ((9,),), "presence_penalty": 1.0, "frequency_penalty": 1.0}),
+    ],
+)
+def test_the_shared_prompt_is_told_to_sampling_that_looks_back(looking_back, sampling):
+    rig = Rig(max_rows=3, max_step_tokens=32)
+    prompt = list(range(1, 15))
+    rig.submit(prompt, n=3, max_tokens=5, ignore_eos=True, **sampling)
+    rig.run()
+    rig.check()
+    prefixes = [join.prefix for plan in rig.plans for join in plan.joins]
+    shared = prompt[:-1] if looking_back else []
+    assert prefixes == [[], shared, shared]
+
+
+def test_a_recomputed_sequence_has_no_prefix():
+    rig = Rig(pages=11, max_rows=2, decode_steps=1)
+    for _ in range(2):
+        rig.submit([7] * 4, max_tokens=24, ignore_eos=True, repetition_penalty=1.2)
+    rig.run()
+    rig.check()
+    assert rig.scheduler.num_preemptions
+    assert all(join.prefix == [] for plan in rig.plans for join in plan.joins)
 
 
 def test_choices_outlive_the_first_one():
@@ -328,6 +213,8 @@ requests = st.fixed_dictionaries(
         "max_tokens": st.integers(1, 24),
         "seed": st.integers(0, 3),
         "ignore_eos": st.booleans(),
+        "repetition_penalty": st.sampled_from([1.0, 1.3]),
+        "bad_words": st.sampled_from([(), ((3,),), ((3, 4),)]),
         "stop_token_ids": st.lists(st.integers(0, VOCAB - 1), max_size=3).map(tuple),
     }
 )

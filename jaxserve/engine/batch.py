@@ -1,0 +1,185 @@
+"""Plans to padded arrays: the host side of a step's inputs.
+
+Stands between `scheduler.plan` and `executor.launch`. A plan names only the rows that change; the
+builder keeps the decoding rows as compact arrays between steps and moves all of them on with one
+addition, so that a row which just goes on costs no Python work.
+
+Invariants: every plan is built, in the order of planning. Arrays handed out are never written
+again, since the device may still read them while later steps are built; those that a step would
+only repeat are handed out again, read-only. Decoding rows keep their order: who leaves is cut out,
+who joins is put behind.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from jaxserve.device.step import Program, SlotWrite, StepInputs
+from jaxserve.scheduler.plan import Plan
+
+
+class Shapes(Protocol):
+    """The compiled step programs (`device.buckets.Buckets`)."""
+
+    def choose(
+        self, num_rows: int, num_tokens: int, decode_steps: int, prompt_logprobs: bool
+    ) -> Program:
+        """The smallest program that holds so many rows and tokens."""
+        ...
+
+
+class BatchBuilder:
+    """Builds the inputs of each plan, in order.
+
+    Args:
+        shapes: the programs to pad to.
+        max_rows: slots that sequences may take; slot max_rows is scratch.
+    """
+
+    def __init__(self, shapes: Shapes, max_rows: int) -> None:
+        self._shapes = shapes
+        self._max_rows = max_rows
+        self._lengths = np.zeros(max_rows, np.int32)  # by slot: KV length after its last chunk
+        self._logprobs = np.zeros(max_rows, np.bool_)  # by slot: log-probabilities are wanted
+        self._slots = np.zeros(0, np.int32)  # of the decoding rows, in order
+        self._contexts = np.zeros(0, np.int32)  # their KV lengths, as of the steps launched
+        self._quiet: _Rows | None = None  # the last step's, while nobody joins or leaves
+
+    def build(self, plan: Plan) -> StepInputs:
+        """The inputs of the plan's device call."""
+        for join in plan.joins:
+            self._logprobs[join.slot] = join.sampling.logprobs is not None
+        if plan.decode_leaves or plan.decode_joins:
+            self._change_rows(plan)
+        rows = self._mixed_rows(plan) if plan.chunks else self._decode_rows(plan)
+        context_lens = np.zeros(rows.program.num_rows, np.int32)
+        num_decode = len(self._slots)
+        np.add(self._contexts, 1, out=context_lens[:num_decode])
+        self._contexts += plan.decode_steps
+        for row, chunk in enumerate(plan.chunks, num_decode):
+            length = chunk.start + len(chunk.token_ids)
+            context_lens[row] = self._lengths[chunk.slot] = length
+        return StepInputs(
+            program=rows.program,
+            rows=rows.slots,
+            num_live_rows=num_decode + len(plan.chunks),
+            num_decode_rows=num_decode,
+            query_starts=rows.query_starts,
+            context_lens=context_lens,
+            token_ids=rows.token_ids,
+            next_token_ids=rows.next_token_ids,
+            samples=rows.samples,
+            slot_writes=[
+                SlotWrite(
+                    slot=join.slot,
+                    sampling=join.sampling,
+                    prompt_len=join.prompt_len,
+                    choice=join.choice,
+                    prefix=join.prefix,
+                )
+                for join in plan.joins
+            ],
+            page_copies=[(copy.group, copy.source, copy.target) for copy in plan.page_copies],
+            page_entries=[
+                (entry.group, entry.slot, entry.index, entry.page) for entry in plan.page_entries
+            ],
+            logprobs=rows.logprobs,
+        )
+
+    def _change_rows(self, plan: Plan) -> None:
+        """Cuts out who leaves, puts who joins behind."""
+        self._quiet = None
+        if plan.decode_leaves:
+            stay = ~np.isin(self._slots, plan.decode_leaves)
+            self._slots, self._contexts = self._slots[stay], self._contexts[stay]
+        if plan.decode_joins:
+            joins = np.asarray(plan.decode_joins, np.int32)
+            self._slots = np.concatenate([self._slots, joins])
+            self._contexts = np.concatenate([self._contexts, self._lengths[joins]])
+
+    def _decode_rows(self, plan: Plan) -> _Rows:
+        """Rows of a plan without chunks: the last step's once more, if nothing changed."""
+        num_rows = len(self._slots)
+        program = self._shapes.choose(num_rows, num_rows, plan.decode_steps, False)
+        quiet = self._quiet
+        if quiet is None or not quiet.fits(program):
+            quiet = _Rows(program, self._max_rows)
+            quiet.fill_decode(self._slots, bool(self._logprobs[self._slots].any()))
+            quiet.freeze()
+            self._quiet = quiet
+        quiet.program = program
+        return quiet
+
+    def _mixed_rows(self, plan: Plan) -> _Rows:
+        """Rows of a plan with chunks behind the decoding rows."""
+        num_decode = len(self._slots)
+        num_tokens = num_decode + sum(len(chunk.token_ids) for chunk in plan.chunks)
+        prompt_logprobs = any(chunk.prompt_logprobs is not None for chunk in plan.chunks)
+        num_rows = num_decode + len(plan.chunks)
+        program = self._shapes.choose(num_rows, num_tokens, 1, prompt_logprobs)
+        rows = _Rows(program, self._max_rows)
+        rows.fill_decode(self._slots, bool(self._logprobs[self._slots].any()))
+        start = num_decode
+        for row, chunk in enumerate(plan.chunks, num_decode):
+            end = start + len(chunk.token_ids)
+            rows.slots[row] = chunk.slot
+            rows.samples[row] = chunk.samples
+            rows.query_starts[row + 1 :] = end
+            rows.token_ids[start:end] = chunk.token_ids
+            rows.next_token_ids[start : end - 1] = rows.token_ids[start + 1 : end]
+            rows.next_token_ids[end - 1] = chunk.next_token_id or 0
+            rows.logprobs |= chunk.samples and bool(self._logprobs[chunk.slot])
+            start = end
+        rows.freeze()
+        return rows
+
+
+class _Rows:
+    """The arrays of a step that do not change while the same rows decode; see `StepInputs`."""
+
+    __slots__ = (
+        "logprobs",
+        "next_token_ids",
+        "program",
+        "query_starts",
+        "samples",
+        "slots",
+        "token_ids",
+    )
+
+    def __init__(self, program: Program, scratch: int) -> None:
+        self.program = program
+        self.logprobs = False
+        self.slots: Int[np.ndarray, "R"] = np.full(program.num_rows, scratch, np.int32)
+        self.query_starts: Int[np.ndarray, "R+1"] = np.zeros(program.num_rows + 1, np.int32)
+        self.token_ids: Int[np.ndarray, "T"] = np.zeros(program.num_tokens, np.int32)
+        self.next_token_ids: Int[np.ndarray, "T"] = np.zeros(program.num_tokens, np.int32)
+        self.samples: Bool[np.ndarray, "R"] = np.zeros(program.num_rows, np.bool_)
+
+    def fits(self, program: Program) -> bool:
+        """Whether the arrays have the sizes of this program."""
+        own = self.program
+        return (own.num_rows, own.num_tokens) == (program.num_rows, program.num_tokens)
+
+    def fill_decode(self, slots: Int[np.ndarray, "n"], logprobs: bool) -> None:
+        """The decoding rows: one token each."""
+        num_rows = len(slots)
+        self.slots[:num_rows] = slots
+        self.query_starts[: num_rows + 1] = np.arange(num_rows + 1)
+        self.query_starts[num_rows + 1 :] = num_rows
+        self.samples[:num_rows] = True
+        self.logprobs = logprobs
+
+    def freeze(self) -> None:
+        """No array is written after this."""
+        for array in (
+            self.slots,
+            self.query_starts,
+            self.token_ids,
+            self.next_token_ids,
+            self.samples,
+        ):
+            array.flags.writeable = False

@@ -1,0 +1,154 @@
+"""The batch builder: padding, order, arrays that stay, and every step as `ExactBatch` reads it."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jaxserve.engine.batch import BatchBuilder
+from jaxserve.scheduler.plan import Chunk, Join, PageCopy, PageEntry, Plan
+from jaxserve.types import SamplingParams
+from tests.fakes.batch import ComparedBatch, DoublingShapes
+from tests.fakes.executor import FULL, sliding
+from tests.fakes.rig import VOCAB, Rig
+
+
+def join(slot: int, **values) -> Join:
+    """A sequence takes a slot."""
+    sampling = SamplingParams(**{"max_tokens": 9, "seed": slot} | values)
+    return Join(slot=slot, sampling=sampling, prompt_len=3, choice=0)
+
+
+def chunk(slot: int, start: int, token_ids: list[int], **values) -> Chunk:
+    """Known tokens of a row."""
+    return Chunk(**{"slot": slot, "start": start, "token_ids": token_ids, "samples": True} | values)
+
+
+def started(num_rows: int) -> BatchBuilder:
+    """A builder with rows 0 … num_rows - 1 decoding, three tokens each."""
+    builder = BatchBuilder(DoublingShapes(), 8)
+    slots = range(num_rows)
+    builder.build(
+        Plan(
+            step_id=0,
+            joins=[join(slot) for slot in slots],
+            chunks=[chunk(slot, 0, [1, 2, 3]) for slot in slots],
+        )
+    )
+    builder.build(Plan(step_id=1, decode_joins=list(slots)))
+    return builder
+
+
+def test_chunks_stand_behind_the_decoding_rows_and_padding_behind_both():
+    inputs = started(2).build(
+        Plan(
+            step_id=2,
+            joins=[join(5)],
+            page_entries=[PageEntry(slot=5, group=1, index=2, page=7)],
+            page_copies=[PageCopy(group=0, source=3, target=4)],
+            chunks=[
+                chunk(5, 0, [11, 12, 13], samples=False, next_token_id=14, prompt_logprobs=2),
+                chunk(6, 4, [21, 22]),
+            ],
+        )
+    )
+    assert inputs.program.name == "mixed_r4_t8_plp"
+    assert (inputs.num_live_rows, inputs.num_decode_rows) == (4, 2)
+    assert inputs.rows.tolist() == [0, 1, 5, 6]
+    assert inputs.query_starts.tolist() == [0, 1, 2, 5, 7]
+    assert inputs.context_lens.tolist() == [5, 5, 3, 6]
+    assert inputs.token_ids.tolist() == [0, 0, 11, 12, 13, 21, 22, 0]
+    assert inputs.next_token_ids.tolist() == [0, 0, 12, 13, 14, 22, 0, 0]
+    assert inputs.samples.tolist() == [True, True, False, True]
+    assert inputs.page_entries == [(1, 5, 2, 7)] and inputs.page_copies == [(0, 3, 4)]
+    assert [write.slot for write in inputs.slot_writes] == [5]
+
+
+def test_leaving_rows_are_cut_out_and_a_slot_may_be_joined_in_the_same_plan():
+    builder = started(4)
+    builder.build(Plan(step_id=2, joins=[join(7)], chunks=[chunk(7, 0, [5] * 6)]))
+    inputs = builder.build(Plan(step_id=3, decode_leaves=[1, 3], decode_joins=[7]))
+    assert inputs.rows.tolist() == [0, 2, 7, 8]
+    assert inputs.context_lens.tolist() == [6, 6, 7, 0]
+    assert inputs.query_starts.tolist() == [0, 1, 2, 3, 3]
+
+
+def test_several_decode_steps_move_the_rows_on_by_as_many():
+    builder = started(2)
+    first = builder.build(Plan(step_id=2, decode_steps=4))
+    second = builder.build(Plan(step_id=3))
+    assert first.program.decode_steps == 4 and second.program.decode_steps == 1
+    assert first.context_lens.tolist() == [5, 5] and second.context_lens.tolist() == [9, 9]
+
+
+def test_quiet_steps_repeat_the_arrays_and_nobody_can_write_them():
+    builder = started(3)
+    first, second = (builder.build(Plan(step_id=step)) for step in (2, 3))
+    assert second.rows is first.rows and second.query_starts is first.query_starts
+    assert second.context_lens is not first.context_lens
+    assert first.context_lens.tolist() == [5, 5, 5, 0]
+    assert not (first.rows.flags.writeable or first.samples.flags.writeable)
+
+
+def test_logprobs_are_computed_only_while_a_sampling_row_wants_them():
+    builder = started(2)
+    plan = Plan(step_id=2, joins=[join(4, logprobs=0)], chunks=[chunk(4, 0, [1], samples=False)])
+    assert not builder.build(plan).logprobs
+    assert builder.build(Plan(step_id=3, chunks=[chunk(4, 1, [2])])).logprobs
+    assert builder.build(Plan(step_id=4, decode_joins=[4])).logprobs
+    assert not builder.build(Plan(step_id=5, decode_leaves=[4])).logprobs
+    plan = Plan(step_id=6, joins=[join(4)], chunks=[chunk(4, 0, [1])])
+    assert not builder.build(plan).logprobs
+    assert not builder.build(Plan(step_id=7, decode_joins=[4])).logprobs
+
+
+requests = st.fixed_dictionaries(
+    {
+        "prompt": st.lists(st.integers(1, VOCAB - 1), min_size=1, max_size=30),
+        "n": st.integers(1, 3),
+        "priority": st.integers(0, 1),
+        "max_tokens": st.integers(1, 24),
+        "seed": st.integers(0, 3),
+        "ignore_eos": st.booleans(),
+        "repetition_penalty": st.sampled_from([1.0, 1.5]),
+        "bad_words": st.sampled_from([(), ((7,),), ((7, 8),)]),
+        "logprobs": st.sampled_from([None, None, 0, 3]),
+        "prompt_logprobs": st.sampled_from([None, None, 1]),
+    }
+)
+actions = st.one_of(
+    st.tuples(st.just("submit"), requests),
+    st.tuples(st.just("cancel"), st.integers(0, 30)),
+    st.tuples(st.just("turn"), st.integers(1, 8)),
+)
+
+
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
+@given(
+    groups=st.sampled_from([(FULL,), (FULL, sliding(9))]),
+    pages=st.sampled_from([0, 3, 200]),
+    max_rows=st.integers(1, 6),
+    decode_steps=st.sampled_from([1, 3]),
+    script=st.lists(actions, min_size=3, max_size=20),
+)
+def test_every_step_is_what_the_exact_batch_reads(groups, pages, max_rows, decode_steps, script):
+    batch = ComparedBatch(DoublingShapes(), max_rows)
+    rig = Rig(
+        groups=groups,
+        page_size=4,
+        pages=15 + pages,
+        max_rows=max_rows,
+        decode_steps=decode_steps,
+        batch=batch,
+    )
+    for action, value in script:
+        if action == "submit":
+            rig.submit(**value)
+        elif action == "cancel" and rig.sequences:
+            rig.cancel(rig.sequences[value % len(rig.sequences)])
+        elif action == "turn":
+            for _ in range(value):
+                rig.turn()
+    rig.run()
+    rig.check()
+    batch.check()
