@@ -1,0 +1,111 @@
+"""Loads a checkpoint into a model: abstract → shardings → load.
+
+The model is built abstractly, so it holds no memory; everything that could be wrong with the
+checkpoint is looked for; then each parameter is read, built, encoded and put where its sharding
+says, a few at a time, so that peak host memory stays near the weights' own size.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxserve.errors import WeightsError
+from jaxserve.models.decoder import Decoder
+from jaxserve.models.hf_tensors import Path as ParamPath
+from jaxserve.models.hf_tensors import Rules
+from jaxserve.models.linear import encode
+from jaxserve.models.options import ModelOptions
+from jaxserve.models.registry import model_class
+from jaxserve.models.spec import TensorRule
+from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
+
+logger = logging.getLogger(__name__)
+
+#: Logical axis names of a parameter → where it goes; None is the default device.
+Sharding = Callable[[tuple[str | None, ...]], jax.sharding.Sharding | None]
+#: Told how far loading is: "loading", parameters done, of how many.
+Progress = Callable[[str, int, int], None]
+
+#: Parts of tensor names that checkpoints hold and no model needs.
+_IGNORED = ("rotary_emb.inv_freq", "vision_tower.", "multi_modal_projector.")
+_NAMED = 3
+
+
+def load_model(
+    path: Path,
+    *,
+    options: ModelOptions,
+    format: str = "auto",
+    sharding: Sharding = lambda axes: None,
+    progress: Progress = lambda phase, done, total: None,
+) -> Decoder:
+    """The model at a path, its weights on their devices.
+
+    Raises:
+        WeightsError: the checkpoint is missing, broken, or lacks tensors.
+        UnsupportedModel: its architecture or a feature of it is not implemented.
+    """
+    checkpoint = open_checkpoint(path, format)
+    kind = model_class(checkpoint.config)
+    spec = kind.spec_from_hf(checkpoint.config)
+    model = nnx.eval_shape(lambda: kind(spec, options, rngs=nnx.Rngs(0)))
+    rules = kind.hf_tensors(spec, options)
+    _check(path, checkpoint, rules)
+    params = model.params()
+    for put, (param, held) in enumerate(_built(checkpoint, params, rules), 1):
+        param.set_value(jax.device_put(held, sharding(param.get_metadata("axes"))))
+        progress("loading", put, len(rules))
+    jax.block_until_ready(nnx.state(model))
+    return model
+
+
+def _built(
+    checkpoint: Checkpoint, params: dict[ParamPath, nnx.Param], rules: Rules
+) -> Iterator[tuple[nnx.Param, np.ndarray]]:
+    """Each parameter as it is held, still on the host; built in threads, a few ahead."""
+
+    def build(param_path: ParamPath, rule: TensorRule) -> np.ndarray:
+        try:
+            tensors = [checkpoint.read(name) for name in rule.names]
+            return encode(params[param_path], param_path, rule.build(tensors))
+        except ValueError as error:
+            raise WeightsError(f"tensor {rule.names[0]!r}: {error}") from error
+
+    workers = os.cpu_count() or 1
+    pending: list[tuple[nnx.Param, Future[np.ndarray]]] = []
+    with ThreadPoolExecutor(workers, thread_name_prefix="jaxserve loading") as pool:
+        for param_path, rule in rules.items():
+            pending.append((params[param_path], pool.submit(build, param_path, rule)))
+            if len(pending) > workers:
+                param, done = pending.pop(0)
+                yield param, done.result()
+        for param, done in pending:
+            yield param, done.result()
+
+
+def _check(path: Path, checkpoint: Checkpoint, rules: Rules) -> None:
+    """Names whatever is missing or has a wrong shape, and logs what nobody asks for."""
+    names, faults, used = checkpoint.names(), [], set()
+    for rule in rules.values():
+        for name, shape in zip(rule.names, rule.shapes, strict=True):
+            used.add(name)
+            if name not in names:
+                faults.append(f"{name!r} is missing")
+            elif checkpoint.shape(name) != shape:
+                faults.append(
+                    f"{name!r} has shape {checkpoint.shape(name)}, the config asks for {shape}"
+                )
+    if faults:
+        more = f", and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
+        raise WeightsError(f"{path} does not fit its config: {'; '.join(faults[:_NAMED])}{more}")
+    unused = sorted(n for n in names - used if not any(part in n for part in _IGNORED))
+    if unused:
+        logger.warning("%s: %d tensors are not used, e.g. %s", path, len(unused), unused[0])
