@@ -14,6 +14,7 @@ Command: `python -m jaxserve bench engine --rows 1,8,32 --repeats 5`
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import resource
 import sys
 import time
@@ -251,8 +252,12 @@ def main(arguments: argparse.Namespace, config: Config, factory: Factory | None 
     """The subcommand; returns its exit status. `factory` is `engine.load.load_parts` where None."""
     if factory is None:
         from jaxserve.engine.load import load_parts
+        from jaxserve.weights.sources import resolve
 
-        factory = load_parts
+        path = resolve(config.model, config.weights, _print_progress)
+        name = config.model.served_name or config.model.path
+        model = dataclasses.replace(config.model, path=str(path), served_name=name)
+        config, factory = dataclasses.replace(config, model=model), load_parts
     rows = sorted({int(word) for word in arguments.rows.split(",")})
     if rows[-1] > config.scheduler.max_rows:
         raise ConfigError(
