@@ -3,10 +3,12 @@
 Method: one HTTP process serves both, in interleaved rounds of the same number of streams, events
 and bytes, read by one client process that takes bytes and counts events:
 
-    jaxserve   /v1/chat/completions over the fake engine (a process of its own, over ZeroMQ):
-               protocol, detokenizing, JSON, metrics, heartbeats, watching for departures
+    jaxserve   /v1/chat/completions: protocol, detokenizing, JSON, metrics, heartbeats, watching
+               for departures; over ZeroMQ, a process in place of the engine that gives each
+               sequence one token a step and sleeps between (an engine that computes would share
+               cores and caches with one arm only)
     paced      a bare Starlette StreamingResponse of the very bytes that an event of ours has; all
-               streams are woken once a step, as tokens come from a real engine
+               streams are woken once a step, by a timer
     unpaced    the same, without ever waiting: nothing but Starlette and uvicorn
 
 CPU time (user and system, all threads) of the HTTP process is divided by the events that reached
@@ -21,11 +23,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -40,19 +46,27 @@ from starlette.routing import Route
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the fakes are in tests/
 
 from jaxserve.bench.stats import environment, json_line, median, ratio_interval
-from jaxserve.config import CacheConfig, Config, HttpConfig, ModelConfig, SchedulerConfig
+from jaxserve.config import HttpConfig
 from jaxserve.http.app import create_app
 from jaxserve.http.server import Server
 from jaxserve.protocol.client import EngineClient
-from jaxserve.protocol.spawn import EngineProcess
-from jaxserve.protocol.zmq import ZmqClient
+from jaxserve.protocol.messages import (
+    EngineStatus,
+    Finished,
+    GetStatus,
+    SequenceRecord,
+    Submit,
+    TokenEvents,
+)
+from jaxserve.protocol.parent import follow_parent
+from jaxserve.protocol.zmq import ZmqClient, ZmqServer
+from jaxserve.types import FinishReason, ModelInfo
 from tests.fakes.tokenizer import CHAT_TEMPLATE, ByteTokenizer
 
 ARMS = ("jaxserve", "paced", "unpaced")
-#: Long, because the fake engine's step costs by context: its steps must leave time for ours.
-MESSAGE = {"role": "user", "content": "hi there, fake. " * 60}
-#: Pause between steps of the paced arm; the event loop is idle for part of it, as in real life.
-STEP_S = 0.004
+MESSAGE = {"role": "user", "content": "hi there, fake. "}
+#: Time between steps; the event loop is idle for part of it, as in real life.
+STEP_S = 0.008
 
 EVENT = (
     b'data: {"id":"chatcmpl-0123456789abcdef01234567","object":"chat.completion.chunk",'
@@ -113,6 +127,45 @@ def bare_app() -> Starlette:
     )
 
 
+def run_engine(address: str) -> None:
+    """The process in place of the engine: one token a step for all that was submitted."""
+    follow_parent()
+    server = ZmqServer(address)
+    model = ModelInfo(
+        name="fake", max_context=4096, vocab_size=512, eos_token_ids=(2,), cache_groups=()
+    )
+    left: dict[int, int] = {}
+    client: Any = None
+    for step in itertools.count():
+        at_s = time.monotonic() + STEP_S
+        while (wait_s := at_s - time.monotonic()) > 0:
+            for client, message in server.receive(wait_s):
+                match message:
+                    case Submit():
+                        left |= dict.fromkeys(message.sequence_ids, message.sampling.max_tokens)
+                    case GetStatus():
+                        status = EngineStatus(
+                            state="ready", pid=os.getpid(), step_age_s=0.0, model=model
+                        )
+                        server.send(client, status)
+        if left:
+            events = TokenEvents(step_id=step, at_ns=time.monotonic_ns())
+            for sequence_id in list(left):
+                events.sequence_ids.append(sequence_id)
+                events.token_ids.append([333])
+                left[sequence_id] -= 1
+                if not left[sequence_id]:
+                    del left[sequence_id]
+                    events.finished.append(
+                        Finished(
+                            sequence_id=sequence_id,
+                            reason=FinishReason.LENGTH,
+                            record=SequenceRecord(),
+                        )
+                    )
+            server.send(client, events)
+
+
 async def serve(listener: socket.socket, address: str) -> None:
     """The HTTP process: both applications behind one uvicorn."""
     from jaxserve.text.template import ChatTemplate
@@ -140,7 +193,8 @@ async def exchange(port: int, path: str, body: Any = None) -> bytes:
     data = b"" if body is None else msgspec.json.encode(body)
     writer.write(
         f"{'GET' if body is None else 'POST'} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
-        f"content-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data
+        f"content-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n".encode()
+        + data
     )
     response = await reader.read()
     writer.close()
@@ -187,24 +241,21 @@ async def measure(port: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Starts the processes and prints the record."""
-    config = Config(
-        model=ModelConfig(served_name="fake", max_context=2048),
-        cache=CacheConfig(page_size=16, num_pages=129 * arguments.streams),
-        scheduler=SchedulerConfig(
-            max_rows=arguments.streams, max_step_tokens=4 * arguments.streams, decode_steps=1
-        ),
-    )
-    engine = EngineProcess.start(config, module="tests.fakes.engine")
+    directory = tempfile.mkdtemp(prefix="jaxserve-bench-")
+    address = f"ipc://{directory}/engine"
+    engine = subprocess.Popen([sys.executable, __file__, "--engine", "--address", address])
     with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
         fd = listener.fileno()
-        command = [sys.executable, __file__, "--child", str(fd), "--address", engine.address]
+        command = [sys.executable, __file__, "--child", str(fd), "--address", address]
         child = subprocess.Popen(command, pass_fds=[fd])
         try:
             record = asyncio.run(measure(listener.getsockname()[1], arguments))
         finally:
             child.kill()
             child.wait()
-            engine.stop()
+            engine.kill()
+            engine.wait()
+            shutil.rmtree(directory)
     print(json_line(record))
 
 
@@ -214,9 +265,12 @@ def main(loop: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop) 
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--address", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.engine:
+        run_engine(arguments.address)
     if arguments.child is None:
         run(arguments)
         return
