@@ -98,7 +98,7 @@ def gemma_spec(
         attention=AttentionSpec(
             num_heads=num_heads,
             num_kv_heads=kv_heads(fields, num_heads, 4),
-            head_dim=fields.count("head_dim", 256),
+            head_dim=fields.head_dim(256),
             scale=fields.number("query_pre_attn_scalar", 256) ** -0.5,
             qkv_bias=bias,
             output_bias=bias,
@@ -106,7 +106,7 @@ def gemma_spec(
             soft_cap=soft_cap,
         ),
         layers=layers,
-        activation=fields.activation("hidden_activation", "hidden_act"),
+        activation=fields.activation("hidden_activation", "gelu_pytorch_tanh"),
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         tied=fields.flag("tie_word_embeddings", True),
         embed_scale=hidden_size**0.5,

@@ -34,11 +34,13 @@ class HfConfig:
         """Whether the field is there and not null."""
         return self.fields.get(name) is not None
 
-    def count(self, name: str, default: int | None = None) -> int:
-        """A positive whole number."""
+    def count(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+        """A whole number, at least `least`."""
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UnsupportedModel(f"config: {name}={value!r} must be a positive whole number")
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise UnsupportedModel(
+                f"config: {name}={value!r} must be a whole number, at least {least}"
+            )
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -61,15 +63,21 @@ class HfConfig:
             raise UnsupportedModel(f"config: {name}={value!r} must be true or false")
         return value
 
-    def activation(self, *names: str) -> str:
-        """The first of the fields that is there, in this package's word for it."""
-        name = next((name for name in names if self.has(name)), names[0])
-        value = self._get(name, None)
-        if value not in ACTIVATIONS:
+    def activation(self, name: str, default: str) -> str:
+        """An activation function, in this package's word for it."""
+        value = self._get(name, default)
+        if not isinstance(value, str) or value not in ACTIVATIONS:
             raise UnsupportedModel(
                 f"config: {name}={value!r} is not supported; supported: {', '.join(ACTIVATIONS)}"
             )
         return ACTIVATIONS[value]
+
+    def head_dim(self, default: int) -> int:
+        """`head_dim`, which the rotary embedding splits into pairs."""
+        value = self.count("head_dim", default)
+        if value % 2:
+            raise UnsupportedModel(f"config: head_dim={value} must be even")
+        return value
 
     def refuse(self, name: str, *accepted: object) -> None:
         """Refuses any value but null and `accepted`."""

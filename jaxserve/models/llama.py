@@ -105,7 +105,7 @@ def dense_spec(
     """
     hidden_size = fields.count("hidden_size")
     num_heads = fields.count("num_attention_heads")
-    head_dim = fields.count("head_dim", default_head_dim or max(1, hidden_size // num_heads))
+    head_dim = fields.head_dim(default_head_dim or max(1, hidden_size // num_heads))
     return ModelSpec(
         architecture=architecture,
         vocab_size=fields.count("vocab_size"),
@@ -123,7 +123,7 @@ def dense_spec(
             qk_norm=qk_norm,
         ),
         layers=layers,
-        activation=fields.activation("hidden_act"),
+        activation=fields.activation("hidden_act", "silu"),
         mlp_bias=mlp_bias,
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         tied=fields.flag("tie_word_embeddings", False),

@@ -21,8 +21,8 @@ class Qwen2(Decoder):
     def spec_from_hf(cls, config: dict[str, Any]) -> ModelSpec:
         """See `Decoder.spec_from_hf`."""
         fields = HfConfig(config)
-        for name, value in (("attention_bias", True), ("mlp_bias", False), ("use_mrope", False)):
-            fields.refuse(name, value)
+        for name in ("mlp_bias", "use_mrope"):
+            fields.refuse(name, False)
         return dense_spec(
             fields,
             architecture="Qwen2ForCausalLM",
@@ -73,7 +73,7 @@ def _layers(fields: HfConfig) -> tuple[LayerKind, ...]:
     slides = fields.flag("use_sliding_window", False) and (absent or fields.has("sliding_window"))
     window = fields.count("sliding_window", 4096) if slides else None
     if types is None:
-        first = fields.fields.get("max_window_layers", 28)
+        first = fields.count("max_window_layers", 28, least=0)
         types = tuple(
             "sliding_attention" if slides and i >= first else "full_attention"
             for i in range(num_layers)
