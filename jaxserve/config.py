@@ -231,6 +231,7 @@ def describe(config: Config) -> str:
 
 
 _DEFAULT = Config()
+_KIND_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "text"}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.format": ("auto", "hf", "gguf", "orbax"),
     "weights.dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -333,9 +334,11 @@ def _convert(path: str, kind: Any, value: Any) -> Any:
             return str(value)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ValueError
+        if kind is int and isinstance(value, float) and not value.is_integer():
+            raise ValueError
         return kind(value)
     except (ValueError, OverflowError):
-        raise ConfigError(f"{path} takes a {kind.__name__}, got {value!r}") from None
+        raise ConfigError(f"{path} takes {_KIND_NAMES[kind]}, got {value!r}") from None
 
 
 def _to_bool(value: Any) -> bool:
