@@ -1,52 +1,33 @@
 """Tensors of a GGUF file, dequantized when they are read.
 
-The header comes from `gguf_header`; the block formats are the `gguf` package's. F32, F16 and BF16
-are views of the mapped file.
+Names, layouts and values are GGUF's own here; `weights.gguf_checkpoint` turns them into Hugging
+Face's. The header comes from `gguf_header`, the element types from `ggml_types`. Data are
+memory-mapped.
+
+Invariant: in a file that opens, every tensor is whole and of a type that is read, so nothing about
+the file can fail half-way through loading.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from jaxserve.errors import UnsupportedModel, WeightsError
+from jaxserve.formats.ggml_types import TYPES, dequantize
 from jaxserve.formats.gguf_header import GgufTensor, read_gguf_header
 
-#: ggml's numbers of the types that need no dequantization.
-_PLAIN: dict[int, np.dtype] = {
-    0: np.dtype(np.float32),
-    1: np.dtype(np.float16),
-    30: np.dtype(ml_dtypes.bfloat16),
-}
-#: Block formats that are read, by name in `gguf.GGMLQuantizationType`.
-QUANTIZED = frozenset(
-    [
-        "Q4_0",
-        "Q4_1",
-        "Q5_0",
-        "Q5_1",
-        "Q8_0",
-        "Q2_K",
-        "Q3_K",
-        "Q4_K",
-        "Q5_K",
-        "Q6_K",
-        "IQ4_NL",
-        "IQ4_XS",
-    ]
-)
-#: Values a piece, so that dequantization needs little memory beside its result.
-_PIECE_VALUES = 1 << 22
+_MAX_AXES = 4
 
 
 class GgufFile:
     """One file.
 
     Raises:
-        WeightsError: it cannot be read, is no GGUF file, or is cut off.
-        UnsupportedModel: a tensor is of a type that the `gguf` package cannot dequantize.
+        WeightsError: it cannot be read, is no GGUF file, is cut off, or contradicts itself.
+        UnsupportedModel: it is one part of several, or a tensor is of a type that is not read.
 
     Attributes:
         metadata: by key.
@@ -56,15 +37,17 @@ class GgufFile:
         header = read_gguf_header(path)
         self.path = path
         self.metadata = header.metadata
+        parts = self.metadata.get("split.count", 1)
+        if parts not in (0, 1):
+            raise UnsupportedModel(
+                f"{path} is one of {parts} parts; join them with llama-gguf-split --merge"
+            )
         self._tensors = header.tensors
-        self._bytes = np.memmap(path, np.uint8, mode="r")
-        for name, tensor in header.tensors.items():
-            end = tensor.offset + self._num_bytes(name, tensor)
-            if end > len(self._bytes):
-                raise WeightsError(
-                    f"{path} is cut off: tensor {name!r} ends at byte {end}, the file has "
-                    f"{len(self._bytes)}; get the file again"
-                )
+        try:
+            self._bytes = np.memmap(path, np.uint8, mode="r")
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"cannot read {path}: {error}") from error
+        self._num_bytes = {name: self._check(name, row) for name, row in self._tensors.items()}
 
     def names(self) -> frozenset[str]:
         """Of its tensors."""
@@ -75,57 +58,40 @@ class GgufFile:
         return self._tensors[name].shape
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor: as it is where it is plain, else dequantized to float32."""
+        """The tensor: a view of the mapped file where it is plain, else dequantized to float32.
+
+        Raises:
+            WeightsError: its type needs the `gguf` package, which is not installed.
+        """
         tensor = self._tensors[name]
-        data = self._bytes[tensor.offset : tensor.offset + self._num_bytes(name, tensor)]
-        plain = _PLAIN.get(tensor.kind)
-        if plain is not None:
-            return data.view(plain).reshape(tensor.shape)
-        from gguf.constants import GGMLQuantizationType
-        from gguf.quants import dequantize
-
-        kind = GGMLQuantizationType(tensor.kind)
-        width = tensor.shape[-1]
-        rows = data.reshape(-1, self._row_bytes(name, tensor))
-        out = np.empty((len(rows), width), np.float32)
-        step = max(1, _PIECE_VALUES // width)
-        for start in range(0, len(rows), step):
-            out[start : start + step] = dequantize(rows[start : start + step], kind)
-        return out.reshape(tensor.shape)
-
-    def _num_bytes(self, name: str, tensor: GgufTensor) -> int:
-        rows = 1
-        for axis in tensor.shape[:-1]:
-            rows *= axis
-        return rows * self._row_bytes(name, tensor)
-
-    def _row_bytes(self, name: str, tensor: GgufTensor) -> int:
-        width = tensor.shape[-1] if tensor.shape else 1
-        plain = _PLAIN.get(tensor.kind)
-        if plain is not None:
-            return width * plain.itemsize
-        block, block_bytes = self._block(name, tensor)
-        if width == 0 or width % block:
-            raise WeightsError(
-                f"{self.path} is broken: tensor {name!r} has rows of {width} values, its type has "
-                f"blocks of {block}"
-            )
-        return width // block * block_bytes
-
-    def _block(self, name: str, tensor: GgufTensor) -> tuple[int, int]:
-        """Values and bytes of one block."""
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
+        data = self._bytes[tensor.offset : tensor.offset + self._num_bytes[name]]
         try:
-            kind = GGMLQuantizationType(tensor.kind)
-        except ValueError:
+            return dequantize(np.asarray(data), tensor.kind, tensor.shape)
+        except ImportError as error:
             raise WeightsError(
-                f"{self.path} is broken or too new: tensor {name!r} is of unknown type "
-                f"{tensor.kind}"
-            ) from None
-        if kind.name not in QUANTIZED:
+                f"{self.path}: tensor {name!r} is {TYPES[tensor.kind].name}, which the gguf "
+                "package reads: pip install gguf"
+            ) from error
+
+    def _check(self, name: str, tensor: GgufTensor) -> int:
+        """Bytes of a tensor that is whole and can be read."""
+        ggml = TYPES.get(tensor.kind)
+        if ggml is None:
             raise UnsupportedModel(
-                f"{self.path}: tensor {name!r} is {kind.name}; F32, F16, BF16 and "
-                f"{', '.join(sorted(QUANTIZED))} are read"
+                f"{self.path}: tensor {name!r} is of ggml type {tensor.kind}; "
+                f"{', '.join(known.name for known in TYPES.values())} are read"
             )
-        return GGML_QUANT_SIZES[kind]
+        shape = tensor.shape
+        if not 1 <= len(shape) <= _MAX_AXES or 0 in shape or shape[-1] % ggml.block:
+            raise WeightsError(
+                f"{self.path} is broken: tensor {name!r} has the shape {shape}, of which "
+                f"{ggml.name} cannot be"
+            )
+        num_bytes = math.prod(shape) // ggml.block * ggml.size
+        end = tensor.offset + num_bytes
+        if end > len(self._bytes):
+            raise WeightsError(
+                f"{self.path} is cut off: tensor {name!r} ends at byte {end}, the file has "
+                f"{len(self._bytes)}; get the file again"
+            )
+        return num_bytes
