@@ -1,101 +1,103 @@
-"""Which step programs exist: the shapes that steps are padded to, all compiled at start-up.
+"""Which step programs exist: few shapes that every step is padded to, all compiled at start-up.
 
-Rows in powers of two for decoding, with one and with several decode steps a call; a few sizes of
-rows and tokens for steps with chunks; one that also returns prompt log-probabilities.
+Three families, from the scheduler's limits. *Decode*: one token a row, row counts doubling (from
+256 on fourfold); *several decode steps* in one call, at fewer row counts; *mixed*: decoding rows
+and chunks, with a few rows (a lone prompt should not pay for max_rows of sampling) or up to
+max_rows, and some token counts; one mixed program also returns prompt log-probabilities.
 
-Invariant: at most MAX_PROGRAMS, and everything the scheduler may plan fits one of them.
+Invariant: at most MAX_PROGRAMS, and every step that the limits allow fits one of them.
 """
 
 from __future__ import annotations
 
 from jaxserve.config import SchedulerConfig
 from jaxserve.device.step import Program
+from jaxserve.errors import ConfigError
 
 MAX_PROGRAMS = 24
-#: Rows of the smaller mixed programs: what is being prefilled beside few decoding rows.
+#: Rows of the mixed programs for few rows.
 FEW_ROWS = 8
-#: Token sizes of mixed programs grow by this.
-TOKEN_FACTOR = 4
-MIN_CHUNK_TOKENS = 32
+#: Token counts of mixed programs are the step's limit divided by these.
+TOKEN_FRACTIONS = (1, 4, 16)
+#: Row counts above this grow fourfold.
+_FINE_ROWS = 256
+_MIN_CHUNK_TOKENS = 16
 
 
 class Buckets:
-    """The programs of a configuration.
+    """The step programs of one engine.
+
+    Args:
+        config: limits of a step.
 
     Attributes:
-        programs: all of them, smallest first.
+        programs: all of them, ascending.
     """
 
     def __init__(self, config: SchedulerConfig) -> None:
-        self._decode_steps = config.decode_steps
-        self._max_rows = config.max_rows
-        # A mixed program has more tokens than rows, so that its shape tells it from decoding.
-        self._max_tokens = max(config.max_step_tokens, config.max_rows + 1)
-        mixed = self._mixed()
-        step_counts = sorted({1, config.decode_steps})
-        rows = row_sizes(config.max_rows, (MAX_PROGRAMS - len(mixed)) // len(step_counts))
-        decode = [
-            Program(num_rows=n, num_tokens=n, decode_steps=steps)
-            for steps in step_counts
-            for n in rows
-        ]
-        self.programs = tuple(sorted((*decode, *mixed), key=_cost))
+        self.config = config
+        self.programs: tuple[Program, ...] = tuple(
+            sorted({*_decode(config), *_several_steps(config), *_mixed(config)})
+        )
         assert len(self.programs) <= MAX_PROGRAMS
+        self._by_padding = sorted(self.programs, key=lambda p: (p.num_tokens, p.num_rows))
 
     def choose(
         self, num_rows: int, num_tokens: int, decode_steps: int = 1, prompt_logprobs: bool = False
     ) -> Program:
-        """The smallest program that holds a step.
+        """The program with the least padding that holds a step.
 
         Args:
-            num_rows, num_tokens: live ones; equal where every row brings one token.
+            num_rows: live rows; num_tokens: live tokens, at least one a row.
 
         Raises:
-            ValueError: there is none, so the scheduler broke its budget.
+            ConfigError: nothing that was compiled holds it.
         """
-        for program in self.programs:
+        single = num_rows == num_tokens
+        for program in self._by_padding:
             if (
                 program.num_rows >= num_rows
                 and program.num_tokens >= num_tokens
                 and program.decode_steps == decode_steps
                 and program.prompt_logprobs == prompt_logprobs
-                and (num_tokens == num_rows or not program.is_decode)
+                and (single or not program.is_decode)
             ):
                 return program
-        raise ValueError(
-            f"no program holds {num_rows} rows and {num_tokens} tokens with {decode_steps} decode "
-            f"steps and prompt_logprobs={prompt_logprobs}; the limits are {self._max_rows} rows, "
-            f"{self._max_tokens} tokens, {self._decode_steps} steps"
+        raise ConfigError(
+            f"no compiled program holds a step of {num_rows} rows, {num_tokens} tokens and "
+            f"{decode_steps} decode steps{' with prompt_logprobs' if prompt_logprobs else ''}: "
+            f"scheduler.max_rows is {self.config.max_rows}, scheduler.max_step_tokens "
+            f"{self.config.max_step_tokens}, scheduler.decode_steps {self.config.decode_steps}"
         )
 
-    def _mixed(self) -> list[Program]:
-        mixed = [
-            Program(num_rows=self._max_rows, num_tokens=self._max_tokens),
-            Program(num_rows=self._max_rows, num_tokens=self._max_tokens, prompt_logprobs=True),
-        ]
-        few = min(FEW_ROWS, self._max_rows)
-        tokens = self._max_tokens
-        for rows in sorted({few, self._max_rows}):
-            tokens = self._max_tokens
-            while tokens >= max(MIN_CHUNK_TOKENS, rows + 1):
-                mixed.append(Program(num_rows=rows, num_tokens=tokens))
-                tokens = -(-tokens // TOKEN_FACTOR)
-        unique = sorted(set(mixed), key=_cost)
-        return [p for p in unique if p.num_tokens > p.num_rows]
+
+def _decode(config: SchedulerConfig) -> list[Program]:
+    sizes, size = {config.max_rows}, 1
+    while size < config.max_rows:
+        sizes.add(size)
+        size *= 2 if size < _FINE_ROWS else 4
+    return [Program(num_rows=rows, num_tokens=rows) for rows in sizes]
 
 
-def row_sizes(max_rows: int, most: int) -> tuple[int, ...]:
-    """At most `most` sizes up to max_rows, each a fixed multiple of the one before."""
-    factor = 2
-    while True:
-        sizes, rows = [max_rows], 1
-        while rows < max_rows:
-            sizes.append(rows)
-            rows *= factor
-        if len(sizes) <= max(most, 1) or factor > max_rows:
-            return tuple(sorted(sizes))[-max(most, 1) :]
-        factor *= 2
+def _several_steps(config: SchedulerConfig) -> list[Program]:
+    if config.decode_steps == 1:
+        return []
+    sizes, size = {1, config.max_rows}, 8
+    while size < config.max_rows:
+        sizes.add(size)
+        size *= 4
+    return [
+        Program(num_rows=rows, num_tokens=rows, decode_steps=config.decode_steps) for rows in sizes
+    ]
 
 
-def _cost(program: Program) -> tuple[int, int, int, bool]:
-    return program.num_tokens, program.num_rows, program.decode_steps, program.prompt_logprobs
+def _mixed(config: SchedulerConfig) -> list[Program]:
+    programs = []
+    most = max(config.max_step_tokens, config.max_rows + 1)
+    for rows in {min(FEW_ROWS, config.max_rows), config.max_rows}:
+        sizes = {max(most // fraction, _MIN_CHUNK_TOKENS) for fraction in TOKEN_FRACTIONS}
+        # Room for chunks behind so many decoding rows, or the program is never chosen.
+        sizes = {min(size, most) for size in sizes if size >= 2 * rows} | {most}
+        programs += [Program(num_rows=rows, num_tokens=size) for size in sizes]
+    programs.append(Program(num_rows=config.max_rows, num_tokens=most, prompt_logprobs=True))
+    return programs

@@ -1,0 +1,94 @@
+"""The step programs: few, and whatever the limits allow fits one with little padding."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxserve.config import SchedulerConfig
+from jaxserve.device.buckets import MAX_PROGRAMS, Buckets
+from jaxserve.errors import ConfigError
+
+
+@st.composite
+def limits(draw) -> SchedulerConfig:
+    """Any limits that a configuration may have."""
+    max_rows = draw(st.one_of(st.integers(1, 300), st.integers(1, 4096)))
+    return SchedulerConfig(
+        max_rows=max_rows,
+        max_step_tokens=draw(st.integers(max_rows, 65536)),
+        decode_steps=draw(st.integers(1, 64)),
+    )
+
+
+def test_programs_of_the_default_limits():
+    assert [program.name for program in Buckets(SchedulerConfig()).programs] == [
+        "decode_r1",
+        "decode_r1_k4",
+        "decode_r2",
+        "decode_r4",
+        "decode_r8",
+        "decode_r8_k4",
+        "mixed_r8_t32",
+        "mixed_r8_t128",
+        "mixed_r8_t512",
+        "decode_r16",
+        "decode_r32",
+        "decode_r32_k4",
+        "decode_r64",
+        "decode_r64_k4",
+        "mixed_r64_t128",
+        "mixed_r64_t512",
+        "mixed_r64_t512_plp",
+    ]
+
+
+@given(limits())
+def test_there_are_few_and_no_name_twice(config):
+    programs = Buckets(config).programs
+    assert len(programs) <= MAX_PROGRAMS
+    assert len({program.name for program in programs}) == len(programs)
+
+
+@given(limits(), st.data())
+def test_every_decode_step_fits_with_at_most_four_times_the_rows(config, data):
+    rows = data.draw(st.integers(1, config.max_rows))
+    buckets = Buckets(config)
+    one = buckets.choose(rows, rows, 1, False)
+    assert one.is_decode and rows <= one.num_rows <= max(1, 4 * (rows - 1))
+    several = buckets.choose(rows, rows, config.decode_steps, False)
+    assert several.decode_steps == config.decode_steps and several.num_rows >= rows
+
+
+@given(limits(), st.data())
+def test_every_mixed_step_fits_a_program_that_is_not_for_decoding_only(config, data):
+    rows = data.draw(st.integers(1, config.max_rows))
+    tokens = data.draw(st.integers(rows, config.max_step_tokens))
+    for prompt_logprobs in (False, True):
+        program = Buckets(config).choose(rows, tokens, 1, prompt_logprobs)
+        assert program.num_rows >= rows and program.num_tokens >= tokens
+        assert program.prompt_logprobs == prompt_logprobs
+        assert program.is_decode == (rows == tokens and not prompt_logprobs)
+
+
+@pytest.mark.parametrize(
+    ("step", "name"),
+    [
+        ((1, 30), "mixed_r8_t32"),
+        ((1, 33), "mixed_r8_t128"),
+        ((9, 30), "mixed_r64_t128"),
+        ((64, 512), "mixed_r64_t512"),
+        ((3, 3), "decode_r4"),
+        ((64, 64, 4), "decode_r64_k4"),
+        ((1, 4, 1, True), "mixed_r64_t512_plp"),
+    ],
+)
+def test_the_least_padding_is_chosen(step, name):
+    assert Buckets(SchedulerConfig()).choose(*step).name == name
+
+
+@pytest.mark.parametrize("step", [(65, 65), (1, 513), (4, 4, 2)])
+def test_a_step_beyond_the_limits_is_refused_with_the_limits(step):
+    with pytest.raises(ConfigError, match=r"max_rows is 64, .*max_step_tokens 512"):
+        Buckets(SchedulerConfig()).choose(*step)
