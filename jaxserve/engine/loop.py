@@ -168,8 +168,9 @@ class Engine:
         """Reads a step's tokens and sends each client its own."""
         outputs = self.executor.collect(step.launched)
         now_ns = time.monotonic_ns()
-        rows = step.inputs.rows[: step.inputs.num_live_rows].tolist()
-        commit = self.scheduler.commit(rows, outputs.token_ids.tolist())
+        num_rows = step.inputs.num_live_rows
+        rows = step.inputs.rows[:num_rows].tolist()
+        commit = self.scheduler.commit(rows, outputs.token_ids[:, :num_rows].T.tolist())
         self._outbox.add_step(step.plan.step_id, now_ns, commit, step.inputs, outputs)
         for sequence in commit.finished:
             self._finish(sequence, now_ns)

@@ -193,7 +193,7 @@ class Scheduler:
 
         Args:
             rows: slot of each live row: the decoding rows, then the plan's chunks in order.
-            token_ids: [decode step][row].
+            token_ids: the tokens of each live row, one a decode step.
         """
         launched = self._launched.popleft()
         owners = cast(list[Sequence], launched.owners)  # a live row's slot has an owner
@@ -205,14 +205,14 @@ class Scheduler:
             assert chunk.slot == rows[row], "the step's chunk rows are not in the plan's order"
             if chunk.prompt_logprobs is not None and sequence.reason is None:
                 commit.chunks.append((sequence, chunk, row))
-            if chunk.samples and sequence.first_token_ns == 0:
+            if not chunk.samples:
+                token_ids[row] = []
+            elif sequence.first_token_ns == 0:
                 sequence.first_token_ns = self._clock_ns()
-        samples = [True] * num_decode_rows + [chunk.samples for chunk in chunks]
-        columns = zip(*token_ids, strict=True)  # the tokens of each row, padding rows last
         # The one loop over all rows: keep it small.
-        for row, (slot, sampled) in enumerate(zip(rows, columns, strict=False)):
+        for row, (slot, sampled) in enumerate(zip(rows, token_ids, strict=True)):
             sequence = owners[slot]
-            if sequence.reason is not None or not samples[row]:
+            if sequence.reason is not None:
                 continue
             tokens = sequence.accept(sampled)
             if tokens:

@@ -37,6 +37,7 @@ class Sequence:
     Attributes:
         key: (client, the client's id of it); opaque here.
         token_ids: known tokens: the prompt, then what was read back from the device.
+        max_len: tokens at which max_tokens are reached.
         rank: (priority, arrival); smaller runs first, the largest is preempted first.
         stop_token_ids: end the sequence when sampled; the model's end tokens among them.
         followers: choices that wait to share this one's prompt.
@@ -58,6 +59,7 @@ class Sequence:
     stop_token_ids: frozenset[int]
     table: PageTable
     arrived_ns: int = 0
+    max_len: int = field(init=False)
 
     state: SequenceState = SequenceState.WAITING
     slot: int = -1
@@ -80,6 +82,9 @@ class Sequence:
     queued_ns: int = 0
     scheduled_ns: int = 0
     first_token_ns: int = 0
+
+    def __post_init__(self) -> None:
+        self.max_len = self.prompt_len + self.sampling.max_tokens
 
     @property
     def num_outputs(self) -> int:
@@ -113,20 +118,22 @@ class Sequence:
         self.num_reached = max(self.num_reached, end)
         self.num_computed = end
 
-    def accept(self, sampled: tuple[int, ...]) -> list[int]:
+    def accept(self, sampled: list[int]) -> list[int]:
         """Takes tokens read back, up to one that ends the sequence; returns those to emit.
 
         Sets `reason` when it ends. A stop token is kept beside the tokens, not among them.
         """
         known = self.token_ids
-        limit = self.prompt_len + self.sampling.max_tokens
+        if len(known) + len(sampled) < self.max_len and self.stop_token_ids.isdisjoint(sampled):
+            known += sampled
+            return sampled
         for index, token in enumerate(sampled):
             if token in self.stop_token_ids:
                 self.stop_token_id = token
                 self.reason = FinishReason.STOP
-                return list(sampled[:index])
+                return sampled[:index]
             known.append(token)
-            if len(known) == limit:
+            if len(known) == self.max_len:
                 self.reason = FinishReason.LENGTH
-                return list(sampled[: index + 1])
-        return list(sampled)
+                return sampled[: index + 1]
+        return sampled

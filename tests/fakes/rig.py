@@ -103,8 +103,9 @@ class Rig:
         if step is None:
             return
         inputs, outputs = step
-        rows = inputs.rows[: inputs.num_live_rows].tolist()
-        commit = self.scheduler.commit(rows, outputs.token_ids.tolist())
+        num_rows = inputs.num_live_rows
+        rows = inputs.rows[:num_rows].tolist()
+        commit = self.scheduler.commit(rows, outputs.token_ids[:, :num_rows].T.tolist())
         for sequence, tokens in zip(commit.sequences, commit.token_ids, strict=True):
             self.emitted[sequence] += tokens
         for sequence in commit.finished:
