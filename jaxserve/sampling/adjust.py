@@ -30,7 +30,7 @@ def adjust_logits(
     positions: Int[Array, "B"],
     settings: RowSettings,
 ) -> Float[Array, "B V"]:
-    """Logits after penalties, biases and masks, float32.
+    """Logits after penalties, biases and masks.
 
     Args:
         positions: where the tokens sampled from these logits will stand.
@@ -39,9 +39,6 @@ def adjust_logits(
     def under(flag: Flag, change, logits):
         return jax.lax.cond(settings.any_has(flag), change, lambda logits: logits, logits)
 
-    # A new array, made in the branch that wants it: else the caller's would be copied before every
-    # branch, also the one that only reads. No value is changed but -inf.
-    logits = jnp.maximum(logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
     logits = under(Flag.PENALTIES, lambda x: _penalties(x, state, slots, settings), logits)
     logits = under(Flag.BIAS, lambda x: _bias(x, state, slots, settings), logits)
     logits = under(

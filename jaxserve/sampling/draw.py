@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
 from jaxserve.sampling.bits import threefry
-from jaxserve.sampling.blocks import fold, in_blocks
+from jaxserve.sampling.blocks import fold, halve, in_blocks
 from jaxserve.sampling.state import Flag, RowSettings
 from jaxserve.sampling.truncate import kth_largest
 
@@ -30,55 +30,52 @@ _CHOICE_BITS = 8  # of the counter word that also holds the trial; MAX_CHOICES f
 
 
 def draw(
-    logits: Float[Array, "B V"], settings: RowSettings, positions: Int[Array, "B"]
+    weights: Float[Array, "B P J"], settings: RowSettings, positions: Int[Array, "B"]
 ) -> Int[Array, "B"]:
-    """A token of each row, by its temperature, min_p, top_k and top_p; row by row independent."""
-    blocks = in_blocks(logits.astype(jnp.float32))
-    weights = _weigh(blocks, jnp.max(logits, axis=1).astype(jnp.float32), settings)
+    """A token of each row from the nucleus top_p of its weights (`weigh`)."""
+    rejects = settings.has(Flag.TOP_P)
 
-    def pick(above: Float[Array, "B"], sums: Float[Array, "B J"], trial: Int[Array, ""]):
-        return _pick_token(weights, above, sums, _random_words(settings, positions, trial))
-
-    sums = fold(weights)
-    nucleus = settings.top_p * _total(sums)
-
-    def retry(carry):
-        pending, tokens, values, trial = carry
-        left = fold(weights, lambda part: jnp.where(part > values[:, None], part, 0.0))
-        left_total = _total(left)
-        pending &= (left_total > 0) & (left_total >= nucleus)
-        new_tokens, new_values = pick(values, left, trial)
+    def attempt(carry):
+        trial, nucleus, pending, tokens, above = carry
+        left = fold(weights, lambda part: jnp.where(part > above[:, None], part, 0.0))
+        total = halve(halve(_in_groups(left)))
+        first = trial == 0
+        nucleus = jnp.where(first, settings.top_p * total, nucleus)
+        # what is above the last token tells whether it was in the nucleus
+        pending &= first | ((total > 0) & (total >= nucleus))
+        words = _random_words(settings, positions, trial)
+        new_tokens, new_above = _pick_token(weights, above, left, words)
         tokens = jnp.where(pending, new_tokens, tokens)
-        values = jnp.where(pending, new_values, values)
-        return pending, tokens, values, trial + 1
+        above = jnp.where(pending, new_above, above)
+        return trial + 1, nucleus, pending & rejects, tokens, above
 
-    everything = jnp.zeros_like(nucleus)
-    first = (settings.has(Flag.TOP_P), *pick(everything, sums, jnp.int32(0)), jnp.int32(1))
-    return jax.lax.while_loop(lambda carry: jnp.any(carry[0]), retry, first)[1]
+    nothing = jnp.zeros_like(settings.top_p)
+    start = (
+        jnp.int32(0),
+        nothing,
+        jnp.ones_like(rejects),
+        jnp.zeros_like(positions),
+        nothing,
+    )
+    return jax.lax.while_loop(lambda carry: jnp.any(carry[2]), attempt, start)[3]
 
 
-def _weigh(
-    blocks: Float[Array, "B P J"], best: Float[Array, "B"], settings: RowSettings
-) -> Float[Array, "B P J"]:
-    """Probabilities relative to the best token's; 0 for tokens that top_k or min_p drops."""
+def weigh(logits: Float[Array, "B V"], settings: RowSettings) -> Float[Array, "B P J"]:
+    """Probabilities relative to the best token's, by block; 0 for tokens top_k or min_p drops."""
+    blocks = in_blocks(logits)
+    best = jnp.max(logits, axis=1)
     best = jnp.where(best > -jnp.inf, best, 0.0)  # nothing is allowed: all weights are 0
     sharpness = jnp.where(settings.has(Flag.SAMPLES), 1.0 / settings.temperature, 1.0)
     min_p = jnp.where(settings.has(Flag.MIN_P), settings.min_p, 0.0)
-
-    def weigh() -> Float[Array, "B P J"]:
-        weights = jnp.exp((blocks - best[:, None, None]) * sharpness[:, None, None])
-        return jnp.where(weights >= min_p[:, None, None], weights, 0.0)
-
-    def weigh_top_k() -> Float[Array, "B P J"]:
-        k = jnp.where(settings.has(Flag.TOP_K), settings.top_k, 0)
-        threshold = kth_largest(blocks, best, k)
-        return jnp.where(blocks >= threshold[:, None, None], weigh(), 0.0)
-
-    return jax.lax.cond(settings.any_has(Flag.TOP_K), weigh_top_k, weigh)
-
-
-def _total(sums: Float[Array, "B J"]) -> Float[Array, "B"]:
-    return fold(fold(_in_groups(sums)))
+    k = jnp.where(settings.has(Flag.TOP_K), settings.top_k, 0)
+    threshold = jax.lax.cond(
+        settings.any_has(Flag.TOP_K),
+        lambda: kth_largest(blocks, best, k),
+        lambda: jnp.full_like(best, -jnp.inf),
+    )
+    weights = jnp.exp((blocks - best[:, None, None]) * sharpness[:, None, None])
+    kept = (blocks >= threshold[:, None, None]) & (weights >= min_p[:, None, None])
+    return jnp.where(kept, weights, 0.0)
 
 
 def _in_groups(sums: Float[Array, "B J"]) -> Float[Array, "B L G"]:
@@ -109,7 +106,7 @@ def _pick_token(
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """A token among those heavier than `above`, whose sums by block are `sums`; and its weight."""
     groups = _in_groups(sums)
-    group = _pick(fold(groups), words[0])
+    group = _pick(halve(groups), words[0])
     of_group = jnp.take_along_axis(groups, group[:, None, None], axis=2)[:, :, 0]
     block = _pick(of_group, words[1]) * groups.shape[2] + group
     of_block = jnp.take_along_axis(weights, block[:, None, None], axis=2)[:, :, 0]
@@ -120,7 +117,7 @@ def _pick_token(
 
 
 def _pick(weights: Float[Array, "B N"], word: UInt[Array, "B"]) -> Int[Array, "B"]:
-    """An index by its share of the weights; never one whose weight is 0.
+    """An index by its share of the weights; 0 if there are none, else one whose weight is not 0.
 
     Weights are rounded to integers in units of the largest one's 2**-24 or so, whose cumulative
     sums are exact.
@@ -133,7 +130,8 @@ def _pick(weights: Float[Array, "B N"], word: UInt[Array, "B"]) -> Int[Array, "B
     before = jnp.arange(num)[:, None] >= jnp.arange(num)[None]
     ends = jnp.sum(jnp.where(before, shares[:, None], 0), axis=2, dtype=jnp.uint32)
     point = _high_product(ends[:, -1], word)
-    return jnp.minimum(jnp.sum(ends <= point[:, None], axis=1, dtype=jnp.int32), num - 1)
+    index = jnp.sum(ends <= point[:, None], axis=1, dtype=jnp.int32)
+    return jnp.where(index < num, index, 0)
 
 
 def _high_product(a: UInt[Array, "B"], b: UInt[Array, "B"]) -> UInt[Array, "B"]:

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.sampling.adjust import adjust_logits
-from jaxserve.sampling.draw import draw
-from jaxserve.sampling.state import Flag, RowSettings, SamplingState, read_settings
+from jaxserve.sampling.draw import draw, weigh
+from jaxserve.sampling.state import Flag, SamplingState, read_settings
 
 _BLOCK = 256
 
@@ -37,21 +37,30 @@ def sample(
         positions: where the tokens will stand in their sequences.
     """
     settings = read_settings(state, slots, live)
-    adjusts = settings.any_has(Flag.ADJUSTS).astype(jnp.int32)
-    samples = settings.any_has(Flag.SAMPLES).astype(jnp.int32)
+    adjusts = settings.any_has(Flag.ADJUSTS)
+    samples = settings.any_has(Flag.SAMPLES)
 
-    def adjusted() -> Float[Array, "B V"]:
-        return adjust_logits(logits, state, slots, positions, settings)
+    def choose() -> Int[Array, "B"]:
+        # A new array, to be changed in place. Were it the caller's, it would be copied before the
+        # branches, for greedy batches too. Only -inf changes: to another value without weight.
+        changed = jnp.maximum(logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+        changed = jax.lax.cond(
+            adjusts,
+            lambda: adjust_logits(changed, state, slots, positions, settings),
+            lambda: changed,
+        )
+        best = jax.lax.cond(
+            jnp.all(settings.has(Flag.SAMPLES)),
+            lambda: jnp.zeros_like(positions),
+            lambda: greedy(changed),
+        )
+        return jax.lax.cond(samples, lambda: drawn_or(best, changed), lambda: best)
 
-    return jax.lax.switch(
-        2 * adjusts + samples,
-        (
-            lambda: greedy(logits),
-            lambda: _choose(logits, settings, positions),
-            lambda: greedy(adjusted()),
-            lambda: _choose(adjusted(), settings, positions),
-        ),
-    )
+    def drawn_or(best: Int[Array, "B"], changed: Float[Array, "B V"]) -> Int[Array, "B"]:
+        drawn = draw(weigh(changed, settings), settings, positions)
+        return jnp.where(settings.has(Flag.SAMPLES), drawn, best)
+
+    return jax.lax.cond(adjusts | samples, choose, lambda: greedy(logits))
 
 
 def greedy(logits: Float[Array, "B V"]) -> Int[Array, "B"]:
@@ -77,12 +86,3 @@ def _first(values: Bool[Array, "B N"]) -> Int[Array, "B"]:
     num = values.shape[1]
     index = jnp.min(jnp.where(values, jnp.arange(num, dtype=jnp.int32), num), axis=1)
     return jnp.where(index < num, index, 0)
-
-
-def _choose(
-    logits: Float[Array, "B V"], settings: RowSettings, positions: Int[Array, "B"]
-) -> Int[Array, "B"]:
-    drawn = draw(logits, settings, positions)
-    is_greedy = ~settings.has(Flag.SAMPLES)
-    best = jax.lax.cond(jnp.any(is_greedy), lambda: greedy(logits), lambda: drawn)
-    return jnp.where(is_greedy, best, drawn)

@@ -75,12 +75,14 @@ def _narrow(
         slope_high = jnp.log(jnp.maximum(high_count.astype(jnp.float32), 0.5))
         part = (slope_low - target) / jnp.maximum(slope_low - slope_high, 1e-6)
         guess = low_value + (high_value - low_value) * jnp.clip(part, 0.0, 1.0)
-        guessed = jnp.isfinite(guess) & (turn % 2 == 0)
+        guessed = jnp.isfinite(guess) & (turn % 2 == 1)
         middle = jnp.where(guessed, order(guess), halfway)
         middle = jnp.clip(middle, low + 1, high - 1)
+        first = turn == 0
+        middle = jnp.where(first, low, middle)  # whose count is not known yet
         found = count(from_order(middle))
         active = unfinished(low_count, low, high)
-        up, down = active & (found >= k), active & (found < k)
+        up, down = active & (first | (found >= k)), active & ~first & (found < k)
         return (
             turn + 1,
             jnp.where(up, found, low_count),
@@ -89,13 +91,8 @@ def _narrow(
             jnp.where(down, found, high_count),
         )
 
-    start = (
-        jnp.int32(1) - jnp.all(low > -jnp.inf).astype(jnp.int32),
-        count(low),
-        order(low),
-        order(best) + 1,
-        jnp.zeros_like(k),
-    )
+    unknown = jnp.full_like(k, -1)
+    start = (jnp.int32(0), unknown, order(low), order(best) + 1, jnp.zeros_like(k))
     return from_order(jax.lax.while_loop(go_on, step, start)[2])
 
 
