@@ -261,7 +261,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(loop: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop) -> None:
     """Reads the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="What an event of a stream costs.")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=10)

@@ -79,15 +79,16 @@ async def _whole(
     generation: Generation, work: Work, frontend: Frontend, departure: Departure, send: Any
 ) -> None:
     options = work.options
-    merged = [Delta(index) for index in range(len(work.prompts) * options.candidates)]
+    parts: list[list[Delta]] = [[] for _ in range(len(work.prompts) * options.candidates)]
     try:
         while deltas := await generation.next():
             for delta in deltas:
-                _merge(merged[delta.choice], delta)
+                parts[delta.choice].append(delta)
     except JaxserveError:
         if departure.gone:
             return
         raise
+    merged = [_joined(index, choice) for index, choice in enumerate(parts)]
     answers = []
     for start in range(0, len(merged), options.candidates):
         choices = merged[start : start + options.candidates]
@@ -105,7 +106,10 @@ async def _stream(
     wire = work.wire
     try:
         while deltas := await generation.next():
-            if data := b"".join([wire.events(delta) for delta in deltas]):
+            data = wire.events(deltas[0])
+            if len(deltas) > 1:
+                data += b"".join([wire.events(delta) for delta in deltas[1:]])
+            if data:
                 await events.write(data)
         last = wire.usage_event(generation.usage) if work.options.include_usage else b""
         await events.end(last + DONE)
@@ -124,12 +128,15 @@ async def _stream(
         events.close()
 
 
-def _merge(whole: Delta, delta: Delta) -> None:
-    whole.text += delta.text
-    whole.token_ids += delta.token_ids
-    whole.logprobs += delta.logprobs
-    whole.prompt_logprobs += delta.prompt_logprobs
-    whole.finish_reason = delta.finish_reason or whole.finish_reason
+def _joined(index: int, parts: list[Delta]) -> Delta:
+    return Delta(
+        index,
+        "".join([part.text for part in parts]),
+        [token for part in parts for token in part.token_ids],
+        [entry for part in parts for entry in part.logprobs],
+        [entry for part in parts for entry in part.prompt_logprobs],
+        parts[-1].finish_reason,
+    )
 
 
 def _mean_logprob(choice: Delta) -> float:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from jaxserve.errors import Overloaded
 from jaxserve.http.metrics import Metrics
@@ -38,9 +39,9 @@ class Delta:
 
     choice: int
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprobs] = ()
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
     finish_reason: str | None = None
 
 
@@ -108,6 +109,8 @@ class Generation:
         ]
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
+        self._woken = False
+        self._running = True
         self._streams: list[Stream] = []
         for prompt, sampling in zip(prompts, samplings, strict=True):
             stream = client.submit(
@@ -134,23 +137,28 @@ class Generation:
             JaxserveError: the engine refused a prompt, or failed; `cancel` the others then.
         """
         while True:
-            deltas: list[Delta] = []
-            running = False
-            for index, stream in enumerate(self._streams):
-                while (event := stream.take()) is not None:
-                    self._advance(deltas, stream, index, event)
-                running = running or not stream.done
-            if deltas:
-                return deltas
-            if not running:
+            if self._woken:
+                self._woken = self._running = False
+                deltas: list[Delta] = []
+                for index, stream in enumerate(self._streams):
+                    while (event := stream.take()) is not None:
+                        self._advance(deltas, stream, index, event)
+                    self._running = self._running or not stream.done
+                if deltas:
+                    return deltas
+            if not self._running:
                 self._metrics.request_done((time.monotonic_ns() - self._arrived_ns) / 1e9)
                 return []
             self._waiter = self._loop.create_future()
             await self._waiter
 
     def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self._woken = True
+        waiter = self._waiter
+        if waiter is not None:
+            self._waiter = None
+            if not waiter.done():  # its reader may have been cancelled
+                waiter.set_result(None)
 
     def _advance(
         self, deltas: list[Delta], stream: Stream, prompt: int, event: SequenceEvent
@@ -179,24 +187,25 @@ class Generation:
         num_tokens = added.num_tokens
         self.usage.completion_tokens += num_tokens
         delta.text = added.text
-        delta.token_ids = event.token_ids[:num_tokens]
-        delta.logprobs = event.logprobs[:num_tokens]
+        delta.token_ids = event.token_ids
+        delta.logprobs = event.logprobs
         self._measure(choice, event)
         if added.stopped:
+            delta.token_ids = event.token_ids[:num_tokens]
+            delta.logprobs = event.logprobs[:num_tokens]
             delta.finish_reason = FinishReason.STOP.value
             choice.done = True
             stream.cancel(event.choice, FinishReason.STOP)
 
     def _measure(self, choice: _Choice, event: SequenceEvent) -> None:
-        metrics = self._metrics
-        num_tokens = len(event.token_ids)
-        metrics.output_tokens(num_tokens)
-        if choice.last_ns:
-            metrics.inter_token((event.at_ns - choice.last_ns) / 1e9, num_tokens)
-        elif self._first_token:
+        last_ns, choice.last_ns = choice.last_ns, event.at_ns
+        if last_ns:
+            self._metrics.tokens(len(event.token_ids), (event.at_ns - last_ns) / 1e9)
+            return
+        self._metrics.tokens(len(event.token_ids))
+        if self._first_token:
             self._first_token = False
-            metrics.first_token((time.monotonic_ns() - self._arrived_ns) / 1e9)
-        choice.last_ns = event.at_ns
+            self._metrics.first_token((time.monotonic_ns() - self._arrived_ns) / 1e9)
 
 
 def _finish_reason(finished: Finished, stopped: bool) -> str:

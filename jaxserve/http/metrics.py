@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import mmap
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -114,21 +114,21 @@ class Metrics:
         """A request was submitted."""
         self._own[_PROMPT_TOKENS] += num_tokens
 
-    def output_tokens(self, num_tokens: int) -> None:
-        """Tokens came from the engine."""
-        self._own[_OUTPUT_TOKENS] += num_tokens
+    def tokens(self, num_tokens: int, since_s: float | None = None) -> None:
+        """Tokens came together, `since_s` after the choice's tokens before them, if any."""
+        own = self._own
+        own[_OUTPUT_TOKENS] += num_tokens
+        if since_s is not None:
+            own[_ITL + bisect_left(_BOUNDS, since_s / num_tokens)] += num_tokens
+            own[_ITL + _SPAN - 1] += since_s
 
     def first_token(self, seconds: float) -> None:
         """A request's first token is about to be sent."""
-        self._observe(_TTFT, seconds, 1)
-
-    def inter_token(self, seconds: float, num_tokens: int) -> None:
-        """Tokens came together, `seconds` after the choice's tokens before them."""
-        self._observe(_ITL, seconds / num_tokens, num_tokens)
+        self._observe(_TTFT, seconds)
 
     def request_done(self, seconds: float) -> None:
         """All choices of a request have ended."""
-        self._observe(_E2E, seconds, 1)
+        self._observe(_E2E, seconds)
 
     def step(self, stats: StepStats) -> None:
         """A device call was made."""
@@ -140,16 +140,15 @@ class Metrics:
         own[_COUNTER["step_padding_tokens"]] += stats.padded_tokens - stats.tokens
         own[_COUNTER["preemptions"]] += stats.preemptions
 
-    def _observe(self, base: int, seconds: float, times: int) -> None:
-        own = self._own
-        own[base + bisect_left(_BOUNDS, seconds)] += times
-        own[base + _SPAN - 1] += seconds * times
+    def _observe(self, base: int, seconds: float) -> None:
+        self._own[base + bisect_left(_BOUNDS, seconds)] += 1
+        self._own[base + _SPAN - 1] += seconds
 
 
 class _Collector(Collector):
     """The rows of all workers, added up; and what the engine said last."""
 
-    def __init__(self, cells: memoryview, status: Callable[[], EngineStatus | None]) -> None:
+    def __init__(self, cells: memoryview[float], status: Callable[[], EngineStatus | None]) -> None:
         self._cells = cells
         self._status = status
 
@@ -166,7 +165,7 @@ class _Collector(Collector):
         yield from _engine(self._status())
 
 
-def _histogram(name: str, documentation: str, cells: list[float]) -> Metric:
+def _histogram(name: str, documentation: str, cells: Sequence[float]) -> Metric:
     total = 0.0
     buckets = []
     for bound, count in zip((*_BOUNDS, "+Inf"), cells[:-1], strict=True):
@@ -177,7 +176,7 @@ def _histogram(name: str, documentation: str, cells: list[float]) -> Metric:
     )
 
 
-def _requests(sums: list[float]) -> Metric:
+def _requests(sums: Sequence[float]) -> Metric:
     family = CounterMetricFamily(
         "jaxserve_requests", "Requests answered", labels=["route", "status"]
     )

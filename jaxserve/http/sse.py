@@ -30,7 +30,7 @@ class EventStream:
 
     Args:
         send: ASGI's.
-        heartbeat_s: silence after which a comment is sent.
+        heartbeat_s: no silence is longer; looked at twice in it.
 
     Attributes:
         started: whether the status has been sent.
@@ -41,10 +41,10 @@ class EventStream:
         self._send = send
         self._heartbeat_s = heartbeat_s
         self._loop = asyncio.get_running_loop()
-        self._last_s = self._loop.time()
+        self._quiet = True
         self._writing = False
         self._beat: asyncio.Task[None] | None = None
-        self._timer = self._loop.call_later(heartbeat_s, self._on_timer)
+        self._timer = self._loop.call_later(heartbeat_s / 2, self._on_timer)
 
     async def write(self, events: bytes) -> None:
         """Sends events; returns once the transport takes more."""
@@ -55,8 +55,7 @@ class EventStream:
             self.started = True
             await self._send(_START)
         await self._send({"type": "http.response.body", "body": events, "more_body": True})
-        self._last_s = self._loop.time()
-        self._writing = False
+        self._quiet = self._writing = False
 
     async def end(self, events: bytes) -> None:
         """Sends the last events and closes the response."""
@@ -73,13 +72,11 @@ class EventStream:
         self._timer.cancel()
 
     def _on_timer(self) -> None:
-        wait_s = self._last_s + self._heartbeat_s - self._loop.time()
-        if wait_s <= 0:
-            wait_s = self._heartbeat_s
-            if not self._writing:
-                self._beat = asyncio.create_task(self.write(HEARTBEAT), name="jaxserve heartbeat")
-                self._beat.add_done_callback(self._on_beat)
-        self._timer = self._loop.call_later(wait_s, self._on_timer)
+        if self._quiet and not self._writing:
+            self._beat = asyncio.create_task(self.write(HEARTBEAT), name="jaxserve heartbeat")
+            self._beat.add_done_callback(self._on_beat)
+        self._quiet = True
+        self._timer = self._loop.call_later(self._heartbeat_s / 2, self._on_timer)
 
     def _on_beat(self, task: asyncio.Task[None]) -> None:
         self._beat = None

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
 
 from jaxserve.http.generation import Delta, Usage
 from jaxserve.http.sampling import Options
-from jaxserve.types import SamplingParams
+from jaxserve.types import SamplingParams, TokenLogprobs
 
 encode = msgspec.json.Encoder().encode
 
@@ -46,7 +47,7 @@ class Answer:
     """
 
     choices: list[Delta]
-    prompt_logprobs: list[Any] = field(default_factory=list)
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
 
 
 @dataclass(slots=True, kw_only=True)
