@@ -21,6 +21,7 @@ sample_rows = jax.jit(sample)
 @jax.jit
 def adjust_rows(logits, held, slots_of_rows, positions, live):
     settings = state.read_settings(held, slots_of_rows, live)
+    logits = jnp.maximum(logits, jnp.finfo(jnp.float32).min)  # as `sample` does
     return adjust.adjust_logits(logits, held, slots_of_rows, positions, settings)
 
 
