@@ -286,7 +286,7 @@ class Planner:
 
 def main() -> None:
     """Runs all arms and prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="What a token costs the host")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=30)

@@ -1,9 +1,9 @@
-"""The client of an engine: what HTTP workers, the offline API and tests talk to.
+"""The client of an engine: what HTTP workers and tests talk to.
 
 A client numbers its sequences, submits prompts as token ids and hands out one `Stream` a request.
 Messages from the engine go through `Dispatcher`, which finds the stream by sequence id; a stream
 keeps at most one pending event a choice, so tokens of a slow reader are merged into it and harm
-nobody. `EngineClient` is asyncio's; `SyncClient` is the same for plain threads (offline use).
+nobody. `EngineClient` is asyncio's; `sync_client.SyncClient` is the same for plain threads.
 
 Invariants: all methods are called in one thread (the event loop's, or the offline caller's). Each
 choice of a stream ends with exactly one event that carries `finished`, or the stream raises. When
@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import queue
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 from jaxserve.errors import DeviceFailure, JaxserveError
 from jaxserve.protocol.messages import (
@@ -32,32 +33,13 @@ from jaxserve.protocol.messages import (
     Goodbye,
     Progress,
     StepStats,
-    Submit,
-    TokenSegment,
 )
 from jaxserve.protocol.streams import Dispatcher, SequenceEvent, StreamState
+from jaxserve.protocol.sync_client import SyncClient, SyncStream
+from jaxserve.protocol.transport import HEARTBEAT_S, ClientTransport, submit_message
 from jaxserve.types import FinishReason, SamplingParams
 
 __all__ = ["ClientTransport", "EngineClient", "SequenceEvent", "Stream", "SyncClient", "SyncStream"]
-
-#: How often a client asks for the engine's status, which is also its own sign of life.
-HEARTBEAT_S = 1.0
-
-
-class ClientTransport(Protocol):
-    """The client's end of the road to an engine (`protocol.thread`, `protocol.zmq`)."""
-
-    def open(self, deliver: Callable[[EngineMessage], None]) -> None:
-        """Begins to receive; `deliver` may be called from another thread."""
-        ...
-
-    def send(self, message: ClientMessage) -> None:
-        """Queues a message for the engine; never blocks."""
-        ...
-
-    def close(self) -> None:
-        """Sends what is queued, within a moment, and lets go of the road."""
-        ...
 
 
 class Stream:
@@ -181,7 +163,7 @@ class EngineClient:
         if status is None:
             return None
         since_s = (time.monotonic_ns() - self._dispatcher.status_ns) / 1e9
-        return _aged(status, since_s)
+        return dataclasses.replace(status, step_age_s=status.step_age_s + since_s)
 
     @property
     def progress(self) -> Progress | None:
@@ -222,7 +204,7 @@ class EngineClient:
             DeviceFailure: the engine is known to be dead. All else is raised by the stream.
         """
         state = self._dispatcher.open(n)
-        self.send(_submit_message(state, prompt, sampling, priority, tenant, arrived_ns))
+        self.send(submit_message(state, prompt, sampling, priority, tenant, arrived_ns))
         return Stream(self, state)
 
     def send(self, message: ClientMessage) -> None:
@@ -334,154 +316,6 @@ class EngineClient:
             self._pidfd = None
 
 
-class SyncStream:
-    """The events of one request, for plain `for event in stream`; else as `Stream`."""
-
-    def __init__(self, client: SyncClient, state: StreamState) -> None:
-        self._client = client
-        self._state = state
-        self.sequence_ids = state.sequence_ids
-
-    @property
-    def done(self) -> bool:
-        """Whether every choice has ended (its events may still be unread)."""
-        return self._state.done
-
-    def cancel(
-        self, choice: int | None = None, reason: FinishReason = FinishReason.CANCELLED
-    ) -> None:
-        """As `Stream.cancel`."""
-        ids = self._state.running(choice)
-        if ids:
-            self._client.send(Cancel(sequence_ids=ids, reason=reason))
-
-    def take(self) -> SequenceEvent | None:
-        """The next event that is already here; None if there is none. Raises as iteration does."""
-        return self._state.take()
-
-    def __iter__(self) -> Iterator[SequenceEvent]:
-        return self
-
-    def __next__(self) -> SequenceEvent:
-        while True:
-            event = self._state.take()
-            if event is not None:
-                return event
-            if self._state.done:
-                raise StopIteration
-            self._client.wait()
-
-
-class SyncClient:
-    """A client for code without an event loop: same words as `EngineClient`, blocking.
-
-    Many streams may be open at once: `wait()` takes the engine's next messages in, and each
-    stream's `take()` gives what has come for it.
-    """
-
-    def __init__(
-        self,
-        transport: ClientTransport,
-        *,
-        on_stats: Callable[[StepStats], None] | None = None,
-        on_progress: Callable[[Progress], None] | None = None,
-        silence_s: float = 150.0,
-    ) -> None:
-        self._transport = transport
-        self._dispatcher = Dispatcher(on_stats, on_progress)
-        self._inbox: queue.SimpleQueue[EngineMessage] = queue.SimpleQueue()
-        self._silence_s = silence_s
-        self._heard_s = time.monotonic()
-        self._closed = False
-
-    def start(self) -> None:
-        """Connects; does not wait for the engine to be ready."""
-        self._transport.open(self._inbox.put)
-        self.send(GetStatus(stats=self._dispatcher.on_stats is not None))
-
-    @property
-    def status(self) -> EngineStatus | None:
-        """The engine's last word about itself; None before one."""
-        return self._dispatcher.status
-
-    @property
-    def num_streams(self) -> int:
-        """Streams that still run."""
-        return self._dispatcher.num_streams
-
-    def submit(
-        self,
-        prompt: Sequence[int],
-        sampling: SamplingParams,
-        *,
-        n: int = 1,
-        priority: int = 0,
-        tenant: str = "",
-        arrived_ns: int | None = None,
-    ) -> SyncStream:
-        """As `EngineClient.submit`."""
-        state = self._dispatcher.open(n)
-        self.send(_submit_message(state, prompt, sampling, priority, tenant, arrived_ns))
-        return SyncStream(self, state)
-
-    def send(self, message: ClientMessage) -> None:
-        """Sends a message as it is."""
-        self._transport.send(message)
-
-    def ready(self) -> EngineStatus:
-        """Waits until the engine serves; raises `DeviceFailure` if it fails to start."""
-        while True:
-            if self._dispatcher.error is not None:
-                raise self._dispatcher.error
-            status = self._dispatcher.status
-            if status is not None and status.state in ("ready", "draining"):
-                return status
-            self.wait()
-
-    def get_status(self) -> EngineStatus:
-        """A fresh status from the engine; raises `DeviceFailure` if it is dead."""
-        asked_ns = time.monotonic_ns()
-        self.send(GetStatus(stats=self._dispatcher.on_stats is not None))
-        while self._dispatcher.status is None or self._dispatcher.status_ns < asked_ns:
-            if self._dispatcher.error is not None:
-                raise self._dispatcher.error
-            self.wait()
-        return self._dispatcher.status
-
-    def wait(self) -> None:
-        """Takes in what the engine has sent, blocking until there is something.
-
-        Once the engine is known to be dead it returns at once: the streams raise.
-        """
-        if self._dispatcher.error is not None:
-            return
-        try:
-            message = self._inbox.get(timeout=HEARTBEAT_S)
-        except queue.Empty:
-            if time.monotonic() - self._heard_s > self._silence_s:
-                self.fail(DeviceFailure(f"the engine has been silent for {self._silence_s:.0f} s"))
-            self.send(GetStatus(stats=self._dispatcher.on_stats is not None))
-            return
-        self._heard_s = time.monotonic()
-        self._dispatcher.dispatch(message)
-        while not self._inbox.empty():
-            self._dispatcher.dispatch(self._inbox.get())
-
-    def fail(self, error: JaxserveError) -> None:
-        """Ends every stream with `error`."""
-        self._dispatcher.fail(error)
-
-    def close(self) -> None:
-        """Says goodbye (the engine cancels what still runs) and lets go of the transport."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._dispatcher.error is None:
-            self.send(Goodbye())
-        self._transport.close()
-        self._dispatcher.fail(DeviceFailure("the client of the engine was closed"))
-
-
 class _Mailbox:
     """Brings messages from a transport's thread into the event loop, one wake-up for many."""
 
@@ -504,36 +338,3 @@ class _Mailbox:
         self._scheduled = False  # before reading: a message put from here on wakes the loop again
         while not self._messages.empty():
             self._receive(self._messages.get())
-
-
-def _submit_message(
-    state: StreamState,
-    prompt: Sequence[int],
-    sampling: SamplingParams,
-    priority: int,
-    tenant: str,
-    arrived_ns: int | None,
-) -> Submit:
-    return Submit(
-        sequence_ids=list(state.sequence_ids),
-        prompt=[TokenSegment(token_ids=list(prompt))],
-        sampling=sampling,
-        arrived_ns=time.monotonic_ns() if arrived_ns is None else arrived_ns,
-        priority=priority,
-        tenant=tenant,
-    )
-
-
-def _aged(status: EngineStatus, since_s: float) -> EngineStatus:
-    return EngineStatus(
-        state=status.state,
-        pid=status.pid,
-        step_age_s=status.step_age_s + since_s,
-        running=status.running,
-        waiting=status.waiting,
-        pages_used=status.pages_used,
-        pages_total=status.pages_total,
-        compiles_after_warmup=status.compiles_after_warmup,
-        model=status.model,
-        error=status.error,
-    )

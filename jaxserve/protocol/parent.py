@@ -1,4 +1,4 @@
-"""Ties a child process to its parent: the child ends when the parent does, whatever way.
+"""Processes that end: a child follows its parent, whatever way that ends; others are looked at.
 
 A watching thread instead of PR_SET_PDEATHSIG, which fires when the parent's *thread* ends.
 """
@@ -12,6 +12,25 @@ import time
 
 #: Exit status of a child whose parent is gone.
 EXIT_ORPHANED = 1
+
+
+def has_ended(pid: int) -> bool:
+    """Whether no process of this pid runs, as far as can be told from here.
+
+    A zombie has ended: its parent has not asked for its status yet.
+    """
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    except (AttributeError, OSError):  # not Linux, or not to be seen from here
+        return False
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        return bool(poll.poll(0))
+    finally:
+        os.close(descriptor)
 
 
 def follow_parent(parent: int | None = None) -> None:

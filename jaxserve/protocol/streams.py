@@ -4,7 +4,8 @@
 sequence; `client` wraps the states for asyncio and for plain threads. No waiting happens here.
 
 Invariant: a stream holds at most one pending event a choice. Until the reader takes it, further
-tokens are merged into it, so memory is bounded by the tokens themselves and order is kept.
+tokens are merged into it, so memory is bounded by the tokens themselves and order is kept. `wake`
+is called once for what a reader has not looked at yet; it only notes that there is something.
 """
 
 from __future__ import annotations
@@ -27,34 +28,34 @@ from jaxserve.protocol.messages import (
 from jaxserve.types import FinishReason, TokenLogprobs
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class SequenceEvent:
     """What has come for one choice since its reader last looked.
 
     Attributes:
         choice: index among the request's n.
         token_ids: new tokens, oldest first; may be empty in a last event.
+        step_id, at_ns: the latest step in it, and when its tokens were read back.
         logprobs: one entry per new token, if asked for.
         prompt_logprobs: entries of prompt tokens after the first, in order, if asked for; they
             come with choice 0 only.
         finished: set in the choice's last event.
-        step_id, at_ns: the latest step in it, and when its tokens were read back.
     """
 
     choice: int
     token_ids: list[int] = field(default_factory=list)
+    step_id: int = -1
+    at_ns: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     finished: Finished | None = None
-    step_id: int = -1
-    at_ns: int = 0
 
 
 class StreamState:
     """The choices of one request: what is pending for each, and which still run.
 
     Attributes:
-        wake: called when there is something to take.
+        wake: called when there is something to take and there was nothing before, or at the end.
     """
 
     __slots__ = ("_error", "_first_id", "_pending", "_ready", "_running", "sequence_ids", "wake")
@@ -95,13 +96,27 @@ class StreamState:
             raise self._error
         return None
 
-    def pending(self, sequence_id: int) -> SequenceEvent:
-        """The event to add to: the pending one, or a new one."""
+    def add(self, sequence_id: int, token_ids: list[int], step_id: int, at_ns: int) -> None:
+        """Adds tokens to the choice's pending event. The list becomes the event's own."""
         choice = sequence_id - self._first_id
         event = self._pending[choice]
         if event is None:
-            event = self._pending[choice] = SequenceEvent(choice=choice)
+            self._pending[choice] = SequenceEvent(choice, token_ids, step_id, at_ns)
             self._ready.append(choice)
+            if len(self._ready) == 1:
+                self.wake()
+        else:
+            event.token_ids += token_ids
+            event.step_id = step_id
+            event.at_ns = at_ns
+
+    def pending(self, sequence_id: int) -> SequenceEvent:
+        """The event to add other things to: the pending one, or a new one."""
+        choice = sequence_id - self._first_id
+        if self._pending[choice] is None:
+            self.add(sequence_id, [], -1, 0)
+        event = self._pending[choice]
+        assert event is not None, "a stream's `wake` must not take at once"
         return event
 
     def finish(self, finished: Finished) -> None:
@@ -110,6 +125,7 @@ class StreamState:
         if finished.reason is FinishReason.ERROR:
             if self._error is None:
                 self._error = error_from(finished)
+            self.wake()
         else:
             self.pending(finished.sequence_id).finished = finished
 
@@ -192,29 +208,21 @@ class Dispatcher:
             state.fail(error)
 
     def _dispatch_tokens(self, events: TokenEvents) -> bool:
-        streams = self._streams
-        touched: dict[int, StreamState] = {}
+        find = self._streams.get
+        step_id, at_ns = events.step_id, events.at_ns
+        # Each token passes here: keep it small.
         for sequence_id, token_ids in zip(events.sequence_ids, events.token_ids, strict=True):
-            state = streams.get(sequence_id)
-            if state is not None:
-                event = state.pending(sequence_id)
-                event.token_ids += token_ids
-                event.step_id = events.step_id
-                event.at_ns = events.at_ns
-                touched[id(state)] = state
+            if (state := find(sequence_id)) is not None:
+                state.add(sequence_id, token_ids, step_id, at_ns)
         for sequence_id, entries in events.logprobs.items():
-            if (state := streams.get(sequence_id)) is not None:
+            if (state := find(sequence_id)) is not None:
                 state.pending(sequence_id).logprobs += entries
         for sequence_id, entries in events.prompt_logprobs.items():
-            if (state := streams.get(sequence_id)) is not None:
+            if (state := find(sequence_id)) is not None:
                 state.pending(sequence_id).prompt_logprobs += entries
-                touched[id(state)] = state
         for finished in events.finished:
-            if (state := streams.pop(finished.sequence_id, None)) is not None:
+            if (state := self._streams.pop(finished.sequence_id, None)) is not None:
                 state.finish(finished)
-                touched[id(state)] = state
-        for state in touched.values():
-            state.wake()
         return bool(events.finished)
 
 

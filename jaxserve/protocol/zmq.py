@@ -11,6 +11,7 @@ The only module that imports zmq and msgspec.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -183,7 +184,8 @@ class ZmqServer:
     def _try_send(self, client: Hashable, message: EngineMessage) -> bool:
         """Whether ZeroMQ took it. A client that is gone is noted."""
         try:
-            self._socket.send_multipart([client, TO_CLIENT.encode(message)], zmq.NOBLOCK)
+            name = typing.cast(bytes, client)  # as `receive` gave it
+            self._socket.send_multipart([name, TO_CLIENT.encode(message)], zmq.NOBLOCK)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:
@@ -257,10 +259,8 @@ class ZmqClient:
         os.close(self._wake_write)
 
     def _wake(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):  # the pipe is full of wake-ups already
             os.write(self._wake_write, b"\0")
-        except BlockingIOError:
-            pass  # the pipe is full of wake-ups already
 
     def _run(self, deliver: Callable[[EngineMessage], None]) -> None:
         context = zmq.Context(io_threads=1)

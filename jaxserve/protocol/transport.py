@@ -1,0 +1,49 @@
+"""The client's end of the road to an engine, and what both kinds of client put on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from jaxserve.protocol.messages import ClientMessage, EngineMessage, Submit, TokenSegment
+from jaxserve.protocol.streams import StreamState
+from jaxserve.types import SamplingParams
+
+#: How often a client asks for the engine's status, which is also its own sign of life.
+HEARTBEAT_S = 1.0
+
+
+class ClientTransport(Protocol):
+    """The client's end of the road to an engine (`protocol.thread`, `protocol.zmq`)."""
+
+    def open(self, deliver: Callable[[EngineMessage], None]) -> None:
+        """Begins to receive; `deliver` may be called from another thread."""
+        ...
+
+    def send(self, message: ClientMessage) -> None:
+        """Queues a message for the engine; never blocks."""
+        ...
+
+    def close(self) -> None:
+        """Sends what is queued, within a moment, and lets go of the road."""
+        ...
+
+
+def submit_message(
+    state: StreamState,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    priority: int,
+    tenant: str,
+    arrived_ns: int | None,
+) -> Submit:
+    """The message that starts a stream's sequences."""
+    return Submit(
+        sequence_ids=list(state.sequence_ids),
+        prompt=[TokenSegment(token_ids=list(prompt))],
+        sampling=sampling,
+        arrived_ns=time.monotonic_ns() if arrived_ns is None else arrived_ns,
+        priority=priority,
+        tenant=tenant,
+    )
