@@ -11,11 +11,11 @@ cut off is refused before anything is read.
 from __future__ import annotations
 
 import json
+import math
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -75,10 +75,11 @@ class SafetensorsFile:
         self._entries = {
             name: self._entry(name, row, 8 + header_bytes, size) for name, row in header.items()
         }
+        self._names = frozenset(self._entries)
 
     def names(self) -> frozenset[str]:
         """Of its tensors."""
-        return frozenset(self._entries)
+        return self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one tensor."""
@@ -87,44 +88,44 @@ class SafetensorsFile:
     def read(self, name: str) -> np.ndarray:
         """A view of the tensor in the mapped file."""
         entry = self._entries[name]
-        count = int(np.prod(entry.shape, dtype=np.int64))
+        count = math.prod(entry.shape)
         data = self._bytes[entry.start : entry.start + count * entry.dtype.itemsize]
         return data.view(entry.dtype).reshape(entry.shape)
 
     def _entry(self, name: str, row: Any, data_start: int, size: int) -> _Entry:
-        try:
-            dtype_name, shape = row["dtype"], tuple(row["shape"])
-            begin, end = row["data_offsets"]
-            whole = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
-        except (KeyError, TypeError, ValueError):
-            raise self._broken(f"its entry of {name!r} is malformed") from None
+        row = row if isinstance(row, dict) else {}
+        dtype_name, shape, place = row.get("dtype"), row.get("shape"), row.get("data_offsets")
+        if not (_are_counts(shape) and _are_counts(place) and len(place) == 2):
+            raise self._broken(f"its entry of {name!r} is malformed")
         dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
         if dtype is None:
             raise WeightsError(
-                f"{self.path}: tensor {name!r} has dtype {dtype_name!r}; "
+                f"{self.path}: tensor {name!r} has dtype {dtype_name!r:.80}; "
                 f"{', '.join(DTYPES)} are read"
             )
-        count = 1
-        for axis in shape:
-            count *= axis
-        if not whole or end - begin != count * dtype.itemsize:
+        begin, end = place
+        if end - begin != math.prod(shape) * dtype.itemsize:
             raise self._broken(f"tensor {name!r} of shape {shape} does not fill its bytes")
         if data_start + end > size:
             raise WeightsError(
                 f"{self.path} is cut off: tensor {name!r} ends at byte {data_start + end}, the "
                 f"file has {size}; get the file again"
             )
-        return _Entry(dtype=dtype, shape=shape, start=data_start + begin)
+        return _Entry(dtype=dtype, shape=tuple(shape), start=data_start + begin)
 
     def _broken(self, why: str) -> WeightsError:
         return WeightsError(f"{self.path} is not a whole safetensors file: {why}")
 
 
 class SafetensorsFiles:
-    """The tensors of several files, each in one of them."""
+    """The tensors of several files.
 
-    def __init__(self, files: Iterable[SafetensorsFile]) -> None:
-        self._files = {name: file for file in files for name in file.names()}
+    Args:
+        files: the one that holds each tensor, by the tensor's name.
+    """
+
+    def __init__(self, files: dict[str, SafetensorsFile]) -> None:
+        self._files = files
 
     def names(self) -> frozenset[str]:
         """Of all tensors."""
@@ -143,26 +144,51 @@ def open_safetensors(directory: Path) -> SafetensorsFiles:
     """The tensors of a model directory: by its index, else of all *.safetensors files in it.
 
     Raises:
-        WeightsError: no such files, a shard that the index names is missing, or a broken file.
+        WeightsError: no such files, a shard that the index names is missing or lacks a tensor that
+            the index places in it, or a broken file.
     """
     index = directory / INDEX
     if index.is_file():
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise WeightsError(f"{index} is no index of safetensors shards: {error!r}") from error
-        paths = [directory / str(shard) for shard in sorted(shards, key=str)]
-        if any(path.parent != directory for path in paths):
-            raise WeightsError(f"{index} names shards outside {directory}")
-        missing = [path.name for path in paths if not path.is_file()]
-        if missing:
+        return SafetensorsFiles(_by_index(index))
+    single = directory / SINGLE
+    paths = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
+    if not paths:
+        raise WeightsError(f"{directory} has no .safetensors files")
+    opened = [SafetensorsFile(path) for path in paths]
+    return SafetensorsFiles({name: file for file in opened for name in file.names()})
+
+
+def _by_index(index: Path) -> dict[str, SafetensorsFile]:
+    places = _weight_map(index)
+    files: dict[str, SafetensorsFile] = {}
+    for name, shard in places.items():
+        if shard not in files:
+            path = index.parent / shard
+            if not path.is_file():
+                raise WeightsError(
+                    f"{path} is missing: {INDEX} places {name!r} in it; get it again"
+                )
+            files[shard] = SafetensorsFile(path)
+        if name not in files[shard].names():
             raise WeightsError(
-                f"{directory} lacks {len(missing)} of {len(paths)} shards that {INDEX} names, "
-                f"e.g. {missing[0]}; get them again"
+                f"{files[shard].path} lacks the tensor {name!r} that {INDEX} places in it"
             )
-    else:
-        single = directory / SINGLE
-        paths = [single] if single.is_file() else sorted(directory.glob("*.safetensors"))
-        if not paths:
-            raise WeightsError(f"{directory} has no .safetensors files")
-    return SafetensorsFiles([SafetensorsFile(path) for path in paths])
+    return {name: files[shard] for name, shard in places.items()}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        document = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise WeightsError(f"cannot read {index}: {error}") from error
+    places = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise WeightsError(f"{index} is no index of safetensors shards: it has no weight_map")
+    for name, shard in places.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise WeightsError(f"{index} places {name!r} in {shard!r}, which is no file beside it")
+    return places
+
+
+def _are_counts(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
