@@ -10,11 +10,14 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 
-from jaxserve.errors import ConfigError, WeightsError
+from jaxserve.errors import ConfigError, UnsupportedModel, WeightsError
 from jaxserve.formats.safetensors import open_safetensors
 
+#: What weights may be.
+_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 FORMATS = ("auto", "hf", "gguf", "orbax")
 
 
@@ -56,8 +59,18 @@ class HfCheckpoint:
         return self._tensors.shape(name)
 
     def read(self, name: str) -> np.ndarray:
-        """See `Checkpoint`; a view of the mapped file."""
-        return self._tensors.read(name)
+        """See `Checkpoint`; a view of the mapped file.
+
+        Raises:
+            UnsupportedModel: the tensor is of another dtype.
+        """
+        tensor = self._tensors.read(name)
+        if tensor.dtype not in _DTYPES:
+            raise UnsupportedModel(
+                f"tensor {name!r} is {tensor.dtype}; weights must be one of "
+                f"{', '.join(str(dtype) for dtype in _DTYPES)}"
+            )
+        return tensor
 
 
 def open_checkpoint(path: Path, format: str = "auto") -> Checkpoint:
