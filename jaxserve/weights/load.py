@@ -35,7 +35,7 @@ Sharding = Callable[[tuple[str | None, ...]], jax.sharding.Sharding | None]
 Progress = Callable[[str, int, int], None]
 
 #: Parts of tensor names that checkpoints hold and no model needs.
-_IGNORED = ("rotary_emb.inv_freq", "vision_tower.", "multi_modal_projector.")
+_IGNORED = ("rotary_emb.inv_freq", "lm_head.weight", "vision_tower.", "multi_modal_projector.")
 _NAMED = 3
 
 
@@ -44,10 +44,14 @@ def load_model(
     *,
     options: ModelOptions,
     format: str = "auto",
-    sharding: Sharding = lambda axes: None,
+    sharding: Sharding | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Decoder:
     """The model at a path, its weights on their devices.
+
+    Args:
+        path, format: as `open_checkpoint` takes them.
+        sharding: where each parameter goes; the default device where None.
 
     Raises:
         WeightsError: the checkpoint is missing, broken, or lacks tensors.
@@ -61,7 +65,8 @@ def load_model(
     _check(path, checkpoint, rules)
     params = model.params()
     for put, (param, held) in enumerate(_built(checkpoint, params, rules), 1):
-        param.set_value(jax.device_put(held, sharding(param.get_metadata("axes"))))
+        place = None if sharding is None else sharding(param.get_metadata("axes"))
+        param.set_value(jax.device_put(held, place))
         progress("loading", put, len(rules))
     jax.block_until_ready(nnx.state(model))
     return model
@@ -75,9 +80,15 @@ def _built(
     def build(param_path: ParamPath, rule: TensorRule) -> np.ndarray:
         try:
             tensors = [checkpoint.read(name) for name in rule.names]
-            return encode(params[param_path], param_path, rule.build(tensors))
+            with np.errstate(over="raise"):
+                return encode(params[param_path], param_path, rule.build(tensors))
         except ValueError as error:
             raise WeightsError(f"tensor {rule.names[0]!r}: {error}") from error
+        except FloatingPointError:
+            raise WeightsError(
+                f"tensor {rule.names[0]!r} holds values beyond the range of "
+                f"{params[param_path].dtype}: set weights.dtype to bfloat16 or float32"
+            ) from None
 
     workers = os.cpu_count() or 1
     pending: list[tuple[nnx.Param, Future[np.ndarray]]] = []

@@ -1,14 +1,16 @@
 """An Orbax directory as a checkpoint: `orbax/` with a tree of arrays, and HF's config.json.
 
 The tree is HF's tensor names split at their dots, so that a checkpoint holds what the model's HF
-directory held, whatever mesh or format the model is loaded with later. Written by `convert`.
-Tensors are read one at a time. Orbax is imported when a checkpoint is opened.
+directory held, whatever mesh or format the model is loaded with later. `convert` writes it.
+
+Read through TensorStore, with which Orbax itself stores: an OCDBT database with one zarr array for
+each leaf, named by its path. That opens 300 tensors in 0.1 s, where Orbax's own reading takes 10 ms
+each and, over a broken directory, leaves callbacks behind in a closed event loop.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,59 +22,64 @@ from jaxserve.weights.checkpoint import read_config
 
 #: Folder of the arrays inside the model's directory.
 FOLDER = "orbax"
+#: What describes an array, by the version of zarr.
+_DRIVERS = {"/.zarray": "zarr", "/zarr.json": "zarr3"}
 
 
 class OrbaxCheckpoint:
     """See the module, and `weights.checkpoint.Checkpoint`.
 
     Raises:
-        WeightsError: it is not whole, or orbax-checkpoint is not installed.
+        WeightsError: it is not whole, or tensorstore (a part of orbax-checkpoint) is not installed.
     """
 
     def __init__(self, directory: Path) -> None:
         self.config = read_config(directory)
         self._folder = (directory / FOLDER).absolute()
-        self._ocp = import_orbax()
-        self._lock = threading.Lock()  # Orbax runs an event loop of its own in each call
-        self._checkpointer = self._ocp.Checkpointer(self._ocp.PyTreeCheckpointHandler())
+        if not (self._folder / "manifest.ocdbt").is_file():
+            raise self._broken("it has no manifest.ocdbt")
         try:
-            tree = self._checkpointer.metadata(self._folder).item_metadata.tree
-            self._shapes = {
-                ".".join(path): tuple(int(axis) for axis in leaf.shape)
-                for path, leaf in _leaves(tree, ())
+            import tensorstore
+        except ImportError as error:
+            raise _missing(error) from error
+        database = {"driver": "ocdbt", "base": f"file://{self._folder}/"}
+        try:
+            keys = tensorstore.KvStore.open(database).result().list().result()
+            self._arrays = {
+                key.removesuffix(ending): tensorstore.open(
+                    {
+                        "driver": driver,
+                        "kvstore": {**database, "path": f"{key.removesuffix(ending)}/"},
+                    },
+                    read=True,
+                    open=True,
+                ).result()
+                for key in (name.decode() for name in keys)
+                for ending, driver in _DRIVERS.items()
+                if key.endswith(ending)
             }
-        except Exception as error:  # Orbax and TensorStore have no common base
+        except (ValueError, OSError) as error:  # what TensorStore's status codes become
             raise self._broken(error) from error
 
     def names(self) -> frozenset[str]:
         """See `Checkpoint`."""
-        return frozenset(self._shapes)
+        return frozenset(self._arrays)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `Checkpoint`."""
-        return self._shapes[name]
+        return tuple(self._arrays[name].shape)
 
     def read(self, name: str) -> Shaped[np.ndarray, "..."]:
         """See `Checkpoint`."""
-        path = name.split(".")
-        arguments = self._ocp.args.PyTreeRestore(
-            item=_nested(path, 0),
-            restore_args=_nested(path, self._ocp.RestoreArgs(restore_type=np.ndarray)),
-            partial_restore=True,
-        )
         try:
-            with self._lock:
-                found = self._checkpointer.restore(self._folder, args=arguments)
-        except Exception as error:
-            raise self._broken(error, f"tensor {name!r}: ") from error
-        for key in path:
-            found = found[key]
-        return found
+            return self._arrays[name].read().result()
+        except (ValueError, OSError) as error:
+            raise self._broken(f"tensor {name!r}: {error}") from error
 
-    def _broken(self, error: Exception, what: str = "") -> WeightsError:
-        text = " ".join(str(error).split())
+    def _broken(self, why: object) -> WeightsError:
         return WeightsError(
-            f"{self._folder} is no whole Orbax checkpoint: {what}{text:.300}; convert it again"
+            f"{self._folder} is no whole Orbax checkpoint: {' '.join(str(why).split()):.300}; "
+            "convert the model again"
         )
 
 
@@ -85,10 +92,14 @@ def import_orbax() -> Any:
     try:
         import orbax.checkpoint as ocp
     except ImportError as error:
-        raise WeightsError(
-            f"Orbax checkpoints need orbax-checkpoint ({error}): pip install orbax-checkpoint"
-        ) from error
+        raise _missing(error) from error
     return ocp
+
+
+def _missing(error: ImportError) -> WeightsError:
+    return WeightsError(
+        f"Orbax checkpoints need orbax-checkpoint ({error}): pip install orbax-checkpoint"
+    )
 
 
 def tree_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,17 +120,3 @@ def tree_of(tensors: Mapping[str, Any]) -> dict[str, Any]:
             raise WeightsError(f"the tensor names contradict each other at {name!r}")
         node[last] = tensor
     return tree
-
-
-def _nested(path: list[str], leaf: Any) -> Any:
-    for key in reversed(path):
-        leaf = {key: leaf}
-    return leaf
-
-
-def _leaves(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
-    if isinstance(tree, Mapping):
-        for key, child in tree.items():
-            yield from _leaves(child, (*path, str(key)))
-    else:
-        yield path, tree
