@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from types import TracebackType
@@ -33,7 +32,7 @@ from jaxserve.engine.thread import EngineThread
 from jaxserve.errors import ConfigError, InvalidRequest, JaxserveError
 from jaxserve.protocol.client import SyncClient
 from jaxserve.text.answer import Answer, Choice, Generation, Piece
-from jaxserve.text.request import PlannedRequest, Request, plan
+from jaxserve.text.request import PlannedRequest, Request, make_request, plan
 from jaxserve.text.template import ChatTemplate, load_chat_template
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.types import ModelInfo
@@ -141,7 +140,7 @@ class LLM:
             InvalidRequest, ContextTooLong: a prompt or option is wrong; nothing was generated.
             DeviceFailure: the engine failed.
         """
-        return self._all([_request(prompt=prompt, **options) for prompt in _listed(prompts)])
+        return self._all([make_request(prompt=prompt, **options) for prompt in _listed(prompts)])
 
     def chat(
         self, messages: Sequence[Message] | Sequence[Sequence[Message]], **options: Any
@@ -159,7 +158,7 @@ class LLM:
             InvalidRequest: also when the model has no chat template. Else as `generate`.
         """
         conversations: Any = [messages] if _is_conversation(messages) else messages
-        return self._all([_request(messages=each, **options) for each in conversations])
+        return self._all([make_request(messages=each, **options) for each in conversations])
 
     def stream(
         self, prompt: str | Sequence[int] | Sequence[Message], **options: Any
@@ -174,7 +173,7 @@ class LLM:
             as `generate`: at once, or from the iteration.
         """
         kind = "messages" if _is_conversation(prompt) else "prompt"
-        request = _request(**{kind: prompt}, **options)
+        request = make_request(**{kind: prompt}, **options)
         if request.n != 1:
             raise InvalidRequest(f"a stream has one choice, got n = {request.n}", param="n")
         return self._pieces(self._start(request))
@@ -224,11 +223,16 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _plan(self, request: Request) -> PlannedRequest:
+    def plan(self, request: Request) -> PlannedRequest:
+        """A request checked and tokenized, without running it.
+
+        Raises:
+            InvalidRequest, ContextTooLong: what is wrong with it.
+        """
         return plan(request, self.tokenizer, self.template, self.model)
 
     def _start(self, request: Request) -> Answer:
-        return Answer(self._client, self.tokenizer, self._plan(request))
+        return Answer(self._client, self.tokenizer, self.plan(request))
 
     def _has_room(self, running: Mapping[int, Answer], request: Request) -> bool:
         taken = sum(answer.n for answer in running.values())
@@ -236,7 +240,7 @@ class LLM:
 
     def _all(self, requests: list[Request]) -> list[Generation]:
         for request in requests:
-            self._plan(request)  # all are right before any is run
+            self.plan(request)  # all are right before any is run
         results: list[Generation | None] = [None] * len(requests)
         num_tokens = 0
         bar = tqdm(total=len(requests), unit="prompt", leave=False, disable=_disable(self._bars))
@@ -307,15 +311,6 @@ class _Bars:
 def _disable(shown: bool | None) -> bool | None:
     """tqdm's argument: None has it ask whether stderr is a terminal."""
     return None if shown is None else not shown
-
-
-def _request(**options: Any) -> Request:
-    known = [spec.name for spec in dataclasses.fields(Request)]
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise InvalidRequest(f"unknown option {name!r}; the nearest is {near!r}", param=name)
-    return Request(**options)
 
 
 def _listed(prompts: Any) -> list[Any]:

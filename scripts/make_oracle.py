@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 import transformers
 from safetensors.torch import save_file
 
@@ -205,8 +205,7 @@ def tiny_configs() -> dict[str, tuple[Any, float]]:
         "gemma3": (t.Gemma3TextConfig(**{**gemma, "num_hidden_layers": 7}), 2.0),
         "gemma3_linear": (
             t.Gemma3TextConfig(
-                **{**gemma, "num_hidden_layers": 5},
-                sliding_window_pattern=2,
+                **{**gemma, "num_hidden_layers": 5, "sliding_window_pattern": 2},
                 tie_word_embeddings=False,
                 final_logit_softcapping=6.0,
                 rope_parameters={

@@ -11,7 +11,7 @@ cache as the scan's carry, so that it is updated in place.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -154,7 +154,8 @@ class Decoder(nnx.Module):
 
     def params(self) -> dict[Path, nnx.Param]:
         """Every parameter by its path; abstract ones take their arrays through `set_value`."""
-        return {path: p for path, p in nnx.iter_graph(self) if isinstance(p, nnx.Param)}
+        found = {path: p for path, p in nnx.iter_graph(self) if isinstance(p, nnx.Param)}
+        return cast(dict[Path, nnx.Param], found)
 
     def cache_groups(self) -> tuple[CacheGroup, ...]:
         """Layers that share a page table; their order is that of `KVCache.groups`."""

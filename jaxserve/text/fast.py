@@ -102,6 +102,10 @@ class FastTokenizer(PieceTokenizer):
             return [*before, *ids, *after] if before or after else ids
         return ids
 
+    def save(self, file: Path) -> None:
+        """Writes it as a tokenizer.json."""
+        self._backend.save(str(file))
+
     def token_text(self, token_id: int) -> str:
         """See `Tokenizer`."""
         if not 0 <= token_id < self.vocab_size:

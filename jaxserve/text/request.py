@@ -7,6 +7,7 @@ Python callers, with the same names and bounds.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,20 @@ class PlannedRequest:
     text: str | None
     token_ids: list[int]
     sampling: SamplingParams
+
+
+def make_request(**options: Any) -> Request:
+    """A request from options by name.
+
+    Raises:
+        InvalidRequest: an unknown name; the nearest is named.
+    """
+    known = [spec.name for spec in dataclasses.fields(Request)]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise InvalidRequest(f"unknown option {name!r}; the nearest is {near!r}", param=name)
+    return Request(**options)
 
 
 def plan(

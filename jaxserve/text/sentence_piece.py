@@ -62,6 +62,9 @@ class SentencePieceTokenizer(PieceTokenizer):
 
     Raises:
         WeightsError: the model is broken.
+
+    Attributes:
+        model: as given.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class SentencePieceTokenizer(PieceTokenizer):
         eos_token_ids: Sequence[int],
         texts: Sequence[str] | None = None,
     ) -> None:
+        self.model = model
         processor = open_processor(model, name)
         has_prefix = processor.Normalize("a") != "a"
         found = {**_control_ids(processor), **added}

@@ -7,33 +7,23 @@ forward by some tokens, in one padded batch, as a mixed step of decode rows and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jaxserve.models.context import GroupPages, KVCache, StepContext
 from jaxserve.models.decoder import Decoder
-from jaxserve.models.options import ModelOptions
-from pallas_kernels import native
 from pallas_kernels.ragged import RaggedBatch
 
 PAGE_SIZE = 8
 
 
-def skip_without_native(options: ModelOptions) -> None:
-    """Skips, saying why, where the native kernels are asked for and are not there."""
-    if "cpu" in (options.matmul, options.attention):
-        reason = native.load().reason
-        if reason is not None:
-            pytest.skip(f"no native kernels: {reason}")
-
-
-@jax.jit
+@partial(jax.jit, donate_argnames="cache")
 def _forward(
-    model: Decoder, token_ids: Any, cache: KVCache, batches: tuple[RaggedBatch, ...], last: Any
+    model: Decoder, cache: KVCache, token_ids: Any, batches: tuple[RaggedBatch, ...], last: Any
 ) -> tuple[Any, Any, KVCache]:
     num_tokens = token_ids.shape[0]
     context = StepContext.build(batches, num_tokens, PAGE_SIZE)
@@ -61,8 +51,9 @@ class Driver:
             pages = rng.permutation(np.arange(1, num_pages, dtype=np.int32))
             self.tables.append(pages.reshape(num_sequences, max_pages))
             shape = (len(group.layers), num_pages, group.num_kv_heads, PAGE_SIZE, group.head_dim)
-            filled = jnp.full(shape, jnp.nan, dtype)  # what was never written must not matter
-            groups.append(GroupPages(k=filled, v=filled))
+            # what was never written must not matter
+            k, v = jnp.full(shape, jnp.nan, dtype), jnp.full(shape, jnp.nan, dtype)
+            groups.append(GroupPages(k=k, v=v))
         self.cache = KVCache(groups=tuple(groups))
 
     def step(
@@ -78,9 +69,21 @@ class Driver:
             The logits after each row's last token, in the order of `tokens`, and the hidden
             states of all tokens.
         """
+        num_live = sum(map(len, tokens.values()))
+        arguments = self._arguments(tokens, num_rows or len(tokens), num_tokens or num_live)
+        hidden, logits, self.cache = _forward(self.model, self.cache, *arguments)
+        return np.asarray(logits)[: len(tokens)], np.asarray(hidden)[:num_live]
+
+    def compiled(self, num_tokens: int) -> jax.stages.Compiled:
+        """The program of a step with one sequence."""
+        arguments = self._arguments({0: [0]}, 1, num_tokens)
+        return _forward.lower(self.model, self.cache, *arguments).compile()
+
+    def _arguments(
+        self, tokens: dict[int, Sequence[int]], num_rows: int, num_tokens: int
+    ) -> tuple[Any, ...]:
+        """Token ids, the batch of each cache group, and each row's last token."""
         rows, lens = list(tokens), [len(part) for part in tokens.values()]
-        num_rows = num_rows or len(rows)
-        num_tokens = num_tokens or sum(lens)
         flat = np.zeros(num_tokens, np.int32)
         flat[: sum(lens)] = np.concatenate([np.asarray(part, np.int32) for part in tokens.values()])
         starts = np.full(num_rows + 1, sum(lens), np.int32)
@@ -102,10 +105,7 @@ class Driver:
                 )
             )
         last = jnp.asarray(np.maximum(starts[1:] - 1, 0))
-        hidden, logits, self.cache = _forward(
-            self.model, jnp.asarray(flat), self.cache, tuple(batches), last
-        )
-        return np.asarray(logits)[: len(rows)], np.asarray(hidden)[: sum(lens)]
+        return jnp.asarray(flat), tuple(batches), last
 
     def all_logits(self, hidden: np.ndarray) -> np.ndarray:
         """Logits of every given hidden state."""

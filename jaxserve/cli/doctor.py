@@ -1,0 +1,164 @@
+"""`jaxserve doctor`: what this machine is, what would be compiled, and what would fit.
+
+Each part stands by itself: one that fails is told in a sentence, the others go on, and the exit
+status is 1.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from itertools import starmap
+
+from jaxserve.config import Config
+from jaxserve.errors import JaxserveError
+
+_MIB = 1 << 20
+
+
+def examine(config: Config) -> int:
+    """Writes the findings to stdout; returns the exit status."""
+    status = 0
+    parts: dict[str, Callable[[Config], Iterator[tuple[str, str]]]] = {
+        "machine": _machine,
+        "device": _device,
+        "kernels": _kernels,
+        "programs": _programs,
+        "model": _model,
+    }
+    for title, part in parts.items():
+        sys.stdout.write(f"{title}\n")
+        try:
+            for name, value in part(config):
+                sys.stdout.write(f"  {name:<18} {value}\n")
+        except JaxserveError as error:
+            status = 1
+            sys.stdout.write(f"  problem: {error.message}\n")
+        sys.stdout.flush()
+    return status
+
+
+def _machine(config: Config) -> Iterator[tuple[str, str]]:
+    from jaxserve.device.memory import free_host_bytes
+
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield "processor", f"{_processor()}, {os.cpu_count()} cores"
+    yield "free memory", f"{free_host_bytes() // _MIB} MiB"
+    yield "packages", ", ".join(starmap("{} {}".format, _versions(("jax", "jaxlib", "flax"))))
+
+
+def _device(config: Config) -> Iterator[tuple[str, str]]:
+    from jaxserve.device.memory import free_bytes
+    from jaxserve.engine.load import devices
+
+    for device in devices():
+        yield str(device), f"{device.platform}, {device.device_kind}"
+    yield "free", f"{free_bytes(devices()[0]) // _MIB} MiB"
+
+
+def _kernels(config: Config) -> Iterator[tuple[str, str]]:
+    from jaxserve.engine.load import devices, model_options
+    from pallas_kernels import native
+
+    found = native.load()
+    yield "native (CPU)", str(found.library) if found.library else f"none: {found.reason}"
+    options = model_options(config.weights, config.kernels, devices()[0].platform)
+    yield "attention", options.attention
+    yield "matmul", options.matmul
+    yield "layers", options.layers
+    yield "weights", options.dtype
+
+
+def _programs(config: Config) -> Iterator[tuple[str, str]]:
+    from jaxserve.device.buckets import MAX_PROGRAMS, Buckets
+
+    programs = Buckets(config.scheduler).programs
+    for program in programs:
+        yield (
+            f"{program.num_rows} rows",
+            f"{program.num_tokens} tokens, {program.decode_steps} decode step"
+            f"{'s' if program.decode_steps > 1 else ''}"
+            f"{', prompt log-probabilities' if program.prompt_logprobs else ''}",
+        )
+    axes = {
+        "rows": {program.num_rows for program in programs},
+        "tokens": {program.num_tokens for program in programs},
+        "decode steps": {program.decode_steps for program in programs},
+        "prompt_logprobs": {program.prompt_logprobs for program in programs},
+    }
+    product = " × ".join(f"{len(values)} {name}" for name, values in axes.items())
+    whole = math.prod(map(len, axes.values()))
+    yield "compiled", f"{len(programs)} of at most {MAX_PROGRAMS} (the full product, {product},"
+    yield "", f"would be {whole})"
+
+
+def _model(config: Config) -> Iterator[tuple[str, str]]:
+    import jax
+    from flax import nnx
+
+    from jaxserve.device.cache import size_pools
+    from jaxserve.device.memory import free_bytes
+    from jaxserve.engine.load import cache_dtype, devices, model_options
+    from jaxserve.models.registry import model_class
+    from jaxserve.text.template import load_chat_template
+    from jaxserve.text.tokenizer import load_tokenizer
+    from jaxserve.weights.checkpoint import open_checkpoint
+    from jaxserve.weights.sources import resolve
+
+    path = resolve(config.model, config.weights)
+    yield "path", str(path)
+    checkpoint = open_checkpoint(path, config.model.format)
+    kind = model_class(checkpoint.config)
+    spec = kind.spec_from_hf(checkpoint.config)
+    device = devices()[0]
+    options = model_options(config.weights, config.kernels, device.platform)
+    model = nnx.eval_shape(lambda: kind(spec, options, rngs=nnx.Rngs(0)))
+    leaves = jax.tree.leaves(nnx.state(model))
+    num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    yield "architecture", f"{spec.architecture}, {spec.num_layers} layers"
+    yield "weights", f"{num_bytes // _MIB} MiB as {options.dtype}"
+    max_context = config.model.max_context or spec.max_context
+    dtype = cache_dtype(config.cache, options)
+    pools = size_pools(
+        model.cache_groups(),
+        cache=config.cache,
+        scheduler=config.scheduler,
+        max_context=max_context,
+        dtype_bytes=jax.numpy.dtype(dtype).itemsize,
+        free_bytes=max(0, free_bytes(device) - num_bytes),
+        platform=device.platform,
+    )
+    page_size = config.cache.page_size
+    for group, pages in zip(model.cache_groups(), pools, strict=True):
+        size = pages * group.page_bytes(page_size, jax.numpy.dtype(dtype).itemsize)
+        window = f" (window {group.window})" if group.window else ""
+        yield (
+            f"cache, {group.kind}{window}",
+            f"{pages} pages of {page_size} tokens, {size // _MIB} MiB as {dtype}: "
+            f"{(pages - 1) * page_size / max_context:.1f} sequences of {max_context} tokens",
+        )
+    tokenizer = load_tokenizer(path, config.model.tokenizer)
+    template = load_chat_template(path, config.model.chat_template)
+    yield "tokenizer", f"{tokenizer.vocab_size} tokens, ends at {list(tokenizer.eos_token_ids)}"
+    yield "chat template", "yes" if template else "none"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = (line.partition(":")[2].strip() for line in lines if "model name" in line)
+            return next(names, platform.machine())
+    except OSError:
+        return platform.processor() or platform.machine()
+
+
+def _versions(names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        try:
+            yield name, version(name)
+        except PackageNotFoundError:
+            yield name, "missing"

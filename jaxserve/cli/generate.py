@@ -1,0 +1,208 @@
+"""`jaxserve generate`: one prompt as text, or JSON lines in and JSON lines out.
+
+Invariants of a batch: every line that is not blank gets exactly one line of output, in the order of
+the input, whatever goes wrong; a line that fails has an "error" object and makes the exit status 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from jaxserve.errors import ConfigError, DeviceFailure, InvalidRequest, JaxserveError
+from jaxserve.offline import LLM
+from jaxserve.text.answer import Choice, Generation
+from jaxserve.text.request import Request, make_request
+from jaxserve.types import TokenLogprobs
+
+
+def read_prompt() -> str:
+    """The prompt from stdin, as it is.
+
+    Raises:
+        ConfigError: stdin is a terminal: nobody has given a prompt.
+    """
+    if sys.stdin.isatty():
+        raise ConfigError("generate needs a prompt: as an argument, on stdin, or --input FILE")
+    return sys.stdin.read()
+
+
+def answer(llm: LLM, prompt: str, options: Mapping[str, Any]) -> int:
+    """Writes one answer to stdout as it comes."""
+    for piece in llm.stream(prompt, **options):
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return 0
+
+
+@contextlib.contextmanager
+def open_lines(source: str, target: str | None) -> Iterator[tuple[IO[bytes], IO[str]]]:
+    """Both files of a batch; "-" and None are stdin and stdout.
+
+    Raises:
+        ConfigError: one cannot be opened.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            lines: IO[bytes] = (
+                sys.stdin.buffer if source == "-" else stack.enter_context(Path(source).open("rb"))
+            )
+            out: IO[str] = (
+                sys.stdout
+                if target in (None, "-")
+                else stack.enter_context(Path(target).open("w", encoding="utf-8"))
+            )
+        except OSError as error:
+            raise ConfigError(f"cannot open {error.filename}: {error.strerror}") from error
+        yield lines, out
+
+
+def answer_lines(llm: LLM, source: IO[bytes], target: IO[str], options: Mapping[str, Any]) -> int:
+    """Answers a batch; returns the exit status."""
+    batch = _Batch(source, options)
+    writer = _Writer(target)
+    num_tokens = 0
+    try:
+        with tqdm(total=_count_lines(source), unit="line", disable=None) as bar:
+            for index, result in llm.run(batch.requests(writer)):
+                line = batch.lines.pop(index)
+                writer.put(line.number, line.document(result))
+                if isinstance(result, Generation):
+                    num_tokens += sum(len(choice.token_ids) for choice in result.choices)
+                bar.set_postfix(tokens=num_tokens, failed=writer.num_failed, refresh=False)
+                bar.update(writer.num_written - bar.n)
+    except DeviceFailure as error:
+        sys.stderr.write(f"jaxserve: {error.message}\n")
+        for line in [*batch.lines.values(), *batch.rest()]:
+            writer.put(line.number, line.document(error))
+    return 1 if writer.num_failed else 0
+
+
+@dataclasses.dataclass(slots=True)
+class _Line:
+    """One line that is being answered: its number from 0 among those not blank, and its id."""
+
+    number: int
+    id: Any = None
+    with_tokens: bool = False
+
+    def document(self, result: Generation | JaxserveError) -> dict[str, Any]:
+        """What is written for it."""
+        document: dict[str, Any] = {"index": self.number}
+        if self.id is not None:
+            document["id"] = self.id
+        if isinstance(result, JaxserveError):
+            error = {"code": result.code, "message": result.message, "param": result.param}
+            return document | {"error": error}
+        choices = [_choice(choice) for choice in result.choices]
+        if len(choices) == 1:
+            document |= choices[0]
+        else:
+            document["choices"] = choices
+        if result.prompt_logprobs:
+            document["prompt_logprobs"] = list(map(_logprobs, result.prompt_logprobs))
+        document["usage"] = {
+            "prompt_tokens": len(result.prompt_token_ids),
+            "completion_tokens": sum(len(choice.token_ids) for choice in result.choices),
+        }
+        return document
+
+
+class _Batch:
+    """Reads requests from lines; those that cannot be read are answered at once.
+
+    Attributes:
+        lines: by request index, those not answered yet.
+    """
+
+    def __init__(self, source: IO[bytes], options: Mapping[str, Any]) -> None:
+        self._numbered = enumerate(raw for raw in source if raw.strip())
+        self._options = options
+        self.lines: dict[int, _Line] = {}
+
+    def requests(self, writer: _Writer) -> Iterator[Request]:
+        """Requests, in order; the n-th one's line is lines[n]."""
+        index = 0
+        for number, raw in self._numbered:
+            line = _Line(number)
+            try:
+                request = self._read(raw, line)
+            except InvalidRequest as error:
+                writer.put(number, line.document(error))
+                continue
+            self.lines[index] = line
+            index += 1
+            yield request
+
+    def rest(self) -> Iterable[_Line]:
+        """Lines that were never read as requests."""
+        return (_Line(number) for number, _ in self._numbered)
+
+    def _read(self, raw: bytes, line: _Line) -> Request:
+        try:
+            value = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(f"the line is not valid JSON: {error}") from error
+        fields = {"prompt": value} if isinstance(value, str) else value
+        if not isinstance(fields, dict):
+            kind = type(value).__name__
+            raise InvalidRequest(f"a line must be a JSON string or object, not {kind}")
+        line.id = fields.pop("id", None)
+        return make_request(**{**self._options, **fields})
+
+
+class _Writer:
+    """Writes documents in the order of their numbers.
+
+    Attributes:
+        num_written: so far; num_failed: documents with an error among all that were put.
+    """
+
+    def __init__(self, target: IO[str]) -> None:
+        self._target = target
+        self._waiting: dict[int, str] = {}
+        self.num_written = 0
+        self.num_failed = 0
+
+    def put(self, number: int, document: dict[str, Any]) -> None:
+        """Takes one document, and writes all that are next."""
+        self.num_failed += "error" in document
+        text = json.dumps(document, ensure_ascii=False)
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # an id with a lone surrogate
+            text = json.dumps(document)
+        self._waiting[number] = text
+        while (line := self._waiting.pop(self.num_written, None)) is not None:
+            self._target.write(line + "\n")
+            self.num_written += 1
+        self._target.flush()
+
+
+def _choice(choice: Choice) -> dict[str, Any]:
+    document: dict[str, Any] = {"text": choice.text, "finish_reason": choice.finish_reason}
+    if choice.logprobs:
+        document["logprobs"] = list(map(_logprobs, choice.logprobs))
+    return document
+
+
+def _logprobs(entry: TokenLogprobs) -> dict[str, Any]:
+    return {"token_id": entry.token_id, "logprob": entry.logprob, "top": list(entry.top)}
+
+
+def _count_lines(source: IO[bytes]) -> int | None:
+    """Lines that are not blank, where the file can be read twice."""
+    if not source.seekable():
+        return None
+    start = source.tell()
+    count = sum(1 for raw in source if raw.strip())
+    source.seek(start)
+    return count

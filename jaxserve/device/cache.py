@@ -1,0 +1,136 @@
+"""The page pool: how many pages there are, and their arrays.
+
+Sizing: no more than max_rows full contexts can use, no more than what the configuration or the
+free memory gives, shared between cache groups in proportion to what each could use. Page 0 of each
+group is the null page; it comes on top of the numbers that a user sets.
+
+The arrays are allocated without being written: on the CPU a page takes memory when it is first
+used. So pages hold anything, NaN included, which attention is made for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from jaxserve.config import CacheConfig, SchedulerConfig
+from jaxserve.device.memory import MEBIBYTE
+from jaxserve.device.sharding import pages_sharding
+from jaxserve.errors import ConfigError
+from jaxserve.models.context import GroupPages, KVCache
+from jaxserve.types import CacheGroup
+
+
+def pages_per_sequence(max_context: int, page_size: int) -> int:
+    """M: columns of a page table."""
+    return -(-max_context // page_size)
+
+
+def most_pages(
+    group: CacheGroup, *, page_size: int, max_context: int, max_step_tokens: int
+) -> int:
+    """Pages that one sequence ever holds at once in a group."""
+    whole = pages_per_sequence(max_context, page_size)
+    if group.window is None:
+        return whole
+    # The window behind a step's first token, the step's tokens, and a page cut at either end.
+    return min(whole, -(-(group.window + max_step_tokens) // page_size) + 1)
+
+
+def pool_sizes(
+    groups: Sequence[CacheGroup],
+    config: CacheConfig,
+    limits: SchedulerConfig,
+    *,
+    max_context: int,
+    dtype_bytes: int,
+    free_bytes: int,
+) -> tuple[int, ...]:
+    """Pages of each group's pool, its null page included.
+
+    Args:
+        max_context: positions a sequence may have.
+        dtype_bytes: of one element of the cache.
+        free_bytes: what the device has left.
+
+    Raises:
+        ConfigError: the pool that was asked for does not fit the free memory, or the memory does
+            not hold even one sequence of max_context.
+    """
+    page_bytes = [group.page_bytes(config.page_size, dtype_bytes) for group in groups]
+    most = [
+        most_pages(
+            group,
+            page_size=config.page_size,
+            max_context=max_context,
+            max_step_tokens=limits.max_step_tokens,
+        )
+        for group in groups
+    ]
+    if config.num_pages:
+        need = sum((config.num_pages + 1) * size for size in page_bytes)
+        if need > free_bytes:
+            raise ConfigError(
+                f"cache.num_pages={config.num_pages} needs {_mib(need)}, and {_mib(free_bytes)} "
+                f"are free: set it to at most {max(0, free_bytes // sum(page_bytes) - 1)}"
+            )
+        return tuple(config.num_pages + 1 for _ in groups)
+    if config.memory_bytes > free_bytes:
+        raise ConfigError(
+            f"cache.memory_bytes={config.memory_bytes} ({_mib(config.memory_bytes)}) is more than "
+            f"the {_mib(free_bytes)} that are free"
+        )
+    budget = config.memory_bytes or int(free_bytes * config.memory_fraction)
+    null_bytes = sum(page_bytes)
+    demand = sum(pages * size for pages, size in zip(most, page_bytes, strict=True))
+    if budget - null_bytes < demand:
+        source = (
+            "cache.memory_bytes gives"
+            if config.memory_bytes
+            else f"cache.memory_fraction={config.memory_fraction:g} of the "
+            f"{_mib(free_bytes)} that are free gives"
+        )
+        fits = max(0, int((budget - null_bytes) / (demand / max_context)))
+        raise ConfigError(
+            f"the KV cache needs {_mib(demand + null_bytes)} for one sequence of {max_context} "
+            f"positions, and {source} {_mib(budget)}: set model.max_context to at most {fits}, "
+            "or give the cache more memory"
+        )
+    rows = min(float(limits.max_rows), (budget - null_bytes) / demand)
+    return tuple(1 + int(pages * rows) for pages in most)
+
+
+def init_cache(
+    groups: Sequence[CacheGroup],
+    num_pages: Sequence[int],
+    *,
+    page_size: int,
+    dtype: str,
+    mesh: Mesh,
+) -> KVCache:
+    """The pools' arrays, with undefined content."""
+
+    def allocate(group: CacheGroup, pages: int) -> GroupPages:
+        shape = (len(group.layers), pages, group.num_kv_heads, page_size, group.head_dim)
+        sharding = pages_sharding(mesh, group)
+        empty = jax.jit(lambda: jax.lax.empty(shape, jnp.dtype(dtype)), out_shardings=sharding)
+        return GroupPages(k=empty(), v=empty())
+
+    return KVCache(
+        groups=tuple(allocate(*group) for group in zip(groups, num_pages, strict=True))
+    )
+
+
+def copy_pages(
+    pages: GroupPages, sources: Int[Array, "C"], targets: Int[Array, "C"]
+) -> GroupPages:
+    """Copies pages of one group; all are read before any is written. 0 → 0 is padding."""
+    return jax.tree.map(lambda x: x.at[:, targets].set(x[:, sources]), pages)
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / MEBIBYTE:.1f} MiB"

@@ -1,0 +1,64 @@
+"""Compilation: the persistent cache, and a count of what XLA compiles.
+
+JAX reports each compilation to its monitoring listeners, from whichever thread; a listener can not
+be taken off, so one for the process counts for all.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from pathlib import Path
+
+import jax
+
+from jaxserve.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class CompileCounter:
+    """Counts compilations of this process, those read from the persistent cache among them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    @property
+    def count(self) -> int:
+        """Compilations so far."""
+        return self._count
+
+    def _on_event(self, event: str, duration_secs: float, **_: object) -> None:
+        if event == _EVENT:
+            with self._lock:
+                self._count += 1
+
+
+@functools.cache
+def compile_counter() -> CompileCounter:
+    """The process's counter; counts from the first call on."""
+    return CompileCounter()
+
+
+def use_persistent_cache(directory: str) -> Path:
+    """Has JAX keep compiled programs in a directory, ~/.cache/jaxserve/xla where empty.
+
+    Raises:
+        ConfigError: the directory cannot be made.
+    """
+    path = Path(directory or "~/.cache/jaxserve/xla").expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"engine.compile_cache_dir: cannot make {path}: {error}; give another directory"
+        ) from error
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return path

@@ -1,0 +1,189 @@
+"""The compiled programs: the step itself, and small ones that change device state before it.
+
+A step: page-table deltas → each row's page table → tokens (the host's, or the one that the device
+sampled last for the slot) → model over the paged cache → hidden states of the rows that end →
+logits → the next token of each row, which stays here as the slot's last token. With several decode
+steps the part from the tokens on is a loop inside the call.
+
+Everything is a pure function of (parameters, state, one packed array) and returns the new state,
+whose buffers are the donated ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxserve.device.packing import ENTRY_FIELDS, StepArrays, StepLayout
+from jaxserve.device.state import DeviceState
+from jaxserve.models.context import StepContext
+from jaxserve.models.decoder import Decoder
+from jaxserve.sampling.history import observe
+from jaxserve.sampling.logprobs import Logprobs, logprobs_if, prompt_logprobs
+from jaxserve.sampling.sample import sample
+from jaxserve.types import MAX_LOGPROBS
+from pallas_kernels.ragged import RaggedBatch
+
+#: Columns of packed log-probabilities: chosen, rank, top ids, top values.
+LOGPROB_COLUMNS = 2 + 2 * MAX_LOGPROBS
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class StepResults:
+    """What the host may read; log-probabilities as int32, floats by their bits."""
+
+    token_ids: Int[Array, "steps R"]
+    logprobs: Int[Array, "steps R 42"]
+    prompt_logprobs: Int[Array, "T 42"] | None
+
+
+Step = Callable[[list[Array], DeviceState, Array], tuple[DeviceState, StepResults]]
+
+
+def make_step(model_structure: jax.tree_util.PyTreeDef, layout: StepLayout, page_size: int) -> Step:
+    """The step of one program.
+
+    Args:
+        model_structure: of the model, whose leaves are the step's first argument.
+    """
+
+    def step(
+        params: list[Array], state: DeviceState, packed: Int[Array, "X"]
+    ) -> tuple[DeviceState, StepResults]:
+        model: Decoder = jax.tree.unflatten(model_structure, params)
+        inputs = layout.unpack(packed)
+        tables = write_entries(state.page_tables, inputs.entries)
+        state = replace(state, page_tables=tables)
+        run = _Run(
+            model, layout, inputs, tuple(table[inputs.rows] for table in tables), page_size
+        )
+        num_steps = layout.program.decode_steps
+        if num_steps == 1:
+            state, token_ids, logprobs, of_prompt = run.step(state, inputs.context_lens)
+            return state, StepResults(
+                token_ids=token_ids[None], logprobs=logprobs[None], prompt_logprobs=of_prompt
+            )
+
+        def body(
+            carry: tuple[DeviceState, Int[Array, "R"]], _: None
+        ) -> tuple[tuple[DeviceState, Int[Array, "R"]], tuple[Array, Array]]:
+            state, context_lens = carry
+            state, token_ids, logprobs, _ = run.step(state, context_lens)
+            return (state, context_lens + run.live_rows), (token_ids, logprobs)
+
+        carry = (state, inputs.context_lens)
+        (state, _), (token_ids, logprobs) = jax.lax.scan(body, carry, length=num_steps)
+        return state, StepResults(token_ids=token_ids, logprobs=logprobs, prompt_logprobs=None)
+
+    return step
+
+
+class _Run:
+    """One decode step, or one mixed step, of a call."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        layout: StepLayout,
+        inputs: StepArrays,
+        tables: tuple[Int[Array, "R M"], ...],
+        page_size: int,
+    ) -> None:
+        self.model = model
+        self.layout = layout
+        self.inputs = inputs
+        self.tables = tables
+        self.page_size = page_size
+        num_rows = layout.program.num_rows
+        row = jnp.arange(num_rows, dtype=jnp.int32)
+        self.live_rows: Bool[Array, "R"] = row < inputs.num_live_rows
+        self.decode_rows: Bool[Array, "R"] = row < inputs.num_decode_rows
+
+    def step(
+        self, state: DeviceState, context_lens: Int[Array, "R"]
+    ) -> tuple[DeviceState, Int[Array, "R"], Int[Array, "R 42"], Int[Array, "T 42"] | None]:
+        """Returns the state, the sampled tokens, and log-probabilities."""
+        program, inputs = self.layout.program, self.inputs
+        num_tokens = program.num_tokens
+        batches = tuple(
+            RaggedBatch(
+                page_table=table,
+                query_starts=inputs.query_starts,
+                context_lens=context_lens,
+                max_query_len=1 if program.is_decode else num_tokens,
+            )
+            for table in self.tables
+        )
+        context = StepContext.build(batches, num_tokens, self.page_size)
+        # In a decode program token t is row t's, padding or not.
+        row_of_token = (
+            jnp.arange(num_tokens, dtype=jnp.int32)
+            if program.is_decode
+            else batches[0].token_rows(num_tokens)
+        )
+        slot_of_token = inputs.rows[row_of_token]
+        live_tokens = batches[0].live_tokens(num_tokens)
+        token_ids = jnp.where(
+            self.decode_rows[row_of_token] & live_tokens,
+            state.last_tokens[slot_of_token],
+            inputs.token_ids,
+        )
+        with jax.named_scope("model"):
+            hidden, cache = self.model(token_ids, state.cache, context)
+        with jax.named_scope("sampling"):
+            sampling = observe(
+                state.sampling, token_ids, slot_of_token, context.positions, live_tokens
+            )
+            ends = hidden
+            if not program.is_decode:
+                ends = hidden[jnp.maximum(inputs.query_starts[1:] - 1, 0)]
+            logits = self.model.logits(ends, inputs.num_live_rows)
+            sampled = sample(logits, sampling, inputs.rows, context_lens, inputs.samples)
+            logprobs = logprobs_if(inputs.logprobs, logits, sampled)
+            nowhere = state.last_tokens.shape[0]
+            last_tokens = state.last_tokens.at[
+                jnp.where(inputs.samples, inputs.rows, nowhere)
+            ].set(sampled, mode="drop")
+        state = replace(state, cache=cache, sampling=sampling, last_tokens=last_tokens)
+        return state, sampled, pack_logprobs(logprobs), self._of_prompt(hidden)
+
+    def _of_prompt(self, hidden: Float[Array, "T D"]) -> Int[Array, "T 42"] | None:
+        if self.inputs.next_token_ids is None:
+            return None
+        found = prompt_logprobs(self.model.logits, hidden, self.inputs.next_token_ids)
+        return pack_logprobs(found)
+
+
+def write_entries(
+    tables: tuple[Int[Array, "S+1 M"], ...], entries: Int[Array, "E 4"]
+) -> tuple[Int[Array, "S+1 M"], ...]:
+    """Applies page-table deltas (group, slot, index, page); a group that is not there pads."""
+    groups, slots, indices, pages = (entries[:, i] for i in range(ENTRY_FIELDS))
+    return tuple(
+        table.at[jnp.where(groups == group, slots, table.shape[0]), indices].set(
+            pages, mode="drop"
+        )
+        for group, table in enumerate(tables)
+    )
+
+
+def pack_logprobs(logprobs: Logprobs) -> Int[Array, "*B 42"]:
+    """One int32 array for one copy to the host."""
+
+    def bits(values: Float[Array, "..."]) -> Int[Array, "..."]:
+        return jax.lax.bitcast_convert_type(values, jnp.int32)
+
+    return jnp.concatenate(
+        [
+            bits(logprobs.chosen)[..., None],
+            logprobs.rank[..., None],
+            logprobs.top_ids,
+            bits(logprobs.top_values),
+        ],
+        axis=-1,
+    )

@@ -1,0 +1,169 @@
+"""Loads and compiles what a configuration asks for: the parts that an engine is built from."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+
+import jax
+
+from jaxserve.config import CacheConfig, Config, KernelsConfig, WeightsConfig
+from jaxserve.device.buckets import Buckets
+from jaxserve.device.cache import init_cache, pages_per_sequence, size_pools
+from jaxserve.device.compiles import compile_counter, use_persistent_cache
+from jaxserve.device.executor import Executor
+from jaxserve.device.memory import free_bytes
+from jaxserve.device.sharding import Placement
+from jaxserve.device.state import init_device_state
+from jaxserve.engine.batch import BatchBuilder
+from jaxserve.engine.parts import Parts, Progressing
+from jaxserve.errors import ConfigError
+from jaxserve.models.decoder import Decoder
+from jaxserve.models.options import PACKED_DTYPES, ModelOptions
+from jaxserve.types import ModelInfo
+from jaxserve.weights.load import load_model
+from jaxserve.weights.sources import resolve, served_name
+from pallas_kernels import native
+
+logger = logging.getLogger(__name__)
+
+_ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*")
+
+
+def load_parts(config: Config, progress: Progressing) -> Parts:
+    """Loads the model and compiles its programs.
+
+    Raises:
+        ConfigError: a setting that does not fit this machine or the model.
+        WeightsError: the model is missing, broken or not supported.
+    """
+    use_persistent_cache(config.engine.compile_cache_dir)
+    compile_counter()
+    placement = Placement(devices()[:1])
+    options = model_options(config.weights, config.kernels, placement.device.platform)
+    path = resolve(config.model, config.weights, progress)
+    model = load_model(
+        path,
+        format=config.model.format,
+        options=options,
+        sharding=placement.of,
+        progress=progress,
+    )
+    info = model_info(config, model)
+    num_pages, executor = _build(config, model, info, placement, progress)
+    return Parts(
+        model=info,
+        batch=BatchBuilder(Buckets(config.scheduler), config.scheduler.max_rows),
+        executor=executor,
+        page_size=config.cache.page_size,
+        num_pages=num_pages,
+    )
+
+
+def devices() -> list[jax.Device]:
+    """JAX's devices.
+
+    Raises:
+        ConfigError: an accelerator is in this machine, but JAX does not use it and nobody asked
+            for the CPU.
+    """
+    found = jax.devices()
+    present = [path for pattern in _ACCELERATORS for path in glob.glob(pattern)]
+    if found[0].platform == "cpu" and present and not jax.config.jax_platforms:
+        raise ConfigError(
+            f"this machine has an accelerator ({present[0]}), but JAX runs on the CPU: install "
+            "the matching extra (scripts/setup does), or set JAX_PLATFORMS=cpu to use the CPU"
+        )
+    return found
+
+
+def model_options(weights: WeightsConfig, kernels: KernelsConfig, platform: str) -> ModelOptions:
+    """What "auto" means on this platform, logged.
+
+    Raises:
+        ConfigError: "cpu" kernels were asked for and cannot run here.
+    """
+    dtype = weights.dtype
+    if dtype == "auto":
+        dtype = "float32" if platform == "cpu" else "bfloat16"
+    reason = native.load().reason if platform == "cpu" else f"the platform is {platform}"
+
+    def choose(name: str, asked: str, reason: str | None) -> str:
+        if asked == "cpu" and reason is not None:
+            raise ConfigError(f"kernels.{name}=cpu cannot run here: {reason}")
+        chosen = asked if asked != "auto" else ("cpu" if reason is None else "xla")
+        why = f" ({reason})" if chosen == "xla" and reason else ""
+        logger.info("kernels.%s: %s%s", name, chosen, why)
+        return chosen
+
+    packable = None if dtype in PACKED_DTYPES else f"it does not read {dtype} weights"
+    layers = kernels.layers
+    if layers == "auto":
+        layers = "unrolled" if platform == "cpu" else "scanned"
+    return ModelOptions(
+        dtype=dtype,
+        attention=choose("attention", kernels.attention, reason),
+        matmul=choose("matmul", kernels.matmul, reason or packable),
+        layers=layers,
+    )
+
+
+def model_info(config: Config, model: Decoder) -> ModelInfo:
+    """What the front end and the scheduler need to know.
+
+    Raises:
+        ConfigError: model.max_context is more than the model was made for.
+    """
+    limit = model.spec.max_context
+    max_context = config.model.max_context or limit
+    if max_context > limit:
+        raise ConfigError(
+            f"model.max_context is {max_context}, but the model was made for {limit} positions"
+        )
+    return ModelInfo(
+        name=served_name(config.model),
+        max_context=max_context,
+        vocab_size=model.spec.vocab_size,
+        eos_token_ids=model.spec.eos_token_ids,
+        cache_groups=model.cache_groups(),
+    )
+
+
+def _build(
+    config: Config,
+    model: Decoder,
+    info: ModelInfo,
+    placement: Placement,
+    progress: Progressing,
+) -> tuple[tuple[int, ...], Executor]:
+    dtype = cache_dtype(config.cache, model.options)
+    num_pages = size_pools(
+        info.cache_groups,
+        cache=config.cache,
+        scheduler=config.scheduler,
+        max_context=info.max_context,
+        dtype_bytes=jax.numpy.dtype(dtype).itemsize,
+        free_bytes=free_bytes(placement.device),
+        platform=placement.device.platform,
+    )
+    page_size, max_rows = config.cache.page_size, config.scheduler.max_rows
+    logger.info("KV cache: %s pages of %d tokens, %s", num_pages, page_size, dtype)
+    state = init_device_state(
+        init_cache(
+            info.cache_groups, num_pages, page_size=page_size, dtype=dtype, placement=placement
+        ),
+        max_rows=max_rows,
+        vocab_size=info.vocab_size,
+        pages_per_sequence=pages_per_sequence(info.max_context, page_size),
+    )
+    state = jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
+    executor = Executor(model, state, Buckets(config.scheduler).programs, page_size)
+    threads = config.engine.compile_threads or os.cpu_count() or 1
+    executor.warm_up(progress, threads)
+    return num_pages, executor
+
+
+def cache_dtype(cache: CacheConfig, options: ModelOptions) -> str:
+    """Dtype of the pages."""
+    return options.activations if cache.dtype == "auto" else cache.dtype
