@@ -100,9 +100,8 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     import jax
     from flax import nnx
 
-    from jaxserve.device.cache import size_pools
     from jaxserve.device.memory import free_bytes
-    from jaxserve.engine.load import cache_dtype, devices, model_options
+    from jaxserve.engine.load import cache_dtype, devices, model_info, model_options, size_cache
     from jaxserve.models.registry import model_class
     from jaxserve.text.template import load_chat_template
     from jaxserve.text.tokenizer import load_tokenizer
@@ -121,25 +120,17 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     yield "architecture", f"{spec.architecture}, {spec.num_layers} layers"
     yield "weights", f"{num_bytes // _MIB} MiB as {options.dtype}"
-    max_context = config.model.max_context or spec.max_context
+    info = model_info(config, model)
     dtype = cache_dtype(config.cache, options)
-    pools = size_pools(
-        model.cache_groups(),
-        cache=config.cache,
-        scheduler=config.scheduler,
-        max_context=max_context,
-        dtype_bytes=jax.numpy.dtype(dtype).itemsize,
-        free_bytes=max(0, free_bytes(device) - num_bytes),
-        platform=device.platform,
-    )
+    pools = size_cache(config, options, info, max(0, free_bytes(device) - num_bytes))
     page_size = config.cache.page_size
-    for group, pages in zip(model.cache_groups(), pools, strict=True):
+    for group, pages in zip(info.cache_groups, pools, strict=True):
         size = pages * group.page_bytes(page_size, jax.numpy.dtype(dtype).itemsize)
         window = f" (window {group.window})" if group.window else ""
         yield (
             f"cache, {group.kind}{window}",
             f"{pages} pages of {page_size} tokens, {size // _MIB} MiB as {dtype}: "
-            f"{(pages - 1) * page_size / max_context:.1f} sequences of {max_context} tokens",
+            f"{(pages - 1) * page_size / info.max_context:.1f} sequences of {info.max_context} tokens",
         )
     tokenizer = load_tokenizer(path, config.model.tokenizer)
     template = load_chat_template(path, config.model.chat_template)

@@ -18,18 +18,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxserve.device.cache import copy_pages
 from jaxserve.device.packing import ENTRY_FIELDS, StepArrays, StepLayout
 from jaxserve.device.state import DeviceState
-from jaxserve.models.context import StepContext
+from jaxserve.models.context import KVCache, StepContext
 from jaxserve.models.decoder import Decoder
 from jaxserve.sampling.history import observe
 from jaxserve.sampling.logprobs import Logprobs, logprobs_if, prompt_logprobs
 from jaxserve.sampling.sample import sample
+from jaxserve.sampling.slots import SlotArrays, apply_writes
 from jaxserve.types import MAX_LOGPROBS
 from pallas_kernels.ragged import RaggedBatch
 
 #: Columns of packed log-probabilities: chosen, rank, top ids, top values.
 LOGPROB_COLUMNS = 2 + 2 * MAX_LOGPROBS
+#: What one call of the small programs takes; more is done in several calls.
+ENTRIES_A_CALL = 256
+COPIES_A_CALL = 16
+PREFIX_TOKENS_A_CALL = 128
+#: What stands before the tokens of a prefix: slot, first position, how many.
+PREFIX_SCALARS = 3
 
 
 @jax.tree_util.register_dataclass
@@ -170,6 +178,37 @@ def write_entries(
         )
         for group, table in enumerate(tables)
     )
+
+
+def write_slots(state: DeviceState, arrays: SlotArrays) -> DeviceState:
+    """Resets slots and stores their parameters."""
+    return replace(state, sampling=apply_writes(state.sampling, arrays))
+
+
+def write_page_tables(state: DeviceState, entries: Int[Array, "E 4"]) -> DeviceState:
+    """Page-table deltas that do not fit into the step's own array."""
+    return replace(state, page_tables=write_entries(state.page_tables, entries))
+
+
+def write_prefix(state: DeviceState, packed: Int[Array, "X"]) -> DeviceState:
+    """Tokens of a shared prefix: a slot takes note of what it never sees entering the model."""
+    slot, first, num_live = (packed[i] for i in range(PREFIX_SCALARS))
+    token_ids = packed[PREFIX_SCALARS:]
+    index = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
+    slots = jnp.full_like(token_ids, slot)
+    sampling = observe(state.sampling, token_ids, slots, first + index, index < num_live)
+    return replace(state, sampling=sampling)
+
+
+def make_copy(group: int) -> Callable[[DeviceState, Array], DeviceState]:
+    """The program that copies pages of one cache group, from the first column to the second."""
+
+    def copy(state: DeviceState, pairs: Int[Array, "C 2"]) -> DeviceState:
+        groups = list(state.cache.groups)
+        groups[group] = copy_pages(groups[group], pairs[:, 0], pairs[:, 1])
+        return replace(state, cache=KVCache(groups=tuple(groups)))
+
+    return copy
 
 
 def pack_logprobs(logprobs: Logprobs) -> Int[Array, "*B 42"]:

@@ -5,13 +5,16 @@ Passed to every program, donated, returned: there is exactly one, and the execut
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from jaxserve.device.sharding import replicated
 from jaxserve.models.context import KVCache
-from jaxserve.sampling.state import SamplingState
+from jaxserve.sampling.state import SamplingState, init_state
 
 
 @jax.tree_util.register_dataclass
@@ -32,3 +35,22 @@ class DeviceState:
     sampling: SamplingState
     page_tables: tuple[Int[Array, "S+1 M"], ...]
     last_tokens: Int[Array, "S+1"]
+
+
+def init_device_state(
+    cache: KVCache, *, max_rows: int, vocab_size: int, pages_per_sequence: int, mesh: Mesh
+) -> DeviceState:
+    """The state of an engine that has not run yet.
+
+    Args:
+        cache: fresh pools.
+        pages_per_sequence: M, columns of a page table.
+    """
+    rows = max_rows + 1
+    fresh = DeviceState(
+        cache=KVCache(groups=()),
+        sampling=init_state(max_rows, vocab_size),
+        page_tables=tuple(jnp.zeros((rows, pages_per_sequence), jnp.int32) for _ in cache.groups),
+        last_tokens=jnp.zeros(rows, jnp.int32),
+    )
+    return replace(jax.device_put(fresh, replicated(mesh)), cache=cache)

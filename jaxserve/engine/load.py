@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import glob
 import logging
-import os
 
 import jax
+from jax.sharding import Mesh
 
 from jaxserve.config import CacheConfig, Config, KernelsConfig, WeightsConfig
 from jaxserve.device.buckets import Buckets
-from jaxserve.device.cache import init_cache, pages_per_sequence, size_pools
+from jaxserve.device.cache import init_cache, pages_per_sequence, pool_sizes
 from jaxserve.device.compiles import compile_counter, use_persistent_cache
 from jaxserve.device.executor import Executor
 from jaxserve.device.memory import free_bytes
-from jaxserve.device.sharding import Placement
+from jaxserve.device.sharding import make_mesh, param_sharding
 from jaxserve.device.state import init_device_state
 from jaxserve.engine.batch import BatchBuilder
 from jaxserve.engine.parts import Parts, Progressing
@@ -40,18 +40,21 @@ def load_parts(config: Config, progress: Progressing) -> Parts:
     """
     use_persistent_cache(config.engine.compile_cache_dir)
     compile_counter()
-    placement = Placement(devices()[:1])
-    options = model_options(config.weights, config.kernels, placement.device.platform)
+    device = devices()[0]
+    mesh = make_mesh([device])
+    options = model_options(config.weights, config.kernels, device.platform)
     path = resolve(config.model, config.weights, progress)
     model = load_model(
         path,
         format=config.model.format,
         options=options,
-        sharding=placement.of,
+        sharding=param_sharding(mesh),
         progress=progress,
     )
     info = model_info(config, model)
-    num_pages, executor = _build(config, model, info, placement, progress)
+    num_pages = size_cache(config, model.options, info, free_bytes(device))
+    executor = _executor(config, model, info, num_pages, mesh)
+    executor.warm_up(progress, config.engine.compile_threads)
     return Parts(
         model=info,
         batch=BatchBuilder(Buckets(config.scheduler), config.scheduler.max_rows),
@@ -130,40 +133,43 @@ def model_info(config: Config, model: Decoder) -> ModelInfo:
     )
 
 
-def _build(
-    config: Config,
-    model: Decoder,
-    info: ModelInfo,
-    placement: Placement,
-    progress: Progressing,
-) -> tuple[tuple[int, ...], Executor]:
-    dtype = cache_dtype(config.cache, model.options)
-    num_pages = size_pools(
+def size_cache(
+    config: Config, options: ModelOptions, info: ModelInfo, free_bytes: int
+) -> tuple[int, ...]:
+    """Pages of each cache group's pool.
+
+    Args:
+        free_bytes: what the device has left beside the weights.
+
+    Raises:
+        ConfigError: they do not fit.
+    """
+    return pool_sizes(
         info.cache_groups,
-        cache=config.cache,
-        scheduler=config.scheduler,
+        config.cache,
+        config.scheduler,
         max_context=info.max_context,
-        dtype_bytes=jax.numpy.dtype(dtype).itemsize,
-        free_bytes=free_bytes(placement.device),
-        platform=placement.device.platform,
+        dtype_bytes=jax.numpy.dtype(cache_dtype(config.cache, options)).itemsize,
+        free_bytes=free_bytes,
     )
-    page_size, max_rows = config.cache.page_size, config.scheduler.max_rows
-    logger.info("KV cache: %s pages of %d tokens, %s", num_pages, page_size, dtype)
-    state = init_device_state(
-        init_cache(
-            info.cache_groups, num_pages, page_size=page_size, dtype=dtype, placement=placement
-        ),
-        max_rows=max_rows,
-        vocab_size=info.vocab_size,
-        pages_per_sequence=pages_per_sequence(info.max_context, page_size),
-    )
-    state = jax.tree.map(lambda x: jax.device_put(x, x.sharding), state)
-    executor = Executor(model, state, Buckets(config.scheduler).programs, page_size)
-    threads = config.engine.compile_threads or os.cpu_count() or 1
-    executor.warm_up(progress, threads)
-    return num_pages, executor
 
 
 def cache_dtype(cache: CacheConfig, options: ModelOptions) -> str:
     """Dtype of the pages."""
     return options.activations if cache.dtype == "auto" else cache.dtype
+
+
+def _executor(
+    config: Config, model: Decoder, info: ModelInfo, num_pages: tuple[int, ...], mesh: Mesh
+) -> Executor:
+    dtype, page_size = cache_dtype(config.cache, model.options), config.cache.page_size
+    logger.info("KV cache: %s pages of %d tokens, %s", num_pages, page_size, dtype)
+    cache = init_cache(info.cache_groups, num_pages, page_size=page_size, dtype=dtype, mesh=mesh)
+    state = init_device_state(
+        cache,
+        max_rows=config.scheduler.max_rows,
+        vocab_size=info.vocab_size,
+        pages_per_sequence=pages_per_sequence(info.max_context, page_size),
+        mesh=mesh,
+    )
+    return Executor(model, state, Buckets(config.scheduler).programs, page_size)
