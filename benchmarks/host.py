@@ -3,9 +3,9 @@
 Method: this process is the engine (scheduler, batch builder, outbox, ZeroMQ, MessagePack), over a
 device that computes nothing and whose step takes a fixed time of sleep, so that readers keep up
 as they do with a model. Clients are processes of their own (`EngineClient` on uvloop, one task a
-stream). A round is 256 requests at once, from their submission to their ends, requests' own cost included. CPU time (user and
-system, all threads) of the engine process is divided by the tokens emitted, that of the clients by
-the events they took. Arms are interleaved round by round:
+stream). A round is 256 requests at once, from their submission to their ends, requests' own cost
+included. CPU time (user and system, all threads) of the engine process is divided by the tokens
+emitted, that of the clients by the events they took. Arms are interleaved round by round:
 
     k1      one decode step a device call, one client
     k1x4    the same, four clients (HTTP workers)
@@ -295,7 +295,12 @@ def main() -> None:
     parser.add_argument("--client", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.client and options.profile:
-        p = cProfile.Profile(); p.enable(); uvloop.run(client(options.client)); p.disable(); pstats.Stats(p, stream=sys.stderr).sort_stats("tottime").print_stats(25); return
+        p = cProfile.Profile()
+        p.enable()
+        uvloop.run(client(options.client))
+        p.disable()
+        pstats.Stats(p, stream=sys.stderr).sort_stats("tottime").print_stats(25)
+        return
     if options.client:
         uvloop.run(client(options.client))
         return

@@ -70,9 +70,10 @@ class CacheConfig:
     Attributes:
         page_size: tokens a page.
         num_pages: pages of the pool; 0 sizes it from memory_bytes.
-        memory_bytes: bytes of the pool; 0 takes memory_fraction of what the device has free,
-            but never more than max_rows full contexts need.
-        memory_fraction: share of free device memory (of free host memory on CPU) for the pool.
+        memory_bytes: bytes of the pool; 0 takes memory_fraction, but never more than max_rows
+            full contexts need.
+        memory_fraction: share of the device's memory (the host's on CPU) for the pool; halved
+            until that much is free.
         dtype: "auto" (as the activations), "float32", "bfloat16" or "float16".
     """
 

@@ -5,8 +5,8 @@ registers its functions with XLA, and says why it is not there where it is not (
 AVX2, not x86). Never a fallback in here: the caller asks, decides and logs.
 
 The file's name carries a hash of the sources, the flags and the jaxlib whose headers they were
-compiled against, so that a stale library is never loaded. It is written under another name and renamed, so
-that several builders at once are harmless: the last one wins with the same bytes.
+compiled against, so that a stale library is never loaded. It is written under another name and
+renamed, so that several builders at once are harmless: the last one wins with the same bytes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.metadata
 import os
 import platform
 import shutil
@@ -25,11 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jaxlib
 
 from pallas_kernels.errors import UnsupportedKernel
 
-TARGETS = ("jaxserve_paged_attention", "jaxserve_kv_update", "jaxserve_packed_matmul")
+TARGETS = (
+    "jaxserve_paged_attention",
+    "jaxserve_kv_update",
+    "jaxserve_leave",
+    "jaxserve_packed_matmul",
+)
 FLAGS = ("-std=c++17", "-O3", "-mavx2", "-mfma", "-mf16c", "-fPIC", "-shared", "-Wall")
 CPU_FEATURES = frozenset({"avx2", "fma", "f16c"})
 COMPILERS = ("g++", "clang++", "c++")
@@ -116,7 +121,8 @@ def _fingerprint() -> str:
     digest = hashlib.sha256()
     for name in (*_SOURCES, *_HEADERS):
         digest.update((_PACKAGE / name).read_bytes())
-    digest.update(" ".join((*FLAGS, jaxlib.__version__, platform.machine())).encode())
+    jaxlib = importlib.metadata.version("jaxlib")
+    digest.update(" ".join((*FLAGS, jaxlib, platform.machine())).encode())
     return digest.hexdigest()[:16]
 
 

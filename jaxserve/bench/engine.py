@@ -219,10 +219,10 @@ class EngineBench:
 
 def measure(config: Config, factory: Factory, cases: list[Case], steps: int, repeats: int) -> dict:
     """Runs all cases `repeats` times, interleaved, and returns the record for the JSON line."""
+    roofline = Roofline()
     started = time.monotonic()
     bench = EngineBench(config, factory)
     load_s = time.monotonic() - started
-    roofline = Roofline()
     for case in cases:
         bench.run(case, steps)
     samples: dict[Case, list[Sample]] = {case: [] for case in cases}

@@ -39,6 +39,8 @@ class Roofline:
         matmul = jax.jit(lambda a, b: a @ b)
         self._multiply: Callable[[], object] = lambda: matmul(operand, operand).block_until_ready()
         self._multiply_flops = 2 * size**3
+        self._read()  # compiled here, not while something is measured
+        self._multiply()
 
     def measure(self, *, repeats: int = 3) -> None:
         """Adds one measurement of each: the best of `repeats`, after one that is not counted."""

@@ -82,9 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("target", type=Path, help="directory to create")
     convert.add_argument(
         "--dtype",
-        default="float32",
-        choices=("float32", "bfloat16", "float16"),
-        help="of the stored weights (default: float32)",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the stored matrices (default: each as it is)",
     )
     _command(kinds, "doctor", _doctor, "this machine, what would be compiled, what would fit")
     return top
@@ -185,9 +185,9 @@ def _generate(arguments: argparse.Namespace) -> int:
             return generate.answer(llm, prompt, _options(arguments))
     if arguments.prompt is not None:
         raise ConfigError("give either a prompt or --input")
-    with generate.open_lines(arguments.input, arguments.output) as (source, target):
-        with _open(config) as llm:
-            return generate.answer_lines(llm, source, target, _options(arguments))
+    lines = generate.open_lines(arguments.input, arguments.output)
+    with lines as (source, target), _open(config) as llm:
+        return generate.answer_lines(llm, source, target, _options(arguments))
 
 
 def _chat(arguments: argparse.Namespace) -> int:
@@ -213,7 +213,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return doctor.examine(config)
 
 
-def _open(config: Config):  # noqa: ANN202  (LLM, imported only now)
+def _open(config: Config):
     """The model, in this process."""
     import logging
 

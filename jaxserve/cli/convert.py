@@ -1,9 +1,11 @@
-"""`jaxserve convert`: any model that can be served, written as an Orbax checkpoint with its text."""
+"""`jaxserve convert`: a model that can be served, written as an Orbax checkpoint with its text."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+
+from tqdm import tqdm
 
 from jaxserve.config import Config
 from jaxserve.text.save import save_text
@@ -15,10 +17,23 @@ def convert_model(config: Config, target: Path, dtype: str) -> int:
     """Writes weights, configuration, tokenizer and chat template to a new directory.
 
     Raises:
-        WeightsError: the source cannot be read, or the target exists.
+        WeightsError: the source cannot be read, or the target exists or cannot be written.
     """
     source = resolve(config.model, config.weights)
-    convert(source, target, dtype)
-    save_text(source, target)
+    with tqdm(unit="tensor", disable=None) as bar:
+
+        def show(phase: str, done: int, total: int) -> None:
+            bar.set_description(phase)
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        convert(
+            source,
+            target,
+            dtype,
+            format=config.model.format,
+            finish=lambda directory: save_text(source, directory),
+            progress=show,
+        )
     sys.stdout.write(f"{target}\n")
     return 0

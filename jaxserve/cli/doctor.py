@@ -43,21 +43,19 @@ def examine(config: Config) -> int:
 
 
 def _machine(config: Config) -> Iterator[tuple[str, str]]:
-    from jaxserve.device.memory import free_host_bytes
-
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "processor", f"{_processor()}, {os.cpu_count()} cores"
-    yield "free memory", f"{free_host_bytes() // _MIB} MiB"
     yield "packages", ", ".join(starmap("{} {}".format, _versions(("jax", "jaxlib", "flax"))))
 
 
 def _device(config: Config) -> Iterator[tuple[str, str]]:
-    from jaxserve.device.memory import free_bytes
+    from jaxserve.device.memory import memory_of
     from jaxserve.engine.load import devices
 
     for device in devices():
         yield str(device), f"{device.platform}, {device.device_kind}"
-    yield "free", f"{free_bytes(devices()[0]) // _MIB} MiB"
+    memory = memory_of(devices()[0])
+    yield "memory", f"{memory.free_bytes // _MIB} of {memory.total_bytes // _MIB} MiB free"
 
 
 def _kernels(config: Config) -> Iterator[tuple[str, str]]:
@@ -100,7 +98,7 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     import jax
     from flax import nnx
 
-    from jaxserve.device.memory import free_bytes
+    from jaxserve.device.memory import memory_of
     from jaxserve.engine.load import cache_dtype, devices, model_info, model_options, size_cache
     from jaxserve.models.registry import model_class
     from jaxserve.text.template import load_chat_template
@@ -122,7 +120,7 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     yield "weights", f"{num_bytes // _MIB} MiB as {options.dtype}"
     info = model_info(config, model)
     dtype = cache_dtype(config.cache, options)
-    pools = size_cache(config, options, info, max(0, free_bytes(device) - num_bytes))
+    pools = size_cache(config, options, info, memory_of(device).less(num_bytes))
     page_size = config.cache.page_size
     for group, pages in zip(info.cache_groups, pools, strict=True):
         size = pages * group.page_bytes(page_size, jax.numpy.dtype(dtype).itemsize)
@@ -130,7 +128,8 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
         yield (
             f"cache, {group.kind}{window}",
             f"{pages} pages of {page_size} tokens, {size // _MIB} MiB as {dtype}: "
-            f"{(pages - 1) * page_size / info.max_context:.1f} sequences of {info.max_context} tokens",
+            f"{(pages - 1) * page_size / info.max_context:.1f} sequences of {info.max_context} "
+            "tokens",
         )
     tokenizer = load_tokenizer(path, config.model.tokenizer)
     template = load_chat_template(path, config.model.chat_template)

@@ -1,11 +1,13 @@
 """The page pool: how many pages there are, and their arrays.
 
 Sizing: no more than max_rows full contexts can use, no more than what the configuration or the
-free memory gives, shared between cache groups in proportion to what each could use. Page 0 of each
-group is the null page; it comes on top of the numbers that a user sets.
+memory gives, shared between cache groups in proportion to what each could use. The share of the
+memory depends on its size, not on what happens to be free: the shapes, and with them the compiled
+programs in the persistent cache, are the same at every start. Page 0 of each group is the null
+page; it comes on top of the numbers that a user sets.
 
-The arrays are allocated without being written: on the CPU a page takes memory when it is first
-used. So pages hold anything, NaN included, which attention is made for.
+Where the backend can, the arrays are allocated without being written: a page takes memory when it
+is first used. So pages hold anything, NaN included, which attention is made for.
 """
 
 from __future__ import annotations
@@ -18,11 +20,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from jaxserve.config import CacheConfig, SchedulerConfig
-from jaxserve.device.memory import MEBIBYTE
+from jaxserve.device.memory import MEBIBYTE, Memory
 from jaxserve.device.sharding import pages_sharding
 from jaxserve.errors import ConfigError
 from jaxserve.models.context import GroupPages, KVCache
 from jaxserve.types import CacheGroup
+from pallas_kernels.kv_update import empty_pages
+
+#: Share of the free memory that the pool may take; the rest is for the step's own arrays.
+_USABLE = 0.9
 
 
 def pages_per_sequence(max_context: int, page_size: int) -> int:
@@ -30,9 +36,7 @@ def pages_per_sequence(max_context: int, page_size: int) -> int:
     return -(-max_context // page_size)
 
 
-def most_pages(
-    group: CacheGroup, *, page_size: int, max_context: int, max_step_tokens: int
-) -> int:
+def most_pages(group: CacheGroup, *, page_size: int, max_context: int, max_step_tokens: int) -> int:
     """Pages that one sequence ever holds at once in a group."""
     whole = pages_per_sequence(max_context, page_size)
     if group.window is None:
@@ -48,19 +52,20 @@ def pool_sizes(
     *,
     max_context: int,
     dtype_bytes: int,
-    free_bytes: int,
+    memory: Memory,
 ) -> tuple[int, ...]:
     """Pages of each group's pool, its null page included.
 
     Args:
         max_context: positions a sequence may have.
         dtype_bytes: of one element of the cache.
-        free_bytes: what the device has left.
+        memory: of the device, with everything else in it.
 
     Raises:
         ConfigError: the pool that was asked for does not fit the free memory, or the memory does
             not hold even one sequence of max_context.
     """
+    free = memory.free_bytes
     page_bytes = [group.page_bytes(config.page_size, dtype_bytes) for group in groups]
     most = [
         most_pages(
@@ -73,27 +78,16 @@ def pool_sizes(
     ]
     if config.num_pages:
         need = sum((config.num_pages + 1) * size for size in page_bytes)
-        if need > free_bytes:
+        if need > free:
             raise ConfigError(
-                f"cache.num_pages={config.num_pages} needs {_mib(need)}, and {_mib(free_bytes)} "
-                f"are free: set it to at most {max(0, free_bytes // sum(page_bytes) - 1)}"
+                f"cache.num_pages={config.num_pages} needs {_mib(need)}, and {_mib(free)} "
+                f"are free: set it to at most {max(0, free // sum(page_bytes) - 1)}"
             )
         return tuple(config.num_pages + 1 for _ in groups)
-    if config.memory_bytes > free_bytes:
-        raise ConfigError(
-            f"cache.memory_bytes={config.memory_bytes} ({_mib(config.memory_bytes)}) is more than "
-            f"the {_mib(free_bytes)} that are free"
-        )
-    budget = config.memory_bytes or int(free_bytes * config.memory_fraction)
     null_bytes = sum(page_bytes)
     demand = sum(pages * size for pages, size in zip(most, page_bytes, strict=True))
-    if budget - null_bytes < demand:
-        source = (
-            "cache.memory_bytes gives"
-            if config.memory_bytes
-            else f"cache.memory_fraction={config.memory_fraction:g} of the "
-            f"{_mib(free_bytes)} that are free gives"
-        )
+    budget, source = _budget(config, memory, least=demand + null_bytes)
+    if budget < demand + null_bytes:
         fits = max(0, int((budget - null_bytes) / (demand / max_context)))
         raise ConfigError(
             f"the KV cache needs {_mib(demand + null_bytes)} for one sequence of {max_context} "
@@ -104,6 +98,29 @@ def pool_sizes(
     return tuple(1 + int(pages * rows) for pages in most)
 
 
+def _budget(config: CacheConfig, memory: Memory, least: int) -> tuple[int, str]:
+    """Bytes for all pools, and where they come from.
+
+    Args:
+        least: below this nothing can be served; a share is not halved beyond it.
+    """
+    if config.memory_bytes:
+        if config.memory_bytes > memory.free_bytes:
+            raise ConfigError(
+                f"cache.memory_bytes={config.memory_bytes} ({_mib(config.memory_bytes)}) is more "
+                f"than the {_mib(memory.free_bytes)} that are free"
+            )
+        return config.memory_bytes, "cache.memory_bytes gives"
+    budget = int(memory.total_bytes * config.memory_fraction)
+    usable = int(memory.free_bytes * _USABLE)
+    source = f"cache.memory_fraction={config.memory_fraction:g} of {_mib(memory.total_bytes)}"
+    if budget > usable:
+        source += f", of which {_mib(memory.free_bytes)} are free,"
+    while budget > max(usable, 1):
+        budget //= 2
+    return max(budget, min(least, usable)), f"{source} gives"
+
+
 def init_cache(
     groups: Sequence[CacheGroup],
     num_pages: Sequence[int],
@@ -111,23 +128,26 @@ def init_cache(
     page_size: int,
     dtype: str,
     mesh: Mesh,
+    backend: str,
 ) -> KVCache:
-    """The pools' arrays, with undefined content."""
+    """The pools' arrays, with undefined content.
+
+    Args:
+        backend: of `kv_update`.
+    """
 
     def allocate(group: CacheGroup, pages: int) -> GroupPages:
         shape = (len(group.layers), pages, group.num_kv_heads, page_size, group.head_dim)
         sharding = pages_sharding(mesh, group)
-        empty = jax.jit(lambda: jax.lax.empty(shape, jnp.dtype(dtype)), out_shardings=sharding)
+        empty = jax.jit(
+            lambda: empty_pages(shape, jnp.dtype(dtype), backend=backend), out_shardings=sharding
+        )
         return GroupPages(k=empty(), v=empty())
 
-    return KVCache(
-        groups=tuple(allocate(*group) for group in zip(groups, num_pages, strict=True))
-    )
+    return KVCache(groups=tuple(allocate(*group) for group in zip(groups, num_pages, strict=True)))
 
 
-def copy_pages(
-    pages: GroupPages, sources: Int[Array, "C"], targets: Int[Array, "C"]
-) -> GroupPages:
+def copy_pages(pages: GroupPages, sources: Int[Array, "C"], targets: Int[Array, "C"]) -> GroupPages:
     """Copies pages of one group; all are read before any is written. 0 → 0 is padding."""
     return jax.tree.map(lambda x: x.at[:, targets].set(x[:, sources]), pages)
 

@@ -1,4 +1,4 @@
-"""How much memory is free: on an accelerator, or on the host inside its container's limits.
+"""How much memory there is: on an accelerator, or on the host inside its container's limits.
 
 Read at start-up, before the page pool is sized. The file system's root is a parameter, so that
 tests bring their own /proc and /sys.
@@ -6,39 +6,76 @@ tests bring their own /proc and /sys.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import jax
 
+from jaxserve.errors import ConfigError
+
 MEBIBYTE = 1024 * 1024
 
 
-def free_bytes(device: jax.Device) -> int:
-    """Bytes that may still be allocated on a device."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Of one device, or of the host.
+
+    Attributes:
+        total_bytes: all that this process could ever have; the same at every start.
+        free_bytes: what it may still allocate now.
+    """
+
+    total_bytes: int
+    free_bytes: int
+
+    def less(self, num_bytes: int) -> Memory:
+        """As if so much more were in use."""
+        free_bytes = max(0, self.free_bytes - num_bytes)
+        return Memory(total_bytes=self.total_bytes, free_bytes=free_bytes)
+
+
+def memory_of(device: jax.Device) -> Memory:  # pyright: ignore[reportInvalidTypeForm]
+    """Memory of a device; the host's for the CPU.
+
+    Raises:
+        ConfigError: it cannot be told.
+    """
     if device.platform == "cpu":
-        return free_host_bytes()
+        return host_memory()
     stats = device.memory_stats() or {}
     if "bytes_limit" not in stats:
-        raise RuntimeError(f"{device} does not tell its memory: set cache.memory_bytes")
-    return stats["bytes_limit"] - stats["bytes_in_use"]
+        raise ConfigError(f"{device} does not tell its memory: set cache.memory_bytes")
+    total = stats["bytes_limit"]
+    return Memory(total_bytes=total, free_bytes=total - stats["bytes_in_use"])
 
 
-def free_host_bytes(root: Path = Path("/")) -> int:
-    """Bytes that this process may still allocate: the machine's, and every cgroup's above it."""
-    limits = [_available(root / "proc/meminfo"), *_cgroup_v2(root), *_cgroup_v1(root)]
-    return max(0, min(limits))
+def host_memory(root: Path = Path("/")) -> Memory:
+    """The machine's memory, as far as every cgroup above this process lets it have it.
+
+    Raises:
+        ConfigError: /proc/meminfo does not tell.
+    """
+    limits = [*_cgroup_v2(root), *_cgroup_v1(root)]
+    totals = [_meminfo(root, "MemTotal"), *(limit for limit, _ in limits)]
+    free = [_meminfo(root, "MemAvailable"), *(left for _, left in limits)]
+    return Memory(total_bytes=min(totals), free_bytes=max(0, min(free)))
 
 
-def _available(meminfo: Path) -> int:
-    for line in meminfo.read_text().splitlines():
+def _meminfo(root: Path, wanted: str) -> int:
+    path = root / "proc/meminfo"
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error}; set cache.memory_bytes") from error
+    for line in lines:
         name, _, value = line.partition(":")
-        if name == "MemAvailable":
+        if name == wanted:
             return int(value.split()[0]) * 1024
-    raise RuntimeError(f"{meminfo} has no MemAvailable: set cache.memory_bytes")
+    raise ConfigError(f"{path} has no {wanted}: set cache.memory_bytes")
 
 
-def _cgroup_v2(root: Path) -> list[int]:
-    """What is left in each cgroup from ours up to the root; caches that can be dropped are left."""
+def _cgroup_v2(root: Path) -> list[tuple[int, int]]:
+    """Limit and rest of each cgroup from ours up to the root; droppable caches count as rest."""
     group = _own_cgroup(root, "")
     if group is None:
         return []
@@ -49,11 +86,11 @@ def _cgroup_v2(root: Path) -> list[int]:
         limit = _read_int(folder / "memory.max")
         used = _read_int(folder / "memory.current")
         if limit is not None and used is not None:
-            left.append(limit - used + _statistic(folder, "inactive_file"))
+            left.append((limit, limit - used + _statistic(folder, "inactive_file")))
     return left
 
 
-def _cgroup_v1(root: Path) -> list[int]:
+def _cgroup_v1(root: Path) -> list[tuple[int, int]]:
     group = _own_cgroup(root, "memory")
     if group is None:
         return []
@@ -64,7 +101,7 @@ def _cgroup_v1(root: Path) -> list[int]:
         limit = _read_int(folder / "memory.limit_in_bytes")
         used = _read_int(folder / "memory.usage_in_bytes")
         if limit is not None and used is not None:
-            left.append(limit - used + _statistic(folder, "total_inactive_file"))
+            left.append((limit, limit - used + _statistic(folder, "total_inactive_file")))
     return left
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,11 +54,11 @@ class StepResults:
 Step = Callable[[list[Array], DeviceState, Array], tuple[DeviceState, StepResults]]
 
 
-def make_step(model_structure: jax.tree_util.PyTreeDef, layout: StepLayout, page_size: int) -> Step:
+def make_step(model_structure: Any, layout: StepLayout, page_size: int) -> Step:
     """The step of one program.
 
     Args:
-        model_structure: of the model, whose leaves are the step's first argument.
+        model_structure: the PyTreeDef of the model, whose leaves are the step's first argument.
     """
 
     def step(
@@ -67,21 +68,19 @@ def make_step(model_structure: jax.tree_util.PyTreeDef, layout: StepLayout, page
         inputs = layout.unpack(packed)
         tables = write_entries(state.page_tables, inputs.entries)
         state = replace(state, page_tables=tables)
-        run = _Run(
-            model, layout, inputs, tuple(table[inputs.rows] for table in tables), page_size
-        )
+        run = _Run(model, layout, inputs, tuple(table[inputs.rows] for table in tables), page_size)
         num_steps = layout.program.decode_steps
         if num_steps == 1:
-            state, token_ids, logprobs, of_prompt = run.step(state, inputs.context_lens)
+            state, sampled, beside, of_prompt = run.step(state, inputs.context_lens)
             return state, StepResults(
-                token_ids=token_ids[None], logprobs=logprobs[None], prompt_logprobs=of_prompt
+                token_ids=sampled[None], logprobs=beside[None], prompt_logprobs=of_prompt
             )
 
         def body(
             carry: tuple[DeviceState, Int[Array, "R"]], _: None
         ) -> tuple[tuple[DeviceState, Int[Array, "R"]], tuple[Array, Array]]:
             state, context_lens = carry
-            state, token_ids, logprobs, _ = run.step(state, context_lens)
+            state, token_ids, logprobs, _of_prompt = run.step(state, context_lens)
             return (state, context_lens + run.live_rows), (token_ids, logprobs)
 
         carry = (state, inputs.context_lens)
@@ -154,9 +153,9 @@ class _Run:
             sampled = sample(logits, sampling, inputs.rows, context_lens, inputs.samples)
             logprobs = logprobs_if(inputs.logprobs, logits, sampled)
             nowhere = state.last_tokens.shape[0]
-            last_tokens = state.last_tokens.at[
-                jnp.where(inputs.samples, inputs.rows, nowhere)
-            ].set(sampled, mode="drop")
+            last_tokens = state.last_tokens.at[jnp.where(inputs.samples, inputs.rows, nowhere)].set(
+                sampled, mode="drop"
+            )
         state = replace(state, cache=cache, sampling=sampling, last_tokens=last_tokens)
         return state, sampled, pack_logprobs(logprobs), self._of_prompt(hidden)
 
@@ -173,9 +172,7 @@ def write_entries(
     """Applies page-table deltas (group, slot, index, page); a group that is not there pads."""
     groups, slots, indices, pages = (entries[:, i] for i in range(ENTRY_FIELDS))
     return tuple(
-        table.at[jnp.where(groups == group, slots, table.shape[0]), indices].set(
-            pages, mode="drop"
-        )
+        table.at[jnp.where(groups == group, slots, table.shape[0]), indices].set(pages, mode="drop")
         for group, table in enumerate(tables)
     )
 

@@ -29,7 +29,7 @@ RULES: dict[str, str | None] = {
 }
 
 
-def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
+def make_mesh(devices: Sequence[jax.Device]) -> Mesh:  # pyright: ignore[reportInvalidTypeForm]
     """A mesh over these devices, all of them along "model"."""
     grid = np.asarray(devices, dtype=object).reshape(1, len(devices))
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

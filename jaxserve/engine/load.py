@@ -13,7 +13,7 @@ from jaxserve.device.buckets import Buckets
 from jaxserve.device.cache import init_cache, pages_per_sequence, pool_sizes
 from jaxserve.device.compiles import compile_counter, use_persistent_cache
 from jaxserve.device.executor import Executor
-from jaxserve.device.memory import free_bytes
+from jaxserve.device.memory import Memory, memory_of
 from jaxserve.device.sharding import make_mesh, param_sharding
 from jaxserve.device.state import init_device_state
 from jaxserve.engine.batch import BatchBuilder
@@ -52,7 +52,7 @@ def load_parts(config: Config, progress: Progressing) -> Parts:
         progress=progress,
     )
     info = model_info(config, model)
-    num_pages = size_cache(config, model.options, info, free_bytes(device))
+    num_pages = size_cache(config, model.options, info, memory_of(device))
     executor = _executor(config, model, info, num_pages, mesh)
     executor.warm_up(progress, config.engine.compile_threads)
     return Parts(
@@ -64,7 +64,7 @@ def load_parts(config: Config, progress: Progressing) -> Parts:
     )
 
 
-def devices() -> list[jax.Device]:
+def devices() -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
     """JAX's devices.
 
     Raises:
@@ -134,12 +134,12 @@ def model_info(config: Config, model: Decoder) -> ModelInfo:
 
 
 def size_cache(
-    config: Config, options: ModelOptions, info: ModelInfo, free_bytes: int
+    config: Config, options: ModelOptions, info: ModelInfo, memory: Memory
 ) -> tuple[int, ...]:
     """Pages of each cache group's pool.
 
     Args:
-        free_bytes: what the device has left beside the weights.
+        memory: of the device, with the weights in it.
 
     Raises:
         ConfigError: they do not fit.
@@ -150,7 +150,7 @@ def size_cache(
         config.scheduler,
         max_context=info.max_context,
         dtype_bytes=jax.numpy.dtype(cache_dtype(config.cache, options)).itemsize,
-        free_bytes=free_bytes,
+        memory=memory,
     )
 
 
@@ -164,7 +164,14 @@ def _executor(
 ) -> Executor:
     dtype, page_size = cache_dtype(config.cache, model.options), config.cache.page_size
     logger.info("KV cache: %s pages of %d tokens, %s", num_pages, page_size, dtype)
-    cache = init_cache(info.cache_groups, num_pages, page_size=page_size, dtype=dtype, mesh=mesh)
+    cache = init_cache(
+        info.cache_groups,
+        num_pages,
+        page_size=page_size,
+        dtype=dtype,
+        mesh=mesh,
+        backend=model.options.attention,
+    )
     state = init_device_state(
         cache,
         max_rows=config.scheduler.max_rows,

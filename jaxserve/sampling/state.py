@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt
 
 from jaxserve.types import (
@@ -150,7 +151,7 @@ def read_settings(state: SamplingState, slots: Int[Array, "B"], live: Array) -> 
     """The settings of `slots`."""
     rows = state.settings[slots]
 
-    def column(index: Column, dtype: type = jnp.int32) -> Array:
+    def column(index: Column, dtype: DTypeLike = jnp.int32) -> Array:
         return jax.lax.bitcast_convert_type(rows[:, index], dtype)
 
     return RowSettings(

@@ -1,4 +1,4 @@
-"""A model's tokenizer and chat template, written beside converted weights in Hugging Face's files."""
+"""A model's tokenizer and chat template as Hugging Face's files, beside converted weights."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Writes a step's keys and values into their pages."""
+"""Makes pages, and writes a step's keys and values into them."""
 
-from pallas_kernels.kv_update.api import BACKENDS, kv_update
+from pallas_kernels.kv_update.api import BACKENDS, empty_pages, kv_update
 
-__all__ = ["BACKENDS", "kv_update"]
+__all__ = ["BACKENDS", "empty_pages", "kv_update"]

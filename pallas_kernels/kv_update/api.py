@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.errors import UnsupportedKernel
@@ -49,3 +50,24 @@ def kv_update(
     return BACKENDS[backend].kv_update(
         k_pages, v_pages, k_new, v_new, layer, token_pages, token_offsets
     )
+
+
+def empty_pages(
+    shape: tuple[int, int, int, int, int], dtype: DTypeLike, *, backend: str = "xla"
+) -> Float[Array, "L P K Z H"]:
+    """Pages with undefined content, under `jax.jit`.
+
+    Args:
+        shape: [L, P, K, Z, H].
+        backend: "xla" writes zeros; "cpu" leaves them untouched, so that the operating system
+            gives a page memory only when it is first written.
+
+    Raises:
+        UnsupportedKernel, ValueError: as `kv_update`.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: kv_update has {', '.join(BACKENDS)}")
+    reason = BACKENDS[backend].unsupported(head_dim=shape[-1], dtype=dtype)
+    if reason is not None:
+        raise UnsupportedKernel(f"empty_pages backend={backend!r}: {reason}")
+    return BACKENDS[backend].empty_pages(shape, dtype)

@@ -67,8 +67,14 @@ ffi::Error kv_update(ffi::Buffer<ffi::F32> k_new, ffi::Buffer<ffi::F32> v_new,
   return ffi::Error::Success();
 }
 
+// Writes nothing: the result is memory as XLA allocated it.
+ffi::Error leave(ffi::Result<ffi::AnyBuffer>) { return ffi::Error::Success(); }
+
 }  // namespace
 }  // namespace jaxserve
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_leave, jaxserve::leave,
+                              xla::ffi::Ffi::Bind().Ret<xla::ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_kv_update, jaxserve::kv_update,
                               xla::ffi::Ffi::Bind()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import native
@@ -11,7 +12,7 @@ from pallas_kernels import native
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def unsupported(*, head_dim: int, dtype: object) -> str | None:
+def unsupported(*, head_dim: int, dtype: DTypeLike) -> str | None:
     """Why it cannot run here; None where it can."""
     if head_dim % 8:
         return f"head_dim {head_dim} is no multiple of 8"
@@ -45,3 +46,8 @@ def kv_update(
             v_pages,
         )
     return k_pages, v_pages
+
+
+def empty_pages(shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "L P K Z H"]:
+    """Allocated by XLA, and left as they are."""
+    return jax.ffi.ffi_call("jaxserve_leave", jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))()

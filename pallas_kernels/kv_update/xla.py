@@ -13,10 +13,12 @@ Limits: tokens that share a place (padding, on the null page) are written in no 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 
-def unsupported(*, head_dim: int, dtype: object) -> str | None:
+def unsupported(*, head_dim: int, dtype: DTypeLike) -> str | None:
     """Runs everywhere."""
     return None
 
@@ -38,3 +40,8 @@ def kv_update(
             return place.set(new.astype(pages.dtype), mode="drop")
 
         return write(k_pages, k_new), write(v_pages, v_new)
+
+
+def empty_pages(shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "L P K Z H"]:
+    """Zeros: XLA has no allocation that it does not fill."""
+    return jnp.zeros(shape, dtype)

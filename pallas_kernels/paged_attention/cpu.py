@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import native
@@ -13,7 +14,7 @@ from pallas_kernels.ragged import RaggedBatch
 DTYPES = ("float32", "float16", "bfloat16")
 
 
-def unsupported(*, head_dim: int, dtype: object) -> str | None:
+def unsupported(*, head_dim: int, dtype: DTypeLike) -> str | None:
     """Why it cannot run here; None where it can."""
     if head_dim % 16:
         return f"head_dim {head_dim} is no multiple of 16"

@@ -6,8 +6,8 @@ Math: online softmax. For each tile of KV positions, with running maximum m, sum
 Shapes: q [T, N, H], pages [L, P, K, Z, H]; tiles of C pages, C Z ≈ KV_TILE positions.
 
 Grid: rows with one token (decode) run together, a dynamic-trip-count loop over tiles; each row
-    starts at its own first visible tile. Rows with more run as query blocks of QUERY_BLOCK tokens, found
-    on the device by cumsum and searchsorted, in a loop over the live blocks:
+    starts at its own first visible tile. Rows with more run as query blocks of QUERY_BLOCK tokens,
+    found on the device by cumsum and searchsorted, in a loop over the live blocks:
 
         tokens  |a|b|c c c c c c c|d d d|pad      a, b: decode, one vectorised loop
         blocks        [0      |1  ][2   ]         each: loop over tiles up to its last position
@@ -107,7 +107,7 @@ def _decode(
     q_RNH: Array, pages: _Pages, batch: RaggedBatch, single: Bool[Array, "R"], score: _Score
 ) -> Float[Array, "R N H"]:
     """One query a row; rows that are not `single` give zeros."""
-    num_rows, num_heads, head_dim = q_RNH.shape
+    num_rows, _, head_dim = q_RNH.shape
     num_kv_heads = pages.k.shape[2]
     max_pages = batch.page_table.shape[1]
     tile_pages = pages.tile(max_pages)

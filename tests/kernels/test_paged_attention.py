@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import UnsupportedKernel, native
+from pallas_kernels import native
 from pallas_kernels.paged_attention import BACKENDS, RaggedBatch, paged_attention, reference
 
 TOLERANCE = 1e-5
