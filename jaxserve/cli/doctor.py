@@ -72,9 +72,12 @@ def _kernels(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _programs(config: Config) -> Iterator[tuple[str, str]]:
-    from jaxserve.device.buckets import MAX_PROGRAMS, Buckets
+    from jaxserve.device.buckets import MAX_PROGRAMS
+    from jaxserve.engine.load import buckets_for, devices, model_options
 
-    programs = Buckets(config.scheduler).programs
+    platform = devices()[0].platform
+    options = model_options(config.weights, config.kernels, platform)
+    programs = buckets_for(config.scheduler, options, platform).programs
     for program in programs:
         yield (
             f"{program.num_rows} rows",

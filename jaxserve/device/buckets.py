@@ -1,7 +1,8 @@
 """Which step programs exist: few shapes that every step is padded to, all compiled at start-up.
 
-Three families, from the scheduler's limits. *Decode*: one token a row, row counts doubling (from
-256 on fourfold); *several decode steps* in one call, at fewer row counts; *mixed*: decoding rows
+Three families, from the scheduler's limits. *Decode*: one token a row, row counts growing by a
+factor (from 256 on at least fourfold); *several decode steps* in one call, at fewer row counts;
+*mixed*: decoding rows
 and chunks, with a few rows (a lone prompt should not pay for max_rows of sampling) or up to
 max_rows, and some token counts; one mixed program also returns prompt log-probabilities.
 
@@ -29,15 +30,18 @@ class Buckets:
 
     Args:
         config: limits of a step.
+        row_growth: from one decode program to the next, 2 or 4. Each program costs time and
+            memory at start-up, padding costs time in each step: 4 where dead rows are nearly free.
 
     Attributes:
         programs: all of them, ascending.
     """
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, row_growth: int = 2) -> None:
         self.config = config
+        decode = _decode(config, row_growth)
         self.programs: tuple[Program, ...] = tuple(
-            sorted({*_decode(config), *_several_steps(config), *_mixed(config)})
+            sorted({*decode, *_several_steps(config, row_growth), *_mixed(config)})
         )
         assert len(self.programs) <= MAX_PROGRAMS
         self._by_padding = sorted(self.programs, key=lambda p: (p.num_tokens, p.num_rows))
@@ -71,18 +75,18 @@ class Buckets:
         )
 
 
-def _decode(config: SchedulerConfig) -> list[Program]:
+def _decode(config: SchedulerConfig, row_growth: int) -> list[Program]:
     sizes, size = {config.max_rows}, 1
     while size < config.max_rows:
         sizes.add(size)
-        size *= 2 if size < _FINE_ROWS else 4
+        size *= row_growth if size < _FINE_ROWS else 4
     return [Program(num_rows=rows, num_tokens=rows) for rows in sizes]
 
 
-def _several_steps(config: SchedulerConfig) -> list[Program]:
+def _several_steps(config: SchedulerConfig, row_growth: int) -> list[Program]:
     if config.decode_steps == 1:
         return []
-    sizes, size = {1, config.max_rows}, 8
+    sizes, size = {1, config.max_rows}, 4 * row_growth
     while size < config.max_rows:
         sizes.add(size)
         size *= 4

@@ -154,7 +154,6 @@ class Executor:
             token_ids=np.zeros(tokens, np.int32),
             next_token_ids=np.zeros(tokens, np.int32),
             samples=np.zeros(rows, np.bool_),
-            logprobs=True,
         )
 
     def _padding_writes(self) -> list[SlotArrays]:

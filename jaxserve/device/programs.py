@@ -51,6 +51,9 @@ class StepResults:
     prompt_logprobs: Int[Array, "T 42"] | None
 
 
+# Traced once for each number of rows, not once for each program.
+_sample, _logprobs_if = jax.jit(sample), jax.jit(logprobs_if)
+
 Step = Callable[[list[Array], DeviceState, Array], tuple[DeviceState, StepResults]]
 
 
@@ -150,8 +153,8 @@ class _Run:
             if not program.is_decode:
                 ends = hidden[jnp.maximum(inputs.query_starts[1:] - 1, 0)]
             logits = self.model.logits(ends, inputs.num_live_rows)
-            sampled = sample(logits, sampling, inputs.rows, context_lens, inputs.samples)
-            logprobs = logprobs_if(inputs.logprobs, logits, sampled)
+            sampled = _sample(logits, sampling, inputs.rows, context_lens, inputs.samples)
+            logprobs = _logprobs_if(inputs.logprobs, logits, sampled)
             nowhere = state.last_tokens.shape[0]
             last_tokens = state.last_tokens.at[jnp.where(inputs.samples, inputs.rows, nowhere)].set(
                 sampled, mode="drop"

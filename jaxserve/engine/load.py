@@ -8,7 +8,7 @@ import logging
 import jax
 from jax.sharding import Mesh
 
-from jaxserve.config import CacheConfig, Config, KernelsConfig, WeightsConfig
+from jaxserve.config import CacheConfig, Config, KernelsConfig, SchedulerConfig, WeightsConfig
 from jaxserve.device.buckets import Buckets
 from jaxserve.device.cache import init_cache, pages_per_sequence, pool_sizes
 from jaxserve.device.compiles import compile_counter, use_persistent_cache
@@ -53,11 +53,12 @@ def load_parts(config: Config, progress: Progressing) -> Parts:
     )
     info = model_info(config, model)
     num_pages = size_cache(config, model.options, info, memory_of(device))
-    executor = _executor(config, model, info, num_pages, mesh)
+    buckets = buckets_for(config.scheduler, options, device.platform)
+    executor = _executor(config, model, info, num_pages, mesh, buckets)
     executor.warm_up(progress, config.engine.compile_threads)
     return Parts(
         model=info,
-        batch=BatchBuilder(Buckets(config.scheduler), config.scheduler.max_rows),
+        batch=BatchBuilder(buckets, config.scheduler.max_rows),
         executor=executor,
         page_size=config.cache.page_size,
         num_pages=num_pages,
@@ -159,8 +160,22 @@ def cache_dtype(cache: CacheConfig, options: ModelOptions) -> str:
     return options.activations if cache.dtype == "auto" else cache.dtype
 
 
+def buckets_for(limits: SchedulerConfig, options: ModelOptions, platform: str) -> Buckets:
+    """The step programs: fewer where a padding row costs next to nothing.
+
+    The native matmul skips dead rows, and an accelerator reads the weights for one row as for
+    many; XLA's matmuls on the CPU compute every row.
+    """
+    return Buckets(limits, 2 if platform == "cpu" and not options.packed else 4)
+
+
 def _executor(
-    config: Config, model: Decoder, info: ModelInfo, num_pages: tuple[int, ...], mesh: Mesh
+    config: Config,
+    model: Decoder,
+    info: ModelInfo,
+    num_pages: tuple[int, ...],
+    mesh: Mesh,
+    buckets: Buckets,
 ) -> Executor:
     dtype, page_size = cache_dtype(config.cache, model.options), config.cache.page_size
     logger.info("KV cache: %s pages of %d tokens, %s", num_pages, page_size, dtype)
@@ -179,4 +194,4 @@ def _executor(
         pages_per_sequence=pages_per_sequence(info.max_context, page_size),
         mesh=mesh,
     )
-    return Executor(model, state, Buckets(config.scheduler).programs, page_size)
+    return Executor(model, state, buckets.programs, page_size)

@@ -44,17 +44,31 @@ def test_programs_of_the_default_limits():
     ]
 
 
-@given(limits())
-def test_there_are_few_and_no_name_twice(config):
-    programs = Buckets(config).programs
+def test_programs_where_padding_rows_are_nearly_free():
+    programs = Buckets(SchedulerConfig(), row_growth=4).programs
+    decode = [program.name for program in programs if program.is_decode]
+    assert decode == [
+        "decode_r1",
+        "decode_r1_k4",
+        "decode_r4",
+        "decode_r16",
+        "decode_r16_k4",
+        "decode_r64",
+        "decode_r64_k4",
+    ]
+
+
+@given(limits(), st.sampled_from([2, 4]))
+def test_there_are_few_and_no_name_twice(config, row_growth):
+    programs = Buckets(config, row_growth).programs
     assert len(programs) <= MAX_PROGRAMS
     assert len({program.name for program in programs}) == len(programs)
 
 
-@given(limits(), st.data())
-def test_every_decode_step_fits_with_at_most_four_times_the_rows(config, data):
+@given(limits(), st.sampled_from([2, 4]), st.data())
+def test_every_decode_step_fits_with_at_most_four_times_the_rows(config, row_growth, data):
     rows = data.draw(st.integers(1, config.max_rows))
-    buckets = Buckets(config)
+    buckets = Buckets(config, row_growth)
     one = buckets.choose(rows, rows, 1, False)
     assert one.is_decode and rows <= one.num_rows <= max(1, 4 * (rows - 1))
     several = buckets.choose(rows, rows, config.decode_steps, False)
