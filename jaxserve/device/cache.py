@@ -12,6 +12,7 @@ is first used. So pages hold anything, NaN included, which attention is made for
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import jax
@@ -65,37 +66,52 @@ def pool_sizes(
         ConfigError: the pool that was asked for does not fit the free memory, or the memory does
             not hold even one sequence of max_context.
     """
-    free = memory.free_bytes
     page_bytes = [group.page_bytes(config.page_size, dtype_bytes) for group in groups]
-    most = [
-        most_pages(
-            group,
-            page_size=config.page_size,
-            max_context=max_context,
-            max_step_tokens=limits.max_step_tokens,
-        )
-        for group in groups
-    ]
-    if config.num_pages:
-        need = sum((config.num_pages + 1) * size for size in page_bytes)
-        if need > free:
-            raise ConfigError(
-                f"cache.num_pages={config.num_pages} needs {_mib(need)}, and {_mib(free)} "
-                f"are free: set it to at most {max(0, free // sum(page_bytes) - 1)}"
-            )
-        return tuple(config.num_pages + 1 for _ in groups)
     null_bytes = sum(page_bytes)
-    demand = sum(pages * size for pages, size in zip(most, page_bytes, strict=True))
-    budget, source = _budget(config, memory, least=demand + null_bytes)
-    if budget < demand + null_bytes:
-        fits = max(0, int((budget - null_bytes) / (demand / max_context)))
+    if config.num_pages:
+        return _asked_for(config.num_pages, page_bytes, memory)
+
+    def most(context: int) -> list[int]:
+        """Pages of each group that one sequence of so many positions holds."""
+        return [
+            most_pages(
+                group,
+                page_size=config.page_size,
+                max_context=context,
+                max_step_tokens=limits.max_step_tokens,
+            )
+            for group in groups
+        ]
+
+    def need(context: int) -> int:
+        """Bytes of the smallest pool that holds such a sequence."""
+        pairs = zip(most(context), page_bytes, strict=True)
+        return null_bytes + sum(pages * size for pages, size in pairs)
+
+    least = need(max_context)
+    budget, source = _budget(config, memory, least)
+    if budget < least:
+        fits = bisect_right(range(1, max_context), budget, key=need)
+        remedy = f"set model.max_context to at most {fits}, or " if fits else ""
         raise ConfigError(
-            f"the KV cache needs {_mib(demand + null_bytes)} for one sequence of {max_context} "
-            f"positions, and {source} {_mib(budget)}: set model.max_context to at most {fits}, "
-            "or give the cache more memory"
+            f"the KV cache needs {_mib(least)} for one sequence of {max_context} "
+            f"positions, and {source} {_mib(budget)}: {remedy}give the cache more memory"
         )
-    rows = min(float(limits.max_rows), (budget - null_bytes) / demand)
-    return tuple(1 + int(pages * rows) for pages in most)
+    per_row = least - null_bytes
+    usable = min(budget - null_bytes, limits.max_rows * per_row)
+    return tuple(1 + pages * usable // per_row for pages in most(max_context))
+
+
+def _asked_for(num_pages: int, page_bytes: Sequence[int], memory: Memory) -> tuple[int, ...]:
+    """The same number of pages for each group, as cache.num_pages says."""
+    need, free = (num_pages + 1) * sum(page_bytes), memory.free_bytes
+    if need > free:
+        fits = free // sum(page_bytes) - 1
+        remedy = f"set it to at most {fits}" if fits > 0 else "not even one fits"
+        raise ConfigError(
+            f"cache.num_pages={num_pages} needs {_mib(need)}, and {_mib(free)} are free: {remedy}"
+        )
+    return tuple(num_pages + 1 for _ in page_bytes)
 
 
 def _budget(config: CacheConfig, memory: Memory, least: int) -> tuple[int, str]:
@@ -111,14 +127,15 @@ def _budget(config: CacheConfig, memory: Memory, least: int) -> tuple[int, str]:
                 f"than the {_mib(memory.free_bytes)} that are free"
             )
         return config.memory_bytes, "cache.memory_bytes gives"
-    budget = int(memory.total_bytes * config.memory_fraction)
+    share = int(memory.total_bytes * config.memory_fraction)
     usable = int(memory.free_bytes * _USABLE)
     source = f"cache.memory_fraction={config.memory_fraction:g} of {_mib(memory.total_bytes)}"
-    if budget > usable:
+    if share > usable:
         source += f", of which {_mib(memory.free_bytes)} are free,"
-    while budget > max(usable, 1):
+    budget = share
+    while budget > usable:
         budget //= 2
-    return max(budget, min(least, usable)), f"{source} gives"
+    return max(budget, min(least, usable, share)), f"{source} gives"
 
 
 def init_cache(
