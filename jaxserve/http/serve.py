@@ -37,6 +37,7 @@ from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.messages import Progress
 from jaxserve.protocol.spawn import EngineProcess
 from jaxserve.protocol.zmq import ZmqClient
+from jaxserve.weights import sources
 
 #: Status of an engine that has said on stderr why it could not start.
 EXIT_TOLD = 1
@@ -79,15 +80,6 @@ def serve(
         return 1
     except KeyboardInterrupt:
         return 130
-
-
-def served_name(config: ModelConfig) -> str:
-    """The model's name in the API."""
-    if config.served_name:
-        return config.served_name
-    if "://" not in config.path and not config.path.startswith((".", "/")):
-        return config.path  # the embedded default's name, or a hub id
-    return Path(config.path.rstrip("/")).name.removesuffix(".gguf")
 
 
 class _Worker:
@@ -282,16 +274,16 @@ async def _ended(pid: int) -> None:
 
 def _resolved(config: Config, resolve: Resolve | None) -> Config:
     """The configuration with the model's files in place of their address."""
-    if resolve is None:
-        from jaxserve.weights.sources import resolve  # downloads nothing unless called
     bar = _Bar()
-    path = resolve(
+    path = (resolve or sources.resolve)(
         config.model,
         config.weights,
         lambda phase, done, total: bar.show(Progress(phase=phase, done=done, total=total)),
     )
     bar.close()
-    model = dataclasses.replace(config.model, path=str(path), served_name=served_name(config.model))
+    model = dataclasses.replace(
+        config.model, path=str(path), served_name=sources.served_name(config.model)
+    )
     return dataclasses.replace(config, model=model)
 
 

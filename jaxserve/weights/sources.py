@@ -62,8 +62,12 @@ def resolve(
 
 
 def served_name(model: ModelConfig) -> str:
-    """The name in the API: as configured, else the last part of the path."""
-    return model.served_name or model.path.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+    """The name in the API: as configured, else the hub id, else the last part of the path."""
+    if model.served_name:
+        return model.served_name
+    if "://" not in model.path and not model.path.startswith((".", "/")):
+        return model.path.removesuffix(".gguf")  # the embedded default's name, or a hub id
+    return Path(model.path.rstrip("/")).name.removesuffix(".gguf")
 
 
 def _embedded() -> Path:

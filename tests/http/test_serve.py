@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from jaxserve.config import ModelConfig
-from jaxserve.http.serve import served_name
+from jaxserve.weights.sources import served_name
 
 TIMEOUT_S = 60
 HI = [{"role": "user", "content": "hi"}]

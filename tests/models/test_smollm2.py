@@ -5,45 +5,13 @@ The oracle's own tokens are fed, so that every position is compared whatever hap
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.options import ModelOptions
 from tests.models.driver import Driver
-from tests.models.loading import ORACLE, load_smollm2
-
-TOLERANCE = 2e-3
-MARGIN = 1e-2
-
-
-class Oracle:
-    """The stored arrays; see scripts/make_oracle.py."""
-
-    def __init__(self) -> None:
-        self.arrays = dict(np.load(ORACLE / "smollm2" / "reference.npz"))
-        ends = np.cumsum(self.arrays["prompt_lens"])
-        self.prompts = [part.tolist() for part in np.split(self.arrays["prompt_tokens"], ends[:-1])]
-        self.tokens = self.arrays["tokens"]
-
-    def check(self, prompt: int, step: int, logits: np.ndarray) -> None:
-        """The logits after `step` generated tokens."""
-        arrays, at = self.arrays, (prompt, step)
-        best, second = arrays["top_values"][at][:2]
-        where = f"prompt {prompt}, step {step}"
-
-        def near(ours: np.ndarray, theirs: np.ndarray) -> None:
-            np.testing.assert_allclose(ours, theirs, atol=TOLERANCE, rtol=0, err_msg=where)
-
-        near(logits[arrays["sampled_ids"]], arrays["sampled"][at])
-        near(logits[arrays["top_ids"][at]], arrays["top_values"][at])
-        wide = logits.astype(np.float64)
-        near(np.log(np.sum(np.exp(wide - wide.max()))) + wide.max(), arrays["logsumexp"][at])
-        if best - second > MARGIN:
-            assert logits.argmax() == self.tokens[at], where
-        for name in ("all_prefill", "all_last"):
-            if tuple(arrays[f"{name}_at"]) == at:
-                near(logits, arrays[name])
+from tests.models.loading import load_smollm2
+from tests.models.oracle import MARGIN, Oracle
 
 
 @pytest.fixture(scope="module")

