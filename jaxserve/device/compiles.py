@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxserve.errors import ConfigError
 
@@ -51,13 +52,16 @@ def use_persistent_cache(directory: str) -> Path:
     Raises:
         ConfigError: the directory cannot be made.
     """
-    path = Path(directory or "~/.cache/jaxserve/xla").expanduser()
+    path = Path(directory or "~/.cache/jaxserve/xla")
     try:
+        path = path.expanduser()
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         raise ConfigError(
             f"engine.compile_cache_dir: cannot make {path}: {error}; give another directory"
         ) from error
+    if jax.config.jax_compilation_cache_dir != str(path):
+        compilation_cache.reset_cache()  # else JAX stays with the directory it used first
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
