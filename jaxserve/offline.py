@@ -21,7 +21,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from types import TracebackType
 from typing import Any, Self
 
@@ -176,7 +177,7 @@ class LLM:
         request = make_request(**{kind: prompt}, **options)
         if request.n != 1:
             raise InvalidRequest(f"a stream has one choice, got n = {request.n}", param="n")
-        return self._pieces(self._start(request))
+        return self._pieces(Answer(self._client, self.tokenizer, self.plan(request)))
 
     def run(self, requests: Iterable[Request]) -> Generator[tuple[int, Generation | JaxserveError]]:
         """Results of any number of requests as they are done, each with its request's index.
@@ -184,23 +185,19 @@ class LLM:
         Requests are taken from the iterable as room is made for them. A request's own error is
         its result; only an engine that has failed ends the iteration, by raising.
         """
-        waiting = enumerate(requests)
         running: dict[int, Answer] = {}
-        upcoming = next(waiting, None)
         try:
-            while upcoming is not None or running:
-                while upcoming is not None and self._has_room(running, upcoming[1]):
-                    index, request = upcoming
-                    try:
-                        running[index] = self._start(request)
-                    except InvalidRequest as error:
-                        yield index, error
-                    upcoming = next(waiting, None)
-                done = [index for index, answer in running.items() if answer.advance()]
-                for index in done:
-                    yield index, running.pop(index).result()
-                if not done and running:
-                    self._client.wait()
+            for index, request in enumerate(requests):
+                try:
+                    planned = self.plan(request)
+                except InvalidRequest as error:
+                    yield index, error
+                    continue
+                while running and not self._has_room(running, request.n):
+                    yield from self._finished(running)
+                running[index] = Answer(self._client, self.tokenizer, planned)
+            while running:
+                yield from self._finished(running)
         finally:
             for answer in running.values():
                 answer.cancel()
@@ -231,12 +228,18 @@ class LLM:
         """
         return plan(request, self.tokenizer, self.template, self.model)
 
-    def _start(self, request: Request) -> Answer:
-        return Answer(self._client, self.tokenizer, self.plan(request))
+    def _has_room(self, running: Mapping[int, Answer], n: int) -> bool:
+        return sum(answer.n for answer in running.values()) + n <= self._window
 
-    def _has_room(self, running: Mapping[int, Answer], request: Request) -> bool:
-        taken = sum(answer.n for answer in running.values())
-        return not running or taken + request.n <= self._window
+    def _finished(
+        self, running: dict[int, Answer]
+    ) -> Iterator[tuple[int, Generation | JaxserveError]]:
+        """Takes out what is done; where nothing is, takes in what the engine sends next."""
+        done = [index for index, answer in running.items() if answer.advance()]
+        for index in done:
+            yield index, running.pop(index).result()
+        if not done:
+            self._client.wait()
 
     def _all(self, requests: list[Request]) -> list[Generation]:
         for request in requests:
@@ -314,11 +317,11 @@ def _disable(shown: bool | None) -> bool | None:
 
 
 def _listed(prompts: Any) -> list[Any]:
-    """A batch: one prompt is a batch of one."""
-    if isinstance(prompts, str):
+    """A batch: one prompt is a batch of one, and so is what cannot be any."""
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
         return [prompts]
     listed = list(prompts)
-    return [listed] if listed and hasattr(listed[0], "__index__") else listed
+    return [listed] if listed and isinstance(listed[0], Integral) else listed
 
 
 def _is_conversation(value: Any) -> bool:

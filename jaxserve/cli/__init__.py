@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from jaxserve.config import Config
@@ -29,18 +29,12 @@ _SUBCOMMANDS = ("serve", "generate", "chat", "bench", "convert", "doctor")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
-        words.insert(0, "serve")
     from jaxserve.errors import ConfigError, JaxserveError
 
     try:
-        if words[0] == "bench":
-            from jaxserve.bench.cli import run
-
-            return run(words[1:])
-        arguments = _parser().parse_args(words)
-        return arguments.run(arguments)
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return status
     except ConfigError as error:
         return _tell(error.message, EXIT_WRONG_USE)
     except JaxserveError as error:
@@ -48,21 +42,58 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # whoever read our output has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop_output()
         return 1
+    except OSError as error:
+        _drop_output()
+        where = error.filename or "the output"
+        return _tell(f"cannot read or write {where}: {error.strerror or error}", 1)
+
+
+def _run(words: list[str]) -> int:
+    if not words or (words[0].startswith("-") and words[0] not in ("-h", "--help")):
+        words.insert(0, "serve")
+    if words[0] == "bench":
+        from jaxserve.bench.cli import run
+
+        return run(words[1:])
+    arguments, unknown = _parser().parse_known_args(words)
+    if unknown:
+        from jaxserve.errors import ConfigError
+
+        raise ConfigError(
+            f"{words[0]} takes no {unknown[0]!r}; python -m jaxserve {words[0]} --help lists what "
+            "it takes"
+        )
+    return arguments.run(arguments)
 
 
 def _tell(sentence: str, status: int) -> int:
-    sys.stderr.write(f"jaxserve: {sentence}\n")
+    sys.stderr.write(f"jaxserve: {' '.join(sentence.split())}\n")
     return status
+
+
+def _drop_output() -> None:
+    """Has Python's own last flush not fail over what could not be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 # ---------------------------------------------------------------------------- arguments
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are sentences like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """See `ArgumentParser.error`."""
+        from jaxserve.errors import ConfigError
+
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="jaxserve",
+    top = _Parser(
+        prog="python -m jaxserve",
         description="Serve language models with JAX. Without a subcommand: serve.",
         epilog="Every setting: docs/configuration.md. Example: "
         "python -m jaxserve generate 'The sea is' --max-tokens 32",
@@ -91,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    kinds: argparse._SubParsersAction[argparse.ArgumentParser],
+    kinds: argparse._SubParsersAction[_Parser],
     name: str,
     run: Callable[[argparse.Namespace], int],
     summary: str,
@@ -114,7 +145,11 @@ def _command(
 
 
 def _add_generate(generate: argparse.ArgumentParser) -> None:
-    generate.add_argument("prompt", nargs="?", help="text to continue; stdin where it is left out")
+    generate.add_argument(
+        "prompt",
+        nargs="?",
+        help="text to continue; stdin (less a last newline) where it is left out",
+    )
     generate.add_argument(
         "--input",
         metavar="FILE",

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from jaxserve.errors import DeviceFailure, JaxserveError
+from jaxserve.errors import ContextTooLong, DeviceFailure, JaxserveError
 from jaxserve.offline import LLM
 from jaxserve.text.request import make_request
 
@@ -24,11 +24,14 @@ def converse(llm: LLM, system: str, options: Mapping[str, Any]) -> int:
     """Talks until Ctrl-D; returns the exit status.
 
     Raises:
+        InvalidRequest: the model has no chat template, or an option is wrong.
         DeviceFailure: the engine failed.
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() its editing)
     opening = [{"role": "system", "content": system}] if system else []
+    first = [*opening, {"role": "user", "content": "Hello"}]
+    llm.plan(make_request(messages=first, **_limited(llm, first, options)))  # refuses what is wrong
     messages = list(opening)
     sys.stdout.write(GREETING)
     while True:
@@ -39,6 +42,9 @@ def converse(llm: LLM, system: str, options: Mapping[str, Any]) -> int:
             return 0
         except KeyboardInterrupt:
             sys.stdout.write("\n" + GREETING)
+            continue
+        except UnicodeDecodeError:
+            sys.stdout.write("(that was not UTF-8)\n")
             continue
         if not text:
             continue
@@ -51,7 +57,8 @@ def converse(llm: LLM, system: str, options: Mapping[str, Any]) -> int:
         except DeviceFailure:
             raise
         except JaxserveError as error:
-            sys.stdout.write(f"({error.message}; /reset begins again)\n")
+            hint = "; /reset begins again" if isinstance(error, ContextTooLong) else ""
+            sys.stdout.write(f"({error.message}{hint})\n")
             messages.pop()
         else:
             messages.append({"role": "assistant", "content": said})
@@ -59,18 +66,27 @@ def converse(llm: LLM, system: str, options: Mapping[str, Any]) -> int:
 
 def _answer(llm: LLM, messages: list[dict[str, str]], options: Mapping[str, Any]) -> str:
     """Writes the model's next message as it comes, and returns it."""
-    if "max_tokens" not in options:
-        planned = llm.plan(make_request(messages=messages, **options))
-        left = llm.model.max_context - len(planned.token_ids)
-        options = {**options, "max_tokens": min(MAX_TOKENS, left)}
     said: list[str] = []
-    with contextlib.closing(llm.stream(messages, **options)) as pieces:
-        try:
+    try:
+        with contextlib.closing(llm.stream(messages, **_limited(llm, messages, options))) as pieces:
             for piece in pieces:
                 said.append(piece.text)
                 sys.stdout.write(piece.text)
                 sys.stdout.flush()
-        except KeyboardInterrupt:
-            sys.stdout.write(" …")
+    except KeyboardInterrupt:
+        sys.stdout.write(" …")
     sys.stdout.write("\n")
     return "".join(said)
+
+
+def _limited(
+    llm: LLM, messages: list[dict[str, str]], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options, with max_tokens where none are given, and never more than the context has left.
+
+    Raises:
+        InvalidRequest, ContextTooLong: what is wrong with them or the messages.
+    """
+    free = llm.plan(make_request(messages=messages, **{**options, "max_tokens": None}))
+    left = llm.model.max_context - len(free.token_ids)
+    return {**options, "max_tokens": min(options.get("max_tokens", MAX_TOKENS), left)}

@@ -19,7 +19,12 @@ def convert_model(config: Config, target: Path, dtype: str) -> int:
     Raises:
         WeightsError: the source cannot be read, or the target exists or cannot be written.
     """
-    source = resolve(config.model, config.weights)
+    model = config.model
+    source = resolve(model, config.weights)
+
+    def save(directory: Path) -> None:
+        save_text(source, directory, tokenizer=model.tokenizer, chat_template=model.chat_template)
+
     with tqdm(unit="tensor", disable=None) as bar:
 
         def show(phase: str, done: int, total: int) -> None:
@@ -31,8 +36,8 @@ def convert_model(config: Config, target: Path, dtype: str) -> int:
             source,
             target,
             dtype,
-            format=config.model.format,
-            finish=lambda directory: save_text(source, directory),
+            format=model.format,
+            finish=save,
             progress=show,
         )
     sys.stdout.write(f"{target}\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from jaxserve.errors import ConfigError, DeviceFailure, InvalidRequest, JaxserveError
+from jaxserve.http.logprobs import FLOOR
 from jaxserve.offline import LLM
 from jaxserve.text.answer import Choice, Generation
 from jaxserve.text.request import Request, make_request
@@ -24,14 +26,23 @@ from jaxserve.types import TokenLogprobs
 
 
 def read_prompt() -> str:
-    """The prompt from stdin, as it is.
+    """The prompt from stdin, without the newline that ends it (`echo` writes one).
 
     Raises:
-        ConfigError: stdin is a terminal: nobody has given a prompt.
+        ConfigError: stdin is a terminal (nobody has given a prompt), closed, or not UTF-8.
     """
-    if sys.stdin.isatty():
+    if sys.stdin is not None and sys.stdin.isatty():
         raise ConfigError("generate needs a prompt: as an argument, on stdin, or --input FILE")
-    return sys.stdin.read()
+    try:
+        return _stdin().read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the prompt on stdin is not UTF-8: {error}") from error
+
+
+def _stdin() -> IO[bytes]:
+    if sys.stdin is None:
+        raise ConfigError("there is no standard input to read from; it is closed")
+    return sys.stdin.buffer
 
 
 def answer(llm: LLM, prompt: str, options: Mapping[str, Any]) -> int:
@@ -44,28 +55,30 @@ def answer(llm: LLM, prompt: str, options: Mapping[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def open_lines(source: str, target: str | None) -> Iterator[tuple[IO[bytes], IO[str]]]:
+def open_lines(source: str, target: str | None) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """Both files of a batch; "-" and None are stdin and stdout.
 
     Raises:
-        ConfigError: one cannot be opened.
+        ConfigError: one cannot be opened, or both are the same.
     """
     with contextlib.ExitStack() as stack:
         try:
-            lines: IO[bytes] = (
-                sys.stdin.buffer if source == "-" else stack.enter_context(Path(source).open("rb"))
-            )
-            out: IO[str] = (
-                sys.stdout
-                if target in (None, "-")
-                else stack.enter_context(Path(target).open("w", encoding="utf-8"))
-            )
+            lines = _stdin() if source == "-" else stack.enter_context(Path(source).open("rb"))
+            out: IO[bytes] = sys.stdout.buffer
+            if target not in (None, "-"):
+                _check_not_same(lines, Path(target))
+                out = stack.enter_context(Path(target).open("wb"))
         except OSError as error:
             raise ConfigError(f"cannot open {error.filename}: {error.strerror}") from error
         yield lines, out
 
 
-def answer_lines(llm: LLM, source: IO[bytes], target: IO[str], options: Mapping[str, Any]) -> int:
+def _check_not_same(lines: IO[bytes], target: Path) -> None:
+    if target.is_file() and os.path.samestat(target.stat(), os.fstat(lines.fileno())):
+        raise ConfigError(f"--output {target} would write over --input; give another file")
+
+
+def answer_lines(llm: LLM, source: IO[bytes], target: IO[bytes], options: Mapping[str, Any]) -> int:
     """Answers a batch; returns the exit status."""
     batch = _Batch(source, options)
     writer = _Writer(target)
@@ -79,6 +92,7 @@ def answer_lines(llm: LLM, source: IO[bytes], target: IO[str], options: Mapping[
                     num_tokens += sum(len(choice.token_ids) for choice in result.choices)
                 bar.set_postfix(tokens=num_tokens, failed=writer.num_failed, refresh=False)
                 bar.update(writer.num_written - bar.n)
+            bar.update(writer.num_written - bar.n)
     except DeviceFailure as error:
         sys.stderr.write(f"jaxserve: {error.message}\n")
         for line in [*batch.lines.values(), *batch.rest()]:
@@ -91,8 +105,7 @@ class _Line:
     """One line that is being answered: its number from 0 among those not blank, and its id."""
 
     number: int
-    id: Any = None
-    with_tokens: bool = False
+    id: str | int | None = None
 
     def document(self, result: Generation | JaxserveError) -> dict[str, Any]:
         """What is written for it."""
@@ -155,7 +168,11 @@ class _Batch:
         if not isinstance(fields, dict):
             kind = type(value).__name__
             raise InvalidRequest(f"a line must be a JSON string or object, not {kind}")
-        line.id = fields.pop("id", None)
+        name = fields.pop("id", None)
+        if not isinstance(name, str | int | None):
+            kind = type(name).__name__
+            raise InvalidRequest(f"id takes a string or an integer, not {kind}", param="id")
+        line.id = name
         return make_request(**{**self._options, **fields})
 
 
@@ -166,23 +183,22 @@ class _Writer:
         num_written: so far; num_failed: documents with an error among all that were put.
     """
 
-    def __init__(self, target: IO[str]) -> None:
+    def __init__(self, target: IO[bytes]) -> None:
         self._target = target
-        self._waiting: dict[int, str] = {}
+        self._waiting: dict[int, bytes] = {}
         self.num_written = 0
         self.num_failed = 0
 
     def put(self, number: int, document: dict[str, Any]) -> None:
         """Takes one document, and writes all that are next."""
         self.num_failed += "error" in document
-        text = json.dumps(document, ensure_ascii=False)
         try:
-            text.encode()
+            text = json.dumps(document, ensure_ascii=False).encode()
         except UnicodeEncodeError:  # an id with a lone surrogate
-            text = json.dumps(document)
+            text = json.dumps(document).encode()
         self._waiting[number] = text
         while (line := self._waiting.pop(self.num_written, None)) is not None:
-            self._target.write(line + "\n")
+            self._target.write(line + b"\n")
             self.num_written += 1
         self._target.flush()
 
@@ -195,7 +211,9 @@ def _choice(choice: Choice) -> dict[str, Any]:
 
 
 def _logprobs(entry: TokenLogprobs) -> dict[str, Any]:
-    return {"token_id": entry.token_id, "logprob": entry.logprob, "top": list(entry.top)}
+    """JSON has no infinity: a token of probability zero has the floor that the API reports too."""
+    top = [(token, max(value, FLOOR)) for token, value in entry.top]
+    return {"token_id": entry.token_id, "logprob": max(entry.logprob, FLOOR), "top": top}
 
 
 def _count_lines(source: IO[bytes]) -> int | None:

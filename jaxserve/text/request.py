@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import operator
+import reprlib
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,8 @@ from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import ModelInfo, SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
+#: Names that `Request.template` may not have: they are `ChatTemplate.render`'s own.
+_RESERVED = ("self", "messages")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +40,8 @@ class Request:
         skip_special_tokens: whether control tokens are left out of the text.
         seed: None draws one.
         temperature … prompt_logprobs: as in `SamplingParams`, with its defaults (temperature 1,
-            nothing cut off, no penalties). Beyond it, logit_bias may be a mapping and bad_words
-            may hold strings.
+            nothing cut off, no penalties). Beyond it, logit_bias may be a mapping (its keys may be
+            written as text, as JSON does) and bad_words may hold strings.
     """
 
     prompt: str | Sequence[int] | None = None
@@ -59,7 +63,7 @@ class Request:
     repetition_penalty: float = 1.0
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
-    logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] = ()
+    logit_bias: Mapping[int | str, float] | Sequence[tuple[int, float]] = ()
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str | Sequence[int]] = ()
     logprobs: int | None = None
@@ -72,10 +76,10 @@ class Request:
         Raises:
             InvalidRequest: not strings.
         """
-        stops = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-        if not all(isinstance(stop, str) and stop for stop in stops):
-            raise InvalidRequest(f"stop takes non-empty strings, got {stops}", param="stop")
-        return stops
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop
+        if not _is_list(stops) or not all(isinstance(stop, str) and stop for stop in stops):
+            raise _wrong("stop", "non-empty strings", self.stop)
+        return list(stops)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +93,7 @@ class PlannedRequest:
 
 
 def make_request(**options: Any) -> Request:
-    """A request from options by name.
+    """A request from options by name; None stands for an option's default.
 
     Raises:
         InvalidRequest: an unknown name; the nearest is named.
@@ -97,15 +101,16 @@ def make_request(**options: Any) -> Request:
     known = [spec.name for spec in dataclasses.fields(Request)]
     for name in options:
         if name not in known:
+            name = name[:100]
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise InvalidRequest(f"unknown option {name!r}; the nearest is {near!r}", param=name)
-    return Request(**options)
+    return Request(**{name: value for name, value in options.items() if value is not None})
 
 
 def plan(
     request: Request, tokenizer: Tokenizer, template: ChatTemplate | None, model: ModelInfo
 ) -> PlannedRequest:
-    """Tokenizes and checks a request.
+    """Tokenizes and checks a request, whatever the types of its values are.
 
     Raises:
         InvalidRequest: what is wrong, by field, value and limit.
@@ -134,6 +139,8 @@ def plan(
             f"n must be between 1 and {types.MAX_CHOICES}, got {request.n}", param="n"
         )
     request.stops  # noqa: B018  (raises)
+    for name in ("include_stop", "skip_special_tokens"):
+        _flag(name, getattr(request, name))
     return PlannedRequest(
         request=request,
         text=text,
@@ -152,7 +159,7 @@ def _prompt(
         return text, tokenizer.encode(text, add_special_tokens=False)
     if isinstance(request.prompt, str):
         return request.prompt, tokenizer.encode(request.prompt)
-    return None, _integers("prompt", request.prompt or ())
+    return None, _integers("prompt", request.prompt, "text or token ids")
 
 
 def _rendered(request: Request, template: ChatTemplate | None) -> str:
@@ -164,14 +171,33 @@ def _rendered(request: Request, template: ChatTemplate | None) -> str:
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise InvalidRequest(
-                f"each message needs a role and content, got {str(message)[:100]}", param="messages"
+                f"each message needs a role and content, got {_show(message)}", param="messages"
             )
         if not isinstance(message.get("content"), str | list):
             raise InvalidRequest(
-                f"a message's content must be text, got {str(message.get('content'))[:100]}",
+                f"a message's content must be text, got {_show(message.get('content'))}",
                 param="messages",
             )
-    return template.render(messages, **dict(request.template))
+    try:
+        return template.render(messages, **_variables(request.template))
+    except RecursionError as error:
+        raise InvalidRequest("the messages nest too deeply", param="messages") from error
+
+
+def _variables(template: Any) -> dict[str, Any]:
+    if not isinstance(template, Mapping) or not all(isinstance(name, str) for name in template):
+        raise _wrong("template", "variables of the chat template by name", template)
+    for name in _RESERVED:
+        if name in template:
+            raise InvalidRequest(f"template may not have a variable {name!r}", param="template")
+    tools = template.get("tools")
+    if tools is not None and not (
+        _is_list(tools) and all(isinstance(tool, Mapping) for tool in tools)
+    ):
+        raise InvalidRequest(
+            f"template's tools must be a list of objects, got {_show(tools)}", param="template"
+        )
+    return dict(template)
 
 
 def _sampling(request: Request, tokenizer: Tokenizer, max_tokens: int) -> SamplingParams:
@@ -179,20 +205,18 @@ def _sampling(request: Request, tokenizer: Tokenizer, max_tokens: int) -> Sampli
     values: dict[str, Any] = {}
     for spec in dataclasses.fields(SamplingParams):
         name, value = spec.name, getattr(request, spec.name)
-        if spec.type in ("float", "bool"):
-            values[name] = _number(name, value) if spec.type == "float" else bool(value)
+        if spec.type == "bool":
+            values[name] = _flag(name, value)
+        elif spec.type == "float":
+            values[name] = _number(name, value)
         elif spec.type in ("int", "int | None"):
             values[name] = None if value is None else _integer(name, value)
-    bias = request.logit_bias
-    pairs = bias.items() if isinstance(bias, Mapping) else bias
     values |= {
         "max_tokens": max_tokens,
         "seed": secrets.randbits(63) if request.seed is None else _integer("seed", request.seed),
         "stop_token_ids": tuple(_integers("stop_token_ids", request.stop_token_ids)),
-        "logit_bias": tuple(
-            (_integer("logit_bias", token), _number("logit_bias", value)) for token, value in pairs
-        ),
-        "bad_words": _bad_words(request, tokenizer),
+        "logit_bias": _logit_bias(request.logit_bias),
+        "bad_words": _bad_words(request.bad_words, tokenizer),
     }
     if request.allowed_token_ids is not None:
         allowed = _integers("allowed_token_ids", request.allowed_token_ids)
@@ -200,33 +224,89 @@ def _sampling(request: Request, tokenizer: Tokenizer, max_tokens: int) -> Sampli
     return SamplingParams(**values)
 
 
-def _bad_words(request: Request, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+def _logit_bias(bias: Any) -> tuple[tuple[int, float], ...]:
+    if isinstance(bias, Mapping):
+        pairs = [(_token_of_key(key), value) for key, value in bias.items()]
+    elif _is_list(bias) and all(isinstance(pair, Sequence) and len(pair) == 2 for pair in bias):
+        pairs = bias
+    else:
+        raise _wrong("logit_bias", "a number by token id", bias)
+    return tuple(
+        (_integer("logit_bias", token), _number("logit_bias", value)) for token, value in pairs
+    )
+
+
+def _token_of_key(key: Any) -> Any:
+    """A key of a JSON object is text, even where a token id is meant."""
+    is_digits = isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 12
+    return int(key) if is_digits else key
+
+
+def _bad_words(words: Any, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """A string as it is tokenized at the start of a text and inside one."""
-    words: dict[tuple[int, ...], None] = {}
-    for word in request.bad_words:
-        if isinstance(word, str):
+    if not _is_list(words):
+        raise _wrong("bad_words", "a list of strings or of token ids", words)
+    sequences: dict[tuple[int, ...], None] = {}
+    for word in words:
+        if isinstance(word, str) and word:
             for variant in (word, " " + word.lstrip()):
-                words[tuple(tokenizer.encode(variant, add_special_tokens=False))] = None
+                sequences[tuple(tokenizer.encode(variant, add_special_tokens=False))] = None
         else:
-            words[tuple(_integers("bad_words", word))] = None
-    return tuple(words)
+            sequences[tuple(_integers("bad_words", word, "non-empty strings or token ids"))] = None
+    return tuple(sequences)
 
 
-def _integers(name: str, values: Iterable[Any]) -> list[int]:
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise InvalidRequest(f"{name} takes token ids, got {str(values)[:100]!r}", param=name)
-    return [_integer(name, value) for value in values]
+# ---------------------------------------------------------------------------- values
 
 
-def _integer(name: str, value: Any, low: int | None = None) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise InvalidRequest(f"{name} takes an integer, got {str(value)[:100]!r}", param=name)
-    if low is not None and value < low:
-        raise InvalidRequest(f"{name} must be at least {low}, got {value}", param=name)
-    return int(value)
+def _integers(name: str, values: Any, wanted: str = "token ids") -> list[int]:
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise _wrong(name, wanted, values)
+    return [_integer(name, value, wanted=wanted) for value in values]
+
+
+def _integer(name: str, value: Any, low: int | None = None, wanted: str = "an integer") -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError:
+        raise _wrong(name, wanted, value) from None
+    if number.bit_length() > 64:
+        raise InvalidRequest(
+            f"{name} holds an integer of {number.bit_length()} bits, 64 is the limit", param=name
+        )
+    if low is not None and number < low:
+        raise InvalidRequest(f"{name} must be at least {low}, got {number}", param=name)
+    return number
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
-        raise InvalidRequest(f"{name} takes a number, got {str(value)[:100]!r}", param=name)
-    return float(value)
+    try:
+        if isinstance(value, bool | str | bytes):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise _wrong(name, "a number", value) from None
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong(name, "true or false", value)
+    return value
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence | Set) and not isinstance(value, str | bytes)
+
+
+def _wrong(name: str, wanted: str, value: Any) -> InvalidRequest:
+    return InvalidRequest(f"{name} takes {wanted}, got {_show(value)}", param=name)
+
+
+def _show(value: Any) -> str:
+    """A caller's value for a message: recognisable and short, however large or deep it is."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr(maxlevel=3, maxstring=80, maxother=80, maxlong=80)

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def convert(
     """
     if dtype not in DTYPES:
         raise ConfigError(f"the dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if target.exists():
+    if os.path.lexists(target):
         raise WeightsError(f"{target} exists: remove it, or give the name of a new directory")
     checkpoint = open_checkpoint(source, format)
     import_orbax()
@@ -76,7 +77,9 @@ def convert(
         config.pop("torch_dtype", None)
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         progress("writing", 0, len(tensors))
-        _save(tensors, partial / FOLDER, num_bytes)
+        # In a thread, so that Ctrl-C waits for Orbax: its own threads would go on writing.
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(_save, tensors, partial / FOLDER, num_bytes).result()
         progress("writing", len(tensors), len(tensors))
         finish(partial)
         partial.rename(target)
