@@ -2,6 +2,10 @@
 //
 // The caller works too, and waits only for items, never for a task to start: a pool that is busy
 // with other programs delays nobody. Results must not depend on who does which item.
+//
+// A decode step is hundreds of loops of some tens of microseconds, and waking a sleeping thread
+// takes as long as half of one. So a task that finds no more items lingers for kLingerNs, watching
+// for the next loop, before it goes back to the pool.
 
 #ifndef PALLAS_KERNELS_PARALLEL_H_
 #define PALLAS_KERNELS_PARALLEL_H_
@@ -11,13 +15,90 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <utility>
 
 #include "xla/ffi/api/ffi.h"
 
 namespace jaxserve {
+
+constexpr int64_t kLingerNs = 50'000;
+
+// One loop. Whoever claims an item below num_items may touch `work`: the caller waits for it.
+struct Loop {
+  void (*run)(const void* work, int64_t item);
+  const void* work;
+  int64_t num_items;
+  std::atomic<int64_t> next{0};
+  alignas(64) std::atomic<int64_t> done{0};
+
+  Loop(void (*run)(const void*, int64_t), const void* work, int64_t num_items)
+      : run(run), work(work), num_items(num_items) {}
+
+  void drain() {
+    for (;;) {
+      const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
+      if (i >= num_items) return;
+      run(work, i);
+      done.fetch_add(1, std::memory_order_release);
+    }
+  }
+};
+
+// Where a loop is shown to the tasks that linger; the latest is enough.
+class Board {
+ public:
+  static Board& of_process() {
+    static Board* board = new Board;  // tasks may outlive static destruction
+    return *board;
+  }
+
+  // Shows a loop; returns how many tasks linger, some of which may be about to leave.
+  int64_t show(const std::shared_ptr<Loop>& loop) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      loop_ = loop;
+    }
+    version_.fetch_add(1, std::memory_order_release);
+    return lingering_.load(std::memory_order_acquire);
+  }
+
+  // Drains `loop` and those shown after it, until none has come for kLingerNs.
+  void serve(std::shared_ptr<Loop> loop) {
+    while (loop != nullptr) {
+      const uint64_t seen = version_.load(std::memory_order_acquire);
+      loop->drain();
+      loop = await_next(seen);
+    }
+  }
+
+ private:
+  std::shared_ptr<Loop> await_next(uint64_t seen) {
+    using Clock = std::chrono::steady_clock;
+    const auto limit = Clock::now() + std::chrono::nanoseconds(kLingerNs);
+    lingering_.fetch_add(1, std::memory_order_acq_rel);
+    std::shared_ptr<Loop> next;
+    do {
+      for (int spins = 0; spins < 32 && next == nullptr; ++spins) {
+        if (version_.load(std::memory_order_acquire) != seen) {
+          std::lock_guard<std::mutex> lock(mutex_);
+          next = loop_;
+        }
+        _mm_pause();
+      }
+    } while (next == nullptr && Clock::now() < limit);
+    lingering_.fetch_sub(1, std::memory_order_acq_rel);
+    return next;
+  }
+
+  std::mutex mutex_;
+  std::shared_ptr<Loop> loop_;
+  std::atomic<uint64_t> version_{0};
+  std::atomic<int64_t> lingering_{0};
+};
 
 // Calls work(i) once for each i in [0, num_items), by at most max_workers threads.
 template <typename Work>
@@ -28,27 +109,16 @@ void parallel_for(xla::ffi::ThreadPool& pool, int64_t num_items, int64_t max_wor
     for (int64_t i = 0; i < num_items; ++i) work(i);
     return;
   }
-  struct Progress {
-    std::atomic<int64_t> next{0};
-    alignas(64) std::atomic<int64_t> done{0};
-  };
-  // Shared, since a task may start after the loop has ended; it then claims nothing, and so never
-  // touches `work`, which is gone by then.
-  auto progress = std::make_shared<Progress>();
-  auto drain = [progress, &work, num_items] {
-    for (;;) {
-      const int64_t i = progress->next.fetch_add(1, std::memory_order_relaxed);
-      if (i >= num_items) return;
-      work(i);
-      progress->done.fetch_add(1, std::memory_order_release);
-    }
-  };
-  for (int64_t i = 1; i < workers; ++i) {
-    auto task = drain;
-    pool.Schedule(std::move(task));
+  // Shared, since a task may start after the loop has ended; it then claims nothing.
+  auto loop = std::make_shared<Loop>(
+      [](const void* work, int64_t item) { (*static_cast<const Work*>(work))(item); }, &work,
+      num_items);
+  const int64_t lingering = Board::of_process().show(loop);
+  for (int64_t i = 1 + lingering; i < workers; ++i) {
+    pool.Schedule([loop] { Board::of_process().serve(loop); });
   }
-  drain();
-  for (int spins = 0; progress->done.load(std::memory_order_acquire) < num_items; ++spins) {
+  loop->drain();
+  for (int spins = 0; loop->done.load(std::memory_order_acquire) < num_items; ++spins) {
     if (spins < 4096) {
       _mm_pause();
     } else {

@@ -102,15 +102,12 @@ def model_options(weights: WeightsConfig, kernels: KernelsConfig, platform: str)
         return chosen
 
     packable = None if dtype in PACKED_DTYPES else f"it does not read {dtype} weights"
+    attention = choose("attention", kernels.attention, reason)
+    matmul = choose("matmul", kernels.matmul, reason or packable)
     layers = kernels.layers
-    if layers == "auto":
-        layers = "unrolled" if platform == "cpu" else "scanned"
-    return ModelOptions(
-        dtype=dtype,
-        attention=choose("attention", kernels.attention, reason),
-        matmul=choose("matmul", kernels.matmul, reason or packable),
-        layers=layers,
-    )
+    if layers == "auto":  # XLA on the CPU would copy each layer's weights out of the stack
+        layers = "unrolled" if platform == "cpu" and matmul == "xla" else "scanned"
+    return ModelOptions(dtype=dtype, attention=attention, matmul=matmul, layers=layers)
 
 
 def model_info(config: Config, model: Decoder) -> ModelInfo:

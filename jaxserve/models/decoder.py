@@ -6,7 +6,8 @@ tokens, cache and context, for prefill and decode alike, without state of its ow
 
 Layers run unrolled, traced once for each kind through an inner `jax.jit`; or scanned, over
 weights stacked along the repeating pattern of kinds (Gemma's local and global layers), with the
-cache as the scan's carry, so that it is updated in place.
+cache as the scan's carry, so that it is updated in place. Packed weights are not scanned over,
+which would copy each layer's: the native kernel gets the stack and the layer's place in it.
 """
 
 from __future__ import annotations
@@ -60,6 +61,10 @@ def layer_stacks(spec: ModelSpec, options: ModelOptions) -> tuple[tuple[int, ...
         *(tuple(range(j, scanned, period)) for j in range(period)),
         *((i,) for i in range(scanned, num_layers)),
     )
+
+
+def _is_packed(path: Any, param: Any) -> bool:
+    return isinstance(param, nnx.Param) and bool(param.get_metadata("packed"))
 
 
 class Decoder(nnx.Module):
@@ -188,11 +193,13 @@ class Decoder(nnx.Module):
             pages: tuple[GroupPages, ...],
             example: int,
             index: Int[Array, ""],
+            stack_index: Int[Array, ""] | None = None,
         ) -> tuple[Array, tuple[GroupPages, ...]]:
             """Runs `layer`, of the kind of layer `example`."""
             group = group_of[example]
             inputs = LayerInputs(
                 index=index,
+                stack_index=stack_index,
                 batch=context.batches[group],
                 token_pages=context.token_pages[group],
                 token_offsets=context.token_offsets,
@@ -210,16 +217,23 @@ class Decoder(nnx.Module):
         period = sum(len(indices) > 1 for indices in stacks)
         pages = cache.groups
         if period:
+            parts = [nnx.split(layer, _is_packed, ...) for layer in self.layers[:period]]
 
             def body(
                 carry: tuple[Array, tuple[GroupPages, ...]], block: Any
             ) -> tuple[tuple[Array, tuple[GroupPages, ...]], None]:
                 x, pages = carry
-                for layer, index, indices in zip(*block, stacks, strict=False):
-                    x, pages = run(layer, x, pages, indices[0], index)
+                scanned, places, repeat = block
+                for (kind, packed, _), rest, index, indices in zip(
+                    parts, scanned, places, stacks, strict=False
+                ):
+                    layer = nnx.merge(kind, packed, rest)
+                    stack_index = repeat if self.options.packed else None
+                    x, pages = run(layer, x, pages, indices[0], index, stack_index)
                 return (x, pages), None
 
-            block = (list(self.layers[:period]), place[:period])
+            repeats = np.arange(len(stacks[0]), dtype=np.int32)
+            block = ([rest for _, _, rest in parts], place[:period], repeats)
             (x, pages), _ = jax.lax.scan(body, (x, pages), block)
         for entry in range(period, len(stacks)):
             x, pages = run(self.layers[entry], x, pages, stacks[entry][0], place[entry][0])

@@ -112,6 +112,7 @@ def stacked(rules: Sequence[TensorRule]) -> TensorRule:
         names=tuple(name for rule in rules for name in rule.names),
         shapes=tuple(shape for rule in rules for shape in rule.shapes),
         build=build,
+        layers=tuple(rules),
     )
 
 

@@ -38,12 +38,14 @@ class LayerInputs:
 
     Attributes:
         index: of the layer in its cache group.
+        stack_index: of the layer in its stacked packed weights; None where they are not stacked.
         batch, token_pages, token_offsets: of that group, see `StepContext`.
         rotary: cosine and sine of every token for the layer's rotary embedding.
         num_live: tokens that are not padding.
     """
 
     index: Int[Array, ""]
+    stack_index: Int[Array, ""] | None
     batch: RaggedBatch
     token_pages: Int[Array, "T"]
     token_offsets: Int[Array, "T"]
@@ -91,11 +93,12 @@ class GatedMLP(nnx.Module):
             bias=spec.mlp_bias,
         )
 
-    def __call__(self, x: Float[Array, "T D"], num_live: Int[Array, ""]) -> Float[Array, "T D"]:
+    def __call__(self, x: Float[Array, "T D"], inputs: LayerInputs) -> Float[Array, "T D"]:
         """Applies it to every token."""
-        gate_up = self.gate_up(x, num_live)
+        place = inputs.num_live, inputs.stack_index
+        gate_up = self.gate_up(x, *place)
         gate, up = gate_up[:, 0].astype(jnp.float32), gate_up[:, 1].astype(jnp.float32)
-        return self.down((ACTIVATIONS[self.activation](gate) * up).astype(x.dtype), num_live)
+        return self.down((ACTIVATIONS[self.activation](gate) * up).astype(x.dtype), *place)
 
 
 class Attention(nnx.Module):
@@ -133,7 +136,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "T D"], GroupPages]:
         """Returns the output and the pages with the step's keys and values in them."""
         groups = self.spec.queries_per_kv
-        qkv = self.qkv(x, inputs.num_live)
+        place = inputs.num_live, inputs.stack_index
+        qkv = self.qkv(x, *place)
         qk_TKGH, v_TKH = qkv[:, :, : groups + 1], qkv[:, :, groups + 1]
         if self.q_norm is not None and self.k_norm is not None:
             scale = jnp.stack([self.q_norm.scale[...]] * groups + [self.k_norm.scale[...]])
@@ -161,7 +165,7 @@ class Attention(nnx.Module):
             soft_cap=self.spec.soft_cap,
             backend=self.backend,
         )
-        out = self.out(mixed_TNH.reshape(x.shape[0], -1), inputs.num_live)
+        out = self.out(mixed_TNH.reshape(x.shape[0], -1), *place)
         return out, GroupPages(k=k_pages, v=v_pages)
 
 
@@ -182,7 +186,7 @@ class PreNormLayer(nnx.Module):
         """Returns the residual stream and the pages."""
         mixed, pages = self.attention(self.attention_norm(x), pages, inputs)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x), inputs.num_live), pages
+        return x + self.mlp(self.mlp_norm(x), inputs), pages
 
 
 class SandwichLayer(nnx.Module):
@@ -204,4 +208,4 @@ class SandwichLayer(nnx.Module):
         """Returns the residual stream and the pages."""
         mixed, pages = self.attention(self.attention_norm(x), pages, inputs)
         x = x + self.attention_post_norm(mixed)
-        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x), inputs.num_live)), pages
+        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x), inputs)), pages

@@ -2,7 +2,8 @@
 
 Two formats, chosen by `ModelOptions.matmul`. Dense: `[K, *out]` in the model's dtype, contracted as
 it lies (a weight is never transposed inside a step). Packed: panels for the native CPU kernel,
-which takes float32 activations and skips rows that are not live.
+which takes float32 activations, skips rows that are not live, and picks its layer out of a stack
+by itself.
 
 Every parameter carries `axes`, the logical names of its axes, which `device.sharding` maps to mesh
 axes, and `packed`. Layers stacked for a scan have one more leading axis, "layers".
@@ -11,6 +12,7 @@ axes, and `packed`. Layers stacked for a scan have one more leading axis, "layer
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -79,12 +81,19 @@ class Linear(nnx.Module):
         self.bias = exact_param(jnp.zeros(out_dims), axes[1:]) if bias else None
 
     def __call__(
-        self, x: Float[Array, "T K"], num_live: Int[Array, ""] | None = None
+        self,
+        x: Float[Array, "T K"],
+        num_live: Int[Array, ""] | None = None,
+        layer: Int[Array, ""] | None = None,
     ) -> Float[Array, "T *out"]:
-        """Applies it; rows from `num_live` on may be anything finite."""
+        """Applies it; rows from `num_live` on may be anything finite.
+
+        Args:
+            layer: which of the stacked weights, where it holds several (packed ones in a scan).
+        """
         weight = self.weight[...]
         if self.options.packed:
-            y = packed_api.packed_matmul(x, weight, math.prod(self.out_dims), num_live)
+            y = packed_api.packed_matmul(x, weight, math.prod(self.out_dims), num_live, layer)
             y = y.reshape(x.shape[0], *self.out_dims)
         else:
             y = jax.lax.dot_general(
@@ -130,28 +139,40 @@ class Embedding(nnx.Module):
         )
 
 
-def encode(param: nnx.Param, path: tuple, dense: np.ndarray) -> np.ndarray:
+def encode(param: nnx.Param, path: tuple, dense: np.ndarray | Iterable[np.ndarray]) -> np.ndarray:
     """A dense, logical array in the form in which `param` holds it, still on the host.
 
     Args:
         path: of the parameter, for messages and to tell tables from weights.
+        dense: where the parameter is stacked, its layers, one after the other: they need not all
+            exist at once.
 
     Raises:
         ValueError: the wrong shape, or values beyond the dtype's range.
     """
+    if param.get_metadata("axes")[0] != "layers":
+        return _encode_one(param, path, np.asarray(dense), param.shape)
+    held = np.empty(param.shape, param.dtype)
+    num_layers = 0
+    for layer, part in enumerate(dense):
+        num_layers = layer + 1
+        if layer < len(held):
+            held[layer] = _encode_one(param, path, part, param.shape[1:])
+    if num_layers != len(held):
+        raise ValueError(f"has {num_layers} layers, the model takes {param.shape}")
+    return held
+
+
+def _encode_one(
+    param: nnx.Param, path: tuple, dense: np.ndarray, shape: tuple[int, ...]
+) -> np.ndarray:
     if not param.get_metadata("packed"):
-        if dense.shape != param.shape:
-            raise ValueError(f"has shape {dense.shape}, the model takes {param.shape}")
+        if dense.shape != shape:
+            raise ValueError(f"has shape {dense.shape}, the model takes {shape}")
         return dense.astype(param.dtype)
-    if len(param.shape) == 4:
-        return np.stack([_pack(param, path, layer) for layer in dense])
-    return _pack(param, path, dense)
-
-
-def _pack(param: nnx.Param, path: tuple, dense: np.ndarray) -> np.ndarray:
     if path[-1] == "table":
         dense = dense.T
     packed = packed_api.pack(dense.reshape(dense.shape[0], -1).astype(np.float32), param.dtype)
-    if packed.shape != param.shape[-3:]:
-        raise ValueError(f"has shape {dense.shape}, packed {packed.shape} and not {param.shape}")
+    if packed.shape != shape:
+        raise ValueError(f"has shape {dense.shape}, packed {packed.shape} and not {shape}")
     return packed

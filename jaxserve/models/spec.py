@@ -123,8 +123,11 @@ class TensorRule:
         shapes: what each of them must have, as HF stores it; to be checked before reading.
         build: from those tensors, in that order, to the parameter's dense, logical array, in the
             dtype of the tensors or float32. `Decoder.encode` turns that into what is held.
+        layers: where the parameter is stacked, the rules of its layers, in order; `names` and
+            `shapes` are theirs, one behind the other.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     build: Callable[[list[np.ndarray]], np.ndarray]
+    layers: tuple[TensorRule, ...] = ()

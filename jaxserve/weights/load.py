@@ -26,6 +26,7 @@ from jaxserve.models.options import ModelOptions
 from jaxserve.models.registry import model_class
 from jaxserve.models.spec import TensorRule
 from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
+from jaxserve.weights.huge_pages import use_huge_pages
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,9 @@ def load_model(
         place = None if sharding is None else sharding(param.get_metadata("axes"))
         param.set_value(jax.device_put(held, place))
         progress("loading", put, len(rules))
-    jax.block_until_ready(nnx.state(model))
+    arrays = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
+    if options.packed:
+        use_huge_pages(arrays)
     return model
 
 
@@ -77,11 +80,15 @@ def _built(
 ) -> Iterator[tuple[nnx.Param, np.ndarray]]:
     """Each parameter as it is held, still on the host; built in threads, a few ahead."""
 
+    def dense(rule: TensorRule) -> np.ndarray:
+        return rule.build([checkpoint.read(name) for name in rule.names])
+
     def build(param_path: ParamPath, rule: TensorRule) -> np.ndarray:
         try:
-            tensors = [checkpoint.read(name) for name in rule.names]
             with np.errstate(over="raise"):
-                return encode(params[param_path], param_path, rule.build(tensors))
+                if not rule.layers:
+                    return encode(params[param_path], param_path, dense(rule))
+                return encode(params[param_path], param_path, map(dense, rule.layers))
         except ValueError as error:
             raise WeightsError(f"tensor {rule.names[0]!r}: {error}") from error
         except FloatingPointError:

@@ -8,6 +8,10 @@
 // Limits: H a multiple of 8. Pages are aliased to the result; XLA copies them first where the
 //   caller has not donated them.
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <cstdint>
 
 #include "vector.h"
@@ -67,8 +71,18 @@ ffi::Error kv_update(ffi::Buffer<ffi::F32> k_new, ffi::Buffer<ffi::F32> v_new,
   return ffi::Error::Success();
 }
 
-// Writes nothing: the result is memory as XLA allocated it.
-ffi::Error leave(ffi::Result<ffi::AnyBuffer>) { return ffi::Error::Success(); }
+// Writes nothing: the result is memory as XLA allocated it, in huge pages from its first use on
+// where the system has them (the attention kernel walks long runs of it).
+ffi::Error leave(ffi::Result<ffi::AnyBuffer> out) {
+#ifdef __linux__
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(out->untyped_data());
+  const uintptr_t start = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (begin + out->size_bytes()) / kHugePage * kHugePage;
+  if (start < end) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
+#endif
+  return ffi::Error::Success();
+}
 
 }  // namespace
 }  // namespace jaxserve

@@ -1,7 +1,9 @@
 """The interface of packed_matmul: float32 activations, float32 or float16 weights, on the CPU.
 
 A weight [K, N] is packed once, at loading, into panels [ceil(N / PANEL), K, PANEL] (the last one
-filled up with zeros), so that the kernel reads it strictly in order. A tied embedding table [V, D]
+filled up with zeros), so that the kernel reads it strictly in order. The same weight of several
+layers may be one array [L, …] with the layer's index given to the call: inside a scan nothing is
+sliced out, which would copy it. A tied embedding table [V, D]
 is packed as the head's weight, `pack(table.T, dtype)`, and the embedding lookup reads the same
 array through `packed_rows`: no second copy.
 """
@@ -43,22 +45,26 @@ def pack(w_KN: Float[np.ndarray, "K N"], dtype: np.dtype | type) -> Float[np.nda
 
 def packed_matmul(
     x: Float[Array, "M K"],
-    packed: Float[Array, "J K 24"],
+    packed: Float[Array, "*L J K 24"],
     num_columns: int,
     num_rows: Int[Array, ""] | None = None,
+    layer: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "M N"]:
     """x @ w in float32; each row's result depends on neither M, nor its place, nor its company.
 
     Args:
-        packed: from `pack`.
+        packed: from `pack`, or several of them stacked.
         num_columns: N, since the last panel may be partly empty.
         num_rows: live rows, on the device; the others are not read and give zeros, at no cost.
+        layer: which of the stacked weights; None where `packed` is one.
 
     Raises:
         UnsupportedKernel: no native library here (the message says why).
         ValueError: shapes or dtypes that contradict each other.
     """
-    num_panels, depth, panel = packed.shape
+    if (layer is None) != (packed.ndim == 3):
+        raise ValueError(f"packed {packed.shape} and layer={layer!r}: a stack needs a layer")
+    num_panels, depth, panel = packed.shape[-3:]
     if depth != x.shape[1] or panel != PANEL or num_panels != -(-num_columns // PANEL):
         raise ValueError(f"x {x.shape} and packed {packed.shape} do not give {num_columns} columns")
     if x.dtype != jnp.float32 or packed.dtype not in DTYPES:
@@ -68,7 +74,8 @@ def packed_matmul(
     reason = unsupported()
     if reason is not None:
         raise UnsupportedKernel(f"packed_matmul: {reason}")
-    return cpu.packed_matmul(x, packed, num_columns, num_rows)
+    stack = packed[None] if layer is None else packed
+    return cpu.packed_matmul(x, stack, num_columns, num_rows, 0 if layer is None else layer)
 
 
 def packed_rows(packed: Float[Array, "J K 24"], columns: Int[Array, "T"]) -> Float[Array, "T K"]:

@@ -1,8 +1,8 @@
 // Native matrix product with packed weights (AVX2, FMA, F16C).
 //
-// Math: out[m, n] = sum over k of x[m, k] w[k, n], for m < num_rows; zero for the others.
+// Math: out[m, n] = sum over k of x[m, k] w[layer, k, n], for m < num_rows; zero for the others.
 //
-// Shapes: x [M, K] float32, packed [J, K, 24] float32 or float16, out [M, N], J = ceil(N / 24).
+// Shapes: x [M, K] float32, packed [L, J, K, 24] float32 or float16, out [M, N], J = ceil(N / 24).
 //
 // Grid: an item is a run of panels times a block of ROW_BLOCK rows; threads take items as they
 //   come. In it, a tile of 4 rows x 24 columns lives in 12 registers (3 of weights, 1 of x):
@@ -60,7 +60,6 @@ inline void multiply_tile(const float* x, int64_t stride, const W* w, int64_t de
   }
   for (int64_t k = 0; k < depth; ++k, w += kPanel) {
     const __m256 w0 = load8(w), w1 = load8(w + 8), w2 = load8(w + 16);
-    _mm_prefetch(reinterpret_cast<const char*>(w + kPanel * 16), _MM_HINT_T0);
     UNROLL
     for (int r = 0; r < R; ++r) {
       const __m256 a = _mm256_broadcast_ss(x + r * stride + k);
@@ -143,17 +142,20 @@ void multiply(ffi::ThreadPool& pool, const Product& p, const W* packed, int64_t 
 }
 
 ffi::Error packed_matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer packed,
-                         ffi::Buffer<ffi::S32> num_rows, ffi::ResultBuffer<ffi::F32> out) {
+                         ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> num_rows,
+                         ffi::ResultBuffer<ffi::F32> out) {
   const int64_t rows = x.dimensions()[0];
   const int64_t live = std::clamp<int64_t>(num_rows.typed_data()[0], 0, rows);
   const Product p{x.typed_data(), out->typed_data(), x.dimensions()[1], out->dimensions()[1], live};
   std::fill(p.out + live * p.num_columns, p.out + rows * p.num_columns, 0.0f);
   if (live == 0) return ffi::Error::Success();
-  const int64_t num_panels = packed.dimensions()[0];
+  const int64_t num_layers = packed.dimensions()[0], num_panels = packed.dimensions()[1];
+  const int64_t index = std::clamp<int64_t>(layer.typed_data()[0], 0, num_layers - 1);
+  const int64_t start = index * num_panels * p.depth * kPanel;
   if (packed.element_type() == ffi::F32) {
-    multiply(pool, p, packed.typed_data<float>(), num_panels);
+    multiply(pool, p, packed.typed_data<float>() + start, num_panels);
   } else if (packed.element_type() == ffi::F16) {
-    multiply(pool, p, reinterpret_cast<const Half*>(packed.untyped_data()), num_panels);
+    multiply(pool, p, reinterpret_cast<const Half*>(packed.untyped_data()) + start, num_panels);
   } else {
     return ffi::Error::InvalidArgument("packed_matmul: weights are float32 or float16");
   }
@@ -168,5 +170,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_packed_matmul, jaxserve::packed_matmul,
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>());

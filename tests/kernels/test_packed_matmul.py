@@ -50,6 +50,26 @@ def test_matches_reference(dtype: Any, num_rows: int, depth: int, num_columns: i
 
 
 @needs_native
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_layer_of_a_stack_is_that_layer(dtype: Any) -> None:
+    rng = np.random.default_rng(4)
+    x = random(rng, 5, 40)
+    layers = [pack(random(rng, 40, 50), dtype) for _ in range(3)]
+    stack = jnp.asarray(np.stack(layers))
+    run = jax.jit(packed_matmul, static_argnums=2)
+    for layer, alone in enumerate(layers):
+        together = run(x, stack, 50, None, jnp.int32(layer))
+        np.testing.assert_array_equal(together, run(x, alone, 50))
+
+    def body(carry: Any, layer: Any) -> Any:
+        return carry, packed_matmul(x, stack, 50, None, layer)
+
+    compiled = jax.jit(lambda: jax.lax.scan(body, 0, jnp.arange(3))[1]).lower().compile()
+    np.testing.assert_array_equal(compiled()[1], run(x, layers[1], 50))
+    assert compiled.memory_analysis().temp_size_in_bytes < layers[0].nbytes  # nothing was copied
+
+
+@needs_native
 @pytest.mark.parametrize("live", [0, 1, 5, 20])
 def test_dead_rows_are_zero_and_never_read(live: int) -> None:
     rng = np.random.default_rng(2)
@@ -81,6 +101,9 @@ def test_contradictions_are_refused() -> None:
         packed_matmul(jnp.zeros((1, 8)), packed, 10)
     with pytest.raises(ValueError, match="do not give 40 columns"):
         packed_matmul(jnp.zeros((1, 9)), packed, 40)
+    for stack, layer in ((packed[None], None), (packed, 0)):
+        with pytest.raises(ValueError, match="a stack needs a layer"):
+            packed_matmul(jnp.zeros((1, 8)), stack, 40, None, layer)
     with pytest.raises(ValueError, match="bfloat16"):
         packed_matmul(jnp.zeros((1, 8), jnp.bfloat16), packed, 40)
     with pytest.raises(ValueError, match="int8"):

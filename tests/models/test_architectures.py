@@ -12,7 +12,7 @@ from tests.models.loading import CASES, ORACLE, load_tiny
 TOLERANCE = 1e-4
 XLA = ModelOptions()
 SCANNED = ModelOptions(layers="scanned")
-CPU = ModelOptions(matmul="cpu", attention="cpu")
+CPU = ModelOptions(layers="scanned", matmul="cpu", attention="cpu")
 #: Cases whose layers repeat with different kinds, or all alike: what a scan has to get right.
 REPEATING = ("llama3", "gemma2", "gemma3_linear")
 
@@ -63,8 +63,8 @@ def test_scanned_layers_match_transformers(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["mistral", "gemma2"])
-def test_scanned_layers_with_packed_weights_match_transformers(case: str) -> None:
-    _check(case, ModelOptions(layers="scanned", matmul="cpu", attention="cpu"))
+def test_unrolled_layers_with_packed_weights_match_transformers(case: str) -> None:
+    _check(case, ModelOptions(layers="unrolled", matmul="cpu", attention="cpu"))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
