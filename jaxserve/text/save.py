@@ -16,7 +16,7 @@ from jaxserve.text.gguf import load_gguf
 from jaxserve.text.pieces import PieceTokenizer
 from jaxserve.text.sentence_piece import SentencePieceTokenizer
 from jaxserve.text.template import load_chat_template
-from jaxserve.text.template_files import find_template
+from jaxserve.text.template_files import find_template, read_json
 from jaxserve.text.tokenizer import load_tokenizer
 
 _TOKENIZERS = ("tokenizer.json", "*.model")
@@ -99,6 +99,9 @@ def _save_templates(source: Path, target: Path, chat_template: str) -> None:
         file = target / "additional_chat_templates" / "tool_use.jinja"
         file.parent.mkdir(exist_ok=True)
         _write_text(file, found.tools_source)
+    if found.special_tokens.keys() - written.special_tokens.keys():
+        file = target / "special_tokens_map.json"
+        _write_text(file, json.dumps(found.special_tokens | read_json(file), ensure_ascii=False))
 
 
 def _write_text(file: Path, text: str) -> None:

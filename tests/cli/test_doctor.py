@@ -1,0 +1,125 @@
+"""`doctor`: each part told by itself, with the numbers that a start would come to."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxserve.cli import doctor
+from jaxserve.config import Config, SchedulerConfig
+from jaxserve.device.buckets import MAX_PROGRAMS
+from jaxserve.engine.load import buckets_for, model_options
+from jaxserve.errors import ConfigError
+from tests.cli.conftest import Ended, Run
+from tests.models.loading import ORACLE, config_of
+from tests.text.test_sentence_piece import Files
+
+PARTS = ["machine", "device", "kernels", "programs", "model"]
+
+
+def told(ended: Ended) -> dict[str, dict[str, str]]:
+    """What was said, by part and name."""
+    parts: dict[str, dict[str, str]] = {}
+    for line in ended.out.splitlines():
+        if line.startswith("  "):
+            name, _, value = line[2:].partition("  ")
+            if name.startswith("problem: "):
+                name, value = "problem", name.removeprefix("problem: ")
+            parts[list(parts)[-1]][name] = value.strip()
+        else:
+            parts[line] = {}
+    return parts
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with a tokenizer."""
+    directory = tmp_path_factory.mktemp("model")
+    for name in ("config.json", "model.safetensors"):
+        (directory / name).symlink_to(ORACLE / "qwen3" / name)
+    vocabulary = Files(directory / "vocabulary", prefix=True)
+    (directory / "tokenizer.model").symlink_to(vocabulary.model)
+    return directory
+
+
+def test_a_model_that_fits(run: Run, model: Path) -> None:
+    settings = ("cache.num_pages=9999", "cache.page_size=8", "cache.dtype=bfloat16")
+    words = [f"--set={setting}" for setting in (*settings, "weights.dtype=float32")]
+    ended = run("doctor", "--model", model, *words)
+    assert (ended.status, ended.err) == (0, "")
+    parts = told(ended)
+    assert list(parts) == PARTS
+    assert "jax " in parts["machine"]["packages"] and str(jax.devices()[0]) in parts["device"]
+    assert parts["kernels"]["weights"] == "float32"
+    said, config = parts["model"], config_of("qwen3")
+    layers = config["num_hidden_layers"]
+    assert said["path"] == str(model)
+    assert said["architecture"] == f"Qwen3ForCausalLM, {layers} layers"
+    assert said["tokenizer"].startswith("420 tokens, ends at [2]")
+    assert said["chat template"] == "none"
+    num_pages, context = 1 + 9999, config["max_position_embeddings"]  # page 0 holds nothing
+    page_bytes = layers * 8 * 2 * config["num_key_value_heads"] * config["head_dim"] * 2
+    assert said["cache, full"] == (
+        f"{num_pages} pages of 8 tokens, {num_pages * page_bytes >> 20} MiB as bfloat16: "
+        f"{9999 * 8 / context:.1f} sequences of {context} tokens"
+    )
+
+
+def test_the_programs_are_those_that_a_start_compiles(run: Run) -> None:
+    ended = run("doctor", "--model", "/no/model", "--set", "scheduler.max_rows=4")
+    config, platform = Config(scheduler=SchedulerConfig(max_rows=4)), jax.devices()[0].platform
+    options = model_options(config.weights, config.kernels, platform)
+    programs = buckets_for(config.scheduler, options, platform).programs
+    lines = [line for line in ended.out.splitlines() if " rows  " in line]
+    assert len(lines) == len(programs)
+    assert told(ended)["programs"]["compiled"].startswith(
+        f"{len(programs)} of at most {MAX_PROGRAMS} "
+    )
+    for line, program in zip(lines, programs, strict=True):
+        assert line.split()[0] == str(program.num_rows)
+        assert f" {program.num_tokens} tokens, {program.decode_steps} decode step" in line
+    axes = [
+        {program.num_rows for program in programs},
+        {program.num_tokens for program in programs},
+        {program.decode_steps for program in programs},
+        {program.prompt_logprobs for program in programs},
+    ]
+    assert f"would be {math.prod(map(len, axes))})" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--model", "/no/model"], "there is no model at '/no/model'"),
+        (["--set", "cache.memory_bytes=1000"], "the KV cache needs"),
+        (["--set", "cache.memory_bytes=1000000000000000"], "that are free"),
+        (["--set", "model.max_context=1000000"], "the model was made for"),
+    ],
+)
+def test_a_problem_is_told_where_it_is(
+    run: Run, model: Path, words: list[str], sentence: str
+) -> None:
+    ended = run("doctor", "--model", model, *words)
+    assert (ended.status, ended.err) == (1, "")
+    parts = told(ended)
+    assert list(parts) == PARTS
+    assert sentence in parts["model"]["problem"]
+    assert all("problem" not in parts[part] for part in PARTS[:-1])
+
+
+def test_a_part_that_fails_stops_no_other(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(config: Config) -> object:
+        raise ConfigError("no such device")
+
+    monkeypatch.setattr(doctor, "_device", fail)
+    ended = run("doctor", "--model", model)
+    assert ended.status == 1
+    parts = told(ended)
+    assert list(parts) == PARTS
+    assert parts["device"] == {"problem": "no such device"}
+    assert "tokenizer" in parts["model"]
