@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxserve.config import Config, SchedulerConfig
@@ -73,6 +74,16 @@ def test_one_prompt_may_be_text_or_token_ids(llm: LLM) -> None:
     assert by_text[0].token_ids == by_ids[0].token_ids == by_lists[0].token_ids
     assert by_lists[1].token_ids == wanted([97], seed=3)
     assert by_ids[0].prompt is None
+
+
+def test_token_ids_may_be_arrays(llm: LLM) -> None:
+    options = {"seed": 3, "max_tokens": 5}
+    ids = [wanted([97, 98], **options), wanted([99, 100], **options)]
+    rows = np.array([[97, 98], [99, 100]])
+    for prompts in (rows, list(rows)):
+        assert [answer.token_ids for answer in llm.generate(prompts, **options)] == ids
+    assert llm.generate(rows[0], **options)[0].token_ids == ids[0]
+    assert llm.generate([], **options) == []
 
 
 def test_max_tokens_is_256_or_what_is_left(llm: LLM) -> None:
@@ -169,6 +180,18 @@ def test_run_gives_each_request_its_own_result(llm: LLM) -> None:
             assert result.token_ids == wanted(f"p{index}", max_tokens=3 + index % 11, seed=index)
 
 
+def test_run_takes_a_request_of_any_types(llm: LLM) -> None:
+    wrong: list[Any] = ["3", None, True, 2.0, [2], 10**400]
+    requests = [Request(prompt="p", n=n, max_tokens=3) for n in (2, *wrong, 2)]
+    results = dict(llm.run(requests))
+    assert sorted(results) == list(range(len(requests)))
+    for index, result in results.items():
+        if 0 < index <= len(wrong):
+            assert isinstance(result, InvalidRequest) and result.param == "n"
+        else:
+            assert isinstance(result, Generation) and len(result.choices) == 2
+
+
 def test_run_takes_requests_only_as_there_is_room() -> None:
     taken = 0
 
@@ -193,6 +216,10 @@ def test_run_takes_requests_only_as_there_is_room() -> None:
         ({"prompts": [[1, VOCAB_SIZE]]}, "token id 512; ids are between 0 and 511", "prompt"),
         ({"prompts": [[-1]]}, "token id -1", "prompt"),
         ({"prompts": "\ud800"}, "not Unicode", None),
+        ({"prompts": 5}, "prompt takes text or token ids, got 5", "prompt"),
+        ({"prompts": b"abc"}, "prompt takes text or token ids, got b'abc'", "prompt"),
+        ({"prompts": {"a": 1}}, "prompt takes text or token ids", "prompt"),
+        ({"prompts": ["a", 5]}, "prompt takes text or token ids, got 5", "prompt"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0", "max_tokens"),
         ({"max_tokens": "9"}, "max_tokens takes an integer, got '9'", "max_tokens"),
         ({"temperature": "hot"}, "temperature takes a number, got 'hot'", "temperature"),

@@ -186,7 +186,7 @@ def test_options_are_those_of_a_request(run: Run, monkeypatch: pytest.MonkeyPatc
     assert seen == [("x", {**options, "stop": ["a", "b c"]}), ("--seed", {})]
 
 
-def fake_cli(*words: object, **options: Any) -> subprocess.Popen[bytes]:
+def fake_cli(*words: object, **options: Any) -> subprocess.Popen[Any]:
     return subprocess.Popen(
         [sys.executable, "-m", "tests.fakes.cli", *map(str, words)],
         cwd=Path(__file__).parents[2],
