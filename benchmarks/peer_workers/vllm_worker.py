@@ -22,9 +22,8 @@ os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{num_threads - 1}"
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
-import torch  # noqa: E402  # pyright: ignore[reportMissingImports]
-import transformers  # noqa: E402
 import vllm  # noqa: E402  # pyright: ignore[reportMissingImports]
+from save_dense import save_dense  # noqa: E402
 
 
 class VllmPeer:
@@ -64,17 +63,6 @@ class VllmPeer:
         start = time.perf_counter()
         outputs = self._llm.generate(inputs, sampling, use_tqdm=False)
         return time.perf_counter() - start, list(outputs[0].outputs[0].token_ids)
-
-
-def save_dense(file: Path, folder: str) -> None:
-    """The same weights as a directory, which vLLM wants, saved by transformers."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        str(file.parent),
-        gguf_file=file.name,
-        dtype=torch.float32,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-    )
-    model.save_pretrained(folder)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,12 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     serve.add_argument("--dataset", help='JSON lines with "prompt" or "messages" instead')
     serve.add_argument("--seed", type=int, default=0, help="of prompts and arrivals")
     serve.add_argument("--timeout", type=float, default=600.0, help="seconds a request may take")
+    serve.add_argument(
+        "--read-bytes-per-s", type=float, help="of the server's memory (bench engine), for MBU"
+    )
+    serve.add_argument(
+        "--matmul-flops-per-s", type=float, help="of the server (bench engine), for MFU"
+    )
     for name in ("ttft", "tpot", "e2e"):
         serve.add_argument(f"--slo-{name}-ms", type=float, help=f"{name.upper()} that is good")
 

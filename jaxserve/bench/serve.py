@@ -3,7 +3,9 @@
 Question: latency and throughput of any OpenAI-compatible server, as its clients see them. Method:
 streamed requests of given token lengths, or from a file, arriving by a Poisson process (`--rate`)
 or from a fixed number of clients (`--concurrency`); see `bench.load` for what the figures mean.
-`--warmup` requests are sent before and not counted.
+`--warmup` requests are sent before and not counted. A jaxserve server counts the FLOPs and bytes of
+its steps in /metrics; given the limits of its machine, as `bench engine` measures them, they become
+MFU and MBU.
 
 Command: `python -m jaxserve bench serve --concurrency 200 --requests 200 --prompt-tokens 16
 --output-tokens 32`
@@ -40,7 +42,7 @@ def main(arguments: argparse.Namespace) -> int:
     objectives = Objectives(
         ttft_ms=arguments.slo_ttft_ms, tpot_ms=arguments.slo_tpot_ms, e2e_ms=arguments.slo_e2e_ms
     )
-    run = asyncio.run(_load(arguments, target, requests))
+    run, work = asyncio.run(_load(arguments, target, requests))
     record = {
         "benchmark": "serve",
         **stats.environment(),
@@ -53,6 +55,7 @@ def main(arguments: argparse.Namespace) -> int:
         "seed": arguments.seed,
         "objectives": objectives,
         **report(run, objectives),
+        **_utilisation(work, run.seconds, arguments),
     }
     print(_render(record), file=sys.stderr)
     print(stats.json_line(record))
@@ -87,7 +90,10 @@ def _requests(arguments: argparse.Namespace, model: str) -> list[Request]:
     )
 
 
-async def _load(arguments: argparse.Namespace, target: Target, requests: list[Request]) -> Run:
+async def _load(
+    arguments: argparse.Namespace, target: Target, requests: list[Request]
+) -> tuple[Run, dict[str, float]]:
+    """The run, and the work that the server counted in it."""
     warmup, measured = requests[: arguments.warmup], requests[arguments.warmup :]
     if warmup:
         await run_closed(sender(target, arguments.timeout, lambda: None), warmup, len(warmup))
@@ -100,13 +106,41 @@ async def _load(arguments: argparse.Namespace, target: Target, requests: list[Re
             print(f"\r{done}/{len(measured)} requests", end="", file=sys.stderr, flush=True)
 
     send = sender(target, arguments.timeout, on_done)
+    before = await _counted_work(target, arguments.timeout)
     if arguments.rate:
         run = await run_open(send, measured, arguments.rate, arguments.seed)
     else:
         run = await run_closed(send, measured, arguments.concurrency)
     if sys.stderr.isatty():
         print(file=sys.stderr)
-    return run
+    after = await _counted_work(target, arguments.timeout)
+    return run, {name: after[name] - before[name] for name in before.keys() & after}
+
+
+async def _counted_work(target: Target, timeout_s: float) -> dict[str, float]:
+    """FLOPs and bytes of the server's steps so far; nothing where it does not tell."""
+    response = await post_stream(target, "/metrics", b"", timeout_s=timeout_s, method="GET")
+    names = {"jaxserve_step_flops_total": "flops", "jaxserve_step_bytes_total": "bytes"}
+    pairs = (line.rpartition(b" ") for line in response.body.splitlines())
+    return {
+        names[name.decode()]: float(value)
+        for name, _, value in pairs
+        if response.status == 200 and name.decode(errors="replace") in names
+    }
+
+
+def _utilisation(
+    work: dict[str, float], seconds: float, arguments: argparse.Namespace
+) -> dict[str, float]:
+    """Work a second, and its share of the limits that were given."""
+    limits = {"flops": arguments.matmul_flops_per_s, "bytes": arguments.read_bytes_per_s}
+    shares = {"flops": "mfu", "bytes": "mbu"}
+    record = {}
+    for name, amount in sorted(work.items()):
+        record[f"{name}_per_s"] = amount / seconds
+        if limits[name]:
+            record[shares[name]] = amount / seconds / limits[name]
+    return record
 
 
 def _render(record: dict[str, Any]) -> str:
@@ -128,6 +162,13 @@ def _render(record: dict[str, Any]) -> str:
         f"goodput {record['goodput_requests_per_s']:.2f} requests/s ({record['good_share']:.0%})",
         *(f"  {kind}: {detail}" for kind, detail in record["error_examples"].items()),
     ]
+    if "flops_per_s" in record:
+        lines.append(
+            f"{record['flops_per_s'] / 1e9:.1f} GFLOP/s, {record['bytes_per_s'] / 1e9:.2f} GB/s"
+            + "".join(
+                f", {key.upper()} {record[key]:.0%}" for key in ("mfu", "mbu") if key in record
+            )
+        )
     if rows:
         lines.append(stats.table(["ms", "mean", "p50", "p90", "p99", "max"], rows))
     return "\n".join(lines)

@@ -131,6 +131,7 @@ class Engine:
         self._server = server
         self._outbox = Outbox(server)
         self._live: dict[Hashable, dict[int, Sequence]] = {}
+        self._told_preemptions = 0
         self._stopping = False
         self._error = ""
 
@@ -316,6 +317,8 @@ class Engine:
         prefill_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks)
         decode_tokens = inputs.num_decode_rows * plan.decode_steps
         flops, num_bytes = self.executor.count_work(inputs)
+        preemptions = self.scheduler.num_preemptions - self._told_preemptions
+        self._told_preemptions += preemptions
         return StepStats(
             step_id=plan.step_id,
             program=inputs.program.name,
@@ -332,7 +335,7 @@ class Engine:
             waiting=self.scheduler.num_waiting,
             pages_used=self.scheduler.pages.num_used,
             pages_total=self.scheduler.pages.capacity,
-            preemptions=self.scheduler.num_preemptions,
+            preemptions=preemptions,
             compiles_after_warmup=self.executor.compiles_after_warmup,
         )
 

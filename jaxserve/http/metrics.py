@@ -41,6 +41,9 @@ _COUNTERS = {
     "output_tokens": "Tokens generated",
     "steps": "Device calls",
     "step_device_seconds": "Device time of steps",
+    "step_idle_seconds": "Time that the device waited between steps",
+    "step_flops": "Floating-point operations of steps, counted from shapes",
+    "step_bytes": "Bytes that steps move, counted from shapes",
     "step_prefill_tokens": "Prompt tokens run on the device",
     "step_decode_tokens": "Decoded tokens run on the device",
     "step_padding_tokens": "Padding run on the device",
@@ -135,6 +138,9 @@ class Metrics:
         own = self._own
         own[_COUNTER["steps"]] += 1
         own[_COUNTER["step_device_seconds"]] += stats.device_ns / 1e9
+        own[_COUNTER["step_idle_seconds"]] += stats.idle_ns / 1e9
+        own[_COUNTER["step_flops"]] += stats.flops
+        own[_COUNTER["step_bytes"]] += stats.bytes
         own[_COUNTER["step_prefill_tokens"]] += stats.prefill_tokens
         own[_COUNTER["step_decode_tokens"]] += stats.decode_tokens
         own[_COUNTER["step_padding_tokens"]] += stats.padded_tokens - stats.tokens

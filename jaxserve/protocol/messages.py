@@ -164,6 +164,7 @@ class StepStats:
         rows, tokens, padded_tokens: sequences, tokens of work, and tokens with the padding.
         decode_tokens, prefill_tokens: tokens of work by kind.
         flops, bytes: counted from shapes (models declare them), not measured.
+        preemptions: since the statistics before these.
     """
 
     step_id: int

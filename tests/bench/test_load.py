@@ -88,6 +88,8 @@ async def failing(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
 
 @asynccontextmanager
 async def serving(answer: Answer) -> AsyncIterator[Target]:
+    work = [1000, 2000]  # as counted so far
+
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
@@ -95,6 +97,12 @@ async def serving(answer: Answer) -> AsyncIterator[Target]:
         if head.startswith(b"GET /v1/models"):
             reply = b'{"data": [{"id": "fake"}]}'
             writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(reply)}\r\n\r\n".encode())
+            writer.write(reply)
+        elif head.startswith(b"GET /metrics"):
+            reply = b"# TYPE jaxserve_step_flops counter\njaxserve_step_flops_total %d\n" % work[0]
+            reply += b"jaxserve_step_bytes_total %d\n" % work[1]
+            work[:] = work[0] + 6_000_000, work[1] + 3_000_000
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(reply))
             writer.write(reply)
         else:
             await answer(json.loads(body), writer)
@@ -286,3 +294,24 @@ def test_addresses(url: str, port: int, tls: bool, base: str) -> None:
 def test_a_bad_address_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["serve", "--url", "localhost:8000"]) == 1
     assert "is not an http:// or https:// address" in capsys.readouterr().err
+
+
+def test_the_command_line_tells_the_servers_work_and_its_share_of_the_limits(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async def main() -> int:
+        async with serving(whole) as target:
+            words = ["serve", "--url", f"http://127.0.0.1:{target.port}", "--requests", "6"]
+            words += ["--output-tokens", "4", "--prompt-tokens", "3", "--concurrency", "2"]
+            words += ["--matmul-flops-per-s", "1e9", "--read-bytes-per-s", "1e8"]
+            return await asyncio.to_thread(cli.run, words)
+
+    assert asyncio.run(main()) == 0
+    output = capsys.readouterr()
+    record = json.loads(output.out)
+    assert (record["whole"], record["truncated"], record["errors"]) == (6, 0, {})
+    assert record["flops_per_s"] * record["seconds"] == pytest.approx(6_000_000, rel=1e-4)
+    assert record["bytes_per_s"] * record["seconds"] == pytest.approx(3_000_000, rel=1e-4)
+    assert record["mfu"] == pytest.approx(record["flops_per_s"] / 1e9, rel=1e-4)
+    assert record["mbu"] == pytest.approx(record["bytes_per_s"] / 1e8, rel=1e-4)
+    assert "MFU" in output.err and "MBU" in output.err

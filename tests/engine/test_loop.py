@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Hashable
 
@@ -19,6 +20,7 @@ from jaxserve.protocol.messages import (
     Finished,
     GetStatus,
     Goodbye,
+    StepStats,
     Submit,
     TokenEvents,
     TokenSegment,
@@ -178,6 +180,26 @@ def test_a_reused_sequence_id_harms_nobody(engine, server):
     assert server.tokens("a", 1) == oracle([5, 6], submit([1], [5]).sampling)
     errors = [end for end in server.ends("a") if end.reason is FinishReason.ERROR]
     assert [end.error_code for end in errors] == ["invalid_value"] * 2
+
+
+def test_step_statistics_add_up(server):
+    """A pool of 11 pages: rows are set back, and each time is told once."""
+    config = dataclasses.replace(CONFIG, cache=CacheConfig(page_size=4, num_pages=12))
+    engine = build_engine(config, server, fake_parts(config, lambda *_: None))
+    requests = [submit([i], [5 + i] * 6, max_tokens=20) for i in range(4)]
+    turn(engine, "a", GetStatus(stats=True), *requests)
+    while engine.scheduler.has_work:
+        turn(engine)
+    stats = [message for _, message in server.sent if isinstance(message, StepStats)]
+    records = [end.record for end in server.ends("a")]
+    preemptions = sum(record.preemptions for record in records)
+    assert preemptions > 0
+    assert sum(step.preemptions for step in stats) == preemptions
+    assert [step.step_id for step in stats] == list(range(calls(engine)))
+    positions = sum(record.computed_tokens + record.recomputed_tokens for record in records)
+    assert sum(step.tokens for step in stats) == positions
+    assert all(step.tokens == step.decode_tokens + step.prefill_tokens for step in stats)
+    assert stats[-1].pages_total == 11 and stats[-1].pages_used == 0
 
 
 def test_drain_ends_what_runs_and_refuses_the_rest(engine, server):
