@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import logging
+import sys
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -21,10 +24,13 @@ from jaxserve.engine.parts import Parts, Progressing
 from jaxserve.errors import ConfigError
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.options import PACKED_DTYPES, ModelOptions
+from jaxserve.models.registry import model_class
 from jaxserve.types import ModelInfo
+from jaxserve.weights.checkpoint import open_checkpoint
 from jaxserve.weights.load import load_model
 from jaxserve.weights.sources import resolve, served_name
 from pallas_kernels import native
+from pallas_kernels.paged_attention import unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +50,8 @@ def load_parts(config: Config, progress: Progressing) -> Parts:
     mesh = make_mesh([device])
     options = model_options(config.weights, config.kernels, device.platform)
     path = resolve(config.model, config.weights, progress)
+    if options.attention == "cpu":
+        options = _fitting(options, config.kernels, _head_dim(path, config.model.format))
     model = load_model(
         path,
         format=config.model.format,
@@ -52,7 +60,7 @@ def load_parts(config: Config, progress: Progressing) -> Parts:
         progress=progress,
     )
     info = model_info(config, model)
-    num_pages = size_cache(config, model.options, info, memory_of(device))
+    num_pages = size_cache(config, model.options, info, _memory(config.cache, device))
     buckets = buckets_for(config.scheduler, options, device.platform)
     executor = _executor(config, model, info, num_pages, mesh, buckets)
     executor.warm_up(progress, config.engine.compile_threads)
@@ -69,10 +77,13 @@ def devices() -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
     """JAX's devices.
 
     Raises:
-        ConfigError: an accelerator is in this machine, but JAX does not use it and nobody asked
-            for the CPU.
+        ConfigError: JAX cannot use the platform it was told to use; or an accelerator is in this
+            machine, but JAX does not use it and nobody asked for the CPU.
     """
-    found = jax.devices()
+    try:
+        found = jax.devices()
+    except RuntimeError as error:
+        raise ConfigError(f"JAX finds no device: {error}; see JAX_PLATFORMS") from error
     present = [path for pattern in _ACCELERATORS for path in glob.glob(pattern)]
     if found[0].platform == "cpu" and present and not jax.config.jax_platforms:
         raise ConfigError(
@@ -108,6 +119,37 @@ def model_options(weights: WeightsConfig, kernels: KernelsConfig, platform: str)
     if layers == "auto":  # XLA on the CPU would copy each layer's weights out of the stack
         layers = "unrolled" if platform == "cpu" and matmul == "xla" else "scanned"
     return ModelOptions(dtype=dtype, attention=attention, matmul=matmul, layers=layers)
+
+
+def _fitting(options: ModelOptions, kernels: KernelsConfig, head_dim: int) -> ModelOptions:
+    """The options, with XLA's attention where the native one does not take such heads.
+
+    Raises:
+        ConfigError: just that was asked for.
+    """
+    reason = unsupported("cpu", head_dim=head_dim, dtype=options.dtype)
+    if reason is None:
+        return options
+    if kernels.attention == "cpu":
+        raise ConfigError(f"kernels.attention=cpu cannot run this model: {reason}")
+    logger.info("kernels.attention: xla (%s)", reason)
+    return dataclasses.replace(options, attention="xla")
+
+
+def _head_dim(path: Path, format: str) -> int:
+    checkpoint = open_checkpoint(path, format)
+    return model_class(checkpoint.config).spec_from_hf(checkpoint.config).attention.head_dim
+
+
+def _memory(cache: CacheConfig, device: jax.Device) -> Memory:  # pyright: ignore[reportInvalidTypeForm]
+    """The device's; without bounds where it does not tell but the pool's size is set."""
+    try:
+        return memory_of(device)
+    except ConfigError as error:
+        if not (cache.num_pages or cache.memory_bytes):
+            raise
+        logger.warning("whether the pool fits is not known: %s", error.message)
+        return Memory(total_bytes=sys.maxsize, free_bytes=sys.maxsize)
 
 
 def model_info(config: Config, model: Decoder) -> ModelInfo:

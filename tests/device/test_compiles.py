@@ -12,26 +12,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxserve.device.compiles import compile_counter, use_persistent_cache
 from jaxserve.errors import ConfigError
+from tests.fakes.compile_cache import kept_cache_settings
 from tests.models.loading import ORACLE
 
 
 @pytest.fixture
 def cache_settings() -> Iterator[None]:
-    """Puts JAX's settings back: no cache may decide what the next test sees."""
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    values = {name: getattr(jax.config, name) for name in names}
-    yield
-    for name, value in values.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    """Puts JAX's settings back."""
+    with kept_cache_settings():
+        yield
 
 
 def test_each_compilation_is_counted_from_whichever_thread() -> None:

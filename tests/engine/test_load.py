@@ -1,0 +1,295 @@
+"""From a configuration to a loaded model: what "auto" means, what is refused, one whole load."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from jaxserve.config import Config, KernelsConfig, SchedulerConfig, WeightsConfig, load_config
+from jaxserve.device.executor import Executor
+from jaxserve.device.memory import Memory
+from jaxserve.engine import load
+from jaxserve.engine.load import buckets_for, cache_dtype, load_parts, model_info, model_options
+from jaxserve.engine.thread import EngineThread
+from jaxserve.errors import ConfigError
+from jaxserve.models.options import ModelOptions
+from jaxserve.protocol.sync_client import SyncClient, SyncStream
+from jaxserve.types import SamplingParams
+from pallas_kernels import native
+from tests.device.rig import log_softmax, next_tokens, prompt_of
+from tests.fakes.compile_cache import kept_cache_settings
+from tests.models.driver import Driver
+from tests.models.loading import ORACLE, load_tiny
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Iterator[list[str]]:
+    """Of a tiny engine; JAX's own are put back."""
+    with kept_cache_settings():
+        yield [
+            f"engine.compile_cache_dir={tmp_path / 'compiled'}",
+            f"model.path={ORACLE / 'gemma2'}",
+            "scheduler.max_rows=2",
+            "scheduler.max_step_tokens=16",
+            "cache.page_size=4",
+        ]
+
+
+def config_of(settings: list[str], *more: str) -> Config:
+    """A configuration that no environment changes."""
+    return load_config(settings=[*settings, *more], environ={})
+
+
+def pretend_native(monkeypatch: pytest.MonkeyPatch, reason: str | None) -> None:
+    """As if the native library were there, or not for this reason."""
+    library = Path("kernels.so") if reason is None else None
+    found = native.Availability(library=library, reason=reason)
+    monkeypatch.setattr(native, "load", lambda: found)
+
+
+AUTO = WeightsConfig(), KernelsConfig()
+
+
+def test_auto_on_the_cpu_takes_the_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_native(monkeypatch, None)
+    assert model_options(*AUTO, "cpu") == ModelOptions(
+        dtype="float32", attention="cpu", matmul="cpu", layers="scanned"
+    )
+    half = model_options(WeightsConfig(dtype="float16"), KernelsConfig(), "cpu")
+    assert (half.dtype, half.matmul, half.activations) == ("float16", "cpu", "float32")
+
+
+def test_auto_on_the_cpu_without_a_native_library_is_xla_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretend_native(monkeypatch, "no C++ compiler")
+    with caplog.at_level(logging.INFO, "jaxserve"):
+        options = model_options(*AUTO, "cpu")
+    assert options == ModelOptions(
+        dtype="float32", attention="xla", matmul="xla", layers="unrolled"
+    )
+    assert [record.message for record in caplog.records] == [
+        "kernels.attention: xla (no C++ compiler)",
+        "kernels.matmul: xla (no C++ compiler)",
+    ]
+
+
+def test_auto_on_an_accelerator() -> None:
+    assert model_options(*AUTO, "gpu") == ModelOptions(
+        dtype="bfloat16", attention="xla", matmul="xla", layers="scanned"
+    )
+
+
+def test_weights_that_the_native_matmul_does_not_read(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretend_native(monkeypatch, None)
+    weights = WeightsConfig(dtype="bfloat16")
+    with caplog.at_level(logging.INFO, "jaxserve"):
+        options = model_options(weights, KernelsConfig(), "cpu")
+    assert (options.matmul, options.attention, options.layers) == ("xla", "cpu", "unrolled")
+    assert "kernels.matmul: xla (it does not read bfloat16 weights)" in caplog.messages
+    with pytest.raises(ConfigError, match=r"kernels\.matmul=cpu cannot run here: .*bfloat16"):
+        model_options(weights, KernelsConfig(matmul="cpu"), "cpu")
+
+
+@pytest.mark.parametrize("kernel", ["attention", "matmul"])
+def test_native_kernels_that_were_asked_for_and_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, kernel: str
+) -> None:
+    asked = KernelsConfig(**{kernel: "cpu"})
+    with pytest.raises(ConfigError, match=rf"kernels\.{kernel}=cpu .*: the platform is gpu"):
+        model_options(WeightsConfig(), asked, "gpu")
+    pretend_native(monkeypatch, "the processor lacks avx2")
+    with pytest.raises(ConfigError, match=rf"kernels\.{kernel}=cpu .*: the processor lacks avx2"):
+        model_options(WeightsConfig(), asked, "cpu")
+
+
+def test_what_was_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_native(monkeypatch, None)
+    asked = KernelsConfig(attention="xla", matmul="cpu", layers="unrolled")
+    assert model_options(WeightsConfig(dtype="float16"), asked, "cpu") == ModelOptions(
+        dtype="float16", attention="xla", matmul="cpu", layers="unrolled"
+    )
+
+
+def test_an_accelerator_that_is_not_used_is_an_error_unless_the_cpu_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = jax.config.jax_platforms
+    planted = {"/dev/nvidia[0-9]*": ["/dev/nvidia0"]}
+    monkeypatch.setattr(load.glob, "glob", lambda pattern: planted.get(pattern, []))
+    try:
+        jax.config.update("jax_platforms", None)
+        with pytest.raises(ConfigError, match=r"an accelerator \(/dev/nvidia0\).*JAX_PLATFORMS=cp"):
+            load.devices()
+        jax.config.update("jax_platforms", "cpu")
+        assert load.devices() == jax.devices()
+        jax.config.update("jax_platforms", None)
+        planted.clear()
+        assert load.devices() == jax.devices()
+    finally:
+        jax.config.update("jax_platforms", before)
+
+
+def test_a_platform_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def devices() -> list[Any]:
+        raise RuntimeError("Unable to initialize backend 'tpu'")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(ConfigError, match=r"no device: Unable .* 'tpu'; see JAX_PLATFORMS"):
+        load.devices()
+
+
+def test_the_context_is_the_models_or_a_smaller_one(settings: list[str]) -> None:
+    model = load_tiny("gemma2", ModelOptions())
+    info = model_info(config_of(settings), model)
+    assert (info.name, info.max_context, info.vocab_size) == ("gemma2", 256, 320)
+    assert info.eos_token_ids == (2, 5)
+    assert [(group.kind, group.layers) for group in info.cache_groups] == [
+        ("full", (1, 3)),
+        ("sliding", (0, 2)),
+    ]
+    assert model_info(config_of(settings, "model.max_context=256"), model).max_context == 256
+    assert model_info(config_of(settings, "model.max_context=17"), model).max_context == 17
+    with pytest.raises(ConfigError, match="max_context is 257, but .* for 256 positions"):
+        model_info(config_of(settings, "model.max_context=257"), model)
+
+
+def test_the_cache_has_the_dtype_of_the_activations_or_its_own() -> None:
+    packed = ModelOptions(dtype="float16", matmul="cpu")
+    half = ModelOptions(dtype="bfloat16")
+    cache = Config().cache
+    assert (cache_dtype(cache, packed), cache_dtype(cache, half)) == ("float32", "bfloat16")
+    assert cache_dtype(replace(cache, dtype="float16"), packed) == "float16"
+
+
+def test_fewer_programs_where_padding_rows_are_nearly_free() -> None:
+    limits = SchedulerConfig()
+
+    def num_programs(options: ModelOptions, platform: str) -> int:
+        return len(buckets_for(limits, options, platform).programs)
+
+    dense, packed = ModelOptions(), ModelOptions(matmul="cpu")
+    assert num_programs(packed, "cpu") == num_programs(dense, "gpu") < num_programs(dense, "cpu")
+
+
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled at loading."""
+    monkeypatch.setattr(Executor, "warm_up", lambda self, progress, threads: None)
+
+
+def loaded(config: Config) -> Any:
+    """The executor of a load."""
+    return load_parts(config, lambda phase, done, total: None).executor
+
+
+@pytest.mark.skipif(native.load().reason is not None, reason="no native kernels")
+def test_heads_that_the_native_attention_does_not_take(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tensors, read as twice as many heads of half the size."""
+    quick(monkeypatch)
+    config = json.loads((ORACLE / "llama3" / "config.json").read_text())
+    config |= {"head_dim": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = (ORACLE / "llama3" / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(tensors)
+    settings = [*settings, f"model.path={tmp_path}"]
+    executor = loaded(config_of(settings))
+    assert executor._model.options.attention == "xla"
+    assert executor._model.options.matmul == "cpu"
+    with pytest.raises(ConfigError, match=r"attention=cpu cannot run this model: head_dim 8 is"):
+        loaded(config_of(settings, "kernels.attention=cpu"))
+    assert loaded(config_of(settings, f"model.path={ORACLE / 'gemma2'}"))._model.options == (
+        model_options(*AUTO, "cpu")
+    )
+
+
+def test_a_device_that_does_not_tell_its_memory_needs_a_size(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch)
+
+    def memory_of(device: Any) -> Memory:
+        raise ConfigError("it does not tell: set cache.memory_bytes")
+
+    monkeypatch.setattr(load, "memory_of", memory_of)
+    with pytest.raises(ConfigError, match=r"set cache\.memory_bytes"):
+        loaded(config_of(settings))
+    for setting in ("cache.num_pages=70", "cache.memory_bytes=1000000"):
+        pages = loaded(config_of(settings, setting))._state.cache.groups[0].k.shape[1]
+        assert 65 < pages < 130
+
+
+def test_a_pool_that_does_not_fit_is_refused(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch)
+    memory = Memory(total_bytes=1 << 22, free_bytes=1 << 20)
+    monkeypatch.setattr(load, "memory_of", lambda device: memory)
+    with pytest.raises(ConfigError, match=r"num_pages=5000 needs .* 1\.0 MiB are free: set it to"):
+        loaded(config_of(settings, "cache.num_pages=5000"))
+
+
+def tokens_of(stream: SyncStream) -> tuple[list[list[int]], list[Any], list[Any]]:
+    """Tokens of each choice, the first one's log-probabilities, and those of the prompt."""
+    tokens: dict[int, list[int]] = {}
+    beside, of_prompt = [], []
+    for event in stream:
+        tokens.setdefault(event.choice, []).extend(event.token_ids)
+        if event.choice == 0:
+            beside += event.logprobs
+            of_prompt += event.prompt_logprobs
+    return [tokens[choice] for choice in sorted(tokens)], beside, of_prompt
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_loaded_and_served(settings: list[str]) -> None:
+    """Requests of all kinds come out as the model alone computes them; nothing is compiled."""
+    model = load_tiny("gemma2", model_options(*AUTO, "cpu"))
+    prompts = [prompt_of(length, length) for length in (3, 30, 60)]
+    expected = [next_tokens(model, prompt, 20) for prompt in prompts]
+    driver = Driver(model, 1, 96)
+    known = prompts[1] + expected[1]
+    logprobs = log_softmax(driver.all_logits(driver.step({0: known})[1]))
+    told: list[tuple[str, int, int]] = []
+    steps: list[Any] = []
+    greedy = SamplingParams(max_tokens=20, seed=1, temperature=0.0, ignore_eos=True)
+    sampled = SamplingParams(
+        max_tokens=15, seed=5, temperature=0.9, repetition_penalty=1.3, bad_words=((7, 8),),
+        logit_bias=((9, 1.0),), min_tokens=3, top_k=50, min_p=0.01,
+    )  # fmt: skip
+    config = config_of(settings)
+    with EngineThread(config, load_parts, lambda *args: told.append(args)) as engine:
+        client = SyncClient(engine.connect(), on_stats=steps.append)
+        client.start()
+        assert client.ready().model.name == "gemma2"
+        streams = [client.submit(prompt, greedy, n=2) for prompt in prompts]
+        wanted = replace(greedy, logprobs=2, prompt_logprobs=1)
+        both = [client.submit(prompts[1], wanted), client.submit(prompts[0], sampled, n=3)]
+        assert [tokens_of(stream)[0] for stream in streams] == [[one, one] for one in expected]
+        (tokens,), beside, of_prompt = tokens_of(both[0])
+        assert tokens == expected[1]
+        for found, first in ((of_prompt, 1), (beside, len(prompts[1]))):
+            assert [one.token_id for one in found] == known[first : first + len(found)]
+            for place, one in enumerate(found, first):
+                assert one.logprob == pytest.approx(logprobs[place - 1, known[place]], abs=1e-4)
+        assert (len(of_prompt), len(beside)) == (29, 20)
+        assert len(tokens_of(both[1])[0]) == 3
+        status = client.get_status()
+        client.close()
+    assert status.compiles_after_warmup == 0
+    assert status.pages_used == 0
+    phases = [phase for phase, _, _ in told]
+    assert phases == sorted(phases, reverse=True) and set(phases) == {"loading", "compiling"}
+    assert told[-1][1] == told[-1][2]
+    assert all(step.flops > 0 and step.bytes > 0 and step.device_ns > 0 for step in steps)
+    assert any(Path(config.engine.compile_cache_dir).iterdir())
