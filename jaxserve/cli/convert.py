@@ -32,13 +32,6 @@ def convert_model(config: Config, target: Path, dtype: str) -> int:
             bar.total, bar.n = total, done
             bar.refresh()
 
-        convert(
-            source,
-            target,
-            dtype,
-            format=model.format,
-            finish=save,
-            progress=show,
-        )
+        convert(source, target, dtype, format=model.format, finish=save, progress=show)
     sys.stdout.write(f"{target}\n")
     return 0

@@ -20,7 +20,7 @@ from jaxserve.text.template_files import find_template, read_json
 from jaxserve.text.tokenizer import load_tokenizer
 
 _TOKENIZERS = ("tokenizer.json", "*.model")
-#: What else a directory's tokenizer and templates may consist of.
+#: What else belongs to a directory's tokenizer; templates in further files are written anew.
 _BESIDE = (
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -28,7 +28,6 @@ _BESIDE = (
     "generation_config.json",
     "chat_template.json",
     "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
 )
 
 
@@ -65,9 +64,7 @@ def _save_tokenizer(origin: Path, target: Path) -> None:
 def _copy(directory: Path, target: Path, patterns: tuple[str, ...]) -> None:
     for pattern in patterns:
         for file in filter(Path.is_file, directory.glob(pattern)):
-            copy = target / file.relative_to(directory)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, copy)
+            shutil.copyfile(file, target / file.name)
 
 
 def _write(tokenizer: PieceTokenizer, special_tokens: dict[str, str], target: Path) -> None:

@@ -46,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_model_that_fits(run: Run, model: Path) -> None:
-    settings = ("cache.num_pages=9999", "cache.page_size=8", "cache.dtype=bfloat16")
+    settings = ("cache.num_pages=33", "cache.page_size=256", "cache.dtype=bfloat16")
     words = [f"--set={setting}" for setting in (*settings, "weights.dtype=float32")]
     ended = run("doctor", "--model", model, *words)
     assert (ended.status, ended.err) == (0, "")
@@ -60,11 +60,12 @@ def test_a_model_that_fits(run: Run, model: Path) -> None:
     assert said["architecture"] == f"Qwen3ForCausalLM, {layers} layers"
     assert said["tokenizer"].startswith("420 tokens, ends at [2]")
     assert said["chat template"] == "none"
-    num_pages, context = 1 + 9999, config["max_position_embeddings"]  # page 0 holds nothing
-    page_bytes = layers * 8 * 2 * config["num_key_value_heads"] * config["head_dim"] * 2
+    num_pages, context = 1 + 33, config["max_position_embeddings"]  # page 0 holds nothing
+    page_bytes = layers * 256 * 2 * config["num_key_value_heads"] * config["head_dim"] * 2
+    assert num_pages * page_bytes > 2**20
     assert said["cache, full"] == (
-        f"{num_pages} pages of 8 tokens, {num_pages * page_bytes >> 20} MiB as bfloat16: "
-        f"{9999 * 8 / context:.1f} sequences of {context} tokens"
+        f"{num_pages} pages of 256 tokens, {num_pages * page_bytes >> 20} MiB as bfloat16: "
+        f"{33 * 256 / context:.1f} sequences of {context} tokens"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from jaxserve import cli
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError, DeviceFailure, InvalidRequest, JaxserveError, WeightsError
 from tests.cli.conftest import Run
+from tests.models.loading import ORACLE
 
 
 @pytest.fixture
@@ -191,6 +193,7 @@ def fake_cli(*words: object, **options: Any) -> subprocess.Popen[Any]:
         [sys.executable, "-m", "tests.fakes.cli", *map(str, words)],
         cwd=Path(__file__).parents[2],
         stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},  # empty is off
         **options,
     )
 
@@ -225,10 +228,12 @@ def test_ctrl_c_ends_it_quietly_and_leaves_whole_lines(many: Path, tmp_path: Pat
     assert [json.loads(line)["index"] for line in lines] == list(range(len(lines)))
 
 
-def test_a_full_disk_is_one_sentence() -> None:
+@pytest.mark.parametrize("command", ["generate", "convert"])
+def test_a_full_disk_is_one_sentence(tmp_path: Path, command: str) -> None:
+    words = {"generate": ["x", "--max-tokens=5"], "convert": [ORACLE / "qwen2", tmp_path / "out"]}
     with (
         open("/dev/full", "wb") as full,
-        fake_cli("generate", "x", "--max-tokens", "5", stdout=full) as process,
+        fake_cli(command, *words[command], stdout=full) as process,
     ):
         err = process.stderr.read()
     assert err == b"jaxserve: cannot read or write the output: No space left on device\n"

@@ -137,6 +137,7 @@ def test_a_conversation_and_its_variables() -> None:
         ({"messages": USER, "template": {"self": 1}}, "a variable 'self'", "template"),
         ({"messages": USER, "template": {"tools": [1]}}, "must be a list of objects", "template"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, got 0", "max_tokens"),
+        ({"x" * 10_000: 1}, "unknown option 'xxx", None),
         ({"temprature": 1}, "unknown option 'temprature'; the nearest is 'temperature'", None),
     ],
 )  # fmt: skip

@@ -140,6 +140,12 @@ def test_a_directory_with_a_gguf_file_and_a_tokenizer_of_its_own(
 def test_another_tokenizer_than_the_models_own(files: Files, tmp_path: Path, kind: str) -> None:
     source = byte_level_gguf(tmp_path / "m.gguf", chat_template=TEMPLATE)
     other = files.json.parent if kind == "directory" else getattr(files, kind)
+    if kind in ("model", "json"):
+        renamed = tmp_path / f"mine.{kind}"
+        renamed.symlink_to(other)
+        for beside in other.parent.glob("*_config.json"):
+            (tmp_path / beside.name).symlink_to(beside)
+        other = renamed
     target = saved(source, tmp_path, tokenizer=str(other))
     assert_same(load_tokenizer(target), load_tokenizer(source, str(other)))
     assert template_of(target).render(MESSAGES) == "<s>hié"
