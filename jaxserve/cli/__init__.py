@@ -10,6 +10,7 @@ setting; 130 after Ctrl-C. An error is one sentence on stderr, never a traceback
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
     from jaxserve.errors import ConfigError, JaxserveError
 
+    _prepare_output()
     try:
         status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -71,6 +73,14 @@ def _run(words: list[str]) -> int:
 def _tell(sentence: str, status: int) -> int:
     sys.stderr.write(f"jaxserve: {' '.join(sentence.split())}\n")
     return status
+
+
+def _prepare_output() -> None:
+    """A model says what it likes: a terminal that lacks a character shows "?" in its place."""
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _drop_output() -> None:

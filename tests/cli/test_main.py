@@ -16,7 +16,7 @@ import pytest
 from jaxserve import cli
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError, DeviceFailure, InvalidRequest, JaxserveError, WeightsError
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, wanted
 from tests.models.loading import ORACLE
 
 
@@ -188,13 +188,13 @@ def test_options_are_those_of_a_request(run: Run, monkeypatch: pytest.MonkeyPatc
     assert seen == [("x", {**options, "stop": ["a", "b c"]}), ("--seed", {})]
 
 
-def fake_cli(*words: object, **options: Any) -> subprocess.Popen[Any]:
+def fake_cli(*words: object, stdout: Any = None, **environment: str) -> subprocess.Popen[Any]:
     return subprocess.Popen(
         [sys.executable, "-m", "tests.fakes.cli", *map(str, words)],
         cwd=Path(__file__).parents[2],
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONUNBUFFERED": ""},  # empty is off
-        **options,
+        env={**os.environ, "PYTHONUNBUFFERED": "", **environment},  # empty is off
+        stdout=stdout,
     )
 
 
@@ -226,6 +226,22 @@ def test_ctrl_c_ends_it_quietly_and_leaves_whole_lines(many: Path, tmp_path: Pat
     lines = output.read_text().splitlines()
     assert 0 < len(lines) < 100
     assert [json.loads(line)["index"] for line in lines] == list(range(len(lines)))
+
+
+def test_a_terminal_without_the_characters_shows_others() -> None:
+    words = ("generate", "é", "--seed", 4, "--max-tokens", 30)
+    with fake_cli(*words, stdout=subprocess.PIPE, PYTHONIOENCODING="ascii") as process:
+        out = process.stdout.read().decode("ascii")
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+    text = wanted("é", seed=4, max_tokens=30)
+    assert not text.isascii() and out == text.encode("ascii", "replace").decode() + "\n"
+
+
+def test_a_closed_output_is_no_error() -> None:
+    command = f"exec {sys.executable} -m tests.fakes.cli generate x --max-tokens 5 >&-"
+    ended = subprocess.run(command, shell=True, cwd=Path(__file__).parents[2], capture_output=True)
+    assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize("command", ["generate", "convert"])
