@@ -269,7 +269,8 @@ def _from_file(file: Path | None) -> list[tuple[str, Any]]:
     try:
         document = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the configuration file {file}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"cannot read the configuration file {file}: {reason}") from error
     if document is None:
         return []
     if not isinstance(document, dict):

@@ -6,8 +6,6 @@ does not: whatever passes here fits the arrays' types and bounds.
 
 from __future__ import annotations
 
-import math
-
 from jaxserve import types
 from jaxserve.errors import InvalidRequest
 from jaxserve.protocol.messages import Submit
@@ -69,7 +67,7 @@ def _check_sampling(sampling: SamplingParams, model: ModelInfo) -> None:
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if math.isnan(value) or not low <= value <= high:
+    if not low <= value <= high:  # also refuses NaN
         raise InvalidRequest(f"{name} must be between {low} and {high}, got {value}", param=name)
 
 

@@ -280,6 +280,7 @@ class Engine:
             stop_token_id=sequence.stop_token_id,
             error=error.message if error else "",
             error_code=error.code if error else "",
+            error_param=error.param if error else None,
         )
         self._outbox.events(client).finished.append(finished)
 
@@ -294,6 +295,7 @@ class Engine:
                     record=record,
                     error=error.message,
                     error_code=error.code,
+                    error_param=error.param,
                 )
             )
 

@@ -118,7 +118,7 @@ class Finished:
 
     Attributes:
         stop_token_id: the end or stop token that ended it, if one did; it is not emitted.
-        error, error_code: what went wrong, for FinishReason.ERROR; the code is a
+        error, error_code, error_param: what went wrong, for FinishReason.ERROR; the code is a
             `JaxserveError`'s, by which the client raises the right exception.
     """
 
@@ -128,6 +128,7 @@ class Finished:
     stop_token_id: int | None = None
     error: str = ""
     error_code: str = ""
+    error_param: str | None = None
 
 
 @dataclass(slots=True, kw_only=True)

@@ -228,8 +228,8 @@ class Dispatcher:
 
 def error_from(finished: Finished) -> JaxserveError:
     """The exception that a `Finished` with reason ERROR stands for."""
-    known = _errors_by_code()
-    return known.get(finished.error_code, DeviceFailure)(finished.error)
+    kind = _errors_by_code().get(finished.error_code, DeviceFailure)
+    return kind(finished.error, param=finished.error_param)
 
 
 def _errors_by_code() -> dict[str, type[JaxserveError]]:

@@ -202,6 +202,15 @@ def test_step_statistics_add_up(server):
     assert stats[-1].pages_total == 11 and stats[-1].pages_used == 0
 
 
+def test_a_refusal_names_the_field(engine, server):
+    turn(engine, "a", submit([1], [5], temperature=-1.0), submit([2], [5] * 3000))
+    errors = {end.sequence_id: (end.error_code, end.error_param) for end in server.ends("a")}
+    assert errors == {
+        1: ("invalid_value", "temperature"),
+        2: ("context_length_exceeded", "max_tokens"),
+    }
+
+
 def test_drain_ends_what_runs_and_refuses_the_rest(engine, server):
     turn(engine, "a", submit([1], [5, 6]))
     turn(engine, "a", Drain(), submit([2], [5, 6]))

@@ -162,6 +162,7 @@ WRONG: list[tuple[tuple[str, dict], str | None, str]] = [
     (chat(modalities=["audio"]), "modalities", "list"),
     (chat(chat_template="{{ 7*7 }}"), "chat_template", "client"),
     (chat(chat_template_kwargs={"messages": []}), "chat_template_kwargs", "messages"),
+    (chat(chat_template_kwargs={"self": 1}), "chat_template_kwargs", "self"),
     (chat(chat_template_kwargs=5), "chat_template_kwargs", "5"),
     (chat(reasoning_effort="high"), "reasoning_effort", "high"),
     (chat(prompt="x"), "prompt", "unknown"),
