@@ -26,7 +26,7 @@ from jaxserve.device.sharding import pages_sharding
 from jaxserve.errors import ConfigError
 from jaxserve.models.context import GroupPages, KVCache
 from jaxserve.types import CacheGroup
-from pallas_kernels.kv_update import empty_pages
+from pallas_kernels.kv_update import empty_pages, page_width
 
 #: Share of the free memory that the pool may take; the rest is for the step's own arrays.
 _USABLE = 0.9
@@ -154,12 +154,13 @@ def init_cache(
     """
 
     def allocate(group: CacheGroup, pages: int) -> GroupPages:
-        shape = (len(group.layers), pages, group.num_kv_heads, page_size, group.head_dim)
+        width = page_width(group.head_dim, backend)
+        shape = (len(group.layers), pages, group.num_kv_heads, page_size, width)
         sharding = pages_sharding(mesh, group)
         empty = jax.jit(
             lambda: empty_pages(shape, jnp.dtype(dtype), backend=backend), out_shardings=sharding
         )
-        return GroupPages(k=empty(), v=empty())
+        return GroupPages(kv=empty())
 
     return KVCache(groups=tuple(allocate(*group) for group in zip(groups, num_pages, strict=True)))
 

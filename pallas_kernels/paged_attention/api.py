@@ -1,7 +1,9 @@
 """The interface of paged attention; every backend computes what `reference.py` says.
 
-Pages are [L, P, K, Z, H]: one page of one KV head is a contiguous [Z, H] tile, which is what a
-TPU or GPU kernel moves in one copy, and what the CPU kernel walks in order.
+Pages are [L, P, K, Z, W]: one page of one KV head is a contiguous [Z, W] tile, which is what a TPU
+or GPU kernel moves in one copy, and what the CPU kernel walks in order. A row of it holds a
+position's key in its first half and its value in the second (`kv_update.page_width`): so one copy
+brings both, and a head of 64 fills the 128 lanes of a TPU.
 """
 
 from __future__ import annotations
@@ -17,8 +19,7 @@ BACKENDS = {"xla": xla, "cpu": cpu}
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    k_pages: Float[Array, "L P K Z H"],
-    v_pages: Float[Array, "L P K Z H"],
+    pages: Float[Array, "L P K Z W"],
     layer: int | Int[Array, ""],
     batch: RaggedBatch,
     *,
@@ -49,17 +50,19 @@ def paged_attention(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: paged_attention has {', '.join(BACKENDS)}")
-    if k_pages.shape != v_pages.shape or k_pages.shape[-1] != q.shape[-1]:
-        raise ValueError(f"q {q.shape}, k_pages {k_pages.shape} and v_pages {v_pages.shape} differ")
-    if q.shape[1] % k_pages.shape[2]:
-        raise ValueError(f"{q.shape[1]} query heads are no multiple of {k_pages.shape[2]} KV heads")
+    if pages.shape[-1] % 2 or pages.shape[-1] < 2 * q.shape[-1]:
+        raise ValueError(
+            f"q {q.shape} and pages {pages.shape} differ: a row of a page holds a key and a value"
+        )
+    if q.shape[1] % pages.shape[2]:
+        raise ValueError(f"{q.shape[1]} query heads are no multiple of {pages.shape[2]} KV heads")
     if window is not None and window < 1:
         raise ValueError(f"window={window}: give at least 1, or None for full attention")
-    reason = unsupported(backend, head_dim=q.shape[-1], dtype=k_pages.dtype)
+    reason = unsupported(backend, head_dim=q.shape[-1], dtype=pages.dtype)
     if reason is not None:
         raise UnsupportedKernel(f"paged_attention backend={backend!r}: {reason}")
     return BACKENDS[backend].paged_attention(
-        q, k_pages, v_pages, layer, batch, scale=scale, window=window, soft_cap=soft_cap
+        q, pages, layer, batch, scale=scale, window=window, soft_cap=soft_cap
     )
 
 

@@ -43,6 +43,7 @@ class Case:
     num_layers: int = 2
     max_query_len: int | None = None
     dtype: str = "float32"
+    unused: int = 0  # lanes behind each key and each value
 
     def arrays(self, seed: int) -> dict[str, Any]:
         """Inputs; whatever nobody may look at is NaN."""
@@ -73,8 +74,10 @@ class Case:
             context_lens=jnp.asarray([c for _, c in self.lens], jnp.int32),
             max_query_len=self.max_query_len or max([n for n, _ in self.lens] + [1]),
         )
-        pages = [jnp.asarray(x).astype(self.dtype) for x in (k, v)]
-        return {"q": jnp.asarray(q), "k_pages": pages[0], "v_pages": pages[1], "batch": batch}
+        unused = np.full((*shape[:-1], self.unused), np.nan, np.float32)
+        pages = np.concatenate([k, unused, v, unused], axis=-1)
+        pages = jnp.asarray(pages).astype(self.dtype)
+        return {"q": jnp.asarray(q), "pages": pages, "batch": batch}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -126,6 +129,10 @@ def test_heads(backend: str, head_dim: int, num_heads: int, num_kv_heads: int) -
         num_kv_heads=num_kv_heads,
     )
     check(case, backend)
+
+
+def test_rows_wider_than_key_and_value(backend: str) -> None:
+    check(Case(lens=MIXED, head_dim=80, num_heads=4, num_kv_heads=2, unused=48), backend)
 
 
 @pytest.mark.parametrize("page_size", [1, 8, 32, 256])
@@ -189,7 +196,7 @@ def test_scanned_layers_equal_unrolled(backend: str) -> None:
         ({"backend": "cuda"}, "backend='cuda'"),
         ({"window": 0}, "window=0"),
         ({"q": jnp.zeros((4, 8, 64))}, "8 query heads"),
-        ({"q": jnp.zeros((4, 9, 32))}, "differ"),
+        ({"q": jnp.zeros((4, 9, 96))}, "differ"),
     ],
 )
 def test_contradictions_are_refused(change: dict[str, Any], message: str) -> None:
