@@ -13,13 +13,14 @@ import pytest
 
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.types import FinishReason
-from tests.device.rig import Rig, Warm, next_tokens, prompt_of
+from tests.device.rig import MAX_CONTEXT, Rig, Warm, next_tokens, prompt_of
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("length", [1, 4, 15, 16, 17, 50])
+@pytest.mark.parametrize("length", [1, 4, 15, 16, 17, 50, MAX_CONTEXT - 21])
 def test_one_row_alone(llama: Warm, length: int) -> None:
+    """Up to the last position of the context."""
     prompt = prompt_of(length)
     rig = Rig(llama)
     assert rig.generate(prompt, max_tokens=21) == llama.greedy(prompt, 21)
