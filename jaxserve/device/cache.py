@@ -54,6 +54,7 @@ def pool_sizes(
     max_context: int,
     dtype_bytes: int,
     memory: Memory,
+    backend: str = "xla",
 ) -> tuple[int, ...]:
     """Pages of each group's pool, its null page included.
 
@@ -61,12 +62,16 @@ def pool_sizes(
         max_context: positions a sequence may have.
         dtype_bytes: of one element of the cache.
         memory: of the device, with everything else in it.
+        backend: of `kv_update`, which decides how wide a page's rows are.
 
     Raises:
         ConfigError: the pool that was asked for does not fit the free memory, or the memory does
             not hold even one sequence of max_context.
     """
-    page_bytes = [group.page_bytes(config.page_size, dtype_bytes) for group in groups]
+    page_bytes = [
+        group.page_bytes(config.page_size, dtype_bytes, page_width(group.head_dim, backend))
+        for group in groups
+    ]
     null_bytes = sum(page_bytes)
     if config.num_pages:
         return _asked_for(config.num_pages, page_bytes, memory)

@@ -11,7 +11,8 @@ from pallas_kernels.kv_update import cpu, xla
 #: Lanes of a TPU's registers.
 _TPU_LANES = 128
 
-BACKENDS = {"xla": xla, "cpu": cpu}
+#: On a TPU the scatter is in place and as cheap as a kernel would be (`scripts/compile_check`).
+BACKENDS = {"xla": xla, "cpu": cpu, "tpu": xla}
 
 
 def kv_update(
@@ -31,7 +32,7 @@ def kv_update(
     Args:
         layer: a Python int where layers are unrolled, traced in a scan.
         token_pages, token_offsets: from `RaggedBatch.token_places`; padding goes to page 0.
-        backend: "xla" (any platform) or "cpu" (native).
+        backend: "xla" (any platform), "cpu" (native) or "tpu".
 
     Returns:
         The pages, the same buffers where the caller donated them. The content of page 0 is

@@ -8,13 +8,17 @@ brings both, and a head of 64 fills the 128 lanes of a TPU.
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
+
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.errors import UnsupportedKernel
-from pallas_kernels.paged_attention import cpu, xla
 from pallas_kernels.ragged import RaggedBatch
 
-BACKENDS = {"xla": xla, "cpu": cpu}
+#: A module each, imported when it is asked for: Pallas takes a quarter of a second.
+BACKENDS = ("xla", "cpu", "tpu")
 
 
 def paged_attention(
@@ -39,7 +43,7 @@ def paged_attention(
         scale: multiplies q·k.
         window: sliding window in tokens, None for full attention.
         soft_cap: scores become soft_cap * tanh(score / soft_cap).
-        backend: "xla" (any platform) or "cpu" (native).
+        backend: "xla" (any platform), "cpu" (native) or "tpu" (Pallas).
 
     Returns:
         In q's dtype; zeros for padding tokens.
@@ -61,11 +65,15 @@ def paged_attention(
     reason = unsupported(backend, head_dim=q.shape[-1], dtype=pages.dtype)
     if reason is not None:
         raise UnsupportedKernel(f"paged_attention backend={backend!r}: {reason}")
-    return BACKENDS[backend].paged_attention(
+    return _module(backend).paged_attention(
         q, pages, layer, batch, scale=scale, window=window, soft_cap=soft_cap
     )
 
 
-def unsupported(backend: str, *, head_dim: int, dtype: object) -> str | None:
+def unsupported(backend: str, *, head_dim: int, dtype: DTypeLike) -> str | None:
     """Why the backend cannot run here with such pages; None where it can."""
-    return BACKENDS[backend].unsupported(head_dim=head_dim, dtype=dtype)
+    return _module(backend).unsupported(head_dim=head_dim, dtype=dtype)
+
+
+def _module(backend: str) -> ModuleType:
+    return import_module(f"pallas_kernels.paged_attention.{backend}")

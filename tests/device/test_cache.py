@@ -268,9 +268,7 @@ def test_copies_are_made_in_place() -> None:
     pages = jax.ShapeDtypeStruct((3, 4096, 2, 4, 16), jnp.float32)
     places = jax.ShapeDtypeStruct((16,), jnp.int32)
     compiled = (
-        jax.jit(copy_pages, donate_argnums=0)
-        .lower(GroupPages(kv=pages), places, places)
-        .compile()
+        jax.jit(copy_pages, donate_argnums=0).lower(GroupPages(kv=pages), places, places).compile()
     )
     memory = compiled.memory_analysis()
     assert memory is not None
