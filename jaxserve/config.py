@@ -106,7 +106,7 @@ class KernelsConfig:
     """Which implementation runs; "auto" takes the fastest that is there and logs which.
 
     Attributes:
-        attention: "auto", "xla", or "cpu" (native).
+        attention: "auto", "xla", "cpu" (native) or "tpu" (Pallas).
         matmul: "auto", "xla", or "cpu" (native, packed weights).
         layers: "auto", "unrolled" or "scanned".
     """
@@ -237,7 +237,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.format": ("auto", "hf", "gguf", "orbax"),
     "weights.dtype": ("auto", "float32", "bfloat16", "float16"),
     "cache.dtype": ("auto", "float32", "bfloat16", "float16"),
-    "kernels.attention": ("auto", "xla", "cpu"),
+    "kernels.attention": ("auto", "xla", "cpu", "tpu"),
     "kernels.matmul": ("auto", "xla", "cpu"),
     "kernels.layers": ("auto", "unrolled", "scanned"),
     "logging.level": ("debug", "info", "warning", "error"),

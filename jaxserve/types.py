@@ -103,9 +103,14 @@ class CacheGroup:
     head_dim: int
     window: int | None = None
 
-    def page_bytes(self, page_size: int, dtype_bytes: int) -> int:
-        """Bytes of one page: K and V of all of the group's layers."""
-        row = 2 * self.num_kv_heads * self.head_dim * dtype_bytes
+    def page_bytes(self, page_size: int, dtype_bytes: int, row_width: int | None = None) -> int:
+        """Bytes of one page: keys and values of all of the group's layers.
+
+        Args:
+            row_width: elements that hold the key and the value of one head, which may be more
+                than twice the head's size; that where None.
+        """
+        row = self.num_kv_heads * (row_width or 2 * self.head_dim) * dtype_bytes
         return len(self.layers) * page_size * row
 
 

@@ -108,6 +108,7 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     from jaxserve.text.tokenizer import load_tokenizer
     from jaxserve.weights.checkpoint import open_checkpoint
     from jaxserve.weights.sources import resolve
+    from pallas_kernels.kv_update import page_width
 
     path = resolve(config.model, config.weights)
     yield "path", str(path)
@@ -126,7 +127,8 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     pools = size_cache(config, options, info, memory_of(device).less(num_bytes))
     page_size = config.cache.page_size
     for group, pages in zip(info.cache_groups, pools, strict=True):
-        size = pages * group.page_bytes(page_size, jax.numpy.dtype(dtype).itemsize)
+        width = page_width(group.head_dim, options.attention)
+        size = pages * group.page_bytes(page_size, jax.numpy.dtype(dtype).itemsize, width)
         window = f" (window {group.window})" if group.window else ""
         yield (
             f"cache, {group.kind}{window}",

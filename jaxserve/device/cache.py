@@ -26,7 +26,7 @@ from jaxserve.device.sharding import pages_sharding
 from jaxserve.errors import ConfigError
 from jaxserve.models.context import GroupPages, KVCache
 from jaxserve.types import CacheGroup
-from pallas_kernels.kv_update import empty_pages
+from pallas_kernels.kv_update import empty_pages, page_width
 
 #: Share of the free memory that the pool may take; the rest is for the step's own arrays.
 _USABLE = 0.9
@@ -54,6 +54,7 @@ def pool_sizes(
     max_context: int,
     dtype_bytes: int,
     memory: Memory,
+    backend: str = "xla",
 ) -> tuple[int, ...]:
     """Pages of each group's pool, its null page included.
 
@@ -61,12 +62,16 @@ def pool_sizes(
         max_context: positions a sequence may have.
         dtype_bytes: of one element of the cache.
         memory: of the device, with everything else in it.
+        backend: of `kv_update`, which decides how wide a page's rows are.
 
     Raises:
         ConfigError: the pool that was asked for does not fit the free memory, or the memory does
             not hold even one sequence of max_context.
     """
-    page_bytes = [group.page_bytes(config.page_size, dtype_bytes) for group in groups]
+    page_bytes = [
+        group.page_bytes(config.page_size, dtype_bytes, page_width(group.head_dim, backend))
+        for group in groups
+    ]
     null_bytes = sum(page_bytes)
     if config.num_pages:
         return _asked_for(config.num_pages, page_bytes, memory)
@@ -154,12 +159,13 @@ def init_cache(
     """
 
     def allocate(group: CacheGroup, pages: int) -> GroupPages:
-        shape = (len(group.layers), pages, group.num_kv_heads, page_size, group.head_dim)
+        width = page_width(group.head_dim, backend)
+        shape = (len(group.layers), pages, group.num_kv_heads, page_size, width)
         sharding = pages_sharding(mesh, group)
         empty = jax.jit(
             lambda: empty_pages(shape, jnp.dtype(dtype), backend=backend), out_shardings=sharding
         )
-        return GroupPages(k=empty(), v=empty())
+        return GroupPages(kv=empty())
 
     return KVCache(groups=tuple(allocate(*group) for group in zip(groups, num_pages, strict=True)))
 

@@ -73,7 +73,7 @@ class Executor:
         self._params, self._structure = jax.tree.flatten(model)
         self._state = state
         self._page_size = page_size
-        self._cache_dtype_bytes = state.cache.groups[0].k.dtype.itemsize
+        self._cache_dtype_bytes = state.cache.groups[0].kv.dtype.itemsize
         self._max_rows = state.last_tokens.shape[0] - 1
         self._layouts = {
             program: StepLayout(program, num_groups=len(state.page_tables), page_size=page_size)

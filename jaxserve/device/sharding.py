@@ -55,6 +55,6 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def pages_sharding(mesh: Mesh, group: CacheGroup) -> NamedSharding:
-    """Of pages [L, P, K, Z, H]: by KV head where the heads can be dealt out evenly."""
+    """Of pages [L, P, K, Z, W]: by KV head where the heads can be dealt out evenly."""
     evenly = group.num_kv_heads % mesh.shape["model"] == 0
     return NamedSharding(mesh, partition((None, None, "kv_heads" if evenly else None, None, None)))

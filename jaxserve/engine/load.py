@@ -97,24 +97,29 @@ def model_options(weights: WeightsConfig, kernels: KernelsConfig, platform: str)
     """What "auto" means on this platform, logged.
 
     Raises:
-        ConfigError: "cpu" kernels were asked for and cannot run here.
+        ConfigError: kernels were asked for that cannot run here.
     """
     dtype = weights.dtype
     if dtype == "auto":
         dtype = "float32" if platform == "cpu" else "bfloat16"
-    reason = native.load().reason if platform == "cpu" else f"the platform is {platform}"
+    elsewhere = f"the platform is {platform}"
+    no_native = native.load().reason if platform == "cpu" else elsewhere
+    no_packing = None if dtype in PACKED_DTYPES else f"it does not read {dtype} weights"
 
-    def choose(name: str, asked: str, reason: str | None) -> str:
-        if asked == "cpu" and reason is not None:
-            raise ConfigError(f"kernels.{name}=cpu cannot run here: {reason}")
-        chosen = asked if asked != "auto" else ("cpu" if reason is None else "xla")
-        why = f" ({reason})" if chosen == "xla" and reason else ""
-        logger.info("kernels.%s: %s%s", name, chosen, why)
+    def choose(name: str, asked: str, own: dict[str, str | None]) -> str:
+        """One of `own`, the implementations beside XLA with the reason why each cannot run."""
+        reason = own.get(asked)
+        if reason is not None:
+            raise ConfigError(f"kernels.{name}={asked} cannot run here: {reason}")
+        runs = [kernel for kernel, reason in own.items() if reason is None]
+        chosen = asked if asked != "auto" else (runs or ["xla"])[0]
+        reasons = "; ".join(f"{kernel}: {reason}" for kernel, reason in own.items() if reason)
+        logger.info("kernels.%s: %s%s", name, chosen, f" ({reasons})" if chosen == "xla" else "")
         return chosen
 
-    packable = None if dtype in PACKED_DTYPES else f"it does not read {dtype} weights"
-    attention = choose("attention", kernels.attention, reason)
-    matmul = choose("matmul", kernels.matmul, reason or packable)
+    no_mosaic = None if platform == "tpu" else elsewhere
+    attention = choose("attention", kernels.attention, {"cpu": no_native, "tpu": no_mosaic})
+    matmul = choose("matmul", kernels.matmul, {"cpu": no_native or no_packing})
     layers = kernels.layers
     if layers == "auto":  # XLA on the CPU would copy each layer's weights out of the stack
         layers = "unrolled" if platform == "cpu" and matmul == "xla" else "scanned"
@@ -122,16 +127,16 @@ def model_options(weights: WeightsConfig, kernels: KernelsConfig, platform: str)
 
 
 def _fitting(options: ModelOptions, kernels: KernelsConfig, head_dim: int) -> ModelOptions:
-    """The options, with XLA's attention where the native one does not take such heads.
+    """The options, with XLA's attention where the kernel does not take such heads.
 
     Raises:
         ConfigError: just that was asked for.
     """
-    reason = unsupported("cpu", head_dim=head_dim, dtype=options.dtype)
+    reason = unsupported(options.attention, head_dim=head_dim, dtype=options.activations)
     if reason is None:
         return options
-    if kernels.attention == "cpu":
-        raise ConfigError(f"kernels.attention=cpu cannot run this model: {reason}")
+    if kernels.attention == options.attention:
+        raise ConfigError(f"kernels.attention={options.attention} cannot run this model: {reason}")
     logger.info("kernels.attention: xla (%s)", reason)
     return dataclasses.replace(options, attention="xla")
 
@@ -191,6 +196,7 @@ def size_cache(
         max_context=info.max_context,
         dtype_bytes=jax.numpy.dtype(cache_dtype(config.cache, options)).itemsize,
         memory=memory,
+        backend=options.attention,
     )
 
 

@@ -17,10 +17,13 @@ from pallas_kernels.ragged import RaggedBatch
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class GroupPages:
-    """Keys and values of one cache group: all its layers, in the order of `CacheGroup.layers`."""
+    """Keys and values of one cache group: all its layers, in the order of `CacheGroup.layers`.
 
-    k: Float[Array, "L P K Z H"]
-    v: Float[Array, "L P K Z H"]
+    Attributes:
+        kv: a row holds a position's key in its first half and its value in the second.
+    """
+
+    kv: Float[Array, "L P K Z W"]
 
 
 @jax.tree_util.register_dataclass

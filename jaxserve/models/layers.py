@@ -144,9 +144,8 @@ class Attention(nnx.Module):
             qk_TKGH = (normalize(qk_TKGH, self.q_norm.eps) * scale).astype(x.dtype)
         qk_TKGH = rotate(qk_TKGH, inputs.rotary)
         q_TNH = qk_TKGH[:, :, :groups].reshape(x.shape[0], self.spec.num_heads, -1)
-        k_pages, v_pages = kv_update(
-            pages.k,
-            pages.v,
+        kv = kv_update(
+            pages.kv,
             qk_TKGH[:, :, groups],
             v_TKH,
             inputs.index,
@@ -156,8 +155,7 @@ class Attention(nnx.Module):
         )
         mixed_TNH = paged_attention(
             q_TNH,
-            k_pages,
-            v_pages,
+            kv,
             inputs.index,
             inputs.batch,
             scale=self.spec.scale,
@@ -166,7 +164,7 @@ class Attention(nnx.Module):
             backend=self.backend,
         )
         out = self.out(mixed_TNH.reshape(x.shape[0], -1), *place)
-        return out, GroupPages(k=k_pages, v=v_pages)
+        return out, GroupPages(kv=kv)
 
 
 class PreNormLayer(nnx.Module):

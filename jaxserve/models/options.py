@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from jaxserve.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
-BACKENDS = ("xla", "cpu")
+ATTENTION = ("xla", "cpu", "tpu")
+MATMUL = ("xla", "cpu")
 LAYERS = ("unrolled", "scanned")
 #: What the native matmul reads.
 PACKED_DTYPES = ("float32", "float16")
@@ -24,7 +25,7 @@ class ModelOptions:
         dtype: weights are held in it: "float32", "bfloat16" or "float16". Norm scales and biases
             are float32 always.
         matmul: "xla", dense weights; or "cpu", packed weights and the native kernel.
-        attention: backend of `paged_attention` and `kv_update`, "xla" or "cpu".
+        attention: backend of `paged_attention` and `kv_update`, "xla", "cpu" or "tpu".
         layers: "unrolled", or "scanned" over stacked weights: one layer to compile.
 
     Raises:
@@ -39,8 +40,8 @@ class ModelOptions:
     def __post_init__(self) -> None:
         for name, choices in (
             ("dtype", DTYPES),
-            ("matmul", BACKENDS),
-            ("attention", BACKENDS),
+            ("matmul", MATMUL),
+            ("attention", ATTENTION),
             ("layers", LAYERS),
         ):
             if getattr(self, name) not in choices:

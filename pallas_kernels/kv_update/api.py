@@ -8,12 +8,15 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.errors import UnsupportedKernel
 from pallas_kernels.kv_update import cpu, xla
 
-BACKENDS = {"xla": xla, "cpu": cpu}
+#: Lanes of a TPU's registers.
+_TPU_LANES = 128
+
+#: On a TPU the scatter is in place and as cheap as a kernel would be (`scripts/compile_check`).
+BACKENDS = {"xla": xla, "cpu": cpu, "tpu": xla}
 
 
 def kv_update(
-    k_pages: Float[Array, "L P K Z H"],
-    v_pages: Float[Array, "L P K Z H"],
+    pages: Float[Array, "L P K Z W"],
     k_new: Float[Array, "T K H"],
     v_new: Float[Array, "T K H"],
     layer: int | Int[Array, ""],
@@ -21,13 +24,15 @@ def kv_update(
     token_offsets: Int[Array, "T"],
     *,
     backend: str = "xla",
-) -> tuple[Float[Array, "L P K Z H"], Float[Array, "L P K Z H"]]:
+) -> Float[Array, "L P K Z W"]:
     """Writes token t's key and value to pages[layer, token_pages[t], :, token_offsets[t]].
+
+    The key goes to the first half of a row, the value to the second; lanes past H are undefined.
 
     Args:
         layer: a Python int where layers are unrolled, traced in a scan.
         token_pages, token_offsets: from `RaggedBatch.token_places`; padding goes to page 0.
-        backend: "xla" (any platform) or "cpu" (native).
+        backend: "xla" (any platform), "cpu" (native) or "tpu".
 
     Returns:
         The pages, the same buffers where the caller donated them. The content of page 0 is
@@ -39,26 +44,22 @@ def kv_update(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: kv_update has {', '.join(BACKENDS)}")
-    expected = (k_new.shape[0], k_pages.shape[2], k_pages.shape[4])
-    if k_pages.shape != v_pages.shape or k_new.shape != expected or v_new.shape != expected:
-        raise ValueError(
-            f"pages {k_pages.shape}, {v_pages.shape} and tokens {k_new.shape}, {v_new.shape} differ"
-        )
-    reason = BACKENDS[backend].unsupported(head_dim=k_pages.shape[-1], dtype=k_pages.dtype)
+    expected = (k_new.shape[0], pages.shape[2], k_new.shape[2])
+    if k_new.shape != expected or v_new.shape != expected or pages.shape[4] < 2 * k_new.shape[2]:
+        raise ValueError(f"pages {pages.shape} and tokens {k_new.shape}, {v_new.shape} differ")
+    reason = BACKENDS[backend].unsupported(head_dim=k_new.shape[-1], dtype=pages.dtype)
     if reason is not None:
         raise UnsupportedKernel(f"kv_update backend={backend!r}: {reason}")
-    return BACKENDS[backend].kv_update(
-        k_pages, v_pages, k_new, v_new, layer, token_pages, token_offsets
-    )
+    return BACKENDS[backend].kv_update(pages, k_new, v_new, layer, token_pages, token_offsets)
 
 
 def empty_pages(
     shape: tuple[int, int, int, int, int], dtype: DTypeLike, *, backend: str = "xla"
-) -> Float[Array, "L P K Z H"]:
+) -> Float[Array, "L P K Z W"]:
     """Pages with undefined content, under `jax.jit`.
 
     Args:
-        shape: [L, P, K, Z, H].
+        shape: [L, P, K, Z, W].
         backend: "xla" writes zeros; "cpu" leaves them untouched, so that the operating system
             gives a page memory only when it is first written.
 
@@ -67,7 +68,16 @@ def empty_pages(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: kv_update has {', '.join(BACKENDS)}")
-    reason = BACKENDS[backend].unsupported(head_dim=shape[-1], dtype=dtype)
+    reason = BACKENDS[backend].unsupported(head_dim=shape[-1] // 2, dtype=dtype)
     if reason is not None:
         raise UnsupportedKernel(f"empty_pages backend={backend!r}: {reason}")
     return BACKENDS[backend].empty_pages(shape, dtype)
+
+
+def page_width(head_dim: int, backend: str) -> int:
+    """W: elements of a page's row for one position, key and value.
+
+    On a TPU whole registers of 128 lanes, so that a copy moves nothing but data.
+    """
+    width = 2 * head_dim
+    return -(-width // _TPU_LANES) * _TPU_LANES if backend == "tpu" else width

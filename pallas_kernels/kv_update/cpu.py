@@ -22,32 +22,29 @@ def unsupported(*, head_dim: int, dtype: DTypeLike) -> str | None:
 
 
 def kv_update(
-    k_pages: Float[Array, "L P K Z H"],
-    v_pages: Float[Array, "L P K Z H"],
+    pages: Float[Array, "L P K Z W"],
     k_new: Float[Array, "T K H"],
     v_new: Float[Array, "T K H"],
     layer: int | Int[Array, ""],
     token_pages: Int[Array, "T"],
     token_offsets: Int[Array, "T"],
-) -> tuple[Float[Array, "L P K Z H"], Float[Array, "L P K Z H"]]:
+) -> Float[Array, "L P K Z W"]:
     """See `api.kv_update`."""
     with jax.named_scope("kv_update"):
-        k_pages, v_pages = jax.ffi.ffi_call(
+        return jax.ffi.ffi_call(
             "jaxserve_kv_update",
-            tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_pages, v_pages)),
-            input_output_aliases={5: 0, 6: 1},
+            jax.ShapeDtypeStruct(pages.shape, pages.dtype),
+            input_output_aliases={5: 0},
         )(
             k_new.astype(jnp.float32),
             v_new.astype(jnp.float32),
             jnp.asarray(layer, jnp.int32),
             token_pages.astype(jnp.int32),
             token_offsets.astype(jnp.int32),
-            k_pages,
-            v_pages,
+            pages,
         )
-    return k_pages, v_pages
 
 
-def empty_pages(shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "L P K Z H"]:
+def empty_pages(shape: tuple[int, ...], dtype: DTypeLike) -> Float[Array, "L P K Z W"]:
     """Allocated by XLA, and left as they are."""
     return jax.ffi.ffi_call("jaxserve_leave", jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))()

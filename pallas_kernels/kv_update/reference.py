@@ -7,18 +7,18 @@ from jaxtyping import Float, Int
 
 
 def kv_update(
-    k_pages: Float[np.ndarray, "L P K Z H"],
-    v_pages: Float[np.ndarray, "L P K Z H"],
+    pages: Float[np.ndarray, "L P K Z W"],
     k_new: Float[np.ndarray, "T K H"],
     v_new: Float[np.ndarray, "T K H"],
     layer: int,
     token_pages: Int[np.ndarray, "T"],
     token_offsets: Int[np.ndarray, "T"],
-) -> tuple[Float[np.ndarray, "L P K Z H"], Float[np.ndarray, "L P K Z H"]]:
-    """Copies of the pages with the tokens written; the null page is left as it is."""
-    k_pages, v_pages = k_pages.copy(), v_pages.copy()
+) -> Float[np.ndarray, "L P K Z W"]:
+    """A copy of the pages with the tokens written; the null page is left as it is."""
+    pages = pages.copy()
+    head_dim, half = k_new.shape[2], pages.shape[4] // 2
     for t, (page, offset) in enumerate(zip(token_pages, token_offsets, strict=True)):
         if page != 0:
-            k_pages[layer, page, :, offset] = k_new[t]
-            v_pages[layer, page, :, offset] = v_new[t]
-    return k_pages, v_pages
+            pages[layer, page, :, offset, :head_dim] = k_new[t]
+            pages[layer, page, :, offset, half : half + head_dim] = v_new[t]
+    return pages

@@ -1,24 +1,29 @@
 """The interface of paged attention; every backend computes what `reference.py` says.
 
-Pages are [L, P, K, Z, H]: one page of one KV head is a contiguous [Z, H] tile, which is what a
-TPU or GPU kernel moves in one copy, and what the CPU kernel walks in order.
+Pages are [L, P, K, Z, W]: one page of one KV head is a contiguous [Z, W] tile, which is what a TPU
+or GPU kernel moves in one copy, and what the CPU kernel walks in order. A row of it holds a
+position's key in its first half and its value in the second (`kv_update.page_width`): so one copy
+brings both, and a head of 64 fills the 128 lanes of a TPU.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
+
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.errors import UnsupportedKernel
-from pallas_kernels.paged_attention import cpu, xla
 from pallas_kernels.ragged import RaggedBatch
 
-BACKENDS = {"xla": xla, "cpu": cpu}
+#: A module each, imported when it is asked for: Pallas takes a quarter of a second.
+BACKENDS = ("xla", "cpu", "tpu")
 
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    k_pages: Float[Array, "L P K Z H"],
-    v_pages: Float[Array, "L P K Z H"],
+    pages: Float[Array, "L P K Z W"],
     layer: int | Int[Array, ""],
     batch: RaggedBatch,
     *,
@@ -38,7 +43,7 @@ def paged_attention(
         scale: multiplies q·k.
         window: sliding window in tokens, None for full attention.
         soft_cap: scores become soft_cap * tanh(score / soft_cap).
-        backend: "xla" (any platform) or "cpu" (native).
+        backend: "xla" (any platform), "cpu" (native) or "tpu" (Pallas).
 
     Returns:
         In q's dtype; zeros for padding tokens.
@@ -49,20 +54,26 @@ def paged_attention(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: paged_attention has {', '.join(BACKENDS)}")
-    if k_pages.shape != v_pages.shape or k_pages.shape[-1] != q.shape[-1]:
-        raise ValueError(f"q {q.shape}, k_pages {k_pages.shape} and v_pages {v_pages.shape} differ")
-    if q.shape[1] % k_pages.shape[2]:
-        raise ValueError(f"{q.shape[1]} query heads are no multiple of {k_pages.shape[2]} KV heads")
+    if pages.shape[-1] % 2 or pages.shape[-1] < 2 * q.shape[-1]:
+        raise ValueError(
+            f"q {q.shape} and pages {pages.shape} differ: a row of a page holds a key and a value"
+        )
+    if q.shape[1] % pages.shape[2]:
+        raise ValueError(f"{q.shape[1]} query heads are no multiple of {pages.shape[2]} KV heads")
     if window is not None and window < 1:
         raise ValueError(f"window={window}: give at least 1, or None for full attention")
-    reason = unsupported(backend, head_dim=q.shape[-1], dtype=k_pages.dtype)
+    reason = unsupported(backend, head_dim=q.shape[-1], dtype=pages.dtype)
     if reason is not None:
         raise UnsupportedKernel(f"paged_attention backend={backend!r}: {reason}")
-    return BACKENDS[backend].paged_attention(
-        q, k_pages, v_pages, layer, batch, scale=scale, window=window, soft_cap=soft_cap
+    return _module(backend).paged_attention(
+        q, pages, layer, batch, scale=scale, window=window, soft_cap=soft_cap
     )
 
 
-def unsupported(backend: str, *, head_dim: int, dtype: object) -> str | None:
+def unsupported(backend: str, *, head_dim: int, dtype: DTypeLike) -> str | None:
     """Why the backend cannot run here with such pages; None where it can."""
-    return BACKENDS[backend].unsupported(head_dim=head_dim, dtype=dtype)
+    return _module(backend).unsupported(head_dim=head_dim, dtype=dtype)
+
+
+def _module(backend: str) -> ModuleType:
+    return import_module(f"pallas_kernels.paged_attention.{backend}")

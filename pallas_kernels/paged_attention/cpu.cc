@@ -3,8 +3,9 @@
 // Math: softmax(cap(scale q k')) v by online softmax: running maximum m, sum l and accumulator a;
 //   for each tile of positions m' = max(m, max s), a = a e^(m-m') + e^(s-m') v, l likewise.
 //
-// Shapes: q, out [T, N, H] float32; pages [L, P, K, Z, H] float32, float16 or bfloat16; page table
-//   [R, M]; G = N / K query heads share a KV head.
+// Shapes: q, out [T, N, H] float32; pages [L, P, K, Z, W] float32, float16 or bfloat16, a key in the
+//   first half of a row and its value in the second, W >= 2 H; page table [R, M]; G = N / K query
+//   heads share a KV head.
 //
 // Grid: one item for a KV head of a row and
 //   - a span of SPAN positions, where the row has one query (spans are merged afterwards), or
@@ -45,12 +46,12 @@ constexpr float kLowest = -std::numeric_limits<float>::infinity();
 struct Call {
   const float* q;
   float* out;
-  const void* k_pages;  // of the layer
-  const void* v_pages;
+  const void* pages;  // of the layer
   const int32_t* page_table;
   const int32_t* query_starts;
   const int32_t* context_lens;
-  int64_t num_tokens, num_heads, head_dim, num_pages, num_kv_heads, page_size, max_pages, num_rows;
+  int64_t num_tokens, num_heads, head_dim, num_pages, num_kv_heads, page_size, width, max_pages,
+      num_rows;
   float scale, soft_cap;  // soft_cap 0: none
   int64_t window;         // 0: none
 
@@ -89,7 +90,7 @@ struct TileRows {
   const T* v[kTile];
 
   TileRows(const Call& call, const Item& item, int64_t begin, int64_t count) {
-    const int64_t page_size = call.page_size, stride = page_size * call.head_dim;
+    const int64_t page_size = call.page_size, stride = page_size * call.width;
     const int32_t* table = call.page_table + item.row * call.max_pages;
     for (int64_t i = 0; i < count;) {
       const int64_t index = std::min((begin + i) / page_size, call.max_pages - 1);
@@ -97,8 +98,8 @@ struct TileRows {
       int64_t offset = (begin + i) % page_size;
       const int64_t base = (page * call.num_kv_heads + item.head) * stride;
       for (; offset < page_size && i < count; ++offset, ++i) {
-        k[i] = static_cast<const T*>(call.k_pages) + base + offset * call.head_dim;
-        v[i] = static_cast<const T*>(call.v_pages) + base + offset * call.head_dim;
+        k[i] = static_cast<const T*>(call.pages) + base + offset * call.width;
+        v[i] = k[i] + call.width / 2;
       }
     }
   }
@@ -498,22 +499,21 @@ void attend(ffi::ThreadPool& pool, const Call& call) {
   }
 }
 
-ffi::Error paged_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k_pages,
-                           ffi::AnyBuffer v_pages, ffi::Buffer<ffi::S32> layer,
+ffi::Error paged_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer pages,
+                           ffi::Buffer<ffi::S32> layer,
                            ffi::Buffer<ffi::S32> page_table, ffi::Buffer<ffi::S32> query_starts,
                            ffi::Buffer<ffi::S32> context_lens, ffi::ResultBuffer<ffi::F32> out,
                            float scale, float soft_cap, int64_t window) {
-  const auto shape = k_pages.dimensions();
+  const auto shape = pages.dimensions();
   const auto queries = q.dimensions();
-  const ffi::DataType dtype = k_pages.element_type();
+  const ffi::DataType dtype = pages.element_type();
   const int64_t bytes = dtype == ffi::F32 ? 4 : 2;
   const int64_t layer_bytes =
       layer.typed_data()[0] * shape[1] * shape[2] * shape[3] * shape[4] * bytes;
   Call call;
   call.q = q.typed_data();
   call.out = out->typed_data();
-  call.k_pages = static_cast<const char*>(k_pages.untyped_data()) + layer_bytes;
-  call.v_pages = static_cast<const char*>(v_pages.untyped_data()) + layer_bytes;
+  call.pages = static_cast<const char*>(pages.untyped_data()) + layer_bytes;
   call.page_table = page_table.typed_data();
   call.query_starts = query_starts.typed_data();
   call.context_lens = context_lens.typed_data();
@@ -523,6 +523,7 @@ ffi::Error paged_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::A
   call.num_pages = shape[1];
   call.num_kv_heads = shape[2];
   call.page_size = shape[3];
+  call.width = shape[4];
   call.max_pages = page_table.dimensions()[1];
   call.num_rows = page_table.dimensions()[0];
   call.scale = scale;
@@ -554,7 +555,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_paged_attention, jaxserve::paged_attentio
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
-                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()

@@ -25,8 +25,7 @@ def unsupported(*, head_dim: int, dtype: DTypeLike) -> str | None:
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    k_pages: Float[Array, "L P K Z H"],
-    v_pages: Float[Array, "L P K Z H"],
+    pages: Float[Array, "L P K Z W"],
     layer: int | Int[Array, ""],
     batch: RaggedBatch,
     *,
@@ -40,8 +39,7 @@ def paged_attention(
             "jaxserve_paged_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32)
         )(
             q.astype(jnp.float32),
-            k_pages,
-            v_pages,
+            pages,
             jnp.asarray(layer, jnp.int32),
             batch.page_table.astype(jnp.int32),
             batch.query_starts.astype(jnp.int32),

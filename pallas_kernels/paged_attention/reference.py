@@ -14,8 +14,7 @@ from pallas_kernels.ragged import RaggedBatch
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    k_pages: Float[Array, "L P K Z H"],
-    v_pages: Float[Array, "L P K Z H"],
+    pages: Float[Array, "L P K Z W"],
     layer: int | Int[Array, ""],
     batch: RaggedBatch,
     *,
@@ -25,7 +24,7 @@ def paged_attention(
 ) -> Float[Array, "T N H"]:
     """softmax(cap(scale q·k)) v for each token over the positions it may see; zeros for padding."""
     num_tokens, num_heads, head_dim = q.shape
-    _, _, num_kv_heads, page_size, _ = k_pages.shape
+    _, _, num_kv_heads, page_size, width = pages.shape
     num_positions = batch.page_table.shape[1] * page_size
 
     rows = batch.token_rows(num_tokens)
@@ -35,15 +34,16 @@ def paged_attention(
     if window is not None:
         visible &= kv_pos > q_pos - window
 
-    def context(pages_LPKZH: Array) -> Array:
-        """[T, K, S, H], zeros where the token does not look."""
-        x = pages_LPKZH[layer][batch.page_table[rows]].astype(jnp.float32)
+    def context(first: int) -> Array:
+        """[T, K, S, H] from lane `first` on, zeros where the token does not look."""
+        lanes = pages[layer][..., first : first + head_dim]
+        x = lanes[batch.page_table[rows]].astype(jnp.float32)
         x = x.transpose(0, 2, 1, 3, 4).reshape(num_tokens, num_kv_heads, num_positions, head_dim)
         return jnp.where(visible[:, None, :, None], x, 0.0)
 
     q_TKGH = q.astype(jnp.float32).reshape(num_tokens, num_kv_heads, -1, head_dim)
     precision = jax.lax.Precision.HIGHEST
-    s = scale * jnp.einsum("tkgh,tksh->tkgs", q_TKGH, context(k_pages), precision=precision)
+    s = scale * jnp.einsum("tkgh,tksh->tkgs", q_TKGH, context(0), precision=precision)
     if soft_cap is not None:
         s = soft_cap * jnp.tanh(s / soft_cap)
     s = jnp.where(visible[:, None, None, :], s, -jnp.inf)
@@ -51,6 +51,6 @@ def paged_attention(
     p = jnp.where(visible[:, None, None, :], jnp.exp(s - jnp.where(top > -jnp.inf, top, 0.0)), 0.0)
     total = jnp.sum(p, axis=-1, keepdims=True)
     p = p / jnp.where(total > 0.0, total, 1.0)
-    out = jnp.einsum("tkgs,tksh->tkgh", p, context(v_pages), precision=precision)
+    out = jnp.einsum("tkgs,tksh->tkgh", p, context(width // 2), precision=precision)
     out = jnp.where(batch.live_tokens(num_tokens)[:, None, None, None], out, 0.0)
     return out.reshape(num_tokens, num_heads, head_dim).astype(q.dtype)

@@ -3,7 +3,7 @@
 Math: online softmax. For each tile of KV positions, with running maximum m, sum l and
     accumulator a: m' = max(m, max s), a = a e^(m-m') + e^(s-m') v, l = l e^(m-m') + Σ e^(s-m').
 
-Shapes: q [T, N, H], pages [L, P, K, Z, H]; tiles of C pages, C Z ≈ KV_TILE positions.
+Shapes: q [T, N, H], pages [L, P, K, Z, W]; tiles of C pages, C Z ≈ KV_TILE positions.
 
 Grid: rows with one token (decode) run together, a dynamic-trip-count loop over tiles; each row
     starts at its own first visible tile. Rows with more run as query blocks of QUERY_BLOCK tokens,
@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.ragged import RaggedBatch
@@ -46,13 +47,17 @@ class _Score(NamedTuple):
 class _Pages(NamedTuple):
     """The cache of all layers, and which layer is read."""
 
-    k: Float[Array, "L P K Z H"]
-    v: Float[Array, "L P K Z H"]
+    kv: Float[Array, "L P K Z W"]
     layer: int | Int[Array, ""]
+    head_dim: int
 
     @property
     def page_size(self) -> int:
-        return self.k.shape[3]
+        return self.kv.shape[3]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv.shape[2]
 
     def tile(self, max_pages: int) -> int:
         """Pages a tile."""
@@ -61,24 +66,21 @@ class _Pages(NamedTuple):
     def gather(self, pages: Int[Array, "*B C"]) -> tuple[Array, Array]:
         """Keys and values of these pages, [*B, K, C Z, H], in float32."""
         *lead, count = pages.shape
-        heads = jnp.arange(self.k.shape[2], dtype=jnp.int32)[:, None]
-
-        def read(x: Array) -> Array:
-            x = x.at[self.layer, pages[..., None, :], heads].get(mode="clip")
-            return x.reshape(*lead, x.shape[-4], count * self.page_size, -1).astype(jnp.float32)
-
-        return read(self.k), read(self.v)
+        heads = jnp.arange(self.num_kv_heads, dtype=jnp.int32)[:, None]
+        kv = self.kv.at[self.layer, pages[..., None, :], heads].get(mode="clip")
+        kv = kv.reshape(*lead, self.num_kv_heads, count * self.page_size, -1).astype(jnp.float32)
+        half = kv.shape[-1] // 2
+        return kv[..., : self.head_dim], kv[..., half : half + self.head_dim]
 
 
-def unsupported(*, head_dim: int, dtype: object) -> str | None:
+def unsupported(*, head_dim: int, dtype: DTypeLike) -> str | None:
     """Runs everywhere."""
     return None
 
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    k_pages: Float[Array, "L P K Z H"],
-    v_pages: Float[Array, "L P K Z H"],
+    pages: Float[Array, "L P K Z W"],
     layer: int | Int[Array, ""],
     batch: RaggedBatch,
     *,
@@ -88,17 +90,17 @@ def paged_attention(
 ) -> Float[Array, "T N H"]:
     """See `api.paged_attention`."""
     num_tokens = q.shape[0]
-    pages = _Pages(k_pages, v_pages, layer)
+    cache = _Pages(pages, layer, q.shape[-1])
     score = _Score(scale, window, soft_cap)
     with jax.named_scope("paged_attention"):
         single = batch.query_lens == 1
         rows = batch.token_rows(num_tokens)
         first_tokens = jnp.minimum(batch.query_starts[:-1], num_tokens - 1)
-        decoded = _decode(q[first_tokens], pages, batch, single, score)[rows]
+        decoded = _decode(q[first_tokens], cache, batch, single, score)[rows]
         live = batch.live_tokens(num_tokens)[:, None, None]
         if batch.max_query_len == 1:
             return jnp.where(live, decoded, 0).astype(q.dtype)
-        chunked = _chunks(q, pages, batch, score)
+        chunked = _chunks(q, cache, batch, score)
         out = jnp.where(single[rows][:, None, None], decoded, chunked)
         return jnp.where(live, out, 0).astype(q.dtype)
 
@@ -108,7 +110,7 @@ def _decode(
 ) -> Float[Array, "R N H"]:
     """One query a row; rows that are not `single` give zeros."""
     num_rows, _, head_dim = q_RNH.shape
-    num_kv_heads = pages.k.shape[2]
+    num_kv_heads = pages.num_kv_heads
     max_pages = batch.page_table.shape[1]
     tile_pages = pages.tile(max_pages)
     tile = tile_pages * pages.page_size
@@ -172,7 +174,7 @@ def _attend_block(
 ) -> Float[Array, "Q N H"]:
     """Queries at position, position + 1, … of one row, whose visible positions are below `end`."""
     size, num_heads, head_dim = q_QNH.shape
-    num_kv_heads = pages.k.shape[2]
+    num_kv_heads = pages.num_kv_heads
     groups = num_heads // num_kv_heads
     tile_pages = pages.tile(page_table_M.shape[0])
     tile = tile_pages * pages.page_size

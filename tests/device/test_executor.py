@@ -104,7 +104,7 @@ def test_many_pages_are_copied(llama: Warm) -> None:
     rig = Rig(llama)
     executor = llama.executor
     rig.generate(prompt_of(60))
-    before = np.asarray(executor._state.cache.groups[0].k)
+    before = np.asarray(executor._state.cache.groups[0].kv)
     num = 2 * COPIES_A_CALL + 3
     targets = np.random.default_rng(1).permutation(np.arange(100, NUM_PAGES))[:num].tolist()
     sources = [1 + i % 10 for i in range(num)]
@@ -112,7 +112,7 @@ def test_many_pages_are_copied(llama: Warm) -> None:
     executor.collect(executor.launch(empty(llama.buckets.choose(1, 1), page_copies=copies)))
     expected = before.copy()
     expected[:, targets] = before[:, sources]
-    np.testing.assert_array_equal(executor._state.cache.groups[0].k[:, 1:], expected[:, 1:])
+    np.testing.assert_array_equal(executor._state.cache.groups[0].kv[:, 1:], expected[:, 1:])
     assert np.isfinite(expected[:, targets]).all()
 
 

@@ -102,7 +102,7 @@ shards = lambda x: [list(shard.data.shape) for shard in x.addressable_shards]
 found = {"/".join(map(str, p)): shards(v.get_value()) for p, v in model.params().items()}
 groups = [CacheGroup(kind="x", layers=(0,), num_kv_heads=n, head_dim=8) for n in (2, 3)]
 cache = init_cache(groups, (5, 5), page_size=4, dtype="float32", mesh=mesh, backend="xla")
-found["pages"] = [shards(group.k) for group in cache.groups]
+found["pages"] = [shards(group.kv) for group in cache.groups]
 print(json.dumps(found))
 """
 

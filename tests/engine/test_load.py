@@ -225,7 +225,7 @@ def test_a_device_that_does_not_tell_its_memory_needs_a_size(
     with pytest.raises(ConfigError, match=r"set cache\.memory_bytes"):
         loaded(config_of(settings))
     for setting in ("cache.num_pages=70", "cache.memory_bytes=1000000"):
-        pages = loaded(config_of(settings, setting))._state.cache.groups[0].k.shape[1]
+        pages = loaded(config_of(settings, setting))._state.cache.groups[0].kv.shape[1]
         assert 65 < pages < 130
 
 

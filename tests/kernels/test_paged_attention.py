@@ -1,9 +1,8 @@
-"""Every backend of paged attention against the reference, on fresh random batches."""
+"""The backends that run on any host against the reference, on fresh random batches."""
 
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,7 +11,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import native
-from pallas_kernels.paged_attention import BACKENDS, RaggedBatch, paged_attention, reference
+from pallas_kernels.paged_attention import RaggedBatch, paged_attention, reference
+from tests.kernels.batches import DECODE, MIXED, Case, relative_error
 
 TOLERANCE = 1e-5
 
@@ -20,74 +20,12 @@ TOLERANCE = 1e-5
 def _backends() -> list[Any]:
     reason = native.load().reason
     marks = [pytest.mark.skip(reason=f"native kernels: {reason}")] if reason else []
-    return [pytest.param(b, marks=marks if b == "cpu" else []) for b in BACKENDS]
+    return [pytest.param(b, marks=marks if b == "cpu" else []) for b in ("xla", "cpu")]
 
 
 @pytest.fixture(params=_backends())
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@dataclass(kw_only=True)
-class Case:
-    """A random batch; `lens` is (query_len, context_len) a row."""
-
-    lens: list[tuple[int, int]]
-    num_heads: int = 9
-    num_kv_heads: int = 3
-    head_dim: int = 64
-    page_size: int = 16
-    padding: int = 0
-    window: int | None = None
-    soft_cap: float | None = None
-    num_layers: int = 2
-    max_query_len: int | None = None
-    dtype: str = "float32"
-
-    def arrays(self, seed: int) -> dict[str, Any]:
-        """Inputs; whatever nobody may look at is NaN."""
-        rng = np.random.default_rng(seed)
-        page_counts = [-(-c // self.page_size) for _, c in self.lens]
-        max_pages = max([*page_counts, 1]) + 2
-        num_pages = sum(page_counts) + 3
-        shape = (self.num_layers, num_pages, self.num_kv_heads, self.page_size, self.head_dim)
-        free = list(rng.permutation(np.arange(1, num_pages)))
-        k, v = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
-        table = np.zeros((len(self.lens), max_pages), np.int32)
-        for row, (query_len, context_len) in enumerate(self.lens):
-            first_seen = 0 if self.window is None else context_len - query_len + 1 - self.window
-            for position in range(max(first_seen, 0), context_len if query_len else 0):
-                index, offset = divmod(position, self.page_size)
-                if table[row, index] == 0:
-                    table[row, index] = free.pop()
-                place = (slice(None), table[row, index], slice(None), offset)
-                k[place] = rng.standard_normal(k[place].shape)
-                v[place] = rng.standard_normal(v[place].shape)
-        starts = np.cumsum([0, *(n for n, _ in self.lens)]).astype(np.int32)
-        num_tokens = max(int(starts[-1]) + self.padding, 1)
-        q = 2 * rng.standard_normal((num_tokens, self.num_heads, self.head_dim), np.float32)
-        q[starts[-1] :] = np.nan
-        batch = RaggedBatch(
-            page_table=jnp.asarray(table),
-            query_starts=jnp.asarray(starts),
-            context_lens=jnp.asarray([c for _, c in self.lens], jnp.int32),
-            max_query_len=self.max_query_len or max([n for n, _ in self.lens] + [1]),
-        )
-        pages = [jnp.asarray(x).astype(self.dtype) for x in (k, v)]
-        return {"q": jnp.asarray(q), "k_pages": pages[0], "v_pages": pages[1], "batch": batch}
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {
-            "scale": self.head_dim**-0.5,
-            "window": self.window,
-            "soft_cap": self.soft_cap,
-        }
-
-
-def relative_error(out: Any, expected: Any) -> float:
-    out, expected = np.asarray(out, np.float64), np.asarray(expected, np.float64)
-    return float(np.linalg.norm(out - expected) / max(float(np.linalg.norm(expected)), 1e-30))
 
 
 def check(case: Case, backend: str, layer: int = 1) -> None:
@@ -102,10 +40,6 @@ def check(case: Case, backend: str, layer: int = 1) -> None:
     assert np.isfinite(np.asarray(out)).all(), f"seed {seed}"
     assert not np.asarray(out)[live:].any(), f"seed {seed}: padding is not zero"
     assert relative_error(out, expected) < TOLERANCE, f"seed {seed}"
-
-
-DECODE = [(1, 7), (1, 1), (0, 0), (1, 130), (1, 16), (1, 17), (0, 40), (1, 300)]
-MIXED = [(1, 33), (1, 257), (70, 70), (0, 0), (5, 130), (1, 1), (128, 200), (2, 2), (65, 300)]
 
 
 @pytest.mark.parametrize("lens", [DECODE, MIXED, [(0, 0), (0, 0)], [(200, 200)]])
@@ -126,6 +60,10 @@ def test_heads(backend: str, head_dim: int, num_heads: int, num_kv_heads: int) -
         num_kv_heads=num_kv_heads,
     )
     check(case, backend)
+
+
+def test_rows_wider_than_key_and_value(backend: str) -> None:
+    check(Case(lens=MIXED, head_dim=80, num_heads=4, num_kv_heads=2, unused=48), backend)
 
 
 @pytest.mark.parametrize("page_size", [1, 8, 32, 256])
@@ -189,7 +127,7 @@ def test_scanned_layers_equal_unrolled(backend: str) -> None:
         ({"backend": "cuda"}, "backend='cuda'"),
         ({"window": 0}, "window=0"),
         ({"q": jnp.zeros((4, 8, 64))}, "8 query heads"),
-        ({"q": jnp.zeros((4, 9, 32))}, "differ"),
+        ({"q": jnp.zeros((4, 9, 96))}, "differ"),
     ],
 )
 def test_contradictions_are_refused(change: dict[str, Any], message: str) -> None:

@@ -50,10 +50,10 @@ class Driver:
         for group in model.cache_groups():
             pages = rng.permutation(np.arange(1, num_pages, dtype=np.int32))
             self.tables.append(pages.reshape(num_sequences, max_pages))
-            shape = (len(group.layers), num_pages, group.num_kv_heads, PAGE_SIZE, group.head_dim)
+            width = 2 * group.head_dim
+            shape = (len(group.layers), num_pages, group.num_kv_heads, PAGE_SIZE, width)
             # what was never written must not matter
-            k, v = jnp.full(shape, jnp.nan, dtype), jnp.full(shape, jnp.nan, dtype)
-            groups.append(GroupPages(k=k, v=v))
+            groups.append(GroupPages(kv=jnp.full(shape, jnp.nan, dtype)))
         self.cache = KVCache(groups=tuple(groups))
 
     def step(

@@ -1,0 +1,138 @@
+"""The TPU kernels against the reference, interpreted on the host.
+
+`InterpretParams` simulates the chip's memories and copies: a copy happens when it is waited for,
+and memory that nobody wrote is NaN, so that a missing wait shows. Compiling for real chips is
+tests/compile's matter.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import UnsupportedKernel
+from pallas_kernels.kv_update import page_width
+from pallas_kernels.paged_attention import reference, tpu
+from tests.kernels.batches import Case, relative_error
+
+#: Of float32 and of bfloat16 pages.
+TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
+MIXED = [(1, 33), (19, 50), (0, 0), (70, 90), (1, 130), (2, 2)]
+DECODE = [(1, 7), (1, 1), (0, 0), (1, 130), (1, 16), (0, 40), (1, 300)]
+
+
+def attend(case: Case, interpret: Any, layer: int = 1) -> tuple[jax.Array, jax.Array]:
+    """The kernel's output and the reference's."""
+    arrays = case.arrays(secrets.randbits(32))
+    expected = reference.paged_attention(layer=layer, **arrays, **case.options)
+    out = tpu.paged_attention(layer=layer, **arrays, **case.options, interpret=interpret)
+    return out, expected
+
+
+def check(case: Case, interpret: Any) -> None:
+    out, expected = attend(case, interpret)
+    live = sum(query_len for query_len, _ in case.lens)
+    assert out.shape == expected.shape
+    assert np.isfinite(np.asarray(out[:live])).all()
+    assert not np.asarray(out)[live:].any(), "padding is not zero"
+    assert relative_error(out[:live], expected[:live]) < TOLERANCES[case.dtype]
+
+
+def wide(head_dim: int, **options: Any) -> Case:
+    """A case whose pages are as wide as a TPU's."""
+    unused = page_width(head_dim, "tpu") // 2 - head_dim
+    return Case(head_dim=head_dim, unused=unused, unused_value=0.0, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lens", [DECODE, MIXED])
+@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (40, 5.0)])
+def test_matches_reference_with_simulated_copies(
+    lens: list[tuple[int, int]], window: int | None, soft_cap: float | None
+) -> None:
+    case = wide(64, lens=lens, num_heads=4, num_kv_heads=2, window=window, soft_cap=soft_cap)
+    check(case, pltpu.InterpretParams(dma_execution_mode="on_wait"))
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (8, 1), (9, 3)])
+def test_heads(head_dim: int, num_heads: int, num_kv_heads: int) -> None:
+    lens = [(1, 40), (19, 50), (1, 3)]
+    check(wide(head_dim, lens=lens, num_heads=num_heads, num_kv_heads=num_kv_heads), True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("page_size", [16, 32])
+def test_pages(dtype: str, page_size: int) -> None:
+    case = wide(64, lens=MIXED, dtype=dtype, page_size=page_size, window=50, padding=3)
+    check(case, True)
+    check(wide(128, lens=DECODE, num_heads=8, num_kv_heads=2, dtype=dtype), True)
+
+
+def test_nobody_lives() -> None:
+    check(wide(64, lens=[(0, 0), (0, 30)], padding=2), True)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_contexts_beyond_int16(window: int | None) -> None:
+    case = wide(
+        64, lens=[(1, 40_001), (3, 33_000)], num_heads=2, num_kv_heads=1, window=window,
+        page_size=256, num_layers=2,
+    )  # fmt: skip
+    check(case, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lens", [[(1, 300), (1, 40)], [(40, 300)]])
+def test_a_missing_wait_is_seen(
+    lens: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The simulation is worth something: without one wait the result is wrong."""
+
+    class Impatient:
+        """A copy that nobody waits for."""
+
+        def __init__(self, copy: Any) -> None:
+            self.start = copy.start
+            self.wait = lambda: None
+
+    copies = tpu._Block.copies
+
+    def impatient(self: Any, *place: Any) -> list[Any]:
+        first, *others = copies(self, *place)
+        return [Impatient(first), *others]
+
+    case = wide(64, lens=lens, num_heads=4, num_kv_heads=2)
+    interpret = pltpu.InterpretParams(dma_execution_mode="on_wait")
+    check(case, interpret)
+    monkeypatch.setattr(tpu._Block, "copies", impatient)
+    out, expected = attend(case, interpret)
+    assert not relative_error(out, expected) < 1e-2
+
+
+def test_what_does_not_fit_is_refused_with_the_remedy() -> None:
+    def run(case: Case) -> Any:
+        return attend(case, True)
+
+    with pytest.raises(UnsupportedKernel, match="no multiple of 128: use page_width"):
+        run(Case(lens=[(1, 3)], head_dim=80))
+    with pytest.raises(UnsupportedKernel, match="give a multiple of 16"):
+        run(wide(64, lens=[(1, 3)], page_size=8, dtype="bfloat16"))
+    reason = tpu.unsupported(head_dim=64, dtype=jnp.int8)
+    assert reason is not None and "int8" in reason
+    case = wide(64, lens=[(1, 3)])
+    arrays = case.arrays(0)
+    table = jnp.zeros((1, tpu.MAX_TABLE_ENTRIES + 1), jnp.int32)
+    batch = arrays["batch"]
+    arrays["batch"] = type(batch)(
+        page_table=table, query_starts=batch.query_starts, context_lens=batch.context_lens,
+        max_query_len=1,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedKernel, match="lower max_rows or max_context"):
+        tpu.paged_attention(layer=0, **arrays, **case.options, interpret=True)
