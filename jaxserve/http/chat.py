@@ -26,9 +26,7 @@ ROLES = ("system", "developer", "user", "assistant")
 MAX_MESSAGES = 10_000
 
 #: Names that `chat_template_kwargs` may not take: the template's own arguments.
-_RESERVED = frozenset(
-    {"self", "messages", "tools", "add_generation_prompt", "conversation"}
-)
+_RESERVED = frozenset({"self", "messages", "tools", "add_generation_prompt", "conversation"})
 
 
 async def read_chat(

@@ -333,9 +333,10 @@ def _decode_kernel(
             top = jnp.maximum(m[head], jnp.max(s, axis=1, keepdims=True))
             p = jnp.where(visible, jnp.exp(s - top), 0.0)
             fade = jnp.exp(m[head] - top)
-            sums = total[head] * fade + jnp.sum(p, axis=1, keepdims=True)
-            parts.append((top, sums, acc[head] * fade + _weighted(p, v)))
-        return tuple(jnp.stack(part) for part in zip(*parts, strict=True))
+            summed = total[head] * fade + jnp.sum(p, axis=1, keepdims=True)
+            parts.append((top, summed, acc[head] * fade + _weighted(p, v)))
+        tops, sums, accs = zip(*parts, strict=True)
+        return jnp.stack(tops), jnp.stack(sums), jnp.stack(accs)
 
     empty = jnp.full((heads, groups, 1), _LOWEST, jnp.float32)
     acc = jnp.zeros((heads, groups, width), jnp.float32)

@@ -207,7 +207,7 @@ def test_a_refusal_names_the_field(engine, server):
     errors = {end.sequence_id: (end.error_code, end.error_param) for end in server.ends("a")}
     assert errors == {
         1: ("invalid_value", "temperature"),
-        2: ("context_length_exceeded", "max_tokens"),
+        2: ("out_of_pages", "max_tokens"),
     }
 
 
