@@ -76,9 +76,17 @@ def test_auto_on_the_cpu_without_a_native_library_is_xla_and_says_why(
         dtype="float32", attention="xla", matmul="xla", layers="unrolled"
     )
     assert [record.message for record in caplog.records] == [
-        "kernels.attention: xla (no C++ compiler)",
-        "kernels.matmul: xla (no C++ compiler)",
+        "kernels.attention: xla (cpu: no C++ compiler; tpu: the platform is cpu)",
+        "kernels.matmul: xla (cpu: no C++ compiler)",
     ]
+
+
+def test_auto_on_a_tpu() -> None:
+    assert model_options(*AUTO, "tpu") == ModelOptions(
+        dtype="bfloat16", attention="tpu", matmul="xla", layers="scanned"
+    )
+    with pytest.raises(ConfigError, match=r"kernels\.attention=tpu .*: the platform is cpu"):
+        model_options(WeightsConfig(), KernelsConfig(attention="tpu"), "cpu")
 
 
 def test_auto_on_an_accelerator() -> None:
@@ -95,7 +103,7 @@ def test_weights_that_the_native_matmul_does_not_read(
     with caplog.at_level(logging.INFO, "jaxserve"):
         options = model_options(weights, KernelsConfig(), "cpu")
     assert (options.matmul, options.attention, options.layers) == ("xla", "cpu", "unrolled")
-    assert "kernels.matmul: xla (it does not read bfloat16 weights)" in caplog.messages
+    assert "kernels.matmul: xla (cpu: it does not read bfloat16 weights)" in caplog.messages
     with pytest.raises(ConfigError, match=r"kernels\.matmul=cpu cannot run here: .*bfloat16"):
         model_options(weights, KernelsConfig(matmul="cpu"), "cpu")
 
