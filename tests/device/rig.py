@@ -164,7 +164,7 @@ class Rig:
     def __init__(self, warm: Warm, pages: int = NUM_PAGES - 1) -> None:
         self.warm = warm
         self.executor = warm.executor
-        assert pages < self.executor._state.cache.groups[0].k.shape[1]
+        assert pages < self.executor._state.cache.groups[0].kv.shape[1]
         groups = warm.model.cache_groups()
         spec = warm.model.spec
         info = ModelInfo(

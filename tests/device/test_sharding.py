@@ -118,4 +118,4 @@ def test_shards_on_two_devices() -> None:
     assert found["layers/0/mlp/down/weight"] == [[56, 64]] * 2
     assert found["layers/0/attention/qkv/weight"] == [[64, 1, 4, 16]] * 2
     assert found["norm/scale"] == [[64]] * 2
-    assert found["pages"] == [[[1, 5, 1, 4, 8]] * 2, [[1, 5, 3, 4, 8]] * 2]
+    assert found["pages"] == [[[1, 5, 1, 4, 16]] * 2, [[1, 5, 3, 4, 16]] * 2]
