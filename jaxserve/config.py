@@ -143,6 +143,7 @@ class HttpConfig:
         cors_origins: origins that browsers may call from.
         tls_certificate, tls_key: PEM files; both or none.
         max_body_bytes: larger request bodies are refused.
+        body_timeout_s: a request's body must be there within this time.
         max_choices: bound of n and best_of, and of prompts in a batch.
         drain_timeout_s: on SIGTERM, streams may go on this long.
         heartbeat_s: silence in a stream after which a comment is sent.
@@ -156,6 +157,7 @@ class HttpConfig:
     tls_certificate: str = ""
     tls_key: str = ""
     max_body_bytes: int = 4 * 1024 * 1024
+    body_timeout_s: float = 30.0
     max_choices: int = 128
     drain_timeout_s: float = 60.0
     heartbeat_s: float = 10.0
@@ -257,6 +259,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "http.port": (0, 65535),
     "http.workers": (1, 64),
     "http.max_body_bytes": (1024, 2**31),
+    "http.body_timeout_s": (0.1, 86400),
     "http.max_choices": (1, 1024),
     "http.drain_timeout_s": (0, 86400),
     "http.heartbeat_s": (0.1, 3600),

@@ -49,6 +49,13 @@ class PayloadTooLarge(InvalidRequest):
     status = 413
 
 
+class RequestTimeout(InvalidRequest):
+    """The body did not come within `http.body_timeout_s`."""
+
+    code = "request_timeout"
+    status = 408
+
+
 class UnsupportedMediaType(InvalidRequest):
     """The body is not declared to be JSON."""
 

@@ -10,6 +10,7 @@ checked value or an `InvalidRequest` that names field, value and limit.
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import math
 from collections.abc import Sequence
@@ -17,18 +18,25 @@ from typing import Any
 
 import msgspec
 
-from jaxserve.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
+from jaxserve.config import HttpConfig
+from jaxserve.errors import (
+    InvalidRequest,
+    PayloadTooLarge,
+    RequestTimeout,
+    UnsupportedMediaType,
+)
 
 #: Containers inside containers that a body may have.
 MAX_DEPTH = 32
 
 
-async def read_object(scope: Any, receive: Any, max_bytes: int) -> Fields:
+async def read_object(scope: Any, receive: Any, config: HttpConfig) -> Fields:
     """The body as the fields of one JSON object.
 
     Raises:
         UnsupportedMediaType: it is not declared as JSON.
-        PayloadTooLarge: it is, or says it is, larger than `max_bytes`.
+        PayloadTooLarge: it is, or says it is, larger than `http.max_body_bytes`.
+        RequestTimeout: it is not there within `http.body_timeout_s`.
         InvalidRequest: it is not one JSON object of sane depth, or the client left midway.
     """
     headers = dict(scope["headers"])
@@ -36,9 +44,22 @@ async def read_object(scope: Any, receive: Any, max_bytes: int) -> Fields:
     if kind != b"application/json":
         said = kind.decode("latin-1")[:80] or "nothing"
         raise UnsupportedMediaType(f"content-type must be application/json, got {said}")
+    max_bytes = config.max_body_bytes
     announced = headers.get(b"content-length", b"")
     if announced.isdigit() and int(announced[:20]) > max_bytes:
         raise _too_large(int(announced[:20]), max_bytes)
+    try:
+        async with asyncio.timeout(config.body_timeout_s):
+            body = await _read_body(receive, max_bytes)
+    except TimeoutError:
+        raise RequestTimeout(
+            f"the body was not complete within {config.body_timeout_s:g} s: send it faster, or "
+            "raise http.body_timeout_s"
+        ) from None
+    return Fields(parse_object(body))
+
+
+async def _read_body(receive: Any, max_bytes: int) -> bytes:
     body = bytearray()
     more = True
     while more:
@@ -49,7 +70,7 @@ async def read_object(scope: Any, receive: Any, max_bytes: int) -> Fields:
         if len(body) > max_bytes:
             raise _too_large(len(body), max_bytes)
         more = message.get("more_body", False)
-    return Fields(parse_object(bytes(body)))
+    return bytes(body)
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class GenerationEndpoint:
         frontend = self._frontend
         model = frontend.model()
         identity: Identity = scope["jaxserve.identity"]
-        fields = await read_object(scope, receive, frontend.config.max_body_bytes)
+        fields = await read_object(scope, receive, frontend.config)
         check_model(fields, model)
         work = await self._read(fields, frontend, model, identity)
         generation = Generation(

@@ -34,7 +34,7 @@ ROUTES = (
     *("/tokenize", "/detokenize", "/health", "/ready", "/metrics", "other"),
 )
 #: Statuses counted by themselves; 499 stands for a client that left before its answer began.
-STATUSES = (200, 400, 401, 403, 404, 405, 413, 415, 499, 500, 503, 504)
+STATUSES = (200, 400, 401, 403, 404, 405, 408, 413, 415, 499, 500, 503, 504)
 
 _COUNTERS = {
     "prompt_tokens": "Prompt tokens submitted",

@@ -218,12 +218,13 @@ class _Supervisor:
             worker.process.terminate()
         self._stopping.clear()
         again = asyncio.create_task(self._stopping.wait())
-        ended = asyncio.gather(*worker_ends)
+        ended = asyncio.create_task(_all_ended(worker_ends))
         limit_s = self._config.http.drain_timeout_s + CLOSING_S
         done, _ = await asyncio.wait(
             [again, ended], timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
         )
         again.cancel()
+        ended.cancel()
         if ended not in done:
             sys.stderr.write("jaxserve: ended before all streams were done\n")
             return 1
@@ -257,6 +258,10 @@ class _Bar:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+async def _all_ended(ends: list[asyncio.Task[None]]) -> None:
+    await asyncio.wait(ends)
 
 
 async def _ended(pid: int) -> None:

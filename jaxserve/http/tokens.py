@@ -21,7 +21,7 @@ class Tokenize:
         """Answers with the ids, their number and the context's length."""
         frontend = self._frontend
         model = frontend.model()
-        fields = await read_object(scope, receive, frontend.config.max_body_bytes)
+        fields = await read_object(scope, receive, frontend.config)
         check_model(fields, model)
         with_strings = fields.flag("return_token_strs", False)
         if fields.take("messages") is not None:
@@ -51,7 +51,7 @@ class Detokenize:
         """Answers with the text, special tokens included."""
         frontend = self._frontend
         model = frontend.model()
-        fields = await read_object(scope, receive, frontend.config.max_body_bytes)
+        fields = await read_object(scope, receive, frontend.config)
         check_model(fields, model)
         limit = frontend.config.max_body_bytes
         ids = fields.token_ids("tokens", model.vocab_size, limit)

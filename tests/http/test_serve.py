@@ -167,6 +167,8 @@ def test_a_second_signal_ends_it_at_once():
                 pass
             process.send_signal(signal.SIGTERM)
             assert process.wait(TIMEOUT_S) == 1
+        error = process.stderr.read()
+        assert "before all streams were done" in error and "Traceback" not in error
 
 
 def client_sees(base: str) -> str:
