@@ -19,7 +19,7 @@ from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import ModelInfo
 
 #: Longer texts are tokenized in a thread, so that other streams go on.
-INLINE_CHARACTERS = 16_384
+INLINE_CHARACTERS = 2048
 
 
 @dataclass(kw_only=True)

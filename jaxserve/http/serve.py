@@ -228,7 +228,9 @@ class _Supervisor:
         if ended not in done:
             sys.stderr.write("jaxserve: ended before all streams were done\n")
             return 1
-        return max(abs(worker.process.wait()) for worker in self._workers) and 1
+        # A worker that had just begun dies of the signal itself: nothing was cut off.
+        clean = (0, -signal.SIGTERM)
+        return int(any(worker.process.wait() not in clean for worker in self._workers))
 
     def _on_signal(self) -> None:
         self._stopping.set()

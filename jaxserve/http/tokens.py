@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from jaxserve.http.body import Fields, read_object
@@ -58,7 +59,9 @@ class Detokenize:
         if ids is None:
             raise fields.wrong("tokens", "a list of token ids", None)
         fields.finish()
-        text = frontend.tokenizer.decode(list(ids), skip_special_tokens=False)
+        text = await asyncio.to_thread(
+            frontend.tokenizer.decode, list(ids), skip_special_tokens=False
+        )
         await send_json(send, {"prompt": text})
 
 

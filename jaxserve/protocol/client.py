@@ -36,7 +36,12 @@ from jaxserve.protocol.messages import (
 )
 from jaxserve.protocol.streams import Dispatcher, SequenceEvent, StreamState
 from jaxserve.protocol.sync_client import SyncClient, SyncStream
-from jaxserve.protocol.transport import HEARTBEAT_S, ClientTransport, submit_message
+from jaxserve.protocol.transport import (
+    HEARTBEAT_S,
+    MAX_PAUSE_S,
+    ClientTransport,
+    submit_message,
+)
 from jaxserve.types import FinishReason, SamplingParams
 
 __all__ = ["ClientTransport", "EngineClient", "SequenceEvent", "Stream", "SyncClient", "SyncStream"]
@@ -287,7 +292,11 @@ class EngineClient:
     async def _beat(self) -> None:
         while True:
             self.send(self._get_status())
+            before_ns = time.monotonic_ns()
             await asyncio.sleep(HEARTBEAT_S)
+            paused_s = (time.monotonic_ns() - before_ns) / 1e9 - HEARTBEAT_S
+            if paused_s > MAX_PAUSE_S:  # the engine may have given up on us, and say no more
+                self.fail(DeviceFailure(f"this process stood still for {paused_s:.0f} s"))
             silent_s = (time.monotonic_ns() - self._heard_ns) / 1e9
             if silent_s > self._silence_s:
                 self.fail(DeviceFailure(f"the engine has been silent for {silent_s:.0f} s"))

@@ -12,6 +12,8 @@ from jaxserve.types import SamplingParams
 
 #: How often a client asks for the engine's status, which is also its own sign of life.
 HEARTBEAT_S = 1.0
+#: A client that stood still for longer may have been given up by the engine (`zmq.SILENCE_S`).
+MAX_PAUSE_S = 500.0
 
 
 class ClientTransport(Protocol):

@@ -39,6 +39,9 @@ HIGH_WATER = 64
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 #: How long closing may take to send what is left.
 LINGER_MS = 500
+#: Silence after which a client counts as gone. One that died is noticed at once, when something is
+#: sent to it; this is for one that stands still for good.
+SILENCE_S = 600.0
 #: While some client has a backlog, an idle engine looks again this often.
 BACKLOG_POLL_S = 0.01
 
@@ -114,13 +117,14 @@ class ZmqServer:
 
     Args:
         address: ipc:// path in a directory that only this user may enter.
-        silence_s: a client not heard of for so long is reported as gone.
+        silence_s: a client not heard of for so long is reported as gone. What it sent while this
+            end did not read counts: a long step makes nobody silent.
 
     Attributes:
         num_malformed: frames dropped so far.
     """
 
-    def __init__(self, address: str, *, silence_s: float = 60.0) -> None:
+    def __init__(self, address: str, *, silence_s: float = SILENCE_S) -> None:
         self.num_malformed = 0
         self._silence_s = silence_s
         self._heard_s: dict[Hashable, float] = {}
@@ -139,10 +143,13 @@ class ZmqServer:
     def receive(self, timeout_s: float) -> list[Arrival]:
         """See `ServerTransport`."""
         self._flush()
-        arrivals = self._gone()
-        if timeout_s > 0 and not arrivals:
+        if timeout_s > 0 and not self._lost:
             wait_s = min(timeout_s, BACKLOG_POLL_S) if self._backlogs else timeout_s
             self._socket.poll(int(wait_s * 1000) or 1)
+        return [*self._read(), *self._gone()]
+
+    def _read(self) -> list[Arrival]:
+        arrivals: list[Arrival] = []
         now_s = time.monotonic()
         while True:
             try:

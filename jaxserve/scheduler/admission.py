@@ -32,7 +32,8 @@ def check_cache(prompt_len: int, max_tokens: int, pages: PageAllocator) -> None:
         sizes = ", ".join(str(pool.capacity) for pool in pages.pools)
         raise OutOfPages(
             f"prompt and output need {num_positions} positions, but the cache has {sizes} "
-            f"pages of {pages.page_size}; lower max_tokens or raise cache.memory_bytes",
+            f"pages of {pages.page_size}; shorten the prompt, lower max_tokens, or raise "
+            "cache.memory_bytes",
             param="max_tokens",
         )
 

@@ -46,6 +46,11 @@ def stop_ids(directory: Path, eos: int | None) -> list[int]:
     return list(dict.fromkeys(i for i in [*ids, eos] if isinstance(i, int)))
 
 
+#: Longer texts are encoded as a batch of one: the library then lets go of the interpreter, which
+#: `encode` holds to its end, whatever thread it runs in.
+_SHORT_CHARACTERS = 2048
+
+
 class FastTokenizer(PieceTokenizer):
     """A `Tokenizer` over the `tokenizers` library, which encodes outside the interpreter lock.
 
@@ -94,7 +99,11 @@ class FastTokenizer(PieceTokenizer):
         """See `Tokenizer`."""
         by_backend = add_special_tokens and self._frame is None
         try:
-            ids = self._backend.encode(text, add_special_tokens=by_backend).ids
+            if len(text) <= _SHORT_CHARACTERS:
+                ids = self._backend.encode(text, add_special_tokens=by_backend).ids
+            else:
+                (encoding,) = self._backend.encode_batch([text], add_special_tokens=by_backend)
+                ids = encoding.ids
         except TypeError:  # the library's word for a str that has no UTF-8
             raise not_unicode(text) from None
         if add_special_tokens and self._frame is not None:

@@ -177,6 +177,34 @@ def client_sees(base: str) -> str:
     return {200: "served", 503: "refused"}[answer.status_code]
 
 
+def test_an_endless_head_is_a_431_and_large_bodies_are_not():
+    with started() as process:
+        base = address_of(process)
+        port = int(base.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nX: " + b"a" * 70_000)
+            answer = b""
+            while part := connection.recv(65536):
+                answer += part
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 431 ")
+        assert json.loads(body)["error"]["code"] == "header_too_large"
+        with httpx.Client(base_url=base, timeout=TIMEOUT_S) as client:
+            large = {"messages": HI, "max_tokens": 2, "metadata": {"pad": "x" * 1_000_000}}
+            for _ in range(2):  # on one connection: each head is counted by itself
+                assert client.post("/v1/chat/completions", json=large).status_code == 200
+                assert client.get("/health", headers={"X": "a" * 40_000}).status_code == 200
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_sigterm_while_it_starts_is_a_clean_end(workers):
+    with started(f"http.workers={workers}") as process:
+        while not children(process.pid):
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT_S) == 0
+
+
 def test_a_port_in_use_is_one_sentence():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

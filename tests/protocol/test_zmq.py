@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import time
 import types
 import typing
 
@@ -14,6 +15,7 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxserve.protocol import zmq as zmq_module
 from jaxserve.protocol.messages import (
     Cancel,
     ClientMessage,
@@ -197,6 +199,24 @@ def test_a_silent_client_is_reported(address):
     socket.send(TO_ENGINE.encode(GetStatus()))
     ((client, _),) = receive(server)
     assert receive(server) == [(client, Goodbye())]
+    socket.close()
+    context.term()
+    server.close()
+
+
+def test_what_waited_while_a_step_ran_is_no_silence(address, monkeypatch):
+    """The engine stood still for longer than clients may be silent; one of them sent heartbeats."""
+    server = ZmqServer(address, silence_s=60.0)
+    context, socket = raw_client(address)
+    socket.send(TO_ENGINE.encode(GetStatus()))
+    ((client, _),) = receive(server)
+    socket.send(TO_ENGINE.encode(GetStatus(stats=True)))
+    server._socket.poll(10_000)  # it is there
+    start = time.monotonic()
+    monkeypatch.setattr(zmq_module.time, "monotonic", lambda: start + 100.0)
+    assert server.receive(0) == [(client, GetStatus(stats=True))]
+    monkeypatch.setattr(zmq_module.time, "monotonic", lambda: start + 200.0)
+    assert server.receive(0) == [(client, Goodbye())]
     socket.close()
     context.term()
     server.close()
