@@ -56,7 +56,8 @@ class WeightsConfig:
 
     Attributes:
         dtype: "auto" (float32 on CPU, bfloat16 elsewhere), "float32", "bfloat16" or "float16".
-        cache_dir: where downloads go; the hub's own default where empty.
+        cache_dir: where downloads go; where empty, the hub's own cache, and
+            ~/.cache/jaxserve/models for gs:// and s3://.
     """
 
     dtype: str = "auto"
