@@ -176,7 +176,7 @@ def _reason(model: ModelConfig, error: Exception) -> str:
         return f"the hub refuses {where} (HTTP status {status}): {remedy}"
     if unanswered:
         return (
-            f"cannot get {where} from the hub ({one_line(answer)}), and its cache has no whole copy: "
-            f"is {model.path!r} meant as a path, or the network down?"
+            f"cannot get {where} from the hub ({one_line(answer)}), and its cache has no whole "
+            f"copy: is {model.path!r} meant as a path, or the network down?"
         )
     return f"downloading {where} failed: {one_line(error)}; start again to resume"
