@@ -6,6 +6,7 @@ Arguments: MODEL PATH, THREADS (XLA takes its own number), then SECTION.KEY=VALU
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from channel import Channel, Measured
 
@@ -26,8 +27,9 @@ class JaxservePeer:
         self._settings = settings
 
     def describe(self) -> str:
-        """Version of JAX, and the settings."""
-        return f"jaxserve, jax {jax.__version__}, {' '.join(self._settings)}"
+        """Version of JAX, and the settings; of the model's path only its name."""
+        model, *settings = self._settings
+        return f"jaxserve, jax {jax.__version__}, {' '.join([Path(model).name, *settings])}"
 
     def decode(self, prompts: list[list[int]], steps: int) -> Measured:
         """Timed between the first full step and `steps` later."""
