@@ -28,11 +28,8 @@ from jaxserve.sampling.history import observe
 from jaxserve.sampling.logprobs import Logprobs, logprobs_if, prompt_logprobs
 from jaxserve.sampling.sample import sample
 from jaxserve.sampling.slots import SlotArrays, apply_writes
-from jaxserve.types import MAX_LOGPROBS
 from pallas_kernels.ragged import RaggedBatch
 
-#: Columns of packed log-probabilities: chosen, rank, top ids, top values.
-LOGPROB_COLUMNS = 2 + 2 * MAX_LOGPROBS
 #: What one call of the small programs takes; more is done in several calls.
 ENTRIES_A_CALL = 256
 COPIES_A_CALL = 16
@@ -212,7 +209,7 @@ def make_copy(group: int) -> Callable[[DeviceState, Array], DeviceState]:
 
 
 def pack_logprobs(logprobs: Logprobs) -> Int[Array, "*B 42"]:
-    """One int32 array for one copy to the host."""
+    """One int32 array for one copy to the host: chosen, rank, top ids, top values."""
 
     def bits(values: Float[Array, "..."]) -> Int[Array, "..."]:
         return jax.lax.bitcast_convert_type(values, jnp.int32)
