@@ -43,10 +43,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no ins
 from jaxserve.bench.stats import environment, json_line, median, percentile, ratio_interval, table
 from jaxserve.config import SchedulerConfig
 from jaxserve.device.step import Program, StepInputs, StepOutputs
-from jaxserve.engine.batch import BatchBuilder
+from jaxserve.engine.batches import Batches
 from jaxserve.engine.loop import Engine
 from jaxserve.protocol.client import EngineClient, Stream
 from jaxserve.protocol.zmq import ZmqClient, ZmqServer
+from jaxserve.scheduler.copies import Schedulers
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.types import CacheGroup, ModelInfo, SamplingParams
 
@@ -85,16 +86,16 @@ class NoDevice:
         random = np.random.default_rng(0)
         self._tokens = random.integers(300, VOCAB_SIZE, size=(8, 4096), dtype=np.int32)
 
-    def launch(self, inputs: StepInputs) -> tuple[StepInputs, float]:
+    def launch(self, inputs: Sequence[StepInputs]) -> tuple[StepInputs, float]:
         """See `engine.loop.Executor`."""
-        return inputs, time.monotonic() + self._step_s
+        return inputs[0], time.monotonic() + self._step_s
 
-    def collect(self, launched: tuple[StepInputs, float]) -> StepOutputs:
+    def collect(self, launched: tuple[StepInputs, float]) -> list[StepOutputs]:
         """See `engine.loop.Executor`."""
         inputs, ends_s = launched
         time.sleep(max(ends_s - time.monotonic(), 0))
         program = inputs.program
-        return StepOutputs(token_ids=self._tokens[: program.decode_steps, : program.num_rows])
+        return [StepOutputs(token_ids=self._tokens[: program.decode_steps, : program.num_rows])]
 
     def count_work(self, inputs: StepInputs) -> tuple[int, int]:
         """See `engine.loop.Executor`."""
@@ -210,9 +211,9 @@ class Arm:
             engine.receive(0.0)
             before = engine.in_flight
             engine.step()
-            if before and before.inputs.num_decode_rows == rows:
+            if before and before.inputs[0].num_decode_rows == rows:
                 steady_ns += time.process_time_ns() - turn_ns
-                steady_tokens += rows * before.plan.decode_steps
+                steady_tokens += rows * before.inputs[0].program.decode_steps
         engine_ns = time.process_time_ns() - began_ns
         if profile:
             profile.disable()
@@ -229,10 +230,10 @@ def start_arm(
     config = SchedulerConfig(
         max_rows=rows, max_step_tokens=1024, decode_steps=decode_steps, max_waiting=rows
     )
-    scheduler = Scheduler(config, MODEL, page_size=PAGE_SIZE, num_pages=[rows * 256])
+    scheduler = Schedulers(config, MODEL, page_size=PAGE_SIZE, num_pages=[rows * 256])
     address = f"ipc://{directory}/{name}"
     server = ZmqServer(address)
-    batch = BatchBuilder(PowerShapes(), rows)
+    batch = Batches(PowerShapes(), rows)
     engine = Engine(MODEL, scheduler, batch, NoDevice(step_s * decode_steps), server)
     return Arm(name, engine, Clients(address, num_clients))
 
@@ -252,7 +253,7 @@ class Planner:
         self.scheduler = Scheduler(config, MODEL, page_size=PAGE_SIZE, num_pages=[rows * 256])
         self.plan_us: list[float] = []
         self._rows, self._target = rows, waiting
-        self._batch = BatchBuilder(PowerShapes(), rows)
+        self._batch = Batches(PowerShapes(), rows)
         self._number = 0
         for part in range(0, rows, rows // self.MAX_TOKENS):  # their ends are spread over steps
             self._submit(rows // self.MAX_TOKENS, 1 + part * self.MAX_TOKENS // rows)
@@ -271,7 +272,7 @@ class Planner:
             plan = self.scheduler.plan()
             spent_ns += time.thread_time_ns() - began_ns
             assert plan is not None
-            inputs = self._batch.build(plan)
+            (inputs,) = self._batch.build([plan])
             live = inputs.num_live_rows
             self.scheduler.commit(inputs.rows[:live].tolist(), [[300] for _ in range(live)])
         self.plan_us.append(spent_ns / 1e3 / num_turns)

@@ -118,6 +118,23 @@ class KernelsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is spread over devices: a mesh of data × expert × model.
+
+    Attributes:
+        data: copies of the model, each with sequences and pages of its own; the limits of
+            `scheduler` are each copy's.
+        expert: parts that the experts of a mixture are dealt to; everything else is split over
+            expert × model.
+        model: devices that share each matrix and the attention heads; 0 takes all there are.
+    """
+
+    data: int = 1
+    expert: int = 1
+    model: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """The engine process.
 
@@ -184,6 +201,7 @@ class Config:
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     kernels: KernelsConfig = KernelsConfig()
+    parallel: ParallelConfig = ParallelConfig()
     engine: EngineConfig = EngineConfig()
     http: HttpConfig = HttpConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -255,6 +273,9 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "scheduler.max_step_tokens": (1, 65536),
     "scheduler.max_waiting": (0, 10_000_000),
     "scheduler.decode_steps": (1, 64),
+    "parallel.data": (1, 4096),
+    "parallel.expert": (1, 4096),
+    "parallel.model": (0, 4096),
     "engine.compile_threads": (0, 256),
     "engine.step_timeout_s": (1, 86400),
     "http.port": (0, 65535),

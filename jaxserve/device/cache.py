@@ -155,13 +155,14 @@ def init_cache(
     """The pools' arrays, with undefined content.
 
     Args:
+        num_pages: of each group, in each copy of the model.
         backend: of `kv_update`.
     """
+    copies, sharding = mesh.shape["data"], pages_sharding(mesh)
 
     def allocate(group: CacheGroup, pages: int) -> GroupPages:
         width = page_width(group.head_dim, backend)
-        shape = (len(group.layers), pages, group.num_kv_heads, page_size, width)
-        sharding = pages_sharding(mesh, group)
+        shape = (len(group.layers), copies * pages, group.num_kv_heads, page_size, width)
         empty = jax.jit(
             lambda: empty_pages(shape, jnp.dtype(dtype), backend=backend), out_shardings=sharding
         )

@@ -4,6 +4,10 @@
 program without waiting; `collect` waits for that step's tokens. Calls form one chain, since each
 takes the state that the one before returned. Owned by the engine's thread.
 
+Where the mesh holds several copies of the model, a step has inputs for each of them, all of one
+program; every array from the host has one more axis in front, the copies. A change of state that
+one copy needs goes to the others as padding.
+
 Invariant: after `warm_up` nothing is compiled any more; `compiles_after_warmup` counts and stays 0.
 """
 
@@ -19,16 +23,27 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Int
 
 from jaxserve.device import programs
 from jaxserve.device.compiles import compile_counter
-from jaxserve.device.packing import ENTRY_FIELDS, StepLayout, fill_entries
+from jaxserve.device.packing import ENTRY_FIELDS, NO_GROUP, StepLayout, fill_entries
 from jaxserve.device.programs import StepResults
-from jaxserve.device.state import DeviceState
-from jaxserve.device.step import LogprobArrays, Program, SlotWrite, StepInputs, StepOutputs
+from jaxserve.device.sharding import by_data, per_data_shard, tensor_parallel
+from jaxserve.device.state import DeviceState, state_specs
+from jaxserve.device.step import (
+    LogprobArrays,
+    Program,
+    SlotWrite,
+    StepInputs,
+    StepOutputs,
+    empty_inputs,
+)
 from jaxserve.models.decoder import Decoder
+from jaxserve.models.parallel import TENSOR_AXES
 from jaxserve.sampling.slots import SlotArrays, SlotSettings, pack_writes, padding_writes
+from jaxserve.sampling.spread import Spread
 from jaxserve.types import MAX_LOGPROBS
 
 logger = logging.getLogger(__name__)
@@ -41,18 +56,22 @@ Progress = Callable[[str, int, int], None]
 class Launched:
     """A step that runs: its results, which may not be there yet."""
 
-    inputs: StepInputs
+    inputs: Sequence[StepInputs]
     results: StepResults
     launched_ns: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """A program to compile: its function, its arguments, and which of them is the state."""
+    """A program to compile: a step over parameters, state and inputs, or a change of the state.
+
+    Attributes:
+        inputs: from the host, of one copy of the model.
+        cost: relative time to compile; 0 for changes of state.
+    """
 
     function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    state_argument: int
+    inputs: Any
     cost: int = 0
 
 
@@ -64,21 +83,30 @@ class Executor:
         state: fresh device state; the executor's from then on.
         steps: the step programs to compile.
         page_size: tokens a page.
+        mesh: that the model and the state are on.
     """
 
     def __init__(
-        self, model: Decoder, state: DeviceState, steps: Sequence[Program], page_size: int
+        self,
+        model: Decoder,
+        state: DeviceState,
+        steps: Sequence[Program],
+        page_size: int,
+        mesh: Mesh,
     ) -> None:
         self._model = model
         self._params, self._structure = jax.tree.flatten(model)
         self._state = state
         self._page_size = page_size
+        self._mesh = mesh
+        self._copies = mesh.shape["data"]
         self._cache_dtype_bytes = state.cache.groups[0].kv.dtype.itemsize
-        self._max_rows = state.last_tokens.shape[0] - 1
+        self._max_rows = state.last_tokens.shape[0] // self._copies - 1
         self._layouts = {
             program: StepLayout(program, num_groups=len(state.page_tables), page_size=page_size)
             for program in steps
         }
+        self._no_writes = {_slots_key(writes): writes for writes in self._padding_writes()}
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
         self._counter = compile_counter()
         self._compiles_at_warmup = 0
@@ -97,7 +125,7 @@ class Executor:
         wanted = self._wanted()
         longest_first = sorted(wanted, key=lambda key: -wanted[key].cost)  # threads end together
         with ThreadPoolExecutor(threads or os.cpu_count() or 1, "jaxserve compile") as pool:
-            futures = {pool.submit(_compile, wanted[key]): key for key in longest_first}
+            futures = {pool.submit(self._compile, wanted[key]): key for key in longest_first}
             for done, future in enumerate(as_completed(futures), 1):
                 self._compiled[futures[future]] = future.result()
                 progress("compiling", done, len(wanted))
@@ -112,83 +140,132 @@ class Executor:
 
     def _wanted(self) -> dict[Hashable, _Wanted]:
         """Every program, by the key it is found under."""
-        params, state = _shapes(self._params), _shapes(self._state)
         wanted: dict[Hashable, _Wanted] = {}
+        spread = Spread(
+            axes=TENSOR_AXES if tensor_parallel(self._mesh) > 1 else (),
+            copies=("data",) if self._copies > 1 else (),
+        )
         for program, layout in self._layouts.items():
-            step = programs.make_step(self._structure, layout, self._page_size)
+            step = programs.make_step(self._structure, layout, self._page_size, spread)
             cost = program.num_tokens * (1 + program.prompt_logprobs) * program.decode_steps
-            wanted[program] = _Wanted(step, (params, state, _integers(layout.size)), 1, cost)
+            wanted[program] = _Wanted(step, _integers(layout.size), cost)
         for writes in self._padding_writes():
-            wanted[_slots_key(writes)] = _Wanted(programs.write_slots, (state, _shapes(writes)), 0)
-        entries = _integers(programs.ENTRIES_A_CALL, ENTRY_FIELDS)
-        wanted["entries"] = _Wanted(programs.write_page_tables, (state, entries), 0)
-        prefix = _integers(programs.PREFIX_SCALARS + programs.PREFIX_TOKENS_A_CALL)
-        wanted["prefix"] = _Wanted(programs.write_prefix, (state, prefix), 0)
-        copies = _integers(programs.COPIES_A_CALL, 2)
+            wanted[_slots_key(writes)] = _Wanted(programs.write_slots, _shapes(writes))
+        wanted["entries"] = _Wanted(programs.write_page_tables, _shapes(_packed_entries(())))
+        wanted["prefix"] = _Wanted(programs.write_prefix, _shapes(_packed_prefix(0, 0, ())))
         for group in range(len(self._state.page_tables)):
-            copy = programs.make_copy(group)
-            wanted["copy", group] = _Wanted(copy, (state, copies), 0)
+            copies = _shapes(_packed_copies(()))
+            wanted["copy", group] = _Wanted(programs.make_copy(group), copies)
         return wanted
+
+    def _compile(self, wanted: _Wanted) -> Callable[..., Any]:
+        """One program, for this mesh; the state is donated and stays where it is."""
+        state = _shapes(self._state)
+        arguments, results = (state, wanted.inputs), ()
+        if wanted.cost:
+            arguments, results = (_shapes(self._params), *arguments), (None,)
+        function, shardings = wanted.function, None
+        if self._mesh.size > 1:
+            function = self._over_copies(wanted)
+            arguments = (*arguments[:-1], self._for_copies(wanted.inputs))
+            held = jax.tree.map(lambda x: x.sharding, self._state)
+            shardings = (held, by_data(self._mesh)) if results else held
+        jitted = jax.jit(function, donate_argnums=len(arguments) - 2, out_shardings=shardings)
+        return jitted.lower(*arguments).compile()
+
+    def _over_copies(self, wanted: _Wanted) -> Callable[..., Any]:
+        """The function of one copy, mapped over all."""
+        states, every = state_specs(), PartitionSpec("data")
+
+        def step(params: Any, state: DeviceState, inputs: Any) -> Any:
+            state, results = wanted.function(params, state, _first(inputs))
+            return state, jax.tree.map(lambda x: x[None], results)
+
+        def change(state: DeviceState, inputs: Any) -> DeviceState:
+            return wanted.function(state, _first(inputs))
+
+        if wanted.cost:
+            specs = (PartitionSpec(), states, every)
+            return per_data_shard(self._mesh, step, specs, (states, every))
+        return per_data_shard(self._mesh, change, (states, every), states)
+
+    def _for_copies(self, inputs: Any) -> Any:
+        """Shapes of what the host gives to all copies."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                (self._copies, *x.shape), x.dtype, sharding=by_data(self._mesh)
+            ),
+            inputs,
+        )
 
     def _run_empty(self) -> None:
         """Runs every program once, without effect: nothing is set up lazily later."""
         for program in self._layouts:
-            self.collect(self.launch(self._empty_inputs(program)))
+            self.collect(self.launch([empty_inputs(program, self._max_rows)] * self._copies))
         for writes in self._padding_writes():
-            self._state = self._compiled[_slots_key(writes)](self._state, writes)
-        self._write_entries([(0, 0, 0, 0)])
-        self._write_prefix(self._max_rows, [0])
+            self._change(_slots_key(writes), 0, writes, writes)
+        self._write_entries(0, [(NO_GROUP, 0, 0, 0)])
+        self._write_prefix(0, self._max_rows, [0])
         for group in range(len(self._state.page_tables)):
-            self._copy_pages([(group, 0, 0)])
+            self._copy_pages(0, [(group, 0, 0)])
         jax.block_until_ready(self._state)
-
-    def _empty_inputs(self, program: Program) -> StepInputs:
-        rows, tokens = program.num_rows, program.num_tokens
-        return StepInputs(
-            program=program,
-            rows=np.full(rows, self._max_rows, np.int32),
-            num_live_rows=0,
-            num_decode_rows=0,
-            query_starts=np.zeros(rows + 1, np.int32),
-            context_lens=np.zeros(rows, np.int32),
-            token_ids=np.zeros(tokens, np.int32),
-            next_token_ids=np.zeros(tokens, np.int32),
-            samples=np.zeros(rows, np.bool_),
-        )
 
     def _padding_writes(self) -> list[SlotArrays]:
         return padding_writes(vocab_size=self._model.spec.vocab_size, max_rows=self._max_rows)
 
     # ------------------------------------------------------------------ steps
 
-    def launch(self, inputs: StepInputs) -> Launched:
-        """Starts a step; does not wait for it."""
-        if inputs.slot_writes:
-            self._write_slots(inputs.slot_writes)
-        if inputs.page_copies:
-            self._copy_pages(inputs.page_copies)
-        layout = self._layouts[inputs.program]
-        self._write_entries(layout.overflow(inputs))
-        packed = layout.pack(inputs)
+    def launch(self, inputs: Sequence[StepInputs]) -> Launched:
+        """Starts a step; does not wait for it.
+
+        Args:
+            inputs: of each copy of the model, all of one program.
+        """
+        program = inputs[0].program
+        layout = self._layouts[program]
+        for copy, own in enumerate(inputs):
+            if own.slot_writes:
+                self._write_slots(copy, own.slot_writes)
+            if own.page_copies:
+                self._copy_pages(copy, own.page_copies)
+            self._write_entries(copy, layout.overflow(own))
+        logprobs = any(own.logprobs for own in inputs)
+        packed = [layout.pack(own, logprobs=logprobs) for own in inputs]
         launched_ns = time.monotonic_ns()
-        self._state, results = self._compiled[inputs.program](self._params, self._state, packed)
+        self._state, results = self._compiled[program](
+            self._params, self._state, packed[0] if self._mesh.size == 1 else np.stack(packed)
+        )
         return Launched(inputs, results, launched_ns)
 
-    def collect(self, launched: Launched) -> StepOutputs:
-        """Waits for a step's results."""
+    def collect(self, launched: Launched) -> list[StepOutputs]:
+        """Waits for a step's results, those of each copy."""
         inputs, results = launched.inputs, launched.results
         token_ids = np.asarray(results.token_ids)
         ready_ns = time.monotonic_ns()
-        outputs = StepOutputs(
-            token_ids=token_ids,
-            device_ns=ready_ns - max(launched.launched_ns, self._ready_ns),
-            idle_ns=max(0, launched.launched_ns - self._ready_ns) if self._ready_ns else 0,
-        )
+        device_ns = ready_ns - max(launched.launched_ns, self._ready_ns)
+        idle_ns = max(0, launched.launched_ns - self._ready_ns) if self._ready_ns else 0
         self._ready_ns = ready_ns
-        if inputs.logprobs:
-            outputs.logprobs = _unpack_logprobs(results.logprobs)
+        logprobs = of_prompt = None
+        if any(own.logprobs for own in inputs):
+            logprobs = np.asarray(results.logprobs)
         if results.prompt_logprobs is not None:
-            outputs.prompt_logprobs = _unpack_logprobs(results.prompt_logprobs)
+            of_prompt = np.asarray(results.prompt_logprobs)
+        outputs = []
+        for copy, own in enumerate(inputs):
+            place = ... if self._mesh.size == 1 else copy
+            outputs.append(
+                StepOutputs(
+                    token_ids=token_ids[place],
+                    logprobs=_unpack_logprobs(logprobs[place])
+                    if logprobs is not None and own.logprobs
+                    else None,
+                    prompt_logprobs=None
+                    if of_prompt is None
+                    else _unpack_logprobs(of_prompt[place]),
+                    device_ns=device_ns,
+                    idle_ns=idle_ns,
+                )
+            )
         return outputs
 
     def count_work(self, inputs: StepInputs) -> tuple[int, int]:
@@ -211,7 +288,14 @@ class Executor:
 
     # ------------------------------------------------------------------ changes of state
 
-    def _write_slots(self, writes: Sequence[SlotWrite]) -> None:
+    def _change(self, key: Hashable, copy: int, inputs: Any, padding: Any) -> None:
+        """Runs a change of state: `inputs` for one copy of the model, `padding` for the others."""
+        if self._mesh.size > 1:
+            everywhere = [inputs if place == copy else padding for place in range(self._copies)]
+            inputs = jax.tree.map(lambda *parts: np.stack(parts), *everywhere)
+        self._state = self._compiled[key](self._state, inputs)
+
+    def _write_slots(self, copy: int, writes: Sequence[SlotWrite]) -> None:
         spec = self._model.spec
         arrays = pack_writes(
             [
@@ -227,41 +311,58 @@ class Executor:
             vocab_size=spec.vocab_size,
             max_rows=self._max_rows,
         )
-        self._state = self._compiled[_slots_key(arrays)](self._state, arrays)
+        key = _slots_key(arrays)
+        self._change(key, copy, arrays, self._no_writes[key])
         for write in writes:
             if write.prefix:
-                self._write_prefix(write.slot, write.prefix)
+                self._write_prefix(copy, write.slot, write.prefix)
 
-    def _write_prefix(self, slot: int, tokens: Sequence[int]) -> None:
-        size, scalars = programs.PREFIX_TOKENS_A_CALL, programs.PREFIX_SCALARS
+    def _write_prefix(self, copy: int, slot: int, tokens: Sequence[int]) -> None:
+        size = programs.PREFIX_TOKENS_A_CALL
         for first in range(0, len(tokens), size):
-            part = tokens[first : first + size]
-            packed = np.zeros(scalars + size, np.int32)
-            packed[:scalars] = slot, first, len(part)
-            packed[scalars : scalars + len(part)] = part
-            self._state = self._compiled["prefix"](self._state, packed)
+            packed = _packed_prefix(slot, first, tokens[first : first + size])
+            self._change("prefix", copy, packed, _packed_prefix(self._max_rows, 0, ()))
 
-    def _write_entries(self, entries: Sequence[tuple[int, int, int, int]]) -> None:
+    def _write_entries(self, copy: int, entries: Sequence[tuple[int, int, int, int]]) -> None:
         size = programs.ENTRIES_A_CALL
         for first in range(0, len(entries), size):
-            packed = np.empty((size, ENTRY_FIELDS), np.int32)
-            fill_entries(packed, entries[first : first + size])
-            self._state = self._compiled["entries"](self._state, packed)
+            packed = _packed_entries(entries[first : first + size])
+            self._change("entries", copy, packed, _packed_entries(()))
 
-    def _copy_pages(self, copies: Sequence[tuple[int, int, int]]) -> None:
+    def _copy_pages(self, copy: int, copies: Sequence[tuple[int, int, int]]) -> None:
         size = programs.COPIES_A_CALL
         for group in sorted({group for group, _, _ in copies}):
             pairs = [(source, target) for g, source, target in copies if g == group]
             for first in range(0, len(pairs), size):
-                part = pairs[first : first + size]
-                packed = np.zeros((size, 2), np.int32)
-                packed[: len(part)] = part
-                self._state = self._compiled["copy", group](self._state, packed)
+                packed = _packed_copies(pairs[first : first + size])
+                self._change(("copy", group), copy, packed, _packed_copies(()))
 
 
-def _compile(wanted: _Wanted) -> Callable[..., Any]:
-    function = jax.jit(wanted.function, donate_argnums=wanted.state_argument)
-    return function.lower(*wanted.arguments).compile()
+def _packed_prefix(slot: int, first: int, tokens: Sequence[int]) -> Int[np.ndarray, "X"]:
+    """See `programs.write_prefix`."""
+    scalars = programs.PREFIX_SCALARS
+    packed = np.zeros(scalars + programs.PREFIX_TOKENS_A_CALL, np.int32)
+    packed[:scalars] = slot, first, len(tokens)
+    packed[scalars : scalars + len(tokens)] = tokens
+    return packed
+
+
+def _packed_entries(entries: Sequence[tuple[int, int, int, int]]) -> Int[np.ndarray, "E 4"]:
+    packed = np.empty((programs.ENTRIES_A_CALL, ENTRY_FIELDS), np.int32)
+    fill_entries(packed, entries)
+    return packed
+
+
+def _packed_copies(pairs: Sequence[tuple[int, int]]) -> Int[np.ndarray, "C 2"]:
+    packed = np.zeros((programs.COPIES_A_CALL, 2), np.int32)
+    if pairs:
+        packed[: len(pairs)] = pairs
+    return packed
+
+
+def _first(tree: Any) -> Any:
+    """The own part of arrays that have the copies of the model in front."""
+    return jax.tree.map(lambda x: x[0], tree)
 
 
 def _slots_key(writes: SlotArrays) -> tuple[str, int, bool]:
@@ -280,9 +381,8 @@ def _shapes(tree: Any) -> Any:
     return jax.tree.map(shape, tree)
 
 
-def _unpack_logprobs(packed: Int[jax.Array, "... 42"]) -> LogprobArrays:
+def _unpack_logprobs(columns: Int[np.ndarray, "... 42"]) -> LogprobArrays:
     """See `programs.pack_logprobs`."""
-    columns = np.asarray(packed)
     ends = np.cumsum([1, 1, MAX_LOGPROBS])
     chosen, rank, top_ids, top_values = np.split(columns, ends, axis=-1)
     return LogprobArrays(

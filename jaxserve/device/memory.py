@@ -6,6 +6,7 @@ tests bring their own /proc and /sys.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -47,6 +48,21 @@ def memory_of(device: jax.Device) -> Memory:  # pyright: ignore[reportInvalidTyp
         raise ConfigError(f"{device} does not tell its memory: set cache.memory_bytes")
     total = stats["bytes_limit"]
     return Memory(total_bytes=total, free_bytes=total - stats["bytes_in_use"])
+
+
+def least_memory(devices: Sequence[jax.Device]) -> Memory:  # pyright: ignore[reportInvalidTypeForm]
+    """What each of these devices has at least; CPU devices share the host's.
+
+    Raises:
+        ConfigError: it cannot be told.
+    """
+    if devices[0].platform == "cpu":
+        host = host_memory()
+        return Memory(
+            total_bytes=host.total_bytes // len(devices),
+            free_bytes=host.free_bytes // len(devices),
+        )
+    return min(map(memory_of, devices), key=lambda memory: memory.free_bytes)
 
 
 def host_memory(root: Path = Path("/")) -> Memory:

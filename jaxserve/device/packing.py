@@ -74,11 +74,15 @@ class StepLayout:
             for (name, size), end in zip(sizes.items(), ends, strict=True)
         }
 
-    def pack(self, inputs: StepInputs) -> Int[np.ndarray, "X"]:
-        """A new array with everything but the entries beyond `num_entries`."""
+    def pack(self, inputs: StepInputs, *, logprobs: bool) -> Int[np.ndarray, "X"]:
+        """A new array with everything but the entries beyond `num_entries`.
+
+        Args:
+            logprobs: whether the step computes log-probabilities of sampled tokens.
+        """
         packed = np.empty(self.size, np.int32)
         places = self._places
-        packed[places["scalars"]] = (inputs.num_live_rows, inputs.num_decode_rows, inputs.logprobs)
+        packed[places["scalars"]] = (inputs.num_live_rows, inputs.num_decode_rows, logprobs)
         packed[places["rows"]] = inputs.rows
         packed[places["query_starts"]] = inputs.query_starts
         packed[places["context_lens"]] = inputs.context_lens

@@ -28,6 +28,7 @@ from jaxserve.sampling.history import observe
 from jaxserve.sampling.logprobs import Logprobs, logprobs_if, prompt_logprobs
 from jaxserve.sampling.sample import sample
 from jaxserve.sampling.slots import SlotArrays, apply_writes
+from jaxserve.sampling.spread import ONE_DEVICE, Spread
 from pallas_kernels.ragged import RaggedBatch
 
 #: What one call of the small programs takes; more is done in several calls.
@@ -49,16 +50,20 @@ class StepResults:
 
 
 # Traced once for each number of rows, not once for each program.
-_sample, _logprobs_if = jax.jit(sample), jax.jit(logprobs_if)
+_sample = jax.jit(sample, static_argnames="spread")
+_logprobs_if = jax.jit(logprobs_if, static_argnames="spread")
 
 Step = Callable[[list[Array], DeviceState, Array], tuple[DeviceState, StepResults]]
 
 
-def make_step(model_structure: Any, layout: StepLayout, page_size: int) -> Step:
+def make_step(
+    model_structure: Any, layout: StepLayout, page_size: int, spread: Spread = ONE_DEVICE
+) -> Step:
     """The step of one program.
 
     Args:
         model_structure: the PyTreeDef of the model, whose leaves are the step's first argument.
+        spread: how the logits lie on the devices.
     """
 
     def step(
@@ -68,7 +73,8 @@ def make_step(model_structure: Any, layout: StepLayout, page_size: int) -> Step:
         inputs = layout.unpack(packed)
         tables = write_entries(state.page_tables, inputs.entries)
         state = replace(state, page_tables=tables)
-        run = _Run(model, layout, inputs, tuple(table[inputs.rows] for table in tables), page_size)
+        tables = tuple(table[inputs.rows] for table in tables)
+        run = _Run(model, layout, inputs, tables, page_size, spread)
         num_steps = layout.program.decode_steps
         if num_steps == 1:
             state, sampled, beside, of_prompt = run.step(state, inputs.context_lens)
@@ -100,12 +106,14 @@ class _Run:
         inputs: StepArrays,
         tables: tuple[Int[Array, "R M"], ...],
         page_size: int,
+        spread: Spread,
     ) -> None:
         self.model = model
         self.layout = layout
         self.inputs = inputs
         self.tables = tables
         self.page_size = page_size
+        self.spread = spread
         num_rows = layout.program.num_rows
         row = jnp.arange(num_rows, dtype=jnp.int32)
         self.live_rows: Bool[Array, "R"] = row < inputs.num_live_rows
@@ -150,8 +158,10 @@ class _Run:
             if not program.is_decode:
                 ends = hidden[jnp.maximum(inputs.query_starts[1:] - 1, 0)]
             logits = self.model.logits(ends, inputs.num_live_rows)
-            sampled = _sample(logits, sampling, inputs.rows, context_lens, inputs.samples)
-            logprobs = _logprobs_if(inputs.logprobs, logits, sampled)
+            sampled = _sample(
+                logits, sampling, inputs.rows, context_lens, inputs.samples, spread=self.spread
+            )
+            logprobs = _logprobs_if(inputs.logprobs, logits, sampled, spread=self.spread)
             nowhere = state.last_tokens.shape[0]
             last_tokens = state.last_tokens.at[jnp.where(inputs.samples, inputs.rows, nowhere)].set(
                 sampled, mode="drop"
@@ -162,7 +172,7 @@ class _Run:
     def _of_prompt(self, hidden: Float[Array, "T D"]) -> Int[Array, "T 42"] | None:
         if self.inputs.next_token_ids is None:
             return None
-        found = prompt_logprobs(self.model.logits, hidden, self.inputs.next_token_ids)
+        found = prompt_logprobs(self.model.logits, hidden, self.inputs.next_token_ids, self.spread)
         return pack_logprobs(found)
 
 

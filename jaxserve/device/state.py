@@ -6,13 +6,14 @@ Passed to every program, donated, returned: there is exactly one, and the execut
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
-from jaxserve.device.sharding import replicated
+from jaxserve.device.sharding import by_data
 from jaxserve.models.context import KVCache
 from jaxserve.sampling.state import SamplingState, init_state
 
@@ -21,6 +22,9 @@ from jaxserve.sampling.state import SamplingState, init_state
 @dataclass(frozen=True, kw_only=True)
 class DeviceState:
     """State of S = max_rows slots and the scratch slot S, where padding rows point.
+
+    Where there are several copies of the model, theirs stand one behind the other along the axis
+    of slots, or of pages; each copy sees its own (`state_specs`).
 
     Attributes:
         cache: the pages.
@@ -37,6 +41,13 @@ class DeviceState:
     last_tokens: Int[Array, "S+1"]
 
 
+def state_specs() -> DeviceState:
+    """The axis of each array that is dealt out over the copies of the model."""
+    slots: Any = PartitionSpec("data")
+    pages: Any = PartitionSpec(None, "data")
+    return DeviceState(cache=pages, sampling=slots, page_tables=slots, last_tokens=slots)
+
+
 def init_device_state(
     cache: KVCache, *, max_rows: int, vocab_size: int, pages_per_sequence: int, mesh: Mesh
 ) -> DeviceState:
@@ -44,13 +55,16 @@ def init_device_state(
 
     Args:
         cache: fresh pools.
+        max_rows: slots of each copy of the model.
         pages_per_sequence: M, columns of a page table.
     """
-    rows = max_rows + 1
+    rows, copies = max_rows + 1, mesh.shape["data"]
     fresh = DeviceState(
         cache=KVCache(groups=()),
-        sampling=init_state(max_rows, vocab_size),
-        page_tables=tuple(jnp.zeros((rows, pages_per_sequence), jnp.int32) for _ in cache.groups),
-        last_tokens=jnp.zeros(rows, jnp.int32),
+        sampling=init_state(copies * rows - 1, vocab_size),
+        page_tables=tuple(
+            jnp.zeros((copies * rows, pages_per_sequence), jnp.int32) for _ in cache.groups
+        ),
+        last_tokens=jnp.zeros(copies * rows, jnp.int32),
     )
-    return replace(jax.device_put(fresh, replicated(mesh)), cache=cache)
+    return replace(jax.device_put(fresh, by_data(mesh)), cache=cache)

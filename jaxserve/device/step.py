@@ -99,6 +99,26 @@ class StepInputs:
     logprobs: bool = False
 
 
+def empty_inputs(program: Program, scratch: int) -> StepInputs:
+    """A step without rows: for warm-up, and for a copy of the model that has nothing to do.
+
+    Args:
+        scratch: the slot that padding rows point to.
+    """
+    rows, tokens = program.num_rows, program.num_tokens
+    return StepInputs(
+        program=program,
+        rows=np.full(rows, scratch, np.int32),
+        num_live_rows=0,
+        num_decode_rows=0,
+        query_starts=np.zeros(rows + 1, np.int32),
+        context_lens=np.zeros(rows, np.int32),
+        token_ids=np.zeros(tokens, np.int32),
+        next_token_ids=np.zeros(tokens, np.int32),
+        samples=np.zeros(rows, np.bool_),
+    )
+
+
 @dataclass(slots=True, kw_only=True)
 class LogprobArrays:
     """Log-probabilities beside token positions; arrays share their leading axes.

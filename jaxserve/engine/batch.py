@@ -4,15 +4,15 @@ Stands between `scheduler.plan` and `executor.launch`. A plan names only the row
 builder keeps the decoding rows as compact arrays between steps and moves all of them on with one
 addition, so that a row which just goes on costs no Python work.
 
-Invariants: every plan is built, in the order of planning. Arrays handed out are never written
-again, since the device may still read them while later steps are built; those that a step would
-only repeat are handed out again, read-only. Decoding rows keep their order: who leaves is cut out,
-who joins is put behind.
+Invariants: every plan is followed and built, in the order of planning. Arrays handed out are never
+written again, since the device may still read them while later steps are built; those that a step
+would only repeat are handed out again, read-only. Decoding rows keep their order: who leaves is cut
+out, who joins is put behind.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -31,16 +31,23 @@ class Shapes(Protocol):
         ...
 
 
+class StepSize(NamedTuple):
+    """What a program must hold."""
+
+    num_rows: int
+    num_tokens: int
+    decode_steps: int
+    prompt_logprobs: bool
+
+
 class BatchBuilder:
-    """Builds the inputs of each plan, in order.
+    """Builds the inputs of each plan, in order: `follow`, then `build` with the program chosen.
 
     Args:
-        shapes: the programs to pad to.
         max_rows: slots that sequences may take; slot max_rows is scratch.
     """
 
-    def __init__(self, shapes: Shapes, max_rows: int) -> None:
-        self._shapes = shapes
+    def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows
         self._lengths = np.zeros(max_rows, np.int32)  # by slot: KV length after its last chunk
         self._logprobs = np.zeros(max_rows, np.bool_)  # by slot: log-probabilities are wanted
@@ -48,13 +55,23 @@ class BatchBuilder:
         self._contexts = np.zeros(0, np.int32)  # their KV lengths, as of the steps launched
         self._quiet: _Rows | None = None  # the last step's, while nobody joins or leaves
 
-    def build(self, plan: Plan) -> StepInputs:
-        """The inputs of the plan's device call."""
+    def follow(self, plan: Plan) -> StepSize:
+        """Takes in who joined and left; returns the size of the plan's step."""
         for join in plan.joins:
             self._logprobs[join.slot] = join.sampling.logprobs is not None
         if plan.decode_leaves or plan.decode_joins:
             self._change_rows(plan)
-        rows = self._mixed_rows(plan) if plan.chunks else self._decode_rows(plan)
+        num_decode = len(self._slots)
+        return StepSize(
+            num_decode + len(plan.chunks),
+            num_decode + sum(len(chunk.token_ids) for chunk in plan.chunks),
+            plan.decode_steps,
+            any(chunk.prompt_logprobs is not None for chunk in plan.chunks),
+        )
+
+    def build(self, plan: Plan, program: Program) -> StepInputs:
+        """The inputs of the plan's device call, after `follow`."""
+        rows = self._mixed_rows(plan, program) if plan.chunks else self._decode_rows(program)
         context_lens = np.zeros(rows.program.num_rows, np.int32)
         num_decode = len(self._slots)
         np.add(self._contexts, 1, out=context_lens[:num_decode])
@@ -100,10 +117,8 @@ class BatchBuilder:
             self._slots = np.concatenate([self._slots, joins])
             self._contexts = np.concatenate([self._contexts, self._lengths[joins]])
 
-    def _decode_rows(self, plan: Plan) -> _Rows:
+    def _decode_rows(self, program: Program) -> _Rows:
         """Rows of a plan without chunks: the last step's once more, if nothing changed."""
-        num_rows = len(self._slots)
-        program = self._shapes.choose(num_rows, num_rows, plan.decode_steps, False)
         quiet = self._quiet
         if quiet is None or not quiet.fits(program):
             quiet = _Rows(program, self._max_rows)
@@ -113,13 +128,9 @@ class BatchBuilder:
         quiet.program = program
         return quiet
 
-    def _mixed_rows(self, plan: Plan) -> _Rows:
+    def _mixed_rows(self, plan: Plan, program: Program) -> _Rows:
         """Rows of a plan with chunks behind the decoding rows."""
         num_decode = len(self._slots)
-        num_tokens = num_decode + sum(len(chunk.token_ids) for chunk in plan.chunks)
-        prompt_logprobs = any(chunk.prompt_logprobs is not None for chunk in plan.chunks)
-        num_rows = num_decode + len(plan.chunks)
-        program = self._shapes.choose(num_rows, num_tokens, 1, prompt_logprobs)
         rows = _Rows(program, self._max_rows)
         rows.fill_decode(self._slots, bool(self._logprobs[self._slots].any()))
         start = num_decode

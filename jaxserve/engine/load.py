@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import glob
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,15 +16,16 @@ from jaxserve.device.buckets import Buckets
 from jaxserve.device.cache import init_cache, pages_per_sequence, pool_sizes
 from jaxserve.device.compiles import compile_counter, use_persistent_cache
 from jaxserve.device.executor import Executor
-from jaxserve.device.memory import Memory, memory_of
-from jaxserve.device.sharding import make_mesh, param_sharding
+from jaxserve.device.memory import Memory, least_memory
+from jaxserve.device.sharding import make_mesh, param_sharding, tensor_parallel, undivided
 from jaxserve.device.state import init_device_state
-from jaxserve.engine.batch import BatchBuilder
+from jaxserve.engine.batches import Batches
 from jaxserve.engine.parts import Parts, Progressing
 from jaxserve.errors import ConfigError
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.options import PACKED_DTYPES, ModelOptions
 from jaxserve.models.registry import model_class
+from jaxserve.models.spec import AttentionSpec
 from jaxserve.types import ModelInfo
 from jaxserve.weights.checkpoint import open_checkpoint
 from jaxserve.weights.load import load_model
@@ -46,9 +47,9 @@ def load_parts(config: Config, progress: Progressing) -> Parts:
     """
     use_persistent_cache(config.engine.compile_cache_dir)
     compile_counter()
-    device = devices()[0]
-    mesh = make_mesh([device])
-    options = model_options(config.weights, config.kernels, device.platform)
+    mesh = make_mesh(devices(), config.parallel)
+    device = mesh.devices.flat[0]
+    options = model_options(config.weights, config.kernels, device.platform, mesh)
     path = resolve(config.model, config.weights, progress)
     if options.attention == "cpu":
         options = _fitting(options, config.kernels, _head_dim(path, config.model.format))
@@ -59,14 +60,16 @@ def load_parts(config: Config, progress: Progressing) -> Parts:
         sharding=param_sharding(mesh),
         progress=progress,
     )
+    _log_sharding(model, mesh)
     info = model_info(config, model)
-    num_pages = size_cache(config, model.options, info, _memory(config.cache, device))
+    num_pages = size_cache(config, model.options, info, _memory(config.cache, mesh))
     buckets = buckets_for(config.scheduler, options, device.platform)
     executor = _executor(config, model, info, num_pages, mesh, buckets)
     executor.warm_up(progress, config.engine.compile_threads)
     return Parts(
         model=info,
-        batch=BatchBuilder(buckets, config.scheduler.max_rows),
+        copies=mesh.shape["data"],
+        batch=Batches(buckets, config.scheduler.max_rows, mesh.shape["data"]),
         executor=executor,
         page_size=config.cache.page_size,
         num_pages=num_pages,
@@ -93,8 +96,13 @@ def devices() -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
     return found
 
 
-def model_options(weights: WeightsConfig, kernels: KernelsConfig, platform: str) -> ModelOptions:
+def model_options(
+    weights: WeightsConfig, kernels: KernelsConfig, platform: str, mesh: Mesh | None = None
+) -> ModelOptions:
     """What "auto" means on this platform, logged.
+
+    Args:
+        mesh: that the model will be on; one device where None.
 
     Raises:
         ConfigError: kernels were asked for that cannot run here.
@@ -104,6 +112,8 @@ def model_options(weights: WeightsConfig, kernels: KernelsConfig, platform: str)
         dtype = "float32" if platform == "cpu" else "bfloat16"
     elsewhere = f"the platform is {platform}"
     no_native = native.load().reason if platform == "cpu" else elsewhere
+    if mesh is not None and mesh.size > 1:
+        no_native = no_native or "it runs on one device"
     no_packing = None if dtype in PACKED_DTYPES else f"it does not read {dtype} weights"
 
     def choose(name: str, asked: str, own: dict[str, str | None]) -> str:
@@ -123,7 +133,38 @@ def model_options(weights: WeightsConfig, kernels: KernelsConfig, platform: str)
     layers = kernels.layers
     if layers == "auto":  # XLA on the CPU would copy each layer's weights out of the stack
         layers = "unrolled" if platform == "cpu" and matmul == "xla" else "scanned"
-    return ModelOptions(dtype=dtype, attention=attention, matmul=matmul, layers=layers)
+    return ModelOptions(
+        dtype=dtype,
+        attention=attention,
+        matmul=matmul,
+        layers=layers,
+        tensor_parallel=1 if mesh is None else tensor_parallel(mesh),
+    )
+
+
+def _log_sharding(model: Decoder, mesh: Mesh) -> None:
+    """What the devices do not share evenly, and what that costs."""
+    if mesh.size == 1:
+        return
+    logger.info("mesh: %s", ", ".join(f"{n} {axis}" for axis, n in mesh.shape.items()))
+    heads = describe_heads(model.spec.attention)
+    if heads:
+        logger.warning("attention heads: %s", heads)
+    for name in undivided(mesh, model.params().items()):
+        logger.warning("whole on every device, which do not divide it: %s", name)
+
+
+def describe_heads(sizes: AttentionSpec) -> str:
+    """How attention heads were dealt out, where not simply; empty where they were."""
+    found = []
+    if sizes.kv_copies > 1:
+        found.append(f"{sizes.num_kv_heads} KV heads are held {sizes.kv_copies} times")
+    if sizes.kv_padding:
+        found.append(f"{sizes.kv_padding} KV heads of zeros fill up")
+    if sizes.held_heads > sizes.num_heads:
+        zeros = sizes.held_heads - sizes.num_heads
+        found.append(f"{zeros} of {sizes.held_heads} query heads are zeros")
+    return ", ".join(found)
 
 
 def _fitting(options: ModelOptions, kernels: KernelsConfig, head_dim: int) -> ModelOptions:
@@ -138,7 +179,7 @@ def _fitting(options: ModelOptions, kernels: KernelsConfig, head_dim: int) -> Mo
     if kernels.attention == options.attention:
         raise ConfigError(f"kernels.attention={options.attention} cannot run this model: {reason}")
     logger.info("kernels.attention: xla (%s)", reason)
-    return dataclasses.replace(options, attention="xla")
+    return replace(options, attention="xla")
 
 
 def _head_dim(path: Path, format: str) -> int:
@@ -146,10 +187,10 @@ def _head_dim(path: Path, format: str) -> int:
     return model_class(checkpoint.config).spec_from_hf(checkpoint.config).attention.head_dim
 
 
-def _memory(cache: CacheConfig, device: jax.Device) -> Memory:  # pyright: ignore[reportInvalidTypeForm]
-    """The device's; without bounds where it does not tell but the pool's size is set."""
+def _memory(cache: CacheConfig, mesh: Mesh) -> Memory:
+    """A device's; without bounds where it does not tell but the pool's size is set."""
     try:
-        return memory_of(device)
+        return least_memory(mesh.local_devices)
     except ConfigError as error:
         if not (cache.num_pages or cache.memory_bytes):
             raise
@@ -184,13 +225,14 @@ def size_cache(
     """Pages of each cache group's pool.
 
     Args:
-        memory: of the device, with the weights in it.
+        memory: of one device, with the weights in it.
 
     Raises:
         ConfigError: they do not fit.
     """
+    parts = options.tensor_parallel
     return pool_sizes(
-        info.cache_groups,
+        [replace(group, num_kv_heads=group.num_kv_heads // parts) for group in info.cache_groups],
         config.cache,
         config.scheduler,
         max_context=info.max_context,
@@ -239,4 +281,4 @@ def _executor(
         pages_per_sequence=pages_per_sequence(info.max_context, page_size),
         mesh=mesh,
     )
-    return Executor(model, state, buckets.programs, page_size)
+    return Executor(model, state, buckets.programs, page_size, mesh)

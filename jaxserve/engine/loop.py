@@ -30,6 +30,7 @@ import logging
 import os
 import time
 from collections.abc import Hashable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,8 +51,8 @@ from jaxserve.protocol.messages import (
     Submit,
 )
 from jaxserve.protocol.server import ServerTransport
+from jaxserve.scheduler.copies import Schedulers
 from jaxserve.scheduler.plan import Plan
-from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.types import FinishReason, ModelInfo
 
@@ -62,22 +63,22 @@ IDLE_WAIT_S = 0.5
 
 
 class Batch(Protocol):
-    """Plans to padded arrays (`engine.batch`)."""
+    """Plans to padded arrays (`engine.batches`)."""
 
-    def build(self, plan: Plan) -> StepInputs:
-        """The inputs of the plan's device call. Every plan is built, in order."""
+    def build(self, plans: Seq[Plan | None]) -> list[StepInputs]:
+        """The inputs of a device call, of each copy of the model. Every call is built, in order."""
         ...
 
 
 class Executor(Protocol):
     """The device (`device.executor`)."""
 
-    def launch(self, inputs: StepInputs) -> Any:
+    def launch(self, inputs: Seq[StepInputs]) -> Any:
         """Starts a device call and returns what `collect` takes; does not wait."""
         ...
 
-    def collect(self, launched: Any) -> StepOutputs:
-        """Waits for a call's results."""
+    def collect(self, launched: Any) -> list[StepOutputs]:
+        """Waits for a call's results, of each copy of the model."""
         ...
 
     def count_work(self, inputs: StepInputs) -> tuple[int, int]:
@@ -94,8 +95,8 @@ class Executor(Protocol):
 class InFlight:
     """A launched step that has not been read."""
 
-    plan: Plan
-    inputs: StepInputs
+    plans: list[Plan | None]
+    inputs: list[StepInputs]
     launched: Any
 
 
@@ -116,7 +117,7 @@ class Engine:
     def __init__(
         self,
         model: ModelInfo,
-        scheduler: Scheduler,
+        scheduler: Schedulers,
         batch: Batch,
         executor: Executor,
         server: ServerTransport,
@@ -140,8 +141,8 @@ class Engine:
     def step(self) -> None:
         """One turn: plan and launch the next step, then read and send the one before."""
         self.step_ns = time.monotonic_ns()
-        plan = self.scheduler.plan()
-        launched = self._launch(plan) if plan is not None else None
+        plans = self.scheduler.plan()
+        launched = self._launch(plans) if plans is not None else None
         if self.in_flight is not None:
             self._deliver(self.in_flight)
         self.in_flight = launched
@@ -161,23 +162,29 @@ class Engine:
         """Has `serve` return after the turn it is in. May be called from elsewhere."""
         self._stopping = True
 
-    def _launch(self, plan: Plan) -> InFlight:
-        inputs = self.batch.build(plan)
-        return InFlight(plan, inputs, self.executor.launch(inputs))
+    def _launch(self, plans: list[Plan | None]) -> InFlight:
+        inputs = self.batch.build(plans)
+        return InFlight(plans, inputs, self.executor.launch(inputs))
 
     def _deliver(self, step: InFlight) -> None:
         """Reads a step's tokens and sends each client its own."""
         outputs = self.executor.collect(step.launched)
         now_ns = time.monotonic_ns()
-        num_rows = step.inputs.num_live_rows
-        rows = step.inputs.rows[:num_rows].tolist()
-        commit = self.scheduler.commit(rows, outputs.token_ids[:, :num_rows].T.tolist())
-        self._outbox.add_step(step.plan.step_id, now_ns, commit, step.inputs, outputs)
-        for sequence in commit.finished:
-            self._finish(sequence, now_ns)
+        for copy, (plan, own, brought) in enumerate(
+            zip(step.plans, step.inputs, outputs, strict=True)
+        ):
+            if plan is None:
+                continue
+            num_rows = own.num_live_rows
+            rows = own.rows[:num_rows].tolist()
+            sampled = brought.token_ids[:, :num_rows].T.tolist()
+            commit = self.scheduler.commit(copy, rows, sampled)
+            self._outbox.add_step(plan.step_id, now_ns, commit, own, brought)
+            for sequence in commit.finished:
+                self._finish(sequence, now_ns)
         self._outbox.send()
         if self._outbox.wants_stats:
-            self._outbox.send_stats(self._stats(step, outputs))
+            self._outbox.send_stats(self._stats(step, outputs[0]))
 
     # ------------------------------------------------------------------ messages
 
@@ -253,15 +260,14 @@ class Engine:
 
     def status(self) -> EngineStatus:
         """The engine's state, now."""
-        pages = self.scheduler.pages
         return EngineStatus(
             state=self.state,
             pid=os.getpid(),
             step_age_s=(time.monotonic_ns() - self.step_ns) / 1e9,
             running=self.scheduler.num_running,
             waiting=self.scheduler.num_waiting,
-            pages_used=pages.num_used,
-            pages_total=pages.capacity,
+            pages_used=self.scheduler.pages_used,
+            pages_total=self.scheduler.pages_total,
             compiles_after_warmup=self.executor.compiles_after_warmup,
             model=self._model,
             error=self._error,
@@ -315,28 +321,30 @@ class Engine:
             self._server.send(client, self.status())
 
     def _stats(self, step: InFlight, outputs: StepOutputs) -> StepStats:
-        inputs, plan = step.inputs, step.plan
-        prefill_tokens = sum(len(chunk.token_ids) for chunk in plan.chunks)
-        decode_tokens = inputs.num_decode_rows * plan.decode_steps
-        flops, num_bytes = self.executor.count_work(inputs)
+        plans = [plan for plan in step.plans if plan is not None]
+        program = step.inputs[0].program
+        prefill_tokens = sum(len(chunk.token_ids) for plan in plans for chunk in plan.chunks)
+        num_decode_rows = sum(inputs.num_decode_rows for inputs in step.inputs)
+        decode_tokens = num_decode_rows * program.decode_steps
+        work = [self.executor.count_work(inputs) for inputs in step.inputs]
         preemptions = self.scheduler.num_preemptions - self._told_preemptions
         self._told_preemptions += preemptions
         return StepStats(
-            step_id=plan.step_id,
-            program=inputs.program.name,
+            step_id=plans[0].step_id,
+            program=program.name,
             device_ns=outputs.device_ns,
             idle_ns=outputs.idle_ns,
-            rows=inputs.num_live_rows,
+            rows=sum(inputs.num_live_rows for inputs in step.inputs),
             tokens=decode_tokens + prefill_tokens,
-            padded_tokens=inputs.program.num_tokens * plan.decode_steps,
+            padded_tokens=program.num_tokens * program.decode_steps * len(step.inputs),
             decode_tokens=decode_tokens,
             prefill_tokens=prefill_tokens,
-            flops=flops,
-            bytes=num_bytes,
+            flops=sum(flops for flops, _ in work),
+            bytes=sum(num_bytes for _, num_bytes in work),
             running=self.scheduler.num_running,
             waiting=self.scheduler.num_waiting,
-            pages_used=self.scheduler.pages.num_used,
-            pages_total=self.scheduler.pages.capacity,
+            pages_used=self.scheduler.pages_used,
+            pages_total=self.scheduler.pages_total,
             preemptions=preemptions,
             compiles_after_warmup=self.executor.compiles_after_warmup,
         )

@@ -19,7 +19,8 @@ class Parts:
 
     Attributes:
         page_size: tokens a page.
-        num_pages: pages of each cache group's pool, page 0 included.
+        num_pages: pages of each cache group's pool, page 0 included, in each copy of the model.
+        copies: of the model.
     """
 
     model: ModelInfo
@@ -27,6 +28,7 @@ class Parts:
     executor: Executor
     page_size: int
     num_pages: tuple[int, ...]
+    copies: int = 1
 
 
 #: Loads and compiles what a configuration asks for.

@@ -26,7 +26,7 @@ from jaxserve.engine.parts import Factory, Parts, Progressing
 from jaxserve.errors import JaxserveError
 from jaxserve.protocol.parent import follow_parent
 from jaxserve.protocol.server import ServerTransport
-from jaxserve.scheduler.scheduler import Scheduler
+from jaxserve.scheduler.copies import Schedulers
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +86,12 @@ def run(config: Config, server: ServerTransport, factory: Factory) -> int:
 
 def build_engine(config: Config, server: ServerTransport, parts: Parts) -> Engine:
     """An engine over a loaded model."""
-    scheduler = Scheduler(
-        config.scheduler, parts.model, page_size=parts.page_size, num_pages=parts.num_pages
+    scheduler = Schedulers(
+        config.scheduler,
+        parts.model,
+        page_size=parts.page_size,
+        num_pages=parts.num_pages,
+        copies=parts.copies,
     )
     return Engine(parts.model, scheduler, parts.batch, parts.executor, server)
 

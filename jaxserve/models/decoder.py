@@ -26,6 +26,7 @@ from jaxserve.models.hf_tensors import Path, Rules
 from jaxserve.models.layers import LayerInputs, PreNormLayer, RMSNorm, SandwichLayer
 from jaxserve.models.linear import Embedding, encode
 from jaxserve.models.options import ModelOptions
+from jaxserve.models.parallel import by_vocabulary
 from jaxserve.models.rotary import rotary_table
 from jaxserve.models.spec import ModelSpec
 from jaxserve.types import CacheGroup
@@ -249,7 +250,7 @@ class Decoder(nnx.Module):
         """
         with jax.named_scope("logits"):
             head = self.embed if self.head is None else self.head
-            logits = head.logits(hidden, num_live)
+            logits = by_vocabulary(head.logits(hidden, num_live), self.options)
             cap = self.spec.logit_soft_cap
             return logits if cap is None else cap * jnp.tanh(logits / cap)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from jaxserve.models.spec import ModelSpec, TensorRule
+from jaxserve.models.spec import AttentionSpec, ModelSpec, TensorRule
 
 Path = tuple[str | int, ...]
 Rules = dict[Path, TensorRule]
@@ -45,13 +45,20 @@ def attention(prefix: str, spec: ModelSpec, norm_offset: float = 0.0) -> Rules:
     def build_bias(tensors: list[np.ndarray]) -> Float[np.ndarray, "K G+2 H"]:
         return _by_kv_head([t[:, None] for t in tensors], spec)[..., 0]
 
+    def build_out(tensors: list[np.ndarray]) -> Float[np.ndarray, "N*H D"]:
+        return _queries(tensors[0].T, sizes).reshape(-1, spec.hidden_size)
+
     rules: Rules = {
         ("qkv", "weight"): TensorRule(
             names=tuple(f"{name}.weight" for name in names),
             shapes=tuple((n, spec.hidden_size) for n in rows),
             build=build_weight,
         ),
-        ("out", "weight"): _transposed(f"{prefix}.o_proj.weight", (spec.hidden_size, heads)),
+        ("out", "weight"): TensorRule(
+            names=(f"{prefix}.o_proj.weight",),
+            shapes=((spec.hidden_size, heads),),
+            build=build_out,
+        ),
     }
     if sizes.qkv_bias:
         rules["qkv", "bias"] = TensorRule(
@@ -121,6 +128,29 @@ def _transposed(name: str, shape: tuple[int, int]) -> TensorRule:
 
 
 def _by_kv_head(tensors: list[np.ndarray], spec: ModelSpec) -> Float[np.ndarray, "K G+2 H D"]:
+    """Query, key and value rows, group by group (`AttentionSpec.spread`)."""
     sizes = spec.attention
-    parts = [t.reshape(sizes.num_kv_heads, -1, sizes.head_dim, t.shape[-1]) for t in tensors]
+    parts = [_queries(tensors[0], sizes)]
+    for tensor in tensors[1:]:
+        heads = tensor.reshape(sizes.num_kv_heads, 1, sizes.head_dim, -1)
+        parts.append(_padded(np.repeat(heads, sizes.kv_copies, axis=0), 0, sizes.held_kv_heads))
     return np.concatenate(parts, axis=1)
+
+
+def _queries(
+    rows: Float[np.ndarray, "N*H D"], sizes: AttentionSpec
+) -> Float[np.ndarray, "K G H D"]:
+    """Rows of the query heads, group by group, with heads of zeros where a group comes short."""
+    heads = rows.reshape(sizes.num_kv_heads, -1, sizes.head_dim, rows.shape[-1])
+    heads = _padded(heads, 1, sizes.kv_copies * sizes.queries_per_kv)
+    groups = heads.reshape(-1, sizes.queries_per_kv, *heads.shape[2:])
+    return _padded(groups, 0, sizes.held_kv_heads)
+
+
+def _padded(array: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """With zeros behind, up to `size` along an axis; the array itself where it is that long."""
+    missing = size - array.shape[axis]
+    if not missing:
+        return array
+    shape = (*array.shape[:axis], missing, *array.shape[axis + 1 :])
+    return np.concatenate([array, np.zeros(shape, array.dtype)], axis=axis)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxserve.models.context import GroupPages
 from jaxserve.models.linear import Linear, exact_param
 from jaxserve.models.options import ModelOptions
+from jaxserve.models.parallel import over_heads
 from jaxserve.models.rotary import rotate
 from jaxserve.models.spec import LayerKind, ModelSpec
 from pallas_kernels.kv_update.api import kv_update
@@ -110,17 +111,17 @@ class Attention(nnx.Module):
         attention = spec.attention
         self.spec = attention
         self.window = kind.window
-        self.backend = options.attention
+        self.options = options
         self.qkv = Linear(
             spec.hidden_size,
-            (attention.num_kv_heads, attention.queries_per_kv + 2, attention.head_dim),
+            (attention.held_kv_heads, attention.queries_per_kv + 2, attention.head_dim),
             options,
             axes=("embed", "kv_heads", None, None),
             rngs=rngs,
             bias=attention.qkv_bias,
         )
         self.out = Linear(
-            attention.num_heads * attention.head_dim,
+            attention.held_heads * attention.head_dim,
             (spec.hidden_size,),
             options,
             axes=("heads", "embed"),
@@ -143,28 +144,38 @@ class Attention(nnx.Module):
             scale = jnp.stack([self.q_norm.scale[...]] * groups + [self.k_norm.scale[...]])
             qk_TKGH = (normalize(qk_TKGH, self.q_norm.eps) * scale).astype(x.dtype)
         qk_TKGH = rotate(qk_TKGH, inputs.rotary)
-        q_TNH = qk_TKGH[:, :, :groups].reshape(x.shape[0], self.spec.num_heads, -1)
+        mixed_TKGH, pages = over_heads(self._attend, self.options)(qk_TKGH, v_TKH, pages, inputs)
+        return self.out(mixed_TKGH.reshape(x.shape[0], -1), *place), pages
+
+    def _attend(
+        self,
+        qk_TKGH: Float[Array, "T K G+1 H"],
+        v_TKH: Float[Array, "T K H"],
+        pages: GroupPages,
+        inputs: LayerInputs,
+    ) -> tuple[Float[Array, "T K G H"], GroupPages]:
+        """The kernels, over some of the KV heads and their queries."""
+        num_tokens, num_kv_heads, _, head_dim = qk_TKGH.shape
         kv = kv_update(
             pages.kv,
-            qk_TKGH[:, :, groups],
+            qk_TKGH[:, :, -1],
             v_TKH,
             inputs.index,
             inputs.token_pages,
             inputs.token_offsets,
-            backend=self.backend,
+            backend=self.options.attention,
         )
         mixed_TNH = paged_attention(
-            q_TNH,
+            qk_TKGH[:, :, :-1].reshape(num_tokens, -1, head_dim),
             kv,
             inputs.index,
             inputs.batch,
             scale=self.spec.scale,
             window=self.window,
             soft_cap=self.spec.soft_cap,
-            backend=self.backend,
+            backend=self.options.attention,
         )
-        out = self.out(mixed_TNH.reshape(x.shape[0], -1), *place)
-        return out, GroupPages(kv=kv)
+        return mixed_TNH.reshape(num_tokens, num_kv_heads, -1, head_dim), GroupPages(kv=kv)
 
 
 class PreNormLayer(nnx.Module):

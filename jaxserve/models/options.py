@@ -27,6 +27,7 @@ class ModelOptions:
         matmul: "xla", dense weights; or "cpu", packed weights and the native kernel.
         attention: backend of `paged_attention` and `kv_update`, "xla", "cpu" or "tpu".
         layers: "unrolled", or "scanned" over stacked weights: one layer to compile.
+        tensor_parallel: devices that share each matrix and the heads.
 
     Raises:
         ConfigError: an unknown value, or a dtype that the native matmul does not read.
@@ -36,6 +37,7 @@ class ModelOptions:
     matmul: str = "xla"
     attention: str = "xla"
     layers: str = "unrolled"
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -48,6 +50,10 @@ class ModelOptions:
                 raise ConfigError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
+        if self.packed and self.tensor_parallel > 1:
+            raise ConfigError(
+                "kernels.matmul=cpu runs on one device: set parallel.model=1, or kernels.matmul=xla"
+            )
         if self.packed and self.dtype not in PACKED_DTYPES:
             raise ConfigError(
                 f"kernels.matmul=cpu reads {' and '.join(PACKED_DTYPES)} weights, not "

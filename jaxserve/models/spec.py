@@ -7,7 +7,7 @@ the config changes the result stands here or was refused.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,12 +19,18 @@ from jaxserve.types import CacheGroup
 class AttentionSpec:
     """Attention of every layer.
 
+    The checkpoint has num_heads query heads over num_kv_heads; the model holds them in groups, one
+    KV head and its queries each, which are what tensor parallelism deals out (see `spread`).
+
     Attributes:
-        num_heads, num_kv_heads, head_dim: N, K, H.
+        num_heads, num_kv_heads, head_dim: N, K, H, of the checkpoint.
         scale: multiplies q·k.
         qkv_bias, output_bias: whether the projections have one.
         qk_norm: RMSNorm over H of each query and key head before the rotary embedding.
         soft_cap: of the scores; None for none.
+        kv_copies: groups that each KV head is held in, its queries dealt out between them; those
+            that come out short are filled up with query heads of zeros.
+        kv_padding: groups of zeros behind the others.
     """
 
     num_heads: int
@@ -35,11 +41,39 @@ class AttentionSpec:
     output_bias: bool = False
     qk_norm: bool = False
     soft_cap: float | None = None
+    kv_copies: int = 1
+    kv_padding: int = 0
 
     @property
     def queries_per_kv(self) -> int:
-        """Query heads that share one KV head."""
-        return self.num_heads // self.num_kv_heads
+        """Query heads of one group."""
+        return -(-self.num_heads // self.num_kv_heads // self.kv_copies)
+
+    @property
+    def held_kv_heads(self) -> int:
+        """Groups, those of zeros included: KV heads of the cache."""
+        return self.num_kv_heads * self.kv_copies + self.kv_padding
+
+    @property
+    def held_heads(self) -> int:
+        """Query heads of all groups."""
+        return self.held_kv_heads * self.queries_per_kv
+
+    def spread(self, num_shards: int) -> AttentionSpec:
+        """The same attention in groups that so many devices share evenly.
+
+        Each KV head is copied as often as makes a device read and hold the fewest KV heads, and
+        then work on the fewest query heads; a head of zeros costs as much as any other.
+        """
+        group = self.num_heads // self.num_kv_heads
+
+        def cost(copies: int) -> tuple[int, int, int]:
+            held = -(-self.num_kv_heads * copies // num_shards)
+            return held, held * -(-group // copies), copies
+
+        copies = min(range(1, group + 1), key=cost)
+        padding = -self.num_kv_heads * copies % num_shards
+        return replace(self, kv_copies=copies, kv_padding=padding)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +132,10 @@ class ModelSpec:
         """L."""
         return len(self.layers)
 
+    def spread(self, num_shards: int) -> ModelSpec:
+        """The same model with its attention heads in groups for so many devices."""
+        return replace(self, attention=self.attention.spread(num_shards))
+
     def cache_groups(self) -> tuple[CacheGroup, ...]:
         """Layers by window: full attention first, then each window, ascending."""
         windows = {kind.window for kind in self.layers}
@@ -106,7 +144,7 @@ class ModelSpec:
             CacheGroup(
                 kind="full" if window is None else "sliding",
                 layers=tuple(i for i, kind in enumerate(self.layers) if kind.window == window),
-                num_kv_heads=self.attention.num_kv_heads,
+                num_kv_heads=self.attention.held_kv_heads,
                 head_dim=self.attention.head_dim,
                 window=window,
             )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxserve.sampling.spread import ONE_DEVICE, Spread
 from jaxserve.types import MAX_LOGPROBS
 
 #: Prompt positions whose logits exist at a time.
@@ -35,8 +36,18 @@ class Logprobs(NamedTuple):
     top_values: Float[Array, "*B 20"]
 
 
-def logprobs(logits: Float[Array, "B V"], token_ids: Int[Array, "B"]) -> Logprobs:
-    """Log-probabilities of `token_ids` and of the most likely tokens."""
+def logprobs(
+    logits: Float[Array, "B V"], token_ids: Int[Array, "B"], spread: Spread = ONE_DEVICE
+) -> Logprobs:
+    """Log-probabilities of `token_ids` and of the most likely tokens.
+
+    Args:
+        spread: how the logits lie on the devices.
+    """
+    return spread.over_rows(_logprobs, (logits, token_ids))
+
+
+def _logprobs(logits: Float[Array, "B V"], token_ids: Int[Array, "B"], _: tuple[()]) -> Logprobs:
     logits = logits.astype(jnp.float32)
     best = jnp.max(logits, axis=1, keepdims=True)
     normalizer = best + jnp.log(jnp.sum(jnp.exp(logits - best), axis=1, keepdims=True))
@@ -51,12 +62,21 @@ def logprobs(logits: Float[Array, "B V"], token_ids: Int[Array, "B"]) -> Logprob
     )
 
 
-def logprobs_if(wanted: Array, logits: Float[Array, "B V"], token_ids: Int[Array, "B"]) -> Logprobs:
-    """`logprobs` where the scalar `wanted` is true; zeros, at no cost, where it is not."""
+def logprobs_if(
+    wanted: Array,
+    logits: Float[Array, "B V"],
+    token_ids: Int[Array, "B"],
+    spread: Spread = ONE_DEVICE,
+) -> Logprobs:
+    """`logprobs` where the scalar `wanted` is true; zeros, at no cost, where it is not.
+
+    Args:
+        wanted: the same in all copies of the model.
+    """
     num_rows = token_ids.shape[0]
     return jax.lax.cond(
         wanted,
-        lambda: logprobs(logits, token_ids),
+        lambda: logprobs(logits, token_ids, spread),
         lambda: Logprobs(
             chosen=jnp.zeros(num_rows, jnp.float32),
             rank=jnp.zeros(num_rows, jnp.int32),
@@ -70,6 +90,7 @@ def prompt_logprobs(
     logits_fn: Callable[[Float[Array, "C D"]], Float[Array, "C V"]],
     hidden: Float[Array, "T D"],
     next_token_ids: Int[Array, "T"],
+    spread: Spread = ONE_DEVICE,
 ) -> Logprobs:
     """Log-probabilities of the tokens that follow each position.
 
@@ -82,5 +103,7 @@ def prompt_logprobs(
     padding = -num_tokens % size
     hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, size, hidden.shape[1])
     targets = jnp.pad(next_token_ids, (0, padding)).reshape(-1, size)
-    slices = jax.lax.map(lambda part: logprobs(logits_fn(part[0]), part[1]), (hidden, targets))
+    slices = jax.lax.map(
+        lambda part: logprobs(logits_fn(part[0]), part[1], spread), (hidden, targets)
+    )
     return Logprobs(*(part.reshape(-1, *part.shape[2:])[:num_tokens] for part in slices))

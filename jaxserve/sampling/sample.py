@@ -18,6 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.sampling.adjust import adjust_logits
 from jaxserve.sampling.draw import draw, weigh
+from jaxserve.sampling.spread import ONE_DEVICE, Spread
+from jaxserve.sampling.spread import greedy as greedy_by_vocabulary
 from jaxserve.sampling.state import Flag, SamplingState, read_settings
 
 _BLOCK = 256
@@ -29,38 +31,51 @@ def sample(
     slots: Int[Array, "B"],
     positions: Int[Array, "B"],
     live: Bool[Array, "B"],
+    spread: Spread = ONE_DEVICE,
 ) -> Int[Array, "B"]:
     """The next token of each row; an arbitrary one where a row is not live.
 
     Args:
         slots: each row's slot, whose settings and history (`history.observe`) it follows.
         positions: where the tokens will stand in their sequences.
+        spread: how the logits lie on the devices.
     """
     settings = read_settings(state, slots, live)
-    adjusts = settings.any_has(Flag.ADJUSTS)
-    samples = settings.any_has(Flag.SAMPLES)
+    plain = greedy if not spread.axes else greedy_by_vocabulary
+    return jax.lax.cond(
+        spread.anywhere(settings.any_has(Flag.ADJUSTS | Flag.SAMPLES)),
+        lambda: spread.over_rows(_choose, (logits, slots, positions, live), state),
+        lambda: plain(logits),
+    )
 
-    def choose() -> Int[Array, "B"]:
-        # A new array, to be changed in place. Were it the caller's, it would be copied before the
-        # branches, for greedy batches too. Only -inf changes: to another value without weight.
-        changed = jnp.maximum(logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
-        changed = jax.lax.cond(
-            adjusts,
-            lambda: adjust_logits(changed, state, slots, positions, settings),
-            lambda: changed,
-        )
-        best = jax.lax.cond(
-            jnp.all(settings.has(Flag.SAMPLES)),
-            lambda: jnp.zeros_like(positions),
-            lambda: greedy(changed),
-        )
-        return jax.lax.cond(samples, lambda: drawn_or(best, changed), lambda: best)
 
-    def drawn_or(best: Int[Array, "B"], changed: Float[Array, "B V"]) -> Int[Array, "B"]:
+def _choose(
+    logits: Float[Array, "B V"],
+    slots: Int[Array, "B"],
+    positions: Int[Array, "B"],
+    live: Bool[Array, "B"],
+    state: SamplingState,
+) -> Int[Array, "B"]:
+    """The next token of rows some of which have parameters."""
+    settings = read_settings(state, slots, live)
+    # A new array, to be changed in place. Were it the caller's, it would be copied before the
+    # branches, for greedy batches too. Only -inf changes: to another value without weight.
+    changed = jnp.maximum(logits.astype(jnp.float32), jnp.finfo(jnp.float32).min)
+    changed = jax.lax.cond(
+        settings.any_has(Flag.ADJUSTS),
+        lambda: adjust_logits(changed, state, slots, positions, settings),
+        lambda: changed,
+    )
+    samples = settings.has(Flag.SAMPLES)
+    best = jax.lax.cond(
+        jnp.all(samples), lambda: jnp.zeros_like(positions), lambda: greedy(changed)
+    )
+
+    def drawn_or_best() -> Int[Array, "B"]:
         drawn = draw(weigh(changed, settings), settings, positions)
-        return jnp.where(settings.has(Flag.SAMPLES), drawn, best)
+        return jnp.where(samples, drawn, best)
 
-    return jax.lax.cond(adjusts | samples, choose, lambda: greedy(logits))
+    return jax.lax.cond(jnp.any(samples), drawn_or_best, lambda: best)
 
 
 def greedy(logits: Float[Array, "B V"]) -> Int[Array, "B"]:

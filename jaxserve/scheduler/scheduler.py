@@ -160,15 +160,17 @@ class Scheduler:
             sequence.reason = reason
             self._end(sequence)
 
-    def plan(self) -> Plan | None:
-        """The next device call; None if there is nothing to launch."""
+    def plan(self, max_decode_steps: int | None = None) -> Plan | None:
+        """The next device call; None if there is nothing to launch.
+
+        Args:
+            max_decode_steps: in one call; what `decode_steps` says where None.
+        """
         plan = Plan(step_id=self._next_step_id)
-        for sequence in self._decoding.done():
-            self._decoding.remove(sequence)
-            self._leave_slot(sequence)
-            sequence.state = SequenceState.RETIRED
         preemptions = self.num_preemptions
-        plan.decode_steps = self._decode_steps()
+        plan.decode_steps = self.decode_steps()
+        if max_decode_steps is not None:
+            plan.decode_steps = min(plan.decode_steps, max_decode_steps)
         self._open_pages(plan)
         # Decoding rows come first; the budget is at least one token a row, so it is never negative.
         budget = self._config.max_step_tokens - len(self._decoding)
@@ -226,8 +228,12 @@ class Scheduler:
 
     # ------------------------------------------------------------------ parts of a plan
 
-    def _decode_steps(self) -> int:
-        """Several steps in one call only if nothing would have to be done between them."""
+    def decode_steps(self) -> int:
+        """Decode steps of the next call: several only if nothing had to be done between them."""
+        for sequence in self._decoding.done():
+            self._decoding.remove(sequence)
+            self._leave_slot(sequence)
+            sequence.state = SequenceState.RETIRED
         steps = self._config.decode_steps
         if steps == 1 or self.num_waiting or self._prefilling or not len(self._decoding):
             return 1

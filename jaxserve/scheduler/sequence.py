@@ -40,6 +40,7 @@ class Sequence:
         max_len: tokens at which max_tokens are reached.
         rank: (priority, arrival); smaller runs first, the largest is preempted first.
         stop_token_ids: end the sequence when sampled; the model's end tokens among them.
+        copy: of the model, that it lives on.
         followers: choices that wait to share this one's prompt.
         num_computed: positions whose KV is launched; while decoding see `decode_base`.
         num_planned: output tokens launched, read back or not.
@@ -63,6 +64,7 @@ class Sequence:
 
     state: SequenceState = SequenceState.WAITING
     slot: int = -1
+    copy: int = 0
     followers: list[Sequence] = field(default_factory=list)
     leader: Sequence | None = None
     num_computed: int = 0

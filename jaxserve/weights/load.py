@@ -30,8 +30,8 @@ from jaxserve.weights.huge_pages import use_huge_pages
 
 logger = logging.getLogger(__name__)
 
-#: Logical axis names of a parameter → where it goes; None is the default device.
-Sharding = Callable[[tuple[str | None, ...]], jax.sharding.Sharding | None]
+#: Logical axis names and shape of a parameter → where it goes; None is the default device.
+Sharding = Callable[[tuple[str | None, ...], tuple[int, ...]], jax.sharding.Sharding | None]
 #: Told how far loading is: "loading", parameters done, of how many.
 Progress = Callable[[str, int, int], None]
 
@@ -60,13 +60,13 @@ def load_model(
     """
     checkpoint = open_checkpoint(path, format)
     kind = model_class(checkpoint.config)
-    spec = kind.spec_from_hf(checkpoint.config)
+    spec = kind.spec_from_hf(checkpoint.config).spread(options.tensor_parallel)
     model = nnx.eval_shape(lambda: kind(spec, options, rngs=nnx.Rngs(0)))
     rules = kind.hf_tensors(spec, options)
     _check(path, checkpoint, rules)
     params = model.params()
     for put, (param, held) in enumerate(_built(checkpoint, params, rules), 1):
-        place = None if sharding is None else sharding(param.get_metadata("axes"))
+        place = None if sharding is None else sharding(param.get_metadata("axes"), held.shape)
         param.set_value(jax.device_put(held, place))
         progress("loading", put, len(rules))
     arrays = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))

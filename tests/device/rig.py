@@ -24,7 +24,7 @@ from jaxserve.device.executor import Executor
 from jaxserve.device.sharding import make_mesh
 from jaxserve.device.state import DeviceState, init_device_state
 from jaxserve.device.step import StepOutputs
-from jaxserve.engine.batch import BatchBuilder
+from jaxserve.engine.batches import Batches
 from jaxserve.models.decoder import Decoder
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequence import Sequence
@@ -36,6 +36,8 @@ MAX_CONTEXT = 192
 NUM_PAGES = 201
 LIMITS = SchedulerConfig(max_rows=4, max_step_tokens=16, decode_steps=4, max_waiting=100)
 
+MESH = make_mesh(jax.devices()[:1])
+
 _poison = jax.jit(lambda x: jnp.full_like(x, jnp.nan), donate_argnums=0)
 
 
@@ -43,14 +45,13 @@ def fresh_state(
     model: Decoder, limits: SchedulerConfig = LIMITS, *, num_pages: int = NUM_PAGES, dtype: str = ""
 ) -> DeviceState:
     """Device state as at start-up."""
-    mesh = make_mesh(jax.devices()[:1])
     groups = model.cache_groups()
     cache = init_cache(
         groups,
         [num_pages] * len(groups),
         page_size=PAGE_SIZE,
         dtype=dtype or model.options.activations,
-        mesh=mesh,
+        mesh=MESH,
         backend=model.options.attention,
     )
     return init_device_state(
@@ -58,7 +59,7 @@ def fresh_state(
         max_rows=limits.max_rows,
         vocab_size=model.spec.vocab_size,
         pages_per_sequence=pages_per_sequence(MAX_CONTEXT, PAGE_SIZE),
-        mesh=mesh,
+        mesh=MESH,
     )
 
 
@@ -85,7 +86,7 @@ class Warm:
 def warm(model: Decoder, limits: SchedulerConfig = LIMITS) -> Warm:
     """Compiles all programs of a model."""
     buckets = Buckets(limits, row_growth=4)
-    executor = Executor(model, fresh_state(model, limits), buckets.programs, PAGE_SIZE)
+    executor = Executor(model, fresh_state(model, limits), buckets.programs, PAGE_SIZE, MESH)
     progress: list[tuple[str, int, int]] = []
     executor.warm_up(lambda *told: progress.append(told))
     return Warm(model, limits, buckets, executor, progress)
@@ -177,7 +178,7 @@ class Rig:
         self.scheduler = Scheduler(
             warm.limits, info, page_size=PAGE_SIZE, num_pages=[pages + 1] * len(groups)
         )
-        self.batch = BatchBuilder(warm.buckets, warm.limits.max_rows)
+        self.batch = Batches(warm.buckets, warm.limits.max_rows)
         warm.poison()
         self.emitted: dict[Sequence, list[int]] = {}
         self.logprobs: dict[Sequence, Beside] = {}
@@ -203,11 +204,11 @@ class Rig:
         plan = self.scheduler.plan()
         launched = None
         if plan is not None:
-            inputs = self.batch.build(plan)
+            (inputs,) = self.batch.build([plan])
             self.programs.append(inputs.program.name)
             self.copies += len(inputs.page_copies)
             self.prefixes += sum(bool(write.prefix) for write in inputs.slot_writes)
-            launched = (inputs, self.executor.launch(inputs))
+            launched = (inputs, self.executor.launch([inputs]))
         if self._in_flight is not None:
             self._read(*self._in_flight)
         self._in_flight = launched
@@ -230,7 +231,7 @@ class Rig:
         return self.emitted[sequence]
 
     def _read(self, inputs, launched) -> None:
-        outputs = self.executor.collect(launched)
+        (outputs,) = self.executor.collect(launched)
         self.outputs.append(outputs)
         num_rows = inputs.num_live_rows
         rows = inputs.rows[:num_rows].tolist()

@@ -77,7 +77,7 @@ def test_progress_is_told_for_every_program(llama: Warm) -> None:
 def test_what_is_compiled_later_is_counted(llama: Warm) -> None:
     before = llama.executor.compiles_after_warmup
     for program in llama.buckets.programs:
-        llama.executor.collect(llama.executor.launch(empty(program, logprobs=True)))
+        llama.executor.collect(llama.executor.launch([empty(program, logprobs=True)]))
     assert llama.executor.compiles_after_warmup == before
     jax.jit(lambda x: x * 2.5)(np.float32(1))
     assert llama.executor.compiles_after_warmup > before
@@ -96,7 +96,7 @@ def test_many_page_table_entries_are_written_in_order(llama: Warm) -> None:
     for slot, index, page in zip(slots.tolist(), indices.tolist(), pages.tolist(), strict=True):
         entries.append((0, slot, index, page))
         expected[slot, index] = page
-    executor.collect(executor.launch(empty(llama.buckets.choose(1, 1), page_entries=entries)))
+    executor.collect(executor.launch([empty(llama.buckets.choose(1, 1), page_entries=entries)]))
     np.testing.assert_array_equal(executor._state.page_tables[0], expected)
 
 
@@ -109,7 +109,7 @@ def test_many_pages_are_copied(llama: Warm) -> None:
     targets = np.random.default_rng(1).permutation(np.arange(100, NUM_PAGES))[:num].tolist()
     sources = [1 + i % 10 for i in range(num)]
     copies = [(0, *pair) for pair in zip(sources, targets, strict=True)]
-    executor.collect(executor.launch(empty(llama.buckets.choose(1, 1), page_copies=copies)))
+    executor.collect(executor.launch([empty(llama.buckets.choose(1, 1), page_copies=copies)]))
     expected = before.copy()
     expected[:, targets] = before[:, sources]
     np.testing.assert_array_equal(executor._state.cache.groups[0].kv[:, 1:], expected[:, 1:])
@@ -123,7 +123,7 @@ def test_a_long_prefix_is_counted_in_several_calls(llama: Warm) -> None:
         slot=2, sampling=sampling, prompt_len=len(prefix) - 3, choice=0, prefix=prefix
     )
     executor = llama.executor
-    executor.collect(executor.launch(empty(llama.buckets.choose(1, 1), slot_writes=[write])))
+    executor.collect(executor.launch([empty(llama.buckets.choose(1, 1), slot_writes=[write])]))
     expected = np.zeros(llama.model.spec.vocab_size, np.uint16)
     expected[prefix[:-3]] |= PROMPT_BIT
     np.add.at(expected, prefix[-3:], 1)  # a preempted sequence's output
@@ -133,11 +133,11 @@ def test_a_long_prefix_is_counted_in_several_calls(llama: Warm) -> None:
 def test_times_of_steps_do_not_overlap(llama: Warm) -> None:
     executor = llama.executor
     program = llama.buckets.choose(4, 4, 4)
-    executor.collect(executor.launch(empty(program)))
+    executor.collect(executor.launch([empty(program)]))
     time.sleep(0.05)
     start = time.monotonic_ns()
-    launched = [executor.launch(empty(program)) for _ in range(3)]
-    outputs = [executor.collect(one) for one in launched]
+    launched = [executor.launch([empty(program)]) for _ in range(3)]
+    outputs = [executor.collect(one)[0] for one in launched]
     elapsed = time.monotonic_ns() - start
     assert outputs[0].idle_ns >= 50_000_000
     assert [one.idle_ns for one in outputs[1:]] == [0, 0]

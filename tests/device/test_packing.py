@@ -64,7 +64,7 @@ def inputs_of(program: Program, entries: list[Entry], seed: int = 0) -> StepInpu
 def unpacked(inputs: StepInputs) -> StepArrays:
     """What the program finds."""
     layout = layout_of(inputs.program)
-    packed = layout.pack(inputs)
+    packed = layout.pack(inputs, logprobs=inputs.logprobs)
     assert packed.shape == (layout.size,) and packed.dtype == np.int32
     return unpack_of(inputs.program)(packed)
 

@@ -8,39 +8,60 @@ import sys
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from jaxserve.config import ParallelConfig
 from jaxserve.device.sharding import (
     MESH_AXES,
-    RULES,
     make_mesh,
+    mesh_shape,
     pages_sharding,
     param_sharding,
     partition,
     replicated,
+    undivided,
 )
+from jaxserve.errors import ConfigError
 from jaxserve.models.options import ModelOptions
 from jaxserve.models.registry import model_class
-from jaxserve.types import CacheGroup
 from tests.models.loading import CASES, config_of
 
 
-def group(num_kv_heads: int) -> CacheGroup:
-    """A cache group."""
-    return CacheGroup(kind="full", layers=(0,), num_kv_heads=num_kv_heads, head_dim=8)
+def abstract(data: int = 1, expert: int = 1, model: int = 1) -> Any:
+    """A mesh without devices."""
+    return AbstractMesh((data, expert, model), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+TENSOR = ("expert", "model")
 
 
 def test_partition_follows_the_rules() -> None:
-    assert partition(("vocab", "embed")) == PartitionSpec("model", None)
-    assert partition(("layers", "embed", "kv_heads", None)) == PartitionSpec(
-        None, None, "model", None
+    mesh = abstract(2, 2, 2)
+    assert partition(mesh, ("vocab", "embed"), (8, 6)) == PartitionSpec(TENSOR, None)
+    assert partition(mesh, ("layers", "embed", "kv_heads", None), (3, 6, 4, 5)) == PartitionSpec(
+        None, None, TENSOR, None
     )
-    assert partition(("heads", "mlp")) == PartitionSpec("model", "model")
-    assert partition(()) == PartitionSpec()
-    with pytest.raises(KeyError, match="expert"):
-        partition(("embed", "expert"))
+    assert partition(mesh, ("experts", "embed", "expert_mlp"), (2, 6, 2)) == PartitionSpec(
+        "expert", None, "model"
+    )
+    assert partition(mesh, (), ()) == PartitionSpec()
+    with pytest.raises(KeyError, match="breadth"):
+        partition(mesh, ("embed", "breadth"), (1, 1))
+
+
+def test_an_axis_that_the_devices_do_not_divide_is_whole_on_each_and_listed() -> None:
+    mesh = abstract(1, 2, 2)
+    assert partition(mesh, ("vocab", "embed"), (6, 6)) == PartitionSpec(None, None)
+    params = {
+        ("embed", "table"): nnx.Param(np.zeros((6, 4)), axes=("vocab", "embed")),
+        ("mlp", "down"): nnx.Param(np.zeros((8, 3)), axes=("mlp", "embed")),
+        ("norm", "scale"): nnx.Param(np.zeros(3), axes=("embed",)),
+    }
+    assert undivided(mesh, params.items()) == ["embed.table (6, 4)"]
+    assert undivided(abstract(4), params.items()) == []
 
 
 @pytest.mark.parametrize("options", [ModelOptions(), ModelOptions(layers="scanned")], ids=str)
@@ -53,36 +74,40 @@ def test_every_parameter_has_a_rule_and_uses_a_mesh_axis_once(
         lambda: cls(cls.spec_from_hf(config_of(case)), options, rngs=nnx.Rngs(0))
     )
     for path, param in model.params().items():
-        spec = partition(param.get_metadata("axes"))
-        used = [axis for axis in spec if axis is not None]
+        spec = partition(abstract(), param.get_metadata("axes"), param.shape)
+        used = [
+            name for axis in spec for name in ((axis,) if isinstance(axis, str) else axis or ())
+        ]
         assert len(used) == len(set(used)), path
         assert set(used) <= set(MESH_AXES), path
 
 
-def test_rules_name_axes_of_the_mesh() -> None:
-    assert {axis for axis in RULES.values() if axis} <= set(MESH_AXES)
+@pytest.mark.parametrize(
+    ("data", "expert", "model", "shape"),
+    [(1, 1, 0, (1, 1, 8)), (2, 1, 0, (2, 1, 4)), (2, 2, 2, (2, 2, 2)), (8, 1, 1, (8, 1, 1))],
+)
+def test_the_mesh_takes_all_devices(
+    data: int, expert: int, model: int, shape: tuple[int, ...]
+) -> None:
+    devices: Any = [object()] * 8
+    config = ParallelConfig(data=data, expert=expert, model=model)
+    assert mesh_shape(len(devices), config) == shape
+
+
+@pytest.mark.parametrize(("data", "model"), [(3, 0), (1, 4), (16, 1), (2, 8)])
+def test_a_mesh_of_another_size_is_refused(data: int, model: int) -> None:
+    with pytest.raises(ConfigError, match=rf"parallel\.data={data} .* number of devices, 8"):
+        mesh_shape(8, ParallelConfig(data=data, model=model))
 
 
 def test_a_mesh_of_one_device_holds_everything() -> None:
     mesh = make_mesh(jax.devices()[:1])
-    assert dict(mesh.shape) == {"data": 1, "model": 1}
-    assert param_sharding(mesh)(("vocab", "embed")).spec == PartitionSpec("model", None)
+    assert dict(mesh.shape) == {"data": 1, "expert": 1, "model": 1}
+    table = param_sharding(mesh)(("vocab", "embed"), (5, 3))
     assert replicated(mesh).spec == PartitionSpec()
-    for sharding in (param_sharding(mesh)(("vocab", "embed")), pages_sharding(mesh, group(3))):
+    for sharding in (table, pages_sharding(mesh)):
         assert sharding.device_set == {jax.devices()[0]}
         assert sharding.is_fully_replicated
-
-
-@pytest.mark.parametrize(
-    ("heads", "devices", "dealt"), [(8, 4, True), (4, 4, True), (6, 4, False), (2, 4, False)]
-)
-def test_pages_are_dealt_out_by_heads_where_that_is_even(
-    heads: int, devices: int, dealt: bool
-) -> None:
-    types = (AxisType.Auto,) * 2
-    mesh: Any = AbstractMesh((1, devices), MESH_AXES, axis_types=types)
-    expected = PartitionSpec(None, None, "model" if dealt else None, None, None)
-    assert pages_sharding(mesh, group(heads)).spec == expected
 
 
 _TWO_DEVICES = """
@@ -96,11 +121,11 @@ from jaxserve.weights.load import load_model
 from tests.models.loading import ORACLE
 
 mesh = make_mesh(jax.devices())
-options = ModelOptions()
+options = ModelOptions(tensor_parallel=2)
 model = load_model(ORACLE / "llama3", options=options, sharding=param_sharding(mesh))
 shards = lambda x: [list(shard.data.shape) for shard in x.addressable_shards]
 found = {"/".join(map(str, p)): shards(v.get_value()) for p, v in model.params().items()}
-groups = [CacheGroup(kind="x", layers=(0,), num_kv_heads=n, head_dim=8) for n in (2, 3)]
+groups = [CacheGroup(kind="x", layers=(0,), num_kv_heads=n, head_dim=8) for n in (2, 4)]
 cache = init_cache(groups, (5, 5), page_size=4, dtype="float32", mesh=mesh, backend="xla")
 found["pages"] = [shards(group.kv) for group in cache.groups]
 print(json.dumps(found))
@@ -118,4 +143,4 @@ def test_shards_on_two_devices() -> None:
     assert found["layers/0/mlp/down/weight"] == [[56, 64]] * 2
     assert found["layers/0/attention/qkv/weight"] == [[64, 1, 4, 16]] * 2
     assert found["norm/scale"] == [[64]] * 2
-    assert found["pages"] == [[[1, 5, 1, 4, 16]] * 2, [[1, 5, 3, 4, 16]] * 2]
+    assert found["pages"] == [[[1, 5, 1, 4, 16]] * 2, [[1, 5, 2, 4, 16]] * 2]

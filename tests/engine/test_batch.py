@@ -1,11 +1,12 @@
-"""The batch builder: padding, order, arrays that stay, and every step as `ExactBatch` reads it."""
+"""The batches: padding, order, arrays that stay, and every step as `ExactBatch` reads it."""
 
 from __future__ import annotations
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from jaxserve.engine.batch import BatchBuilder
+from jaxserve.device.step import StepInputs
+from jaxserve.engine.batches import Batches
 from jaxserve.scheduler.plan import Chunk, Join, PageCopy, PageEntry, Plan
 from jaxserve.types import SamplingParams
 from tests.fakes.batch import ComparedBatch, DoublingShapes
@@ -24,9 +25,21 @@ def chunk(slot: int, start: int, token_ids: list[int], **values) -> Chunk:
     return Chunk(**{"slot": slot, "start": start, "token_ids": token_ids, "samples": True} | values)
 
 
-def started(num_rows: int) -> BatchBuilder:
+class Builder:
+    """The batches of one copy of the model."""
+
+    def __init__(self) -> None:
+        self._batches = Batches(DoublingShapes(), 8)
+
+    def build(self, plan: Plan) -> StepInputs:
+        """The inputs of one plan."""
+        (inputs,) = self._batches.build([plan])
+        return inputs
+
+
+def started(num_rows: int) -> Builder:
     """A builder with rows 0 … num_rows - 1 decoding, three tokens each."""
-    builder = BatchBuilder(DoublingShapes(), 8)
+    builder = Builder()
     slots = range(num_rows)
     builder.build(
         Plan(
@@ -152,3 +165,33 @@ def test_every_step_is_what_the_exact_batch_reads(groups, pages, max_rows, decod
     rig.run()
     rig.check()
     batch.check()
+
+
+def test_copies_share_the_smallest_program_that_holds_all_of_them():
+    batches = Batches(DoublingShapes(), 8, copies=3)
+    joins = [join(slot) for slot in range(3)]
+    first = Plan(step_id=0, joins=joins, chunks=[chunk(slot, 0, [1, 2]) for slot in range(3)])
+    second = Plan(step_id=0, joins=[join(0)], chunks=[chunk(0, 0, [7] * 9, prompt_logprobs=1)])
+    inputs = batches.build([first, None, second])
+    assert [own.program.name for own in inputs] == ["mixed_r4_t16_plp"] * 3
+    assert [own.num_live_rows for own in inputs] == [3, 0, 1]
+    assert inputs[0].token_ids.tolist() == [1, 2] * 3 + [0] * 10
+    assert inputs[1].rows.tolist() == [8] * 4
+    assert inputs[1].query_starts.tolist() == [0] * 5
+    assert not inputs[1].samples.any()
+    assert inputs[2].query_starts.tolist() == [0, 9, 9, 9, 9]
+
+
+def test_a_chunk_beside_rows_that_decode_gets_a_program_for_chunks():
+    """Eight rows in one copy, eight tokens of a row in the other: no decode program holds both."""
+    batches = Batches(DoublingShapes(), 8, copies=2)
+    slots = range(8)
+    joins, chunks = [join(slot) for slot in slots], [chunk(slot, 0, [1]) for slot in slots]
+    batches.build([Plan(step_id=0, joins=joins, chunks=chunks), None])
+    decoding = Plan(step_id=1, decode_joins=list(slots))
+    inputs = batches.build(
+        [decoding, Plan(step_id=1, joins=[join(0)], chunks=[chunk(0, 0, [5] * 8)])]
+    )
+    assert not inputs[0].program.is_decode
+    assert [own.num_decode_rows for own in inputs] == [8, 0]
+    assert inputs[1].token_ids[:8].tolist() == [5] * 8

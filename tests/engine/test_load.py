@@ -226,10 +226,10 @@ def test_a_device_that_does_not_tell_its_memory_needs_a_size(
 ) -> None:
     quick(monkeypatch)
 
-    def memory_of(device: Any) -> Memory:
+    def least_memory(devices: Any) -> Memory:
         raise ConfigError("it does not tell: set cache.memory_bytes")
 
-    monkeypatch.setattr(load, "memory_of", memory_of)
+    monkeypatch.setattr(load, "least_memory", least_memory)
     with pytest.raises(ConfigError, match=r"set cache\.memory_bytes"):
         loaded(config_of(settings))
     for setting in ("cache.num_pages=70", "cache.memory_bytes=1000000"):
@@ -242,7 +242,7 @@ def test_a_pool_that_does_not_fit_is_refused(
 ) -> None:
     quick(monkeypatch)
     memory = Memory(total_bytes=1 << 22, free_bytes=1 << 20)
-    monkeypatch.setattr(load, "memory_of", lambda device: memory)
+    monkeypatch.setattr(load, "least_memory", lambda devices: memory)
     with pytest.raises(ConfigError, match=r"num_pages=5000 needs .* 1\.0 MiB are free: set it to"):
         loaded(config_of(settings, "cache.num_pages=5000"))
 

@@ -141,8 +141,8 @@ def test_a_vanished_client_frees_its_pages_within_two_calls(engine, server):
     for _ in range(4):
         turn(engine)
     server.lost.add("a")
-    used, called = engine.scheduler.pages.num_used, calls(engine)
-    while engine.scheduler.pages.num_used >= used - 5:
+    used, called = engine.scheduler.pages_used, calls(engine)
+    while engine.scheduler.pages_used >= used - 5:
         turn(engine)
     assert calls(engine) <= called + 2
     assert engine.scheduler.num_running == 1 and engine.scheduler.num_waiting == 0
@@ -170,7 +170,7 @@ def test_cancel_reports_its_reason_once_and_at_once(engine, server):
         turn(engine)
     assert len(server.ends("a")) == 1
     assert end.record.computed_tokens == 2 + emitted  # its last token's successor was under way
-    assert engine.scheduler.pages.num_used == 0
+    assert engine.scheduler.pages_used == 0
 
 
 def test_a_reused_sequence_id_harms_nobody(engine, server):

@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 
 from jaxserve.device.step import Program, SlotWrite, StepInputs
-from jaxserve.engine.batch import BatchBuilder, Shapes
+from jaxserve.engine.batch import Shapes
+from jaxserve.engine.batches import Batches
 from jaxserve.scheduler.plan import Plan
 
 
@@ -23,8 +25,10 @@ class ExactBatch:
         self._decoding: list[int] = []
         self._lengths: dict[int, int] = {}  # slot → tokens whose KV is written
 
-    def build(self, plan: Plan) -> StepInputs:
-        """See `engine.loop.Batch`."""
+    def build(self, plans: Sequence[Plan | None]) -> list[StepInputs]:
+        """See `engine.loop.Batch`; of one copy of the model."""
+        (plan,) = plans
+        assert plan is not None
         self._wants |= {join.slot: join.sampling.logprobs is not None for join in plan.joins}
         for slot in plan.decode_leaves:
             self._decoding.remove(slot)
@@ -79,7 +83,7 @@ class ExactBatch:
         )
         for slot in self._decoding:
             self._lengths[slot] += plan.decode_steps - 1
-        return inputs
+        return [inputs]
 
 
 class DoublingShapes:
@@ -100,20 +104,21 @@ class DoublingShapes:
 
 
 class ComparedBatch:
-    """`engine.batch.BatchBuilder`, each step of which is held against `ExactBatch`.
+    """`engine.batches.Batches` of one copy, each step of which is held against `ExactBatch`.
 
     Its arrays are also kept, and must be as they were when it is asked to `check`.
     """
 
     def __init__(self, shapes: Shapes, max_rows: int) -> None:
         self._exact = ExactBatch()
-        self._builder = BatchBuilder(shapes, max_rows)
+        self._batches = Batches(shapes, max_rows)
         self._max_rows = max_rows
         self._kept: deque[tuple[StepInputs, list[np.ndarray]]] = deque(maxlen=4)
 
-    def build(self, plan: Plan) -> StepInputs:
+    def build(self, plans: Sequence[Plan | None]) -> list[StepInputs]:
         """See `engine.loop.Batch`."""
-        exact, built = self._exact.build(plan), self._builder.build(plan)
+        (plan,), (exact,), (built,) = plans, self._exact.build(plans), self._batches.build(plans)
+        assert plan is not None
         rows, tokens = exact.program.num_rows, exact.program.num_tokens
         program = built.program
         assert (built.num_live_rows, built.num_decode_rows) == (rows, exact.num_decode_rows)
@@ -136,7 +141,7 @@ class ComparedBatch:
             assert getattr(built, name) == getattr(exact, name)
         self.check()
         self._kept.append((built, [array.copy() for array in _arrays(built)]))
-        return built
+        return [built]
 
     def check(self) -> None:
         """The arrays of the latest steps have not been written since."""

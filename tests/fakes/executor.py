@@ -136,8 +136,12 @@ class FakeExecutor:
         self._slots: list[tuple[SamplingParams, int, int] | None] = [None] * (max_rows + 1)
         self._seen: list[list[int]] = [[] for _ in range(max_rows + 1)]
 
-    def launch(self, inputs: StepInputs) -> StepOutputs:
-        """Runs the step at once; the results wait for `collect`."""
+    def launch(self, inputs: Sequence[StepInputs]) -> list[StepOutputs]:
+        """Runs the step of one copy at once; the results wait for `collect`."""
+        (own,) = inputs
+        return [self._run(own)]
+
+    def _run(self, inputs: StepInputs) -> StepOutputs:
         if self.fail_at == len(self.calls):
             raise RuntimeError("the fake device was told to fail")
         self.calls.append(inputs.program.decode_steps)
@@ -152,7 +156,7 @@ class FakeExecutor:
             outputs.prompt_logprobs = self._prompt_logprobs(inputs)
         return outputs
 
-    def collect(self, launched: StepOutputs) -> StepOutputs:
+    def collect(self, launched: list[StepOutputs]) -> list[StepOutputs]:
         """The results of a launched step."""
         return launched
 

@@ -88,10 +88,10 @@ class Rig:
         launched = None
         if plan is not None:
             self.plans.append(plan)
-            inputs = self.batch.build(plan)
+            (inputs,) = self.batch.build([plan])
             tokens = inputs.query_starts[inputs.num_live_rows]
             assert tokens <= self.max_step_tokens
-            launched = (inputs, self.executor.launch(inputs))
+            launched = (inputs, self.executor.launch([inputs])[0])
         if not self.pipelined:
             self.read(launched)
             return

@@ -85,7 +85,8 @@ def test_each_parameter_goes_where_its_axes_say() -> None:
     device = jax.devices()[0]
     asked: list[tuple[str | None, ...]] = []
 
-    def sharding(axes: tuple[str | None, ...]) -> jax.sharding.Sharding:
+    def sharding(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> jax.sharding.Sharding:
+        assert len(axes) == len(shape)
         asked.append(axes)
         mesh = jax.make_mesh((1,), ("model",), devices=[device])
         spec = jax.sharding.PartitionSpec(*(None if a != "vocab" else "model" for a in axes))

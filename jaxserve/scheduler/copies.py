@@ -1,0 +1,121 @@
+"""One scheduler for each copy of the model, behind the interface of one.
+
+A request goes to the copy with the fewest sequences, all its choices together, since they share
+pages; there it stays. Each copy plans for itself, but all take part in each device call, so that
+the call runs as many decode steps as every copy can take. With one copy this is that scheduler.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Sequence as Seq
+
+from jaxserve.config import SchedulerConfig
+from jaxserve.scheduler.plan import Plan
+from jaxserve.scheduler.scheduler import Commit, Scheduler
+from jaxserve.scheduler.sequence import Sequence
+from jaxserve.types import FinishReason, ModelInfo, SamplingParams
+
+
+class Schedulers:
+    """Decides what runs on each copy; see the module.
+
+    Args:
+        copies: how many there are; every copy has the limits of `config` and a pool of `num_pages`.
+        config, model, page_size, num_pages, clock_ns: as `Scheduler` takes them.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        model: ModelInfo,
+        *,
+        page_size: int,
+        num_pages: Iterable[int],
+        copies: int = 1,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        pages = tuple(num_pages)
+        self._schedulers = [
+            Scheduler(config, model, page_size=page_size, num_pages=pages, clock_ns=clock_ns)
+            for _ in range(copies)
+        ]
+        self._next_step_id = 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that hold no slot and have not ended."""
+        return sum(scheduler.num_waiting for scheduler in self._schedulers)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold a slot."""
+        return sum(scheduler.num_running for scheduler in self._schedulers)
+
+    @property
+    def num_preemptions(self) -> int:
+        """So far."""
+        return sum(scheduler.num_preemptions for scheduler in self._schedulers)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything runs, waits, or is launched and not committed."""
+        return any(scheduler.has_work for scheduler in self._schedulers)
+
+    @property
+    def pages_used(self) -> int:
+        """Pages that somebody holds."""
+        return sum(scheduler.pages.num_used for scheduler in self._schedulers)
+
+    @property
+    def pages_total(self) -> int:
+        """Pages that can be handed out."""
+        return sum(scheduler.pages.capacity for scheduler in self._schedulers)
+
+    def submit(
+        self,
+        keys: list[tuple[Hashable, int]],
+        prompt: list[int],
+        sampling: SamplingParams,
+        *,
+        priority: int = 0,
+        arrived_ns: int = 0,
+    ) -> list[Sequence]:
+        """As `Scheduler.submit`, to the copy with the fewest sequences, then the fewest pages."""
+
+        def load(copy: int) -> tuple[int, int]:
+            scheduler = self._schedulers[copy]
+            return scheduler.num_waiting + scheduler.num_running, scheduler.pages.num_used
+
+        copy = min(range(len(self._schedulers)), key=load)
+        sequences = self._schedulers[copy].submit(
+            keys, prompt, sampling, priority=priority, arrived_ns=arrived_ns
+        )
+        for sequence in sequences:
+            sequence.copy = copy
+        return sequences
+
+    def cancel(self, sequence: Sequence, reason: FinishReason) -> None:
+        """As `Scheduler.cancel`."""
+        self._schedulers[sequence.copy].cancel(sequence, reason)
+
+    def plan(self) -> list[Plan | None] | None:
+        """The next device call: a plan for each copy, None where it has nothing to do.
+
+        Returns:
+            None if there is nothing to launch at all.
+        """
+        steps = [s.decode_steps() for s in self._schedulers if s.num_running or s.num_waiting]
+        plans = [scheduler.plan(min(steps, default=1)) for scheduler in self._schedulers]
+        if all(plan is None for plan in plans):
+            return None
+        for plan in plans:
+            if plan is not None:
+                plan.step_id = self._next_step_id
+        self._next_step_id += 1
+        return plans
+
+    def commit(self, copy: int, rows: list[int], token_ids: Seq[list[int]]) -> Commit:
+        """As `Scheduler.commit`, of one copy's plan."""
+        return self._schedulers[copy].commit(rows, list(token_ids))

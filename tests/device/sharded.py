@@ -1,0 +1,123 @@
+"""Serves the same requests on a mesh of simulated devices and on one of them; run as a program.
+
+    python -m tests.device.sharded MODEL DATA EXPERT MODEL_AXIS [SETTING ...]
+
+Prints JSON: what each request brought, on the mesh and on one device. In a process of its own,
+since the number of CPU devices is fixed when JAX starts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import jax
+
+from jaxserve.config import Config, load_config
+from jaxserve.engine import load
+from jaxserve.engine.loop import Engine
+from jaxserve.engine.parts import Parts
+from jaxserve.engine.process import build_engine
+from jaxserve.protocol.messages import GetStatus, Submit, TokenEvents, TokenSegment
+from jaxserve.types import SamplingParams
+
+NUM_DEVICES = 8
+#: Prompts of several lengths, some longer than a chunk, more than there are rows.
+PROMPT_LENS = (3, 40, 17, 1, 25, 9, 33, 12, 5, 21)
+SAMPLINGS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 0.0, "logprobs": 3, "prompt_logprobs": 2},
+    {"temperature": 0.8, "top_k": 20},
+    {"temperature": 1.1, "top_p": 0.9, "min_p": 0.01},
+    {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.4},
+)
+
+
+class Pocket:
+    """A server transport without a wire: what is sent is kept."""
+
+    def __init__(self) -> None:
+        self.events: list[TokenEvents] = []
+
+    def receive(self, timeout_s: float) -> list[Any]:
+        """Nothing ever comes."""
+        return []
+
+    def send(self, client: Any, message: Any) -> None:
+        """Keeps what tokens it brings."""
+        if isinstance(message, TokenEvents):
+            self.events.append(message)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def serve(config: Config, parts: Parts) -> dict[str, Any]:
+    """All requests at once, to their ends; what each brought, by number."""
+    pocket: Any = Pocket()
+    engine = build_engine(config, pocket, parts)
+    vocab_size = parts.model.vocab_size
+    for number, length in enumerate(PROMPT_LENS):
+        sampling = SamplingParams(
+            **{"max_tokens": 12, "seed": number, "ignore_eos": True}
+            | SAMPLINGS[number % len(SAMPLINGS)]
+        )
+        prompt = [(7 * number + 3 * i + 5) % vocab_size for i in range(length)]
+        segments = [TokenSegment(token_ids=prompt)]
+        engine.handle(
+            "client",
+            Submit(sequence_ids=[number], prompt=segments, sampling=sampling, arrived_ns=1),
+        )
+    turn(engine)
+    found: dict[str, Any] = {
+        str(number): {"tokens": [], "logprobs": [], "prompt_logprobs": []}
+        for number in range(len(PROMPT_LENS))
+    }
+    for events in pocket.events:
+        for number, tokens in zip(events.sequence_ids, events.token_ids, strict=True):
+            found[str(number)]["tokens"] += tokens
+        for name in ("logprobs", "prompt_logprobs"):
+            for number, entries in getattr(events, name).items():
+                found[str(number)][name] += [[e.token_id, e.rank, e.logprob] for e in entries]
+    found["pages_used"] = engine.scheduler.pages_used
+    found["compiles"] = parts.executor.compiles_after_warmup
+    return found
+
+
+def turn(engine: Engine) -> None:
+    """Turns the loop until nothing is left to do."""
+    engine.handle("client", GetStatus(stats=False))
+    for _ in range(1000):
+        if not engine.scheduler.has_work and engine.in_flight is None:
+            return
+        engine.step()
+    raise AssertionError("the engine does not come to an end")
+
+
+def main(model: str, data: str, expert: str, model_axis: str, *settings: str) -> None:
+    """Serves on both and prints what came."""
+    jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
+    common = [
+        f"model.path={model}",
+        "model.max_context=64",
+        "cache.page_size=4",
+        "cache.num_pages=70",
+        "scheduler.max_rows=4",
+        "scheduler.max_step_tokens=16",
+        "scheduler.decode_steps=3",
+        "kernels.matmul=xla",
+        *settings,
+    ]
+    mesh = [f"parallel.data={data}", f"parallel.expert={expert}", f"parallel.model={model_axis}"]
+    devices = jax.devices()
+    found = {}
+    for name, some, parallel in (("mesh", devices, mesh), ("one", devices[:1], [])):
+        load.devices = lambda some=some: some
+        config = load_config(None, [*common, *parallel], {})
+        found[name] = serve(config, load.load_parts(config, lambda *_: None))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,98 @@
+"""Sharded equals unsharded: the whole engine on meshes of eight simulated devices."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from jaxserve.models.options import ModelOptions
+from jaxserve.models.registry import model_class
+from tests.device.sharded import PROMPT_LENS
+from tests.models.loading import ORACLE, config_of
+
+SCANNED = "kernels.layers=scanned"
+
+
+def serve_on_both(model: Path | str, mesh: tuple[int, int, int], *settings: str) -> dict[str, Any]:
+    """What `tests.device.sharded` prints."""
+    command = [sys.executable, "-m", "tests.device.sharded", str(model), *map(str, mesh), *settings]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout) | {"log": done.stderr}
+
+
+def assert_equal(found: dict[str, Any], tolerance: float) -> None:
+    """The same tokens and ranks, and log-probabilities but for rounding."""
+    mesh, one = found["mesh"], found["one"]
+    assert mesh["pages_used"] == one["pages_used"] == 0
+    assert mesh["compiles"] == one["compiles"] == 0
+    told = 0
+    for number in map(str, range(len(PROMPT_LENS))):
+        assert len(mesh[number]["tokens"]) == 12
+        assert mesh[number]["tokens"] == one[number]["tokens"]
+        for name in ("logprobs", "prompt_logprobs"):
+            ours, theirs = np.array(mesh[number][name]), np.array(one[number][name])
+            assert ours.shape == theirs.shape
+            if len(ours):
+                told += len(ours)
+                assert ours[:, 0].tolist() == theirs[:, 0].tolist()
+                np.testing.assert_allclose(ours[:, 2], theirs[:, 2], atol=tolerance, rtol=0)
+    assert told > 50
+
+
+@pytest.fixture(scope="module")
+def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama whose 8 KV heads, vocabulary and MLP eight devices divide."""
+    directory = tmp_path_factory.mktemp("even")
+    config = config_of("llama3") | {
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 8,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    kind = model_class(config)
+    rules = kind.hf_tensors(kind.spec_from_hf(config), ModelOptions())
+    random = np.random.default_rng(3)
+    tensors = {
+        name: (random.normal(size=shape) / np.sqrt(shape[-1])).astype(np.float32)
+        for rule in rules.values()
+        for name, shape in zip(rule.names, rule.shapes, strict=True)
+    }
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 8), (2, 1, 4), (8, 1, 1), (1, 2, 4)], ids=str)
+def test_heads_that_the_mesh_divides(even: Path, mesh: tuple[int, int, int]) -> None:
+    found = serve_on_both(even, mesh, SCANNED)
+    assert_equal(found, 2e-5)
+    assert "zeros" not in found["log"] and "times" not in found["log"]
+
+
+@pytest.mark.parametrize(
+    ("case", "mesh", "heads"),
+    [
+        ("llama3", (1, 1, 8), "4 KV heads of zeros fill up"),
+        ("llama3", (2, 1, 4), "2 KV heads are held 2 times"),
+        ("gemma2", (1, 2, 4), ""),
+        ("qwen3", (2, 1, 4), ""),
+    ],
+)
+def test_heads_that_it_does_not_divide(case: str, mesh: tuple[int, int, int], heads: str) -> None:
+    found = serve_on_both(ORACLE / case, mesh, SCANNED if case != "gemma2" else "cache.page_size=8")
+    assert_equal(found, 2e-5)
+    assert heads in found["log"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 1, 8), (2, 1, 4), (8, 1, 1)], ids=str)
+def test_smollm2(mesh: tuple[int, int, int]) -> None:
+    found = serve_on_both("smollm2-135m-instruct", mesh, SCANNED)
+    assert_equal(found, 2e-3)
