@@ -56,6 +56,13 @@ class RequestTimeout(InvalidRequest):
     status = 408
 
 
+class HeadTooLarge(InvalidRequest):
+    """The request line and headers are longer than what is read."""
+
+    code = "header_too_large"
+    status = 431
+
+
 class UnsupportedMediaType(InvalidRequest):
     """The body is not declared to be JSON."""
 

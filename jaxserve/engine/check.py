@@ -64,6 +64,26 @@ def _check_sampling(sampling: SamplingParams, model: ModelInfo) -> None:
     for word in sampling.bad_words:
         _check_range("length of a bad word", len(word), 1, types.MAX_BAD_WORD_TOKENS)
         _check_tokens("bad_words", word, model)
+    _check_something_is_left(sampling, model)
+
+
+def _check_something_is_left(sampling: SamplingParams, model: ModelInfo) -> None:
+    """Bad words, and end tokens that min_tokens rules out, leave one of the allowed tokens."""
+    if sampling.allowed_token_ids is None:
+        return
+    left = set(sampling.allowed_token_ids) - {w[0] for w in sampling.bad_words if len(w) == 1}
+    if not left:
+        raise InvalidRequest(
+            "allowed_token_ids and bad_words leave no token to sample", param="bad_words"
+        )
+    if sampling.min_tokens:
+        left -= {*sampling.stop_token_ids, *model.eos_token_ids}
+        if not left:
+            raise InvalidRequest(
+                f"allowed_token_ids and min_tokens={sampling.min_tokens} leave no token to sample "
+                "first: only tokens that end the sequence are allowed",
+                param="min_tokens",
+            )
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

@@ -12,16 +12,18 @@ import logging
 import time
 from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 
 from jaxserve.config import HttpConfig
-from jaxserve.errors import JaxserveError
+from jaxserve.errors import InvalidRequest, JaxserveError
 from jaxserve.http.auth import Authentication, KeyRing
 from jaxserve.http.chat import read_chat
 from jaxserve.http.completions import read_completion
-from jaxserve.http.errors import MethodNotAllowed, NotFound, send_error
+from jaxserve.http.errors import MethodNotAllowed, NotFound, error_body, send_error
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.generate import GenerationEndpoint
 from jaxserve.http.metrics import Metrics
@@ -33,6 +35,8 @@ from jaxserve.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+#: Characters of an unknown path that an error repeats.
+_SHOWN_PATH = 100
 #: Counted as the status of requests whose client left before an answer began.
 LEFT = 499
 
@@ -82,7 +86,7 @@ def create_app(
     )
     app: Any = Authentication(Refusals(router), frontend.keys)
     if config.cors_origins:
-        app = CORSMiddleware(
+        app = Cors(
             app,
             allow_origins=config.cors_origins,
             allow_methods=["GET", "POST"],
@@ -90,6 +94,19 @@ def create_app(
             max_age=600,
         )
     return Arrival(app, frontend)
+
+
+class Cors(CORSMiddleware):
+    """Starlette's, its refusals with our error body."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        """The answer to a browser that asks beforehand."""
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        error = InvalidRequest(bytes(response.body).decode())
+        headers = {k: v for k, v in response.headers.items() if not k.startswith("content-")}
+        return JSONResponse(error_body(error), response.status_code, headers)
 
 
 class Refusals:
@@ -157,6 +174,9 @@ def _route_of(path: str) -> str:
 
 
 def _routing_error(scope: Any, error: HTTPException) -> JaxserveError:
+    path = scope["path"]
+    path = path if len(path) <= _SHOWN_PATH else path[:_SHOWN_PATH] + "…"
     if error.status_code == 405:
-        return MethodNotAllowed(f"{scope['path']} does not take {scope['method']}")
-    return NotFound(f"there is no {scope['path']} here")
+        allowed = (error.headers or {}).get("Allow", "")
+        return MethodNotAllowed(f"{path} does not take {scope['method']}", allowed)
+    return NotFound(f"there is no {path} here")

@@ -99,7 +99,8 @@ def load_keys(config: HttpConfig) -> KeyRing:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the key file {path}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"cannot read the key file {path}: {reason}") from error
     rows = document.get("keys") if isinstance(document, dict) else None
     if not isinstance(rows, list) or not rows or set(document) != {"keys"}:
         raise ConfigError(f"the key file {path} must hold one list of rows under 'keys'")

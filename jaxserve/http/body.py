@@ -10,33 +10,54 @@ checked value or an `InvalidRequest` that names field, value and limit.
 
 from __future__ import annotations
 
-import asyncio
 import difflib
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
-from jaxserve.config import HttpConfig
 from jaxserve.errors import (
     InvalidRequest,
     PayloadTooLarge,
-    RequestTimeout,
     UnsupportedMediaType,
 )
 
+#: Parameters that only some endpoint has: clients send them as null to the others as well.
+ELSEWHERE = frozenset(
+    {
+        "add_generation_prompt",
+        "best_of",
+        "chat_template",
+        "chat_template_kwargs",
+        "echo",
+        "functions",
+        "function_call",
+        "max_completion_tokens",
+        "messages",
+        "parallel_tool_calls",
+        "prompt",
+        "reasoning_effort",
+        "suffix",
+        "tool_choice",
+        "tools",
+        "top_logprobs",
+    }
+)
 #: Containers inside containers that a body may have.
 MAX_DEPTH = 32
 
 
-async def read_object(scope: Any, receive: Any, config: HttpConfig) -> Fields:
+async def read_object(scope: Any, receive: Any, max_bytes: int) -> Fields:
     """The body as the fields of one JSON object.
 
+    Args:
+        max_bytes: `http.max_body_bytes`.
+
     Raises:
-        UnsupportedMediaType: it is not declared as JSON.
-        PayloadTooLarge: it is, or says it is, larger than `http.max_body_bytes`.
-        RequestTimeout: it is not there within `http.body_timeout_s`.
+        UnsupportedMediaType: it is not declared as JSON, or is compressed.
+        PayloadTooLarge: it is, or says it is, larger than `max_bytes`.
         InvalidRequest: it is not one JSON object of sane depth, or the client left midway.
     """
     headers = dict(scope["headers"])
@@ -44,19 +65,14 @@ async def read_object(scope: Any, receive: Any, config: HttpConfig) -> Fields:
     if kind != b"application/json":
         said = kind.decode("latin-1")[:80] or "nothing"
         raise UnsupportedMediaType(f"content-type must be application/json, got {said}")
-    max_bytes = config.max_body_bytes
+    coding = headers.get(b"content-encoding", b"identity").strip().lower()
+    if coding != b"identity":
+        said = coding.decode("latin-1")[:80]
+        raise UnsupportedMediaType(f"content-encoding {said} is not supported: send it plain")
     announced = headers.get(b"content-length", b"")
     if announced.isdigit() and int(announced[:20]) > max_bytes:
         raise _too_large(int(announced[:20]), max_bytes)
-    try:
-        async with asyncio.timeout(config.body_timeout_s):
-            body = await _read_body(receive, max_bytes)
-    except TimeoutError:
-        raise RequestTimeout(
-            f"the body was not complete within {config.body_timeout_s:g} s: send it faster, or "
-            "raise http.body_timeout_s"
-        ) from None
-    return Fields(parse_object(body))
+    return Fields(parse_object(await _read_body(receive, max_bytes)))
 
 
 async def _read_body(receive: Any, max_bytes: int) -> bytes:
@@ -86,7 +102,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"the body is not valid UTF-8: {error.reason}") from None
     except (msgspec.MsgspecError, ValueError) as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+        raise _not_json(body, error) from None
     if not isinstance(value, dict):
         raise InvalidRequest(f"the body must be a JSON object, got {show(value)}")
     _check_depth(value)
@@ -104,6 +120,35 @@ def _check_depth(value: dict[str, Any]) -> None:
             return
         level = inner
     raise _too_deep()
+
+
+def _not_json(body: bytes, error: Exception) -> InvalidRequest:
+    """Why a body was not taken; by field, where a laxer reader gets through it."""
+    try:
+        path = _unspeakable(json.loads(body), "")
+    except (ValueError, RecursionError):
+        path = None
+    if path is None:
+        return InvalidRequest(f"the body is not valid JSON: {error}")
+    what = "holds half of a surrogate pair, or a number that is not finite"
+    return InvalidRequest(f"the body is not valid JSON: {path or 'it'} {what}", param=path or None)
+
+
+def _unspeakable(value: Any, path: str) -> str | None:
+    """Where a value holds a lone surrogate or an infinite number; None where nowhere."""
+    match value:
+        case str():
+            return path if any("\ud800" <= c <= "\udfff" for c in value) else None
+        case float():
+            return None if math.isfinite(value) else path
+        case list():
+            pairs = [(f"{path}[{index}]", item) for index, item in enumerate(value)]
+        case dict():
+            pairs = [(f"{path}.{name}" if path else name, item) for name, item in value.items()]
+        case _:
+            return None
+    found = (_unspeakable(item, inner) for inner, item in pairs)
+    return next((inner for inner in found if inner is not None), None)
 
 
 def _too_deep() -> InvalidRequest:
@@ -267,7 +312,7 @@ class Fields:
             InvalidRequest: an unknown parameter; names the nearest that exists.
         """
         for name in self._values:
-            if name not in self._known:
+            if name not in self._known and not (self._values[name] is None and name in ELSEWHERE):
                 near = difflib.get_close_matches(name[:100], sorted(self._known), 1, 0.0)
                 hint = f"; the nearest is {(self._path + near[0])!r}" if near else ""
                 path = self._path + name[:100]

@@ -65,7 +65,9 @@ def read_messages(fields: Fields, frontend: Frontend) -> Any:
     extra = fields.mapping("chat_template_kwargs")
     for name in extra:
         if name in _RESERVED or not name.isidentifier():
-            raise fields.wrong("chat_template_kwargs", "without reserved names", name)
+            raise fields.wrong(
+                "chat_template_kwargs", "made of identifiers that are not reserved", name
+            )
     fields.neutral("chat_template", why="never comes from a client")
     fields.neutral("continue_final_message", False)
     fields.neutral("documents")
@@ -76,9 +78,7 @@ def read_messages(fields: Fields, frontend: Frontend) -> Any:
                 "this model has no chat template; use /v1/completions, or give "
                 "model.chat_template at start"
             )
-        text = frontend.template.render(
-            messages, add_generation_prompt=add_generation_prompt, **extra
-        )
+        text = await frontend.render(messages, add_generation_prompt=add_generation_prompt, **extra)
         ids = await frontend.encode(text, add_special_tokens=add_special_tokens)
         if not ids:
             raise InvalidRequest("messages come to an empty prompt", param="messages")

@@ -10,7 +10,7 @@ from jaxserve.http.auth import Identity
 from jaxserve.http.body import Fields
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.generation import Delta, Usage
-from jaxserve.http.logprobs import completion_logprobs, prompt_logprobs
+from jaxserve.http.logprobs import TextOffsets, completion_logprobs, prompt_logprobs
 from jaxserve.http.sampling import (
     Options,
     plan_outputs,
@@ -120,7 +120,7 @@ class CompletionWire:
         self._echoed = echoed
         self._plain = num_top is None and not options.return_token_ids
         self._opened: set[int] = set()
-        self._offsets: dict[int, int] = {}
+        self._streamed: dict[int, TextOffsets] = {}
         self._before, self._after = self._head.event_parts()
         self._bare = b',"logprobs":null,"finish_reason":null}' + self._after
 
@@ -184,17 +184,38 @@ class CompletionWire:
         if self._num_top is None:
             return None
         entries: list[TokenLogprobs | int] = list(delta.logprobs)
+        offset_of = self._offsets(prompt).next
         if self._echoed is not None:
-            entries = [self._prompts[prompt][0], *answer.prompt_logprobs, *entries]
-        return completion_logprobs(self._tokenizer, entries, self._num_top, 0)[0]
+            ids = self._prompts[prompt]
+            entries = [ids[0], *answer.prompt_logprobs, *entries]
+            before = TextOffsets(
+                self._tokenizer, (), skip_special_tokens=True, limit=len(self._echoed[prompt])
+            )
+            echoed, after, left = before.next, offset_of, len(ids)
+
+            def offset_of(token_id: int) -> int:
+                nonlocal left
+                left -= 1
+                return echoed(token_id) if left >= 0 else after(token_id)
+
+        return completion_logprobs(self._tokenizer, entries, self._num_top, offset_of)
 
     def _streamed_logprobs(self, delta: Delta) -> dict[str, Any] | None:
         if self._num_top is None:
             return None
-        logprobs, self._offsets[delta.choice] = completion_logprobs(
-            self._tokenizer, delta.logprobs, self._num_top, self._offsets.get(delta.choice, 0)
+        offsets = self._streamed.get(delta.choice)
+        if offsets is None:
+            offsets = self._streamed[delta.choice] = self._offsets(delta.choice // self._options.n)
+        return completion_logprobs(self._tokenizer, delta.logprobs, self._num_top, offsets.next)
+
+    def _offsets(self, prompt: int) -> TextOffsets:
+        """Of the output, behind an echoed prompt."""
+        return TextOffsets(
+            self._tokenizer,
+            self._prompts[prompt],
+            skip_special_tokens=self._options.skip_special_tokens,
+            start=len(self._echoed[prompt]) if self._echoed is not None else 0,
         )
-        return logprobs
 
 
 def _prompts(fields: Fields, model: ModelInfo, limit: int) -> list[str | list[int]]:

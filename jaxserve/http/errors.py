@@ -30,10 +30,18 @@ class NotFound(JaxserveError):
 
 
 class MethodNotAllowed(JaxserveError):
-    """The path exists, but not for this method."""
+    """The path exists, but not for this method.
+
+    Args:
+        allowed: methods that it takes, as the `Allow` header has them.
+    """
 
     code = "method_not_allowed"
     status = 405
+
+    def __init__(self, message: str, allowed: str) -> None:
+        super().__init__(message)
+        self.allowed = allowed
 
 
 def error_body(error: JaxserveError) -> dict[str, Any]:
@@ -59,6 +67,8 @@ async def send_error(send: Any, error: JaxserveError) -> None:
     headers = []
     if isinstance(error, Unauthenticated):
         headers.append((b"www-authenticate", b"Bearer"))
+    elif isinstance(error, MethodNotAllowed):
+        headers.append((b"allow", error.allowed.encode("latin-1")))
     elif error.retryable and not isinstance(error, Forbidden):
         headers.append((b"retry-after", b"%d" % RETRY_AFTER_S))
     await send_json(send, error_body(error), status=error.status, headers=headers)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxserve.config import HttpConfig
-from jaxserve.errors import DeviceFailure, Overloaded
+from jaxserve.errors import DeviceFailure, Overloaded, RequestTimeout
 from jaxserve.http.auth import KeyRing
+from jaxserve.http.body import Fields, read_object
 from jaxserve.http.metrics import Metrics
 from jaxserve.protocol.client import EngineClient
 from jaxserve.text.template import ChatTemplate
@@ -20,6 +22,8 @@ from jaxserve.types import ModelInfo
 
 #: Longer texts are tokenized in a thread, so that other streams go on.
 INLINE_CHARACTERS = 2048
+#: More messages are rendered in a thread.
+INLINE_MESSAGES = 64
 
 
 @dataclass(kw_only=True)
@@ -44,6 +48,7 @@ class Frontend:
     draining: bool = False
     num_requests: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
+    _reading: set[asyncio.Timeout] = field(default_factory=set)
 
     def model(self) -> ModelInfo:
         """The model, if a request may begin now.
@@ -55,7 +60,7 @@ class Frontend:
         if self.client.error is not None:
             raise DeviceFailure(self.client.error.message)
         if self.draining:
-            raise Overloaded("the server is shutting down and takes no new requests")
+            raise _shutting_down()
         status = self.client.status
         if status is None or status.model is None or status.state != "ready":
             state = status.state if status is not None else "starting"
@@ -67,6 +72,36 @@ class Frontend:
         status = self.client.status
         return status.pages_total * self.page_size if status is not None else 0
 
+    async def read(self, scope: Any, receive: Any) -> Fields:
+        """The body of a request.
+
+        Raises:
+            RequestTimeout: it is not there within `http.body_timeout_s`.
+            Overloaded: it was not there when the server began to drain.
+            JaxserveError: as `read_object`.
+        """
+        deadline = asyncio.timeout(self.config.body_timeout_s)
+        try:
+            async with deadline:
+                self._reading.add(deadline)
+                return await read_object(scope, receive, self.config.max_body_bytes)
+        except TimeoutError:
+            if self.draining:
+                raise _shutting_down() from None
+            raise RequestTimeout(
+                f"the body was not complete within {self.config.body_timeout_s:g} s: send it "
+                "faster, or raise http.body_timeout_s"
+            ) from None
+        finally:
+            self._reading.discard(deadline)
+
+    def drain(self) -> None:
+        """Takes no new work from now on, nor what has not come completely."""
+        self.draining = True
+        now_s = asyncio.get_running_loop().time()
+        for deadline in self._reading:
+            deadline.reschedule(now_s)
+
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Text as token ids."""
         if len(text) <= INLINE_CHARACTERS:
@@ -74,6 +109,13 @@ class Frontend:
         return await asyncio.to_thread(
             self.tokenizer.encode, text, add_special_tokens=add_special_tokens
         )
+
+    async def render(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
+        """Messages through the chat template, which there must be."""
+        assert self.template is not None
+        if len(messages) <= INLINE_MESSAGES:
+            return self.template.render(messages, **kwargs)
+        return await asyncio.to_thread(self.template.render, messages, **kwargs)
 
     def enter(self) -> None:
         """A request has come."""
@@ -90,3 +132,7 @@ class Frontend:
         """Waits until no request is being answered."""
         if self.num_requests:
             await self._idle.wait()
+
+
+def _shutting_down() -> Overloaded:
+    return Overloaded("the server is shutting down and takes no new requests")

@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxserve.errors import DeviceFailure, JaxserveError, ModelNotFound
 from jaxserve.http.auth import Identity
-from jaxserve.http.body import Fields, read_object, show
+from jaxserve.http.body import Fields, show
 from jaxserve.http.errors import error_event, send_json
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.generation import Delta, Generation
@@ -41,7 +41,7 @@ class GenerationEndpoint:
         frontend = self._frontend
         model = frontend.model()
         identity: Identity = scope["jaxserve.identity"]
-        fields = await read_object(scope, receive, frontend.config)
+        fields = await frontend.read(scope, receive)
         check_model(fields, model)
         work = await self._read(fields, frontend, model, identity)
         generation = Generation(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxserve.text.choice import ChoiceText
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import TokenLogprobs
 
@@ -29,17 +30,49 @@ def chat_logprobs(
     return {"content": content, "refusal": None}
 
 
+class TextOffsets:
+    """Where each token of a completion begins in the text that is returned.
+
+    A token that goes on with a character, or is left out of the text, begins where the text then
+    stood: offsets never run beyond it, nor back.
+
+    Args:
+        prompt_ids: tokens before the first one, whose text is not counted.
+        start: characters before it.
+        limit: of the offsets; None for none.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool,
+        start: int = 0,
+        limit: int | None = None,
+    ) -> None:
+        self._text = ChoiceText(tokenizer, prompt_ids, skip_special_tokens=skip_special_tokens)
+        self._offset = start
+        self._limit = limit
+
+    def next(self, token_id: int) -> int:
+        """The offset of the next token."""
+        offset = self._offset
+        self._offset += len(self._text.add((token_id,)).text)
+        return offset if self._limit is None else min(offset, self._limit)
+
+
 def completion_logprobs(
     tokenizer: Tokenizer,
     entries: Sequence[TokenLogprobs | int],
     num_top: int,
-    offset: int,
-) -> tuple[dict[str, Any], int]:
-    """The `logprobs` of a completion choice or chunk, and the offset after it.
+    offset_of: Callable[[int], int],
+) -> dict[str, Any]:
+    """The `logprobs` of a completion choice or chunk.
 
     Args:
         entries: in order; a bare token id is the prompt's first token, which has none.
-        offset: characters of the choice's text before the first entry.
+        offset_of: told each token, in order; where it begins (`TextOffsets.next`).
     """
     tokens: list[str] = []
     values: list[float | None] = []
@@ -48,21 +81,19 @@ def completion_logprobs(
     for entry in entries:
         token_id = entry if isinstance(entry, int) else entry.token_id
         tokens.append(token_string(tokenizer, token_id))
-        offsets.append(offset)
-        offset += len(tokens[-1])
+        offsets.append(offset_of(token_id))
         if isinstance(entry, int):
             values.append(None)
             tops.append(None)
         else:
             values.append(max(entry.logprob, FLOOR))
             tops.append(_top_by_text(tokenizer, entry, num_top))
-    logprobs = {
+    return {
         "tokens": tokens,
         "token_logprobs": values,
         "top_logprobs": tops if num_top else None,
         "text_offset": offsets,
     }
-    return logprobs, offset
 
 
 def prompt_logprobs(

@@ -8,66 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import signal
 from collections.abc import Callable, Iterator
 from socket import socket
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from jaxserve.config import HttpConfig
 from jaxserve.errors import Overloaded
 from jaxserve.http.app import Arrival
+from jaxserve.http.protocol import BoundedProtocol
 
 logger = logging.getLogger(__name__)
 
-#: Of a request's line and headers together.
-MAX_HEAD_BYTES = 65_536
 #: After the last stream, connections get this long to take in what was written.
 CLOSING_S = 5
-
-
-class BoundedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with a limit on a request's head, which it would collect without one."""
-
-    _in_head = True
-    _head_bytes = 0
-
-    def data_received(self, data: bytes) -> None:
-        """Answers 431 and closes when a head goes on beyond the limit."""
-        self._head_bytes += len(data)
-        super().data_received(data)
-        if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
-            self.transport.write(_head_too_large())
-            self.transport.close()
-
-    def on_headers_complete(self) -> None:
-        """What follows is the body's matter."""
-        self._in_head = False
-        super().on_headers_complete()
-
-    def on_message_complete(self) -> None:
-        """The next head begins."""
-        self._in_head = True
-        self._head_bytes = 0
-        super().on_message_complete()
-
-
-def _head_too_large() -> bytes:
-    error = {
-        "message": f"the request line and headers are over {MAX_HEAD_BYTES} bytes",
-        "type": "invalid_request_error",
-        "param": None,
-        "code": "header_too_large",
-    }
-    body = json.dumps({"error": error}).encode()
-    head = (
-        "HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
-        f"connection: close\r\ncontent-length: {len(body)}\r\n\r\n"
-    )
-    return head.encode() + body
 
 
 class Server(uvicorn.Server):
@@ -113,7 +69,7 @@ class Server(uvicorn.Server):
     async def drain(self) -> None:
         """Refuses new work, waits for the old within `http.drain_timeout_s`, then ends serving."""
         frontend = self._frontend
-        frontend.draining = True
+        frontend.drain()
         try:
             async with asyncio.timeout(self._drain_timeout_s):
                 await frontend.idle()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from jaxserve.http.body import Fields, read_object
+from jaxserve.http.body import Fields
 from jaxserve.http.chat import read_messages
 from jaxserve.http.errors import send_json
 from jaxserve.http.frontend import Frontend
@@ -22,7 +22,7 @@ class Tokenize:
         """Answers with the ids, their number and the context's length."""
         frontend = self._frontend
         model = frontend.model()
-        fields = await read_object(scope, receive, frontend.config)
+        fields = await frontend.read(scope, receive)
         check_model(fields, model)
         with_strings = fields.flag("return_token_strs", False)
         if fields.take("messages") is not None:
@@ -52,7 +52,7 @@ class Detokenize:
         """Answers with the text, special tokens included."""
         frontend = self._frontend
         model = frontend.model()
-        fields = await read_object(scope, receive, frontend.config)
+        fields = await frontend.read(scope, receive)
         check_model(fields, model)
         limit = frontend.config.max_body_bytes
         ids = fields.token_ids("tokens", model.vocab_size, limit)

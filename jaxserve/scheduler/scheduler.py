@@ -130,7 +130,8 @@ class Scheduler:
         """
         check_context(len(prompt), sampling.max_tokens, self._model.max_context)
         check_cache(len(prompt), sampling.max_tokens, self.pages)
-        check_queue(len(keys), self.num_waiting, self._slots.num_free, self._config.max_waiting)
+        limits = self._config.max_waiting, self._config.max_rows
+        check_queue(len(keys), self.num_waiting, self._slots.num_free, *limits)
         stops = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             stops |= frozenset(self._model.eos_token_ids)

@@ -1,4 +1,4 @@
-"""Reading a body: a client that is too slow is told so."""
+"""Reading a body: what comes too slowly, too late, or cannot be read is told so."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from typing import Any
 import pytest
 
 from jaxserve.config import HttpConfig
-from jaxserve.errors import InvalidRequest, PayloadTooLarge, RequestTimeout
+from jaxserve.errors import (
+    InvalidRequest,
+    Overloaded,
+    PayloadTooLarge,
+    RequestTimeout,
+    UnsupportedMediaType,
+)
 from jaxserve.http.body import read_object
+from tests.http.frontend import front as make_front
 
 SCOPE = {"headers": [(b"content-type", b"application/json")]}
 
 
-def read(parts: list[bytes], *, ends: bool, **config: Any) -> Any:
+def read(parts: list[bytes], *, ends: bool = True, headers: tuple = (), limit: int = 4096) -> Any:
     """Reads a body that comes in these parts and then ends, or never does."""
 
     async def main() -> Any:
@@ -27,7 +34,7 @@ def read(parts: list[bytes], *, ends: bool, **config: Any) -> Any:
             part = waiting.pop(0)
             return {"type": "http.request", "body": part, "more_body": bool(waiting) or not ends}
 
-        return await read_object(SCOPE, receive, HttpConfig(**config))
+        return await read_object({"headers": [*SCOPE["headers"], *headers]}, receive, limit)
 
     return asyncio.run(main())
 
@@ -37,14 +44,60 @@ def test_a_body_in_parts() -> None:
     assert read([text[:3], text[3:]], ends=True).text("model") == "m"
 
 
+async def never() -> Any:
+    """A body that does not come."""
+    await asyncio.Event().wait()
+
+
 def test_a_body_that_never_ends() -> None:
-    with pytest.raises(RequestTimeout, match=r"within 0\.1 s: .*http\.body_timeout_s") as refused:
-        read([b'{"model": '], ends=False, body_timeout_s=0.1)
+    with (
+        make_front(HttpConfig(body_timeout_s=0.1)) as front,
+        pytest.raises(RequestTimeout, match=r"within 0\.1 s: .*http\.body_timeout_s") as refused,
+    ):
+        front.run(front.app.frontend.read(SCOPE, never))
     assert (refused.value.status, refused.value.code) == (408, "request_timeout")
+
+
+def test_a_body_that_is_not_there_when_the_server_drains_is_refused_at_once() -> None:
+    with make_front() as front:
+        frontend = front.app.frontend
+
+        async def main() -> None:
+            reading = asyncio.create_task(frontend.read(SCOPE, never))
+            while not frontend._reading:
+                await asyncio.sleep(0)
+            frontend.drain()
+            await reading
+
+        with pytest.raises(Overloaded, match="shutting down"):
+            front.run(main())
 
 
 def test_other_refusals_come_first() -> None:
     with pytest.raises(PayloadTooLarge):
-        read([b"x" * 2000], ends=False, max_body_bytes=1024)
+        read([b"x" * 2000], ends=False, limit=1024)
     with pytest.raises(InvalidRequest, match="not valid JSON"):
         read([b"{"], ends=True)
+
+
+def test_a_compressed_body_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedMediaType, match="content-encoding gzip"):
+        read([b"{}"], headers=((b"content-encoding", b"gzip"),))
+    assert read([b"{}"], headers=((b"content-encoding", b"identity"),)) is not None
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (rb'{"prompt": "\ud800"}', "prompt"),
+        (rb'{"messages": [{"role": "user", "content": "a\udc00"}]}', "messages[0].content"),
+        (b'{"temperature": 1e400}', "temperature"),
+        (b'{"logit_bias": {"5": -1e999}}', "logit_bias.5"),
+    ],
+)
+def test_what_no_field_may_hold_is_named(body: bytes, param: str) -> None:
+    with pytest.raises(
+        InvalidRequest, match="surrogate pair, or a number that is not finite"
+    ) as refused:
+        read([body])
+    assert refused.value.param == param

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from jaxserve.http.logprobs import completion_logprobs
+from jaxserve.http.logprobs import TextOffsets, completion_logprobs
 from jaxserve.types import TokenLogprobs
 from tests.fakes.engine import GROUPS
 from tests.fakes.executor import oracle_logprob
@@ -195,7 +195,29 @@ def test_parameters_that_change_nothing_are_accepted(front):
 
 def test_infinite_logprobs_become_openais_floor():
     entry = TokenLogprobs(token_id=65, logprob=float("-inf"), rank=3, top=((66, -0.5),))
-    logprobs, offset = completion_logprobs(ByteTokenizer(), [entry], 1, 7)
+    logprobs = completion_logprobs(ByteTokenizer(), [entry], 1, lambda token_id: 7)
     assert logprobs["token_logprobs"] == [-9999.0]
     assert logprobs["top_logprobs"] == [{"B": -0.5, "A": -9999.0}]
-    assert (logprobs["text_offset"], offset) == ([7], 8)
+    assert logprobs["text_offset"] == [7]
+
+
+def test_offsets_are_into_the_text_that_is_returned():
+    """An emoji of four tokens has one character; a special token that is left out has none."""
+    tokenizer = ByteTokenizer()
+    ids = [*tokenizer.encode("a\N{GRINNING FACE}b", add_special_tokens=False)]
+    eos = tokenizer.eos_token_ids[0]
+    offsets = TextOffsets(tokenizer, (), skip_special_tokens=True)
+    assert [offsets.next(token) for token in [*ids, eos, ids[0]]] == [0, 1, 1, 1, 1, 2, 3, 3]
+    shown = TextOffsets(tokenizer, (), skip_special_tokens=False, start=5)
+    width = len(tokenizer.token_bytes(eos).decode())
+    assert [shown.next(token) for token in (ids[0], eos, ids[0])] == [5, 6, 6 + width]
+    bounded = TextOffsets(tokenizer, (), skip_special_tokens=True, limit=1)
+    assert [bounded.next(token) for token in (ids[0], ids[0], ids[0])] == [0, 1, 1]
+
+
+def test_echoed_text_and_output_share_one_count(front):
+    prompt = "\N{GRINNING FACE}!"
+    body = {"prompt": prompt, "echo": True, "logprobs": 0, "max_tokens": 2, "seed": 1}
+    (choice,) = front.ok(PATH, body | {"ignore_eos": True})["choices"]
+    assert choice["logprobs"]["text_offset"][:6] == [0, 0, 0, 0, 1, 2]
+    assert choice["text"].startswith(prompt)

@@ -196,6 +196,78 @@ def test_an_endless_head_is_a_431_and_large_bodies_are_not():
                 assert client.get("/health", headers={"X": "a" * 40_000}).status_code == 200
 
 
+def raw(base: str, request: bytes) -> tuple[bytes, bytes]:
+    """Head and body of what comes back until the connection ends."""
+    port = int(base.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as connection:
+        connection.sendall(request)
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return head, body
+
+
+def post(body: dict, *headers: str, version: str = "1.1") -> bytes:
+    """A chat request as bytes."""
+    data = json.dumps(body).encode()
+    lines = [
+        f"POST /v1/chat/completions HTTP/{version}",
+        "host: x",
+        "content-type: application/json",
+        f"content-length: {len(data)}",
+        *headers,
+    ]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + data
+
+
+def test_the_http_that_others_speak():
+    with started() as process:
+        base = address_of(process)
+        for request in (
+            b"POST /v1/completions HTTP/1.1\r\ncontent-length: x\r\n\r\n",
+            b"GET /health\0 HTTP/1.1\r\nhost: x\r\n\r\n",
+            b"GET /a b HTTP/1.1\r\nhost: x\r\n\r\n",
+            b"\x16\x03\x01 hello",
+        ):
+            head, body = raw(base, request)
+            assert head.startswith(b"HTTP/1.1 400 "), request
+            assert json.loads(body)["error"]["type"] == "invalid_request_error"
+        plain = {"messages": HI, "max_tokens": 3, "ignore_eos": True, "seed": 1}
+        whole = httpx.post(f"{base}/v1/chat/completions", json=plain).json()["choices"]
+        for offer in ("websocket", "h2c"):
+            upgrade = ("connection: Upgrade, close", f"upgrade: {offer}")
+            head, body = raw(base, post(plain, *upgrade))
+            assert head.startswith(b"HTTP/1.1 200 "), offer
+            assert json.loads(body)["choices"] == whole
+        head, body = raw(base, post(plain | {"stream": True}, version="1.0"))
+        assert head.startswith(b"HTTP/1.1 200 ") and b"chunked" not in head.lower()
+        assert body.startswith(b"data: {") and body.endswith(b"data: [DONE]\n\n")
+        head, body = raw(base, post(plain, version="1.0"))
+        assert json.loads(body)["choices"] == whole
+        answer = httpx.put(f"{base}/v1/completions")
+        assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+        assert len(httpx.get(f"{base}/{'x' * 5000}").json()["error"]["message"]) < 200
+
+
+def test_a_body_that_is_on_its_way_does_not_hold_the_end():
+    with started("http.drain_timeout_s=50", "http.body_timeout_s=60") as process:
+        base = address_of(process)
+        port = int(base.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as connection:
+            connection.sendall(post({"messages": HI})[:-3])
+            while "in_flight 2" not in httpx.get(f"{base}/metrics").text.replace(".0", ""):
+                pass
+            process.send_signal(signal.SIGTERM)
+            answer = b""
+            while part := connection.recv(65536):
+                answer += part
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "overloaded"
+        assert process.wait(TIMEOUT_S) == 0
+        assert "Traceback" not in process.stderr.read()
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_sigterm_while_it_starts_is_a_clean_end(workers):
     with started(f"http.workers={workers}") as process:
