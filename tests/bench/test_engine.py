@@ -35,7 +35,7 @@ def test_the_engine_is_idle_and_empty_between_runs() -> None:
         bench.run(Case(kind="prefill", rows=1, context=100), steps=4)
         assert bench.engine.in_flight is None
         assert bench.engine.scheduler.num_running == 0
-        assert bench.engine.scheduler.pages.num_used == 0
+        assert bench.engine.scheduler.pages_used == 0
 
 
 def test_a_prefill_case_is_the_time_to_the_first_token() -> None:
