@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -196,6 +197,13 @@ def test_an_endless_head_is_a_431_and_large_bodies_are_not():
                 assert client.get("/health", headers={"X": "a" * 40_000}).status_code == 200
 
 
+def wait_ready(base: str) -> None:
+    """Waits until a worker has heard of the engine, which may be a moment after the line."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while httpx.get(f"{base}/ready").status_code != 200:
+        assert time.monotonic() < deadline_s, "it does not get ready"
+
+
 def raw(base: str, request: bytes) -> tuple[bytes, bytes]:
     """Head and body of what comes back until the connection ends."""
     port = int(base.rpartition(":")[2])
@@ -224,6 +232,7 @@ def post(body: dict, *headers: str, version: str = "1.1") -> bytes:
 def test_the_http_that_others_speak():
     with started() as process:
         base = address_of(process)
+        wait_ready(base)
         for request in (
             b"POST /v1/completions HTTP/1.1\r\ncontent-length: x\r\n\r\n",
             b"GET /health\0 HTTP/1.1\r\nhost: x\r\n\r\n",
@@ -253,6 +262,7 @@ def test_the_http_that_others_speak():
 def test_a_body_that_is_on_its_way_does_not_hold_the_end():
     with started("http.drain_timeout_s=50", "http.body_timeout_s=60") as process:
         base = address_of(process)
+        wait_ready(base)
         port = int(base.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as connection:
             connection.sendall(post({"messages": HI}, "expect: 100-continue")[:-3])
