@@ -12,13 +12,12 @@ import jax
 import pytest
 
 from jaxserve.config import SchedulerConfig
-from jaxserve.device import executor as module
 from jaxserve.device.executor import Executor
 from jaxserve.device.state import DeviceState
 from jaxserve.device.step import Program
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.options import ModelOptions
-from tests.device.rig import PAGE_SIZE, fresh_state
+from tests.device.rig import MESH, PAGE_SIZE, fresh_state
 from tests.models.loading import load_tiny
 
 pytestmark = pytest.mark.slow
@@ -50,9 +49,10 @@ def check_in_place(model: Decoder, keys: Iterable[Hashable]) -> None:
     state = huge_state(fresh_state(model, LIMITS, num_pages=2))
     bytes_of_state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert bytes_of_state > 3 << 30
-    wanted = Executor(model, state, PROGRAMS, PAGE_SIZE)._wanted()
+    executor = Executor(model, state, PROGRAMS, PAGE_SIZE, MESH)
+    wanted = executor._wanted()
     for key in keys:
-        compiled: Any = module._compile(wanted[key])
+        compiled: Any = executor._compile(wanted[key])
         memory = compiled.memory_analysis()
         assert memory.alias_size_in_bytes == bytes_of_state, key
         assert memory.temp_size_in_bytes < MOST_TEMPORARY, key

@@ -147,8 +147,11 @@ def test_refusals_are_typed(connect):
         for kind, prompt, params, words in cases:
             with pytest.raises(kind, match=words):
                 await collect(client.submit(prompt, params))
-        with pytest.raises(Overloaded, match="20"):
-            await collect(client.submit(PROMPT, sampling(), n=60))
+        with pytest.raises(InvalidRequest, match="8 \\+ 20"):
+            await collect(client.submit(PROMPT, sampling(), n=29))
+        async with client.submit(PROMPT, sampling(max_tokens=700), n=28):
+            with pytest.raises(Overloaded, match="20"):
+                await collect(client.submit(PROMPT, sampling(), n=28))
         assert (await collect(client.submit(PROMPT, sampling())))[0] == oracle(PROMPT, sampling())
 
     with_client(connect(), body)
