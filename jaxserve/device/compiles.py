@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import tempfile
 import threading
 from pathlib import Path
 
@@ -50,15 +51,17 @@ def use_persistent_cache(directory: str) -> Path:
     """Has JAX keep compiled programs in a directory, ~/.cache/jaxserve/xla where empty.
 
     Raises:
-        ConfigError: the directory cannot be made.
+        ConfigError: the directory cannot be made, or not be written.
     """
     path = Path(directory or "~/.cache/jaxserve/xla")
     try:
         path = path.expanduser()
         path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         raise ConfigError(
-            f"engine.compile_cache_dir: cannot make {path}: {error}; give another directory"
+            f"engine.compile_cache_dir: cannot write to {path}: {error}; give another directory"
         ) from error
     if jax.config.jax_compilation_cache_dir != str(path):
         compilation_cache.reset_cache()  # else JAX stays with the directory it used first

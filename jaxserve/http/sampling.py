@@ -130,7 +130,8 @@ def plan_outputs(
     """
     samplings = []
     for prompt_len in prompt_lens:
-        left = model.max_context - prompt_len
+        # A token that nobody wants need not fit, since it is never an input.
+        left = model.max_context - prompt_len + options.discard
         if left < 1:
             raise ContextTooLong(
                 f"the prompt has {prompt_len} tokens, but the model's context is "

@@ -16,13 +16,11 @@ import asyncio
 import dataclasses
 import os
 import pickle
-import shutil
 import signal
 import socket
 import ssl
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +33,7 @@ from jaxserve.http.metrics import create_shared
 from jaxserve.http.worker import WorkerSettings
 from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.messages import Progress
+from jaxserve.protocol.scratch import ScratchDirectory
 from jaxserve.protocol.spawn import EngineProcess
 from jaxserve.protocol.zmq import ZmqClient
 from jaxserve.weights import sources
@@ -127,12 +126,12 @@ class _Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        directory = tempfile.mkdtemp(prefix="jaxserve-http-")
+        scratch = ScratchDirectory()
         engine = EngineProcess.start(self._config, module=self._engine_module)
         client = EngineClient(ZmqClient(engine.address), on_progress=self._bar.show)
         try:
             await client.start()
-            self._start_workers(engine.address, Path(directory, "metrics"))
+            self._start_workers(engine.address, scratch.path / "metrics")
             return await self._watch(engine, client)
         finally:
             self._bar.close()
@@ -143,7 +142,7 @@ class _Supervisor:
                 assert worker.process.stdout is not None
                 worker.process.stdout.close()
             engine.stop()
-            shutil.rmtree(directory, ignore_errors=True)
+            scratch.remove()
 
     def _start_workers(self, address: str, metrics_file: Path) -> None:
         create_shared(metrics_file, self._config.http.workers)

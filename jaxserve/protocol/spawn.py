@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import os
 import pickle
-import shutil
 import subprocess
 import sys
-import tempfile
 from typing import Self
 
 from jaxserve.config import Config
+from jaxserve.protocol.scratch import ScratchDirectory
 
 
 class EngineProcess:
@@ -26,17 +25,23 @@ class EngineProcess:
         pid: of the process.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], directory: str, address: str) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], scratch: ScratchDirectory, address: str
+    ) -> None:
         self._process = process
-        self._directory = directory
+        self._scratch = scratch
         self.address = address
         self.pid = process.pid
 
     @classmethod
     def start(cls, config: Config, *, module: str = "jaxserve.engine.process") -> Self:
-        """Starts the child; it loads and compiles while clients already may connect."""
-        directory = tempfile.mkdtemp(prefix="jaxserve-")  # mode 0700
-        address = f"ipc://{os.path.join(directory, 'engine')}"
+        """Starts the child; it loads and compiles while clients already may connect.
+
+        Raises:
+            ConfigError: there is no place for its socket.
+        """
+        scratch = ScratchDirectory()
+        address = f"ipc://{scratch.path / 'engine'}"
         process = subprocess.Popen(
             [sys.executable, "-m", module, address, str(os.getpid())], stdin=subprocess.PIPE
         )
@@ -46,7 +51,7 @@ class EngineProcess:
             process.stdin.close()
         except BrokenPipeError:
             pass  # it died at once; `poll` says so
-        return cls(process, directory, address)
+        return cls(process, scratch, address)
 
     def poll(self) -> int | None:
         """The exit status; None while it runs."""
@@ -60,5 +65,5 @@ class EngineProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             status = self._process.wait()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._scratch.remove()
         return status

@@ -7,12 +7,12 @@ from jaxserve.scheduler.pages import PageAllocator
 
 
 def check_context(prompt_len: int, max_tokens: int, max_context: int) -> None:
-    """Prompt and output fit the model's context.
+    """Prompt and output fit the model's context; the last token is never an input.
 
     Raises:
         ContextTooLong: they do not.
     """
-    if prompt_len + max_tokens > max_context:
+    if prompt_len + max_tokens - 1 > max_context:
         raise ContextTooLong(
             f"the prompt has {prompt_len} tokens and max_tokens is {max_tokens}, in all "
             f"{prompt_len + max_tokens}, but the model's context is {max_context} tokens; shorten "
@@ -27,7 +27,7 @@ def check_cache(prompt_len: int, max_tokens: int, pages: PageAllocator) -> None:
     Raises:
         OutOfPages: they do not.
     """
-    num_positions = prompt_len + max_tokens - 1  # the last token is never an input
+    num_positions = prompt_len + max_tokens - 1
     if not pages.fits_alone(num_positions):
         sizes = ", ".join(str(pool.capacity) for pool in pages.pools)
         raise OutOfPages(

@@ -73,9 +73,9 @@ def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     before = jax.config.jax_compilation_cache_dir
     (tmp_path / "file").write_text("")
     for directory in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(ConfigError, match=r"compile_cache_dir: cannot make .*give another"):
+        with pytest.raises(ConfigError, match=r"compile_cache_dir: cannot write .*give another"):
             use_persistent_cache(str(directory))
-    with pytest.raises(ConfigError, match=r"compile_cache_dir: cannot make ~nobody-of-that-name"):
+    with pytest.raises(ConfigError, match=r"cannot write to ~nobody-of-that-name"):
         use_persistent_cache("~nobody-of-that-name/cache")
     assert jax.config.jax_compilation_cache_dir == before
 

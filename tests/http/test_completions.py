@@ -151,6 +151,16 @@ def test_echo_scores_the_prompt(front):
     assert answer["usage"]["completion_tokens"] == 0
 
 
+def test_echo_scores_a_prompt_as_long_as_the_context(front):
+    context = front.ok("/tokenize", {"prompt": "x"})["max_model_len"]
+    body = {"prompt": [7] * context, "echo": True, "logprobs": 0, "max_tokens": 0}
+    scored = front.ok(PATH, body)["choices"][0]["logprobs"]["token_logprobs"]
+    assert len(scored) == context
+    longer = front.post(PATH, body | {"prompt": [7] * (context + 1)})
+    assert longer.status_code == 400
+    assert f"has {context + 1} tokens" in longer.json()["error"]["message"]
+
+
 def test_prompt_logprobs_start_with_null_and_are_keyed_by_token(front):
     body = {"prompt": PROMPT, "prompt_logprobs": 2, "max_tokens": 1, "n": 2}
     for choice in front.ok(PATH, body)["choices"]:

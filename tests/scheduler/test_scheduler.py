@@ -171,8 +171,8 @@ def test_sliding_window_pages_are_given_back():
 
 def test_refusals_name_value_and_limit():
     rig = Rig(pages=5, max_context=64)
-    with pytest.raises(ContextTooLong, match=r"60 tokens and max_tokens is 5.*64"):
-        rig.submit([1] * 60, max_tokens=5)
+    with pytest.raises(ContextTooLong, match=r"60 tokens and max_tokens is 6.*64"):
+        rig.submit([1] * 60, max_tokens=6)
     with pytest.raises(OutOfPages, match="17 positions.* 4 pages of 4"):
         rig.submit([1] * 10, max_tokens=8)
     rig.submit([1] * 10, max_tokens=7)
@@ -180,6 +180,14 @@ def test_refusals_name_value_and_limit():
         rig.submit([1], n=104)
     rig.run()
     rig.check()
+
+
+def test_the_last_token_needs_no_place_in_the_context():
+    rig = Rig(max_context=64)
+    sequences = rig.submit([1] * 64, max_tokens=1) + rig.submit([1] * 60, max_tokens=5)
+    rig.run()
+    rig.check()
+    assert [len(rig.emitted[sequence]) for sequence in sequences] == [1, 5]
 
 
 def test_cancelling_frees_pages_at_once_in_every_state():
