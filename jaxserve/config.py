@@ -56,11 +56,14 @@ class WeightsConfig:
 
     Attributes:
         dtype: "auto" (float32 on CPU, bfloat16 elsewhere), "float32", "bfloat16" or "float16".
+        quantization: "none", or made at loading from any source: "int8" (a scale an output column)
+            or "int4" (a scale and a minimum for 32 inputs; embedding tables and heads int8).
         cache_dir: where downloads go; where empty, the hub's own cache, and
             ~/.cache/jaxserve/models for gs:// and s3://.
     """
 
     dtype: str = "auto"
+    quantization: str = "none"
     cache_dir: str = ""
 
 
@@ -257,6 +260,7 @@ _KIND_NAMES = {bool: "true or false", int: "an integer", float: "a number", str:
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.format": ("auto", "hf", "gguf", "orbax"),
     "weights.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "weights.quantization": ("none", "int8", "int4"),
     "cache.dtype": ("auto", "float32", "bfloat16", "float16"),
     "kernels.attention": ("auto", "xla", "cpu", "tpu"),
     "kernels.matmul": ("auto", "xla", "cpu"),

@@ -34,6 +34,8 @@ TARGETS = (
     "jaxserve_kv_update",
     "jaxserve_leave",
     "jaxserve_packed_matmul",
+    "jaxserve_packed_matmul_int8",
+    "jaxserve_packed_matmul_int4",
 )
 FLAGS = ("-std=c++17", "-O3", "-mavx2", "-mfma", "-mf16c", "-fPIC", "-shared", "-Wall")
 CPU_FEATURES = frozenset({"avx2", "fma", "f16c"})

@@ -14,12 +14,15 @@
 
 namespace jaxserve {
 
-// Storage types of half precision; bits only.
+// Storage types of half precision, bits only; and whole numbers that stand for weights.
 struct Half {
   uint16_t bits;
 };
 struct BFloat16 {
   uint16_t bits;
+};
+struct Int8 {
+  int8_t value;
 };
 
 inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
@@ -29,6 +32,10 @@ inline __m256 load8(const Half* p) {
 inline __m256 load8(const BFloat16* p) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+inline __m256 load8(const Int8* p) {
+  return _mm256_cvtepi32_ps(
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 
 // Rounds to nearest even; a NaN stays one.

@@ -114,7 +114,8 @@ def model_options(
     no_native = native.load().reason if platform == "cpu" else elsewhere
     if mesh is not None and mesh.size > 1:
         no_native = no_native or "it runs on one device"
-    no_packing = None if dtype in PACKED_DTYPES else f"it does not read {dtype} weights"
+    readable = weights.quantization != "none" or dtype in PACKED_DTYPES
+    no_packing = None if readable else f"it does not read {dtype} weights"
 
     def choose(name: str, asked: str, own: dict[str, str | None]) -> str:
         """One of `own`, the implementations beside XLA with the reason why each cannot run."""
@@ -135,6 +136,7 @@ def model_options(
         layers = "unrolled" if platform == "cpu" and matmul == "xla" else "scanned"
     return ModelOptions(
         dtype=dtype,
+        quantization=weights.quantization,
         attention=attention,
         matmul=matmul,
         layers=layers,

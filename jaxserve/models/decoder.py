@@ -24,7 +24,7 @@ from jaxserve.models import hf_tensors
 from jaxserve.models.context import GroupPages, KVCache, StepContext
 from jaxserve.models.hf_tensors import Path, Rules
 from jaxserve.models.layers import LayerInputs, PreNormLayer, RMSNorm, SandwichLayer
-from jaxserve.models.linear import Embedding, encode
+from jaxserve.models.linear import Embedding, encode, table_bytes, weight_bytes
 from jaxserve.models.options import ModelOptions
 from jaxserve.models.parallel import by_vocabulary
 from jaxserve.models.rotary import rotary_table
@@ -149,14 +149,17 @@ class Decoder(nnx.Module):
         """Rule of the norm after the last layer."""
         return hf_tensors.norm(f"{spec.tensor_prefix}model.norm.weight", spec.hidden_size)
 
-    def encode(self, path: Path, dense: np.ndarray) -> np.ndarray:
+    def encode(self, path: Path, dense: np.ndarray) -> dict[Path, np.ndarray]:
         """A dense array, as `TensorRule.build` gives it, in the form in which it is held.
+
+        Returns:
+            By path, that parameter's array, and those of its scales where it is quantized.
 
         Raises:
             ValueError: the wrong shape, or values beyond the dtype's range.
             KeyError: the model has no such parameter.
         """
-        return encode(self.params()[path], path, dense)
+        return encode(self.params(), path, dense)
 
     def params(self) -> dict[Path, nnx.Param]:
         """Every parameter by its path; abstract ones take their arrays through `set_value`."""
@@ -276,7 +279,6 @@ class Decoder(nnx.Module):
             cache_dtype_bytes: of the cache's dtype; the activations' where None.
         """
         spec, sizes = self.spec, self.spec.attention
-        dtype_bytes = jnp.dtype(self.options.dtype).itemsize
         if cache_dtype_bytes is None:
             cache_dtype_bytes = jnp.dtype(self.options.activations).itemsize
         table = spec.vocab_size * spec.hidden_size
@@ -289,7 +291,8 @@ class Decoder(nnx.Module):
         )
         flops = 2 * matrices * num_tokens + 2 * table * num_logit_rows
         flops += 4 * sizes.num_heads * sizes.head_dim * read
-        weights = matrices + (table if num_logit_rows else 0)
-        weights += 0 if spec.tied and num_logit_rows else num_tokens * spec.hidden_size
+        rows_read = table if num_logit_rows else 0
+        rows_read += 0 if spec.tied and num_logit_rows else num_tokens * spec.hidden_size
+        weights = matrices * weight_bytes(self.options) + rows_read * table_bytes(self.options)
         entry = 2 * sizes.num_kv_heads * sizes.head_dim * cache_dtype_bytes
-        return flops, weights * dtype_bytes + entry * (read + spec.num_layers * num_tokens)
+        return flops, round(weights) + entry * (read + spec.num_layers * num_tokens)

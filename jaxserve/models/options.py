@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jaxserve.errors import ConfigError
+from jaxserve.models.quantize import QUANTIZATIONS
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("xla", "cpu", "tpu")
@@ -24,6 +25,8 @@ class ModelOptions:
     Attributes:
         dtype: weights are held in it: "float32", "bfloat16" or "float16". Norm scales and biases
             are float32 always.
+        quantization: linear weights are held as codes, "int8" or "int4", and tables as int8; "none"
+            in `dtype`.
         matmul: "xla", dense weights; or "cpu", packed weights and the native kernel.
         attention: backend of `paged_attention` and `kv_update`, "xla", "cpu" or "tpu".
         layers: "unrolled", or "scanned" over stacked weights: one layer to compile.
@@ -34,6 +37,7 @@ class ModelOptions:
     """
 
     dtype: str = "float32"
+    quantization: str = "none"
     matmul: str = "xla"
     attention: str = "xla"
     layers: str = "unrolled"
@@ -42,6 +46,7 @@ class ModelOptions:
     def __post_init__(self) -> None:
         for name, choices in (
             ("dtype", DTYPES),
+            ("quantization", QUANTIZATIONS),
             ("matmul", MATMUL),
             ("attention", ATTENTION),
             ("layers", LAYERS),
@@ -54,7 +59,7 @@ class ModelOptions:
             raise ConfigError(
                 "kernels.matmul=cpu runs on one device: set parallel.model=1, or kernels.matmul=xla"
             )
-        if self.packed and self.dtype not in PACKED_DTYPES:
+        if self.packed and self.quantization == "none" and self.dtype not in PACKED_DTYPES:
             raise ConfigError(
                 f"kernels.matmul=cpu reads {' and '.join(PACKED_DTYPES)} weights, not "
                 f"{self.dtype}: set weights.dtype, or kernels.matmul=xla"

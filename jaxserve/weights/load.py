@@ -65,9 +65,11 @@ def load_model(
     rules = kind.hf_tensors(spec, options)
     _check(path, checkpoint, rules)
     params = model.params()
-    for put, (param, held) in enumerate(_built(checkpoint, params, rules), 1):
-        place = None if sharding is None else sharding(param.get_metadata("axes"), held.shape)
-        param.set_value(jax.device_put(held, place))
+    for put, arrays in enumerate(_built(checkpoint, params, rules), 1):
+        for param_path, held in arrays.items():
+            param = params[param_path]
+            place = None if sharding is None else sharding(param.get_metadata("axes"), held.shape)
+            param.set_value(jax.device_put(held, place))
         progress("loading", put, len(rules))
     arrays = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
     if options.packed:
@@ -77,18 +79,18 @@ def load_model(
 
 def _built(
     checkpoint: Checkpoint, params: dict[ParamPath, nnx.Param], rules: Rules
-) -> Iterator[tuple[nnx.Param, np.ndarray]]:
-    """Each parameter as it is held, still on the host; built in threads, a few ahead."""
+) -> Iterator[dict[ParamPath, np.ndarray]]:
+    """Each rule's arrays as they are held, on the host still; built in threads, a few ahead."""
 
     def dense(rule: TensorRule) -> np.ndarray:
         return rule.build([checkpoint.read(name) for name in rule.names])
 
-    def build(param_path: ParamPath, rule: TensorRule) -> np.ndarray:
+    def build(param_path: ParamPath, rule: TensorRule) -> dict[ParamPath, np.ndarray]:
         try:
             with np.errstate(over="raise"):
                 if not rule.layers:
-                    return encode(params[param_path], param_path, dense(rule))
-                return encode(params[param_path], param_path, map(dense, rule.layers))
+                    return encode(params, param_path, dense(rule))
+                return encode(params, param_path, map(dense, rule.layers))
         except ValueError as error:
             raise WeightsError(f"tensor {rule.names[0]!r}: {error}") from error
         except FloatingPointError:
@@ -98,15 +100,14 @@ def _built(
             ) from None
 
     workers = os.cpu_count() or 1
-    pending: list[tuple[nnx.Param, Future[np.ndarray]]] = []
+    pending: list[Future[dict[ParamPath, np.ndarray]]] = []
     with ThreadPoolExecutor(workers, thread_name_prefix="jaxserve loading") as pool:
         for param_path, rule in rules.items():
-            pending.append((params[param_path], pool.submit(build, param_path, rule)))
+            pending.append(pool.submit(build, param_path, rule))
             if len(pending) > workers:
-                param, done = pending.pop(0)
-                yield param, done.result()
-        for param, done in pending:
-            yield param, done.result()
+                yield pending.pop(0).result()
+        for done in pending:
+            yield done.result()
 
 
 def _check(path: Path, checkpoint: Checkpoint, rules: Rules) -> None:

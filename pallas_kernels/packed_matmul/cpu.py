@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import native
 
@@ -16,14 +18,14 @@ def unsupported() -> str | None:
 
 def packed_matmul(
     x: Float[Array, "M K"],
-    packed: Float[Array, "L J K 24"],
+    packed: Sequence[Shaped[Array, "L J _ 24"]],
     num_columns: int,
     num_rows: Int[Array, ""] | None,
     layer: int | Int[Array, ""],
 ) -> Float[Array, "M N"]:
-    """See `api.packed_matmul`."""
+    """See `api.packed_matmul`; `packed` has one array, or those of `CodePanels`."""
     live = jnp.asarray(x.shape[0] if num_rows is None else num_rows, jnp.int32)
     out = jax.ShapeDtypeStruct((x.shape[0], num_columns), jnp.float32)
     with jax.named_scope("packed_matmul"):
-        call = jax.ffi.ffi_call("jaxserve_packed_matmul", out)
-        return call(x, packed, jnp.asarray(layer, jnp.int32), live)
+        kind = "jaxserve_packed_matmul" + ("", "_int8", "_int4")[len(packed) - 1]
+        return jax.ffi.ffi_call(kind, out)(x, *packed, jnp.asarray(layer, jnp.int32), live)

@@ -58,7 +58,7 @@ def test_abstract_models_have_a_rule_and_axes_for_every_parameter(
         exact = path[-1] in ("scale", "bias")
         assert param.dtype == (jnp.float32 if exact else options.dtype), path
         built = rules[path].build([np.zeros(shape, np.float32) for shape in rules[path].shapes])
-        held = model.encode(path, built)
+        (held,) = model.encode(path, built).values()
         assert (held.shape, held.dtype) == (param.shape, param.dtype), path
 
 

@@ -1,0 +1,59 @@
+"""The interface of quant_matmul: activations in float, weights as codes with scales.
+
+Math: int8, one scale an output column: y[t, n] = scale[n] * sum over k of x[t, k] code[k, n].
+int4, a scale and a minimum for each GROUP of rows: w[k, n] = code[k, n] * scale[k / GROUP, n] +
+minimum[k / GROUP, n].
+
+There is one implementation, XLA's lowering (`xla`): compiled for TPU, the int8 codes are widened
+inside the matmul and never written to memory, which is all that a kernel of ours could gain
+(`tests/kernels/test_quant_matmul.py` compiles it and looks). The native CPU kernel reads packed
+codes instead, see `packed_matmul`.
+"""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import Array, Float, Int8, UInt4
+
+from pallas_kernels.quant_matmul import xla
+
+#: 4-bit codes along K that share a scale.
+GROUP = 32
+
+
+def int8_matmul(
+    x: Float[Array, "T K"],
+    codes: Int8[Array, "K *out"],
+    scale: Float[Array, "*out"],
+    precision: jax.lax.Precision = jax.lax.Precision.DEFAULT,
+) -> Float[Array, "T *out"]:
+    """x @ (codes * scale), accumulated in float32, in x's dtype.
+
+    Raises:
+        ValueError: shapes that contradict each other.
+    """
+    if codes.shape[0] != x.shape[-1] or codes.shape[1:] != scale.shape:
+        raise ValueError(f"x {x.shape}, codes {codes.shape}, scale {scale.shape}")
+    with jax.named_scope("int8_matmul"):
+        return xla.int8_matmul(x, codes, scale, precision)
+
+
+def int4_matmul(
+    x: Float[Array, "T K"],
+    codes: UInt4[Array, "K *out"],
+    scale: Float[Array, "K/32 *out"],
+    minimum: Float[Array, "K/32 *out"],
+    precision: jax.lax.Precision = jax.lax.Precision.DEFAULT,
+) -> Float[Array, "T *out"]:
+    """x @ (codes * scale + minimum), accumulated in float32, in x's dtype.
+
+    Raises:
+        ValueError: shapes that contradict each other.
+    """
+    groups = (codes.shape[0] // GROUP, *codes.shape[1:])
+    if codes.shape[0] != x.shape[-1] or scale.shape != groups or minimum.shape != groups:
+        raise ValueError(
+            f"x {x.shape}, codes {codes.shape}, scale {scale.shape}, minimum {minimum.shape}"
+        )
+    with jax.named_scope("int4_matmul"):
+        return xla.int4_matmul(x, codes, scale, minimum, precision)

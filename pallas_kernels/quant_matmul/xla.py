@@ -1,0 +1,76 @@
+"""quant_matmul as XLA lowers it.
+
+Traffic: int8, the codes once: the conversion is fused into the matmul. int4 with few tokens, codes
+and scales once: each group is multiplied by itself, as one matmul of a batch, and the groups' sums
+are scaled and added; nothing as large as the weight exists. With many tokens that would keep the
+matrix unit at GROUP of its depth, so the weight is written out in x's dtype first: it is read for
+so many tokens that this is the smaller cost.
+
+Numerics: int8 codes are exact in bfloat16; sums and scaling in float32. With many tokens an int4
+weight is rounded to x's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int8, UInt4
+
+#: Tokens from which an int4 weight is written out.
+MANY_TOKENS = 256
+
+
+def int8_matmul(
+    x: Float[Array, "T K"],
+    codes: Int8[Array, "K *out"],
+    scale: Float[Array, "*out"],
+    precision: jax.lax.Precision,
+) -> Float[Array, "T *out"]:
+    """See `api.int8_matmul`."""
+    y = jax.lax.dot_general(
+        x,
+        codes.astype(x.dtype),
+        (((1,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return (y * scale).astype(x.dtype)
+
+
+def int4_matmul(
+    x: Float[Array, "T K"],
+    codes: UInt4[Array, "K *out"],
+    scale: Float[Array, "G *out"],
+    minimum: Float[Array, "G *out"],
+    precision: jax.lax.Precision,
+) -> Float[Array, "T *out"]:
+    """See `api.int4_matmul`."""
+    num_tokens, depth = x.shape
+    num_groups, out_dims = scale.shape[0], codes.shape[1:]
+    columns = math.prod(out_dims)
+    code_GgN = codes.reshape(num_groups, -1, columns)
+    scale_GN = scale.reshape(num_groups, columns).astype(jnp.float32)
+    minimum_GN = minimum.reshape(num_groups, columns).astype(jnp.float32)
+    if num_tokens >= MANY_TOKENS:
+        w = code_GgN.astype(jnp.float32) * scale_GN[:, None] + minimum_GN[:, None]
+        y_TN = jnp.dot(
+            x,
+            w.reshape(depth, columns).astype(x.dtype),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
+        return y_TN.astype(x.dtype).reshape(num_tokens, *out_dims)
+    x_TGg = x.reshape(num_tokens, num_groups, -1)
+    y_GTN = jnp.einsum(
+        "tgk,gkn->gtn",
+        x_TGg,
+        code_GgN.astype(x.dtype),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    sums_TG = x_TGg.astype(jnp.float32).sum(-1)
+    y_TN = (y_GTN * scale_GN[:, None]).sum(0)
+    y_TN += jnp.dot(sums_TG, minimum_GN, precision=jax.lax.Precision.HIGHEST)
+    return y_TN.astype(x.dtype).reshape(num_tokens, *out_dims)
