@@ -78,7 +78,8 @@ class CacheConfig:
             full contexts need.
         memory_fraction: share of the device's memory (the host's on CPU) for the pool; halved
             until that much is free.
-        dtype: "auto" (as the activations), "float32", "bfloat16" or "float16".
+        dtype: "auto" (as the activations), "float32", "bfloat16" or "float16"; or "int8" or "fp8"
+            (e4m3), with a scale for each position's key and value of each head.
     """
 
     page_size: int = 16
@@ -261,7 +262,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "model.format": ("auto", "hf", "gguf", "orbax"),
     "weights.dtype": ("auto", "float32", "bfloat16", "float16"),
     "weights.quantization": ("none", "int8", "int4"),
-    "cache.dtype": ("auto", "float32", "bfloat16", "float16"),
+    "cache.dtype": ("auto", "float32", "bfloat16", "float16", "int8", "fp8"),
     "kernels.attention": ("auto", "xla", "cpu", "tpu"),
     "kernels.matmul": ("auto", "xla", "cpu"),
     "kernels.layers": ("auto", "unrolled", "scanned"),

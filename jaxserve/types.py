@@ -103,15 +103,22 @@ class CacheGroup:
     head_dim: int
     window: int | None = None
 
-    def page_bytes(self, page_size: int, dtype_bytes: int, row_width: int | None = None) -> int:
+    def page_bytes(
+        self,
+        page_size: int,
+        dtype_bytes: int,
+        row_width: int | None = None,
+        scale_bytes: int = 0,
+    ) -> int:
         """Bytes of one page: keys and values of all of the group's layers.
 
         Args:
             row_width: elements that hold the key and the value of one head, which may be more
                 than twice the head's size; that where None.
+            scale_bytes: of one head's scales at one position.
         """
-        row = self.num_kv_heads * (row_width or 2 * self.head_dim) * dtype_bytes
-        return len(self.layers) * page_size * row
+        row = (row_width or 2 * self.head_dim) * dtype_bytes + scale_bytes
+        return len(self.layers) * page_size * self.num_kv_heads * row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,12 @@ def measured(*settings: str) -> float:
 
 @pytest.mark.parametrize(
     ("setting", "bound"),
-    [("weights.quantization=int8", 0.01), ("weights.quantization=int4", 0.05)],
+    [
+        ("weights.quantization=int8", 0.01),
+        ("weights.quantization=int4", 0.05),
+        ("cache.dtype=fp8", 0.01),
+        ("cache.dtype=int8", 0.01),
+    ],
 )
 def test_perplexity_changes_little(setting: str, bound: float) -> None:
     change = measured(setting) / measured() - 1

@@ -101,6 +101,7 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     import jax
     from flax import nnx
 
+    from jaxserve.device.cache import bytes_of_page
     from jaxserve.device.memory import memory_of
     from jaxserve.engine.load import cache_dtype, devices, model_info, model_options, size_cache
     from jaxserve.models.registry import model_class
@@ -108,7 +109,6 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     from jaxserve.text.tokenizer import load_tokenizer
     from jaxserve.weights.checkpoint import open_checkpoint
     from jaxserve.weights.sources import resolve
-    from pallas_kernels.kv_update import page_width
 
     path = resolve(config.model, config.weights)
     yield "path", str(path)
@@ -127,8 +127,7 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     pools = size_cache(config, options, info, memory_of(device).less(num_bytes))
     page_size = config.cache.page_size
     for group, pages in zip(info.cache_groups, pools, strict=True):
-        width = page_width(group.head_dim, options.attention)
-        size = pages * group.page_bytes(page_size, jax.numpy.dtype(dtype).itemsize, width)
+        size = pages * bytes_of_page(group, page_size, dtype, options.attention)
         window = f" (window {group.window})" if group.window else ""
         yield (
             f"cache, {group.kind}{window}",

@@ -27,6 +27,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.models.context import GroupPages, KVCache
 from jaxserve.types import CacheGroup
 from pallas_kernels.kv_update import empty_pages, page_width
+from pallas_kernels.quantized_pages import SCALE_BYTES, is_quantized
 
 #: Share of the free memory that the pool may take; the rest is for the step's own arrays.
 _USABLE = 0.9
@@ -35,6 +36,13 @@ _USABLE = 0.9
 def pages_per_sequence(max_context: int, page_size: int) -> int:
     """M: columns of a page table."""
     return -(-max_context // page_size)
+
+
+def bytes_of_page(group: CacheGroup, page_size: int, dtype: str, backend: str) -> int:
+    """Of all of the group's layers, scales included."""
+    width = page_width(group.head_dim, backend)
+    scales = SCALE_BYTES if is_quantized(dtype) else 0
+    return group.page_bytes(page_size, jnp.dtype(dtype).itemsize, width, scales)
 
 
 def most_pages(group: CacheGroup, *, page_size: int, max_context: int, max_step_tokens: int) -> int:
@@ -52,7 +60,7 @@ def pool_sizes(
     limits: SchedulerConfig,
     *,
     max_context: int,
-    dtype_bytes: int,
+    dtype: str,
     memory: Memory,
     backend: str = "xla",
 ) -> tuple[int, ...]:
@@ -60,7 +68,7 @@ def pool_sizes(
 
     Args:
         max_context: positions a sequence may have.
-        dtype_bytes: of one element of the cache.
+        dtype: of the pages.
         memory: of the device, with everything else in it.
         backend: of `kv_update`, which decides how wide a page's rows are.
 
@@ -68,10 +76,7 @@ def pool_sizes(
         ConfigError: the pool that was asked for does not fit the free memory, or the memory does
             not hold even one sequence of max_context.
     """
-    page_bytes = [
-        group.page_bytes(config.page_size, dtype_bytes, page_width(group.head_dim, backend))
-        for group in groups
-    ]
+    page_bytes = [bytes_of_page(group, config.page_size, dtype, backend) for group in groups]
     null_bytes = sum(page_bytes)
     if config.num_pages:
         return _asked_for(config.num_pages, page_bytes, memory)

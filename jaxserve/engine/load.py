@@ -51,8 +51,9 @@ def load_parts(config: Config, progress: Progressing) -> Parts:
     device = mesh.devices.flat[0]
     options = model_options(config.weights, config.kernels, device.platform, mesh)
     path = resolve(config.model, config.weights, progress)
-    if options.attention == "cpu":
-        options = _fitting(options, config.kernels, _head_dim(path, config.model.format))
+    if options.attention != "xla":
+        head_dim = _head_dim(path, config.model.format)
+        options = _fitting(options, config.kernels, head_dim, cache_dtype(config.cache, options))
     model = load_model(
         path,
         format=config.model.format,
@@ -169,13 +170,15 @@ def describe_heads(sizes: AttentionSpec) -> str:
     return ", ".join(found)
 
 
-def _fitting(options: ModelOptions, kernels: KernelsConfig, head_dim: int) -> ModelOptions:
-    """The options, with XLA's attention where the kernel does not take such heads.
+def _fitting(
+    options: ModelOptions, kernels: KernelsConfig, head_dim: int, dtype: str
+) -> ModelOptions:
+    """The options, with XLA's attention where the kernel does not take such heads or pages.
 
     Raises:
         ConfigError: just that was asked for.
     """
-    reason = unsupported(options.attention, head_dim=head_dim, dtype=options.activations)
+    reason = unsupported(options.attention, head_dim=head_dim, dtype=dtype)
     if reason is None:
         return options
     if kernels.attention == options.attention:
@@ -238,7 +241,7 @@ def size_cache(
         config.cache,
         config.scheduler,
         max_context=info.max_context,
-        dtype_bytes=jax.numpy.dtype(cache_dtype(config.cache, options)).itemsize,
+        dtype=cache_dtype(config.cache, options),
         memory=memory,
         backend=options.attention,
     )
@@ -246,7 +249,7 @@ def size_cache(
 
 def cache_dtype(cache: CacheConfig, options: ModelOptions) -> str:
     """Dtype of the pages."""
-    return options.activations if cache.dtype == "auto" else cache.dtype
+    return {"auto": options.activations, "fp8": "float8_e4m3fn"}.get(cache.dtype, cache.dtype)
 
 
 def buckets_for(limits: SchedulerConfig, options: ModelOptions, platform: str) -> Buckets:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
+from pallas_kernels.quantized_pages import Pages
 from pallas_kernels.ragged import RaggedBatch
 
 
@@ -20,10 +21,11 @@ class GroupPages:
     """Keys and values of one cache group: all its layers, in the order of `CacheGroup.layers`.
 
     Attributes:
-        kv: a row holds a position's key in its first half and its value in the second.
+        kv: [L, P, K, Z, W]; a row holds a position's key in its first half and its value in the
+            second.
     """
 
-    kv: Float[Array, "L P K Z W"]
+    kv: Pages
 
 
 @jax.tree_util.register_dataclass

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.errors import UnsupportedKernel
 from pallas_kernels.kv_update import cpu, xla
+from pallas_kernels.quantized_pages import Pages
 
 #: Lanes of a TPU's registers.
 _TPU_LANES = 128
@@ -16,7 +17,7 @@ BACKENDS = {"xla": xla, "cpu": cpu, "tpu": xla}
 
 
 def kv_update(
-    pages: Float[Array, "L P K Z W"],
+    pages: Pages,
     k_new: Float[Array, "T K H"],
     v_new: Float[Array, "T K H"],
     layer: int | Int[Array, ""],
@@ -24,10 +25,11 @@ def kv_update(
     token_offsets: Int[Array, "T"],
     *,
     backend: str = "xla",
-) -> Float[Array, "L P K Z W"]:
+) -> Pages:
     """Writes token t's key and value to pages[layer, token_pages[t], :, token_offsets[t]].
 
     The key goes to the first half of a row, the value to the second; lanes past H are undefined.
+    Where pages are quantized, so are the key and the value, each head's by its own scale.
 
     Args:
         layer: a Python int where layers are unrolled, traced in a scan.
@@ -55,7 +57,7 @@ def kv_update(
 
 def empty_pages(
     shape: tuple[int, int, int, int, int], dtype: DTypeLike, *, backend: str = "xla"
-) -> Float[Array, "L P K Z W"]:
+) -> Pages:
     """Pages with undefined content, under `jax.jit`.
 
     Args:

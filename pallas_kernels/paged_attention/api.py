@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.errors import UnsupportedKernel
+from pallas_kernels.quantized_pages import Pages
 from pallas_kernels.ragged import RaggedBatch
 
 #: A module each, imported when it is asked for: Pallas takes a quarter of a second.
@@ -23,7 +24,7 @@ BACKENDS = ("xla", "cpu", "tpu")
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    pages: Float[Array, "L P K Z W"],
+    pages: Pages,
     layer: int | Int[Array, ""],
     batch: RaggedBatch,
     *,

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.quantized_pages import Pages, QuantizedPages, dequantize
 from pallas_kernels.ragged import RaggedBatch
 
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    pages: Float[Array, "L P K Z W"],
+    pages: Pages,
     layer: int | Int[Array, ""],
     batch: RaggedBatch,
     *,
@@ -23,6 +24,8 @@ def paged_attention(
     soft_cap: float | None = None,
 ) -> Float[Array, "T N H"]:
     """softmax(cap(scale q·k)) v for each token over the positions it may see; zeros for padding."""
+    if isinstance(pages, QuantizedPages):
+        pages = dequantize(pages)
     num_tokens, num_heads, head_dim = q.shape
     _, _, num_kv_heads, page_size, width = pages.shape
     num_positions = batch.page_table.shape[1] * page_size

@@ -14,7 +14,8 @@ Grid: rows with one token (decode) run together, a dynamic-trip-count loop over 
 
 Traffic: decode reads R × max live tiles; a block reads its own visible tiles. See `traffic.py`.
 
-Numerics: scores and accumulators float32 whatever the pages' dtype. Positions that nobody sees are
+Numerics: scores and accumulators float32 whatever the pages' dtype; codes are scaled as they are
+    gathered. Positions that nobody sees are
     replaced, not multiplied, by zero, so that unused pages may hold anything, NaN included.
 
 Limits: rows of one call share the trip count of the longest one in decode.
@@ -29,6 +30,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.quantized_pages import Pages, QuantizedPages, values
 from pallas_kernels.ragged import RaggedBatch
 
 KV_TILE = 128
@@ -47,7 +49,7 @@ class _Score(NamedTuple):
 class _Pages(NamedTuple):
     """The cache of all layers, and which layer is read."""
 
-    kv: Float[Array, "L P K Z W"]
+    kv: Pages
     layer: int | Int[Array, ""]
     head_dim: int
 
@@ -67,8 +69,18 @@ class _Pages(NamedTuple):
         """Keys and values of these pages, [*B, K, C Z, H], in float32."""
         *lead, count = pages.shape
         heads = jnp.arange(self.num_kv_heads, dtype=jnp.int32)[:, None]
-        kv = self.kv.at[self.layer, pages[..., None, :], heads].get(mode="clip")
-        kv = kv.reshape(*lead, self.num_kv_heads, count * self.page_size, -1).astype(jnp.float32)
+        place = self.layer, pages[..., None, :], heads
+        positions = (*lead, self.num_kv_heads, count * self.page_size)
+        if not isinstance(self.kv, QuantizedPages):
+            kv = self.kv.at[place].get(mode="clip").reshape(*positions, -1).astype(jnp.float32)
+            return self._halves(kv)
+        codes = self.kv.codes.at[place].get(mode="clip").reshape(*positions, -1)
+        k, v = self._halves(values(codes, self.kv.kind))
+        scales = jnp.moveaxis(self.kv.scales.at[place].get(mode="clip"), -2, 0)
+        k_scale, v_scale = scales.reshape(2, *positions)
+        return k * k_scale[..., None], v * v_scale[..., None]
+
+    def _halves(self, kv: Float[Array, "*B W"]) -> tuple[Array, Array]:
         half = kv.shape[-1] // 2
         return kv[..., : self.head_dim], kv[..., half : half + self.head_dim]
 
@@ -80,7 +92,7 @@ def unsupported(*, head_dim: int, dtype: DTypeLike) -> str | None:
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    pages: Float[Array, "L P K Z W"],
+    pages: Pages,
     layer: int | Int[Array, ""],
     batch: RaggedBatch,
     *,

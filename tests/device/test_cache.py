@@ -14,7 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.config import CacheConfig, SchedulerConfig
-from jaxserve.device.cache import copy_pages, init_cache, most_pages, pages_per_sequence, pool_sizes
+from jaxserve.device.cache import (
+    bytes_of_page,
+    copy_pages,
+    init_cache,
+    most_pages,
+    pages_per_sequence,
+    pool_sizes,
+)
 from jaxserve.device.memory import MEBIBYTE, Memory
 from jaxserve.device.sharding import make_mesh
 from jaxserve.errors import ConfigError
@@ -45,7 +52,7 @@ def sizes(
         CacheConfig(page_size=16, **config),
         SchedulerConfig(max_rows=max_rows, max_step_tokens=60),
         max_context=max_context,
-        dtype_bytes=4,
+        dtype="float32",
         memory=Memory(total_bytes=total, free_bytes=free),
     )
 
@@ -171,7 +178,7 @@ def test_whatever_the_numbers_it_fits_or_says_what_would(
 
     def ask(config: CacheConfig, max_context: int) -> tuple[int, ...]:
         return pool_sizes(
-            groups, config, limits, max_context=max_context, dtype_bytes=2, memory=memory
+            groups, config, limits, max_context=max_context, dtype="bfloat16", memory=memory
         )
 
     try:
@@ -216,6 +223,21 @@ def test_arrays_of_the_pool(backend: str, dtype: str) -> None:
         assert group.kv.sharding.mesh == mesh
     pointers = [pages.unsafe_buffer_pointer() for pages in jax.tree.leaves(cache)]
     assert len(set(pointers)) == 2  # or a donated one would take another with it
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float32"])
+def test_a_page_takes_the_bytes_it_is_counted_with(dtype: str) -> None:
+    mesh = make_mesh(jax.devices()[:1])
+    cache = init_cache((FULL,), (5,), page_size=16, dtype=dtype, mesh=mesh, backend="xla")
+    (group,) = cache.groups
+    assert (group.kv.shape, group.kv.dtype) == ((2, 5, 2, 16, 64), dtype)
+    held = sum(array.nbytes for array in jax.tree.leaves(group))
+    assert held == 5 * bytes_of_page(FULL, 16, dtype, "xla")
+    targets, sources = jnp.asarray([2, 0]), jnp.asarray([1, 0])
+    marked = jax.tree.map(lambda x: x.at[:, 1].set(1), group)
+    for array in jax.tree.leaves(copy_pages(marked, sources, targets)):
+        assert (np.asarray(array[:, 2], np.float32) == 1).all()
+        assert not np.asarray(array[:, 3], np.float32).any()
 
 
 @pytest.mark.skipif(native.load().reason is not None, reason="no native kernels")

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.quantized_pages import QuantizedPages, is_quantized, quantize
 from pallas_kernels.ragged import RaggedBatch
 
 DECODE = [(1, 7), (1, 1), (0, 0), (1, 130), (1, 16), (1, 17), (0, 40), (1, 300)]
@@ -62,8 +63,10 @@ class Case:
             max_query_len=self.max_query_len or max([n for n, _ in self.lens] + [1]),
         )
         unused = np.full((*shape[:-1], self.unused), self.unused_value, np.float32)
-        pages = np.concatenate([k, unused, v, unused], axis=-1)
-        pages = jnp.asarray(pages).astype(self.dtype)
+        pages = jnp.asarray(np.concatenate([k, unused, v, unused], axis=-1))
+        pages = (
+            quantized(pages, self.dtype) if is_quantized(self.dtype) else pages.astype(self.dtype)
+        )
         return {"q": jnp.asarray(q), "pages": pages, "batch": batch}
 
     @property
@@ -73,6 +76,14 @@ class Case:
             "window": self.window,
             "soft_cap": self.soft_cap,
         }
+
+
+def quantized(pages: Any, dtype: str) -> QuantizedPages:
+    """Pages as codes; what is NaN has NaN for its scale."""
+    halves = pages.reshape(*pages.shape[:-1], 2, -1)
+    codes, scales = quantize(jnp.nan_to_num(halves), dtype)
+    scales = jnp.where(jnp.isnan(halves).any(-1), jnp.nan, scales)
+    return QuantizedPages(codes.reshape(pages.shape), jnp.swapaxes(scales, -1, -2), dtype)
 
 
 def relative_error(out: Any, expected: Any) -> float:

@@ -1,0 +1,81 @@
+"""Pages of 8-bit codes, with a scale for the key and the value of each position and KV head.
+
+A code times its scale is the value: int8 in -127 … 127, or float8_e4m3fn up to 448, which is held
+as its bits (XLA on the CPU widens, or copies, whole arrays of float8 that it gathers from). The
+scale brings the largest element of a head's key, or value, to the largest code. Scales are laid
+out [L, P, K, 2, Z], the key's before the value's, with positions last: a page's are one tile, whose
+lanes are positions, as those of its scores are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int8, Shaped
+
+#: The largest code of each dtype.
+LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+#: Bytes of scales for one position of one KV head.
+SCALE_BYTES = 8
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class QuantizedPages:
+    """Pages as codes.
+
+    Attributes:
+        codes: int8, or the bits of a float8_e4m3fn.
+        scales: of keys and of values.
+        kind: "int8" or "float8_e4m3fn".
+    """
+
+    codes: Int8[Array, "L P K Z W"]
+    scales: Float[Array, "L P K 2 Z"]
+    kind: str = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the codes."""
+        return self.codes.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What the codes are."""
+        return jnp.dtype(self.kind)
+
+
+#: Keys and values of some layers, as numbers or as codes.
+Pages = Shaped[Array, "L P K Z W"] | QuantizedPages
+
+
+def is_quantized(dtype: DTypeLike) -> bool:
+    """Whether pages of this dtype have scales."""
+    return jnp.dtype(dtype).name in LARGEST
+
+
+def quantize(x: Float[Array, "*B H"], kind: str) -> tuple[Int8[Array, "*B H"], Float[Array, "*B"]]:
+    """Codes of vectors, and each vector's scale, float32. A vector of zeros has scale 1."""
+    x, largest = x.astype(jnp.float32), LARGEST[kind]
+    peak = jnp.max(jnp.abs(x), axis=-1)
+    scale = jnp.where(peak > 0, peak / largest, 1.0)
+    code = x / scale[..., None]
+    if kind == "int8":
+        code = jnp.round(code)
+    code = jnp.clip(code, -largest, largest).astype(kind)
+    return jax.lax.bitcast_convert_type(code, jnp.int8), scale
+
+
+def values(codes: Int8[Array, "*B"], kind: str) -> Float[Array, "*B"]:
+    """What codes are, unscaled, in float32."""
+    return jax.lax.bitcast_convert_type(codes, jnp.dtype(kind)).astype(jnp.float32)
+
+
+def dequantize(pages: QuantizedPages) -> Float[Array, "L P K Z W"]:
+    """The values that all codes stand for, float32: as large as the cache four times over."""
+    half = pages.shape[-1] // 2
+    unscaled = values(pages.codes, pages.kind).reshape(*pages.shape[:-1], 2, half)
+    return (unscaled * jnp.swapaxes(pages.scales, -1, -2)[..., None]).reshape(pages.shape)
