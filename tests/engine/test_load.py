@@ -221,6 +221,22 @@ def test_heads_that_the_native_attention_does_not_take(
     )
 
 
+@pytest.mark.skipif(native.load().reason is not None, reason="no native kernels")
+@pytest.mark.parametrize(("asked", "held"), [("int8", "int8"), ("fp8", "float8_e4m3fn")])
+def test_pages_of_codes_are_left_to_xla(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch, asked: str, held: str
+) -> None:
+    quick(monkeypatch)
+    executor = loaded(config_of(settings, f"cache.dtype={asked}"))
+    assert executor._state.cache.groups[0].kv.kind == held
+    assert executor._model.options.attention == "xla"
+    assert executor._model.options.matmul == "cpu"
+    with pytest.raises(
+        ConfigError, match=rf"attention=cpu cannot run this model: pages are {held}"
+    ):
+        loaded(config_of(settings, f"cache.dtype={asked}", "kernels.attention=cpu"))
+
+
 def test_a_device_that_does_not_tell_its_memory_needs_a_size(
     settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
