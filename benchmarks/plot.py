@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from html import escape
 
 COLORS = ("#1f77b4", "#ff7f0e", "#ffbb78", "#2ca02c", "#98df8a", "#9467bd", "#c5b0d5", "#8c564b")
-WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 860, 380, 56, 48, 60
+WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 860, 400, 56, 48, 80
+LEGEND_COLUMNS = 4
 
 
 def grouped_bars(
@@ -57,14 +58,13 @@ def grouped_bars(
                 f'height="{height:.1f}" fill="{COLORS[index % len(COLORS)]}">'
                 f"<title>{escape(name)}, {escape(group)}: {value:.0f}</title></rect>"
             )
-    column = (WIDTH - LEFT) / len(series)
     for index, (name, _) in enumerate(series):
-        x = LEFT + index * column
+        row, column = divmod(index, LEGEND_COLUMNS)
+        x = LEFT + column * (WIDTH - LEFT) / LEGEND_COLUMNS
+        y = base + 44 + 18 * row
         color = COLORS[index % len(COLORS)]
-        out.append(f'<rect x="{x:.1f}" y="{HEIGHT - 24}" width="10" height="10" fill="{color}"/>')
-        out.append(
-            f'<text x="{x + 14:.1f}" y="{HEIGHT - 15}" font-size="10.5">{escape(name)}</text>'
-        )
+        out.append(f'<rect x="{x:.1f}" y="{y - 9}" width="10" height="10" fill="{color}"/>')
+        out.append(f'<text x="{x + 14:.1f}" y="{y}" font-size="10.5">{escape(name)}</text>')
     return "\n".join([*out, "</svg>\n"])
 
 
