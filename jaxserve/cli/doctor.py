@@ -13,9 +13,13 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from itertools import starmap
+from typing import TYPE_CHECKING
 
 from jaxserve.config import Config
 from jaxserve.errors import JaxserveError
+
+if TYPE_CHECKING:
+    from jaxserve.models.options import ModelOptions
 
 _MIB = 1 << 20
 
@@ -68,7 +72,7 @@ def _kernels(config: Config) -> Iterator[tuple[str, str]]:
     yield "attention", options.attention
     yield "matmul", options.matmul
     yield "layers", options.layers
-    yield "weights", options.dtype
+    yield "weights", _weights(options)
 
 
 def _programs(config: Config) -> Iterator[tuple[str, str]]:
@@ -103,12 +107,20 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
 
     from jaxserve.device.cache import bytes_of_page
     from jaxserve.device.memory import memory_of
-    from jaxserve.engine.load import cache_dtype, devices, model_info, model_options, size_cache
+    from jaxserve.engine.load import (
+        cache_dtype,
+        devices,
+        fitting,
+        model_info,
+        model_options,
+        size_cache,
+    )
     from jaxserve.models.registry import model_class
     from jaxserve.text.template import load_chat_template
     from jaxserve.text.tokenizer import load_tokenizer
     from jaxserve.weights.checkpoint import open_checkpoint
     from jaxserve.weights.sources import resolve
+    from pallas_kernels.paged_attention.api import unsupported
 
     path = resolve(config.model, config.weights)
     yield "path", str(path)
@@ -117,13 +129,19 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     spec = kind.spec_from_hf(checkpoint.config)
     device = devices()[0]
     options = model_options(config.weights, config.kernels, device.platform)
+    dtype = cache_dtype(config.cache, options)
+    if options.attention != "xla":
+        asked = options.attention
+        options = fitting(options, config.kernels, spec.attention.head_dim, dtype)
+        if options.attention != asked:
+            reason = unsupported(asked, head_dim=spec.attention.head_dim, dtype=dtype)
+            yield "attention", f"{options.attention} ({asked}: {reason})"
     model = nnx.eval_shape(lambda: kind(spec, options, rngs=nnx.Rngs(0)))
     leaves = jax.tree.leaves(nnx.state(model))
     num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     yield "architecture", f"{spec.architecture}, {spec.num_layers} layers"
-    yield "weights", f"{num_bytes // _MIB} MiB as {options.dtype}"
+    yield "weights", f"{num_bytes // _MIB} MiB as {_weights(options)}"
     info = model_info(config, model)
-    dtype = cache_dtype(config.cache, options)
     pools = size_cache(config, options, info, memory_of(device).less(num_bytes))
     page_size = config.cache.page_size
     for group, pages in zip(info.cache_groups, pools, strict=True):
@@ -139,6 +157,10 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     template = load_chat_template(path, config.model.chat_template)
     yield "tokenizer", f"{tokenizer.vocab_size} tokens, ends at {list(tokenizer.eos_token_ids)}"
     yield "chat template", "yes" if template else "none"
+
+
+def _weights(options: ModelOptions) -> str:
+    return options.dtype if options.quantization == "none" else options.quantization
 
 
 def _processor() -> str:

@@ -53,7 +53,7 @@ def load_parts(config: Config, progress: Progressing) -> Parts:
     path = resolve(config.model, config.weights, progress)
     if options.attention != "xla":
         head_dim = _head_dim(path, config.model.format)
-        options = _fitting(options, config.kernels, head_dim, cache_dtype(config.cache, options))
+        options = fitting(options, config.kernels, head_dim, cache_dtype(config.cache, options))
     model = load_model(
         path,
         format=config.model.format,
@@ -170,7 +170,7 @@ def describe_heads(sizes: AttentionSpec) -> str:
     return ", ".join(found)
 
 
-def _fitting(
+def fitting(
     options: ModelOptions, kernels: KernelsConfig, head_dim: int, dtype: str
 ) -> ModelOptions:
     """The options, with XLA's attention where the kernel does not take such heads or pages.

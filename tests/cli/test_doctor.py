@@ -13,6 +13,7 @@ from jaxserve.config import Config, SchedulerConfig
 from jaxserve.device.buckets import MAX_PROGRAMS
 from jaxserve.engine.load import buckets_for, model_options
 from jaxserve.errors import ConfigError
+from pallas_kernels import native
 from tests.cli.conftest import Ended, Run
 from tests.models.loading import ORACLE, config_of
 from tests.text.test_sentence_piece import Files
@@ -67,6 +68,19 @@ def test_a_model_that_fits(run: Run, model: Path) -> None:
         f"{num_pages} pages of 256 tokens, {num_pages * page_bytes >> 20} MiB as bfloat16: "
         f"{33 * 256 / context:.1f} sequences of {context} tokens"
     )
+
+
+@pytest.mark.skipif(native.load().reason is not None, reason="no native kernels")
+def test_pages_that_the_native_attention_does_not_read(run: Run, model: Path) -> None:
+    settings = ("cache.num_pages=33", "cache.dtype=fp8", "weights.quantization=int8")
+    ended = run("doctor", "--model", model, *(f"--set={setting}" for setting in settings))
+    assert (ended.status, ended.err) == (0, "")
+    parts = told(ended)
+    assert parts["kernels"]["weights"] == "int8"
+    assert parts["kernels"]["attention"] == "cpu"
+    said = parts["model"]
+    assert said["attention"].startswith("xla (cpu: pages are float8_e4m3fn, the kernel takes ")
+    assert said["cache, full"].startswith("34 pages of 16 tokens, 0 MiB as float8_e4m3fn: ")
 
 
 def test_the_programs_are_those_that_a_start_compiles(run: Run) -> None:

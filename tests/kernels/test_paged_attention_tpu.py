@@ -1,8 +1,7 @@
 """The TPU kernels against the reference, interpreted on the host.
 
 `InterpretParams` simulates the chip's memories and copies: a copy happens when it is waited for,
-and memory that nobody wrote is NaN, so that a missing wait shows. Compiling for real chips is
-tests/compile's matter.
+and memory that nobody wrote is NaN, so that a missing wait shows.
 """
 
 from __future__ import annotations
