@@ -76,6 +76,11 @@ def test_heads_that_the_mesh_divides(even: Path, mesh: tuple[int, int, int]) -> 
     assert "zeros" not in found["log"] and "times" not in found["log"]
 
 
+def test_quantized_weights(even: Path) -> None:
+    found = serve_on_both(even, (2, 1, 4), SCANNED, "weights.quantization=int8")
+    assert_equal(found, 2e-5)
+
+
 @pytest.mark.parametrize(
     ("case", "mesh", "heads"),
     [
