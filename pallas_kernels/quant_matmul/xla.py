@@ -6,7 +6,7 @@ are scaled and added; nothing as large as the weight exists. With many tokens th
 matrix unit at GROUP of its depth, so the weight is written out in x's dtype first: it is read for
 so many tokens that this is the smaller cost.
 
-Numerics: int8 codes are exact in bfloat16; sums and scaling in float32. With many tokens an int4
+Numerics: codes are exact in bfloat16; sums and scaling in float32. With many tokens an int4
 weight is rounded to x's dtype.
 """
 
@@ -20,6 +20,8 @@ from jaxtyping import Array, Float, Int8, UInt4
 
 #: Tokens from which an int4 weight is written out.
 MANY_TOKENS = 256
+#: Of the codes 0 … 15; codes less it are exact in bfloat16.
+MIDDLE = 7.5
 
 
 def int8_matmul(
@@ -62,15 +64,17 @@ def int4_matmul(
             preferred_element_type=jnp.float32,
         )
         return y_TN.astype(x.dtype).reshape(num_tokens, *out_dims)
+    # From the middle of the codes, or two large sums would cancel each other.
+    middle_GN = minimum_GN + MIDDLE * scale_GN
     x_TGg = x.reshape(num_tokens, num_groups, -1)
     y_GTN = jnp.einsum(
         "tgk,gkn->gtn",
         x_TGg,
-        code_GgN.astype(x.dtype),
+        code_GgN.astype(x.dtype) - MIDDLE,
         precision=precision,
         preferred_element_type=jnp.float32,
     )
     sums_TG = x_TGg.astype(jnp.float32).sum(-1)
     y_TN = (y_GTN * scale_GN[:, None]).sum(0)
-    y_TN += jnp.dot(sums_TG, minimum_GN, precision=jax.lax.Precision.HIGHEST)
+    y_TN += jnp.dot(sums_TG, middle_GN, precision=jax.lax.Precision.HIGHEST)
     return y_TN.astype(x.dtype).reshape(num_tokens, *out_dims)
