@@ -64,7 +64,8 @@ def int4_codes(
 
 
 def _finite(w: np.ndarray) -> Float[np.ndarray, "..."]:
-    w = w.astype(np.float32)
+    """In float32 and in order: sums, and with them codes, must not depend on how w lies."""
+    w = np.ascontiguousarray(w, np.float32)
     if not np.isfinite(w).all():
         raise ValueError("holds values that are not finite, which have no code")
     return w

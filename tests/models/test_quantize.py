@@ -53,6 +53,15 @@ def test_int4_holds_what_16_steps_can_hold() -> None:
     np.testing.assert_array_equal(reference.int4_weight(found, scale, minimum), w)
 
 
+def test_codes_do_not_depend_on_how_a_weight_lies() -> None:
+    """Weights on a grid, as GGUF's are, make ties likely, which a sum's order would tip."""
+    rng = np.random.default_rng(4)
+    step, low = rng.random((2, 128, 1, 96)).astype(np.float16)
+    w = (rng.integers(0, 16, (128, 32, 96)) * step - low).astype(np.float32).reshape(4096, 96)
+    for ours, theirs in zip(int4_codes(w), int4_codes(np.asfortranarray(w)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_int4_errs_less_than_by_range_alone() -> None:
     w = np.random.default_rng(2).standard_normal((320, 9)).astype(np.float32)
     codes, scale, minimum = int4_codes(w)
