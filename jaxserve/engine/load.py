@@ -35,6 +35,8 @@ from pallas_kernels.paged_attention import unsupported
 
 logger = logging.getLogger(__name__)
 
+#: Compute capability of H100, H200 and their kin.
+_HOPPER = "9.0"
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*")
 
 
@@ -49,7 +51,9 @@ def load_parts(config: Config, progress: Progressing) -> Parts:
     compile_counter()
     mesh = make_mesh(devices(), config.parallel)
     device = mesh.devices.flat[0]
-    options = model_options(config.weights, config.kernels, device.platform, mesh)
+    options = model_options(
+        config.weights, config.kernels, device.platform, mesh, compute_capability(device)
+    )
     path = resolve(config.model, config.weights, progress)
     if options.attention != "xla":
         head_dim = _head_dim(path, config.model.format)
@@ -97,13 +101,23 @@ def devices() -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
     return found
 
 
+def compute_capability(device: jax.Device) -> str | None:  # pyright: ignore[reportInvalidTypeForm]
+    """An NVIDIA GPU's, such as "9.0"; None for anything else."""
+    return getattr(device, "compute_capability", None)
+
+
 def model_options(
-    weights: WeightsConfig, kernels: KernelsConfig, platform: str, mesh: Mesh | None = None
+    weights: WeightsConfig,
+    kernels: KernelsConfig,
+    platform: str,
+    mesh: Mesh | None = None,
+    capability: str | None = None,
 ) -> ModelOptions:
     """What "auto" means on this platform, logged.
 
     Args:
         mesh: that the model will be on; one device where None.
+        capability: of a GPU, see `compute_capability`.
 
     Raises:
         ConfigError: kernels were asked for that cannot run here.
@@ -130,7 +144,11 @@ def model_options(
         return chosen
 
     no_mosaic = None if platform == "tpu" else elsewhere
-    attention = choose("attention", kernels.attention, {"cpu": no_native, "tpu": no_mosaic})
+    no_hopper = elsewhere if platform != "gpu" else None
+    if platform == "gpu" and capability != _HOPPER:
+        no_hopper = f"it is made for NVIDIA Hopper, compute capability {_HOPPER}, not {capability}"
+    kinds = {"cpu": no_native, "tpu": no_mosaic, "gpu": no_hopper}
+    attention = choose("attention", kernels.attention, kinds)
     matmul = choose("matmul", kernels.matmul, {"cpu": no_native or no_packing})
     layers = kernels.layers
     if layers == "auto":  # XLA on the CPU would copy each layer's weights out of the stack

@@ -12,8 +12,9 @@ from pallas_kernels.quantized_pages import Pages
 #: Lanes of a TPU's registers.
 _TPU_LANES = 128
 
-#: On a TPU the scatter is in place: compiled for a v5e it needs no temporary memory.
-BACKENDS = {"xla": xla, "cpu": cpu, "tpu": xla}
+#: On a TPU and on a GPU the scatter is in place: compiled for a v5e and for an H100 it needs no
+#: temporary memory (`tests/kernels/test_compile.py`).
+BACKENDS = {"xla": xla, "cpu": cpu, "tpu": xla, "gpu": xla}
 
 
 def kv_update(
@@ -34,7 +35,7 @@ def kv_update(
     Args:
         layer: a Python int where layers are unrolled, traced in a scan.
         token_pages, token_offsets: from `RaggedBatch.token_places`; padding goes to page 0.
-        backend: "xla" (any platform), "cpu" (native) or "tpu".
+        backend: "xla" (any platform), "cpu" (native), "tpu" or "gpu".
 
     Returns:
         The pages, the same buffers where the caller donated them. The content of page 0 is
