@@ -7,6 +7,7 @@ the exponentials are the hardware's.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -41,6 +42,12 @@ def swizzled(shape: Sequence[int], width: int, dtype: DTypeLike) -> Any:
     tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # pyright: ignore[reportAbstractUsage]
     transforms = tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
+
+
+def estimated(cost: pl.CostEstimate) -> dict[str, pl.CostEstimate]:
+    """What `plgpu.kernel` is told of its cost: nothing before JAX 0.12, which does not ask."""
+    takes_it = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
+    return {"cost_estimate": cost} if takes_it else {}
 
 
 def columns(head_dim: int) -> list[tuple[int, int]]:

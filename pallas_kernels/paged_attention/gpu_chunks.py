@@ -125,8 +125,8 @@ def chunks(
         num_threads=COMPUTERS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
-        cost_estimate=cost,
         interpret=interpret,
+        **block.estimated(cost),
     )(
         q,
         pages,

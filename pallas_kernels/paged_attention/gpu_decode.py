@@ -101,8 +101,8 @@ def decode(
         num_threads=COMPUTERS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
-        cost_estimate=cost,
         interpret=interpret,
+        **block.estimated(cost),
     )(q_RXGH, pages, layer, table, begins, ends)
 
 
