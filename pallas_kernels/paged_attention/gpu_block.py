@@ -44,7 +44,7 @@ def swizzled(shape: Sequence[int], width: int, dtype: DTypeLike) -> Any:
     return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
 
 
-def estimated(cost: pl.CostEstimate) -> dict[str, pl.CostEstimate]:
+def estimated(cost: pl.CostEstimate) -> dict[str, Any]:
     """What `plgpu.kernel` is told of its cost: nothing before JAX 0.12, which does not ask."""
     takes_it = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
     return {"cost_estimate": cost} if takes_it else {}
