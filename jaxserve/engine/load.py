@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxserve.config import CacheConfig, Config, KernelsConfig, SchedulerConfig, WeightsConfig
 from jaxserve.device.buckets import Buckets
@@ -110,7 +110,7 @@ def model_options(
     weights: WeightsConfig,
     kernels: KernelsConfig,
     platform: str,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     capability: str | None = None,
 ) -> ModelOptions:
     """What "auto" means on this platform, logged.
