@@ -13,7 +13,7 @@ from benchmarks.compile_check.steps import ROWS, StepRow
 Row = StepRow | KernelRow
 
 #: A step's temporary memory, as a share of its cache: a hidden copy would be all of it.
-MOST_TEMP = 0.05
+MOST_TEMP = 0.1
 #: All-reduces of a layer: behind attention and behind the MLP.
 IN_A_LAYER = 2
 #: Bytes of sampling's exchanges, for one row and device, beside its own logits' all-to-all.

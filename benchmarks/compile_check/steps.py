@@ -19,7 +19,7 @@ from jaxserve.device.step import Program
 
 #: Decoding rows, and tokens of a prefill step.
 ROWS, TOKENS = 64, 2048
-MAX_CONTEXT = 4096
+MAX_CONTEXT = 8192
 _SLICES = {
     "v5e": ("v5e:1x1", "v5e:2x2", "v5e:4x4"),
     "v6e": ("v6e:1x1", "v6e:2x2", "v6e:4x4"),

@@ -11,11 +11,14 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import starmap
 from typing import TYPE_CHECKING
 
+from jaxserve.cli.topology import describe
 from jaxserve.config import Config
+from jaxserve.device.chips import Slice
 from jaxserve.errors import JaxserveError
 
 if TYPE_CHECKING:
@@ -24,8 +27,12 @@ if TYPE_CHECKING:
 _MIB = 1 << 20
 
 
-def examine(config: Config) -> int:
-    """Writes the findings to stdout; returns the exit status."""
+def examine(config: Config, slice: Slice | None = None) -> int:
+    """Writes the findings to stdout; returns the exit status.
+
+    Args:
+        slice: chips that are not here, to look at instead of this machine's.
+    """
     status = 0
     parts: dict[str, Callable[[Config], Iterator[tuple[str, str]]]] = {
         "machine": _machine,
@@ -34,6 +41,8 @@ def examine(config: Config) -> int:
         "programs": _programs,
         "model": _model,
     }
+    if slice is not None:
+        parts = {"topology": partial(describe, slice=slice)}
     for title, part in parts.items():
         sys.stdout.write(f"{title}\n")
         try:

@@ -4,7 +4,8 @@ Figures of the makers, for computing what would fit and how fast it could be at 
 measured here. A device is what JAX calls one: half a chip of a TPU7x.
 
 Sources: Google Cloud's pages of TPU v5e, TPU v6e and TPU7x; NVIDIA's data sheets of H100 SXM and
-H200 SXM (dense, without sparsity).
+H200 SXM (dense, without sparsity). Memory is what XLA's compilers let a program have: a quarter GiB of
+a TPU v5e, 0.76 of a v6e and 1.26 of half a TPU7x are kept back.
 """
 
 from __future__ import annotations
@@ -44,20 +45,32 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip(name="v5e", platform="tpu", memory_bytes=16 * _GIB, bandwidth=0.8e12, flops=197e12),
-        Chip(name="v6e", platform="tpu", memory_bytes=32 * _GIB, bandwidth=1.6e12, flops=918e12),
+        Chip(
+            name="v5e",
+            platform="tpu",
+            memory_bytes=int(15.75 * _GIB),
+            bandwidth=0.8e12,
+            flops=197e12,
+        ),
+        Chip(
+            name="v6e",
+            platform="tpu",
+            memory_bytes=int(31.24 * _GIB),
+            bandwidth=1.6e12,
+            flops=918e12,
+        ),
         Chip(
             name="tpu7x",
             platform="tpu",
             devices=2,
-            memory_bytes=96 * _GIB,
+            memory_bytes=int(94.74 * _GIB),
             bandwidth=3.69e12,
             flops=1153.5e12,
         ),
         Chip(
             name="h100",
             platform="gpu",
-            memory_bytes=80 * 10**9,
+            memory_bytes=84_942_979_072,
             bandwidth=3.35e12,
             flops=989e12,
             capability="9.0",
@@ -65,7 +78,7 @@ CHIPS = {
         Chip(
             name="h200",
             platform="gpu",
-            memory_bytes=141 * 10**9,
+            memory_bytes=151_397_597_184,
             bandwidth=4.8e12,
             flops=989e12,
             capability="9.0",

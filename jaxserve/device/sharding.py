@@ -108,7 +108,7 @@ def param_sharding(mesh: Mesh) -> ParamSharding:
     return lambda axes, shape: NamedSharding(mesh, partition(mesh, axes, shape))
 
 
-def undivided(mesh: Mesh, params: Iterable[tuple[Any, Any]]) -> list[str]:
+def undivided(mesh: Mesh | AbstractMesh, params: Iterable[tuple[Any, Any]]) -> list[str]:
     """Names and shapes of parameters that are whole on each device against their rule.
 
     Args:

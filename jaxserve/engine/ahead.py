@@ -39,6 +39,7 @@ from jaxserve.engine.load import (
     model_options,
     size_cache,
 )
+from jaxserve.errors import ConfigError
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.registry import model_class
 from jaxserve.types import ModelInfo
@@ -82,8 +83,14 @@ class Ahead:
         """Pages of each cache group's pool, in each copy of the model.
 
         Raises:
-            ConfigError: they do not fit beside the weights.
+            ConfigError: they do not fit beside the weights, or those do not fit.
         """
+        total = self.slice.memory.total_bytes
+        if self.weights_bytes > total:
+            raise ConfigError(
+                f"the weights need {self.weights_bytes >> 20} MiB of each device, which has "
+                f"{total >> 20}: use more chips, or weights.quantization"
+            )
         return size_cache(self.config, self.model.options, self.info, self.memory)
 
     def page_bytes(self) -> int:

@@ -102,6 +102,17 @@ def weighted(p: Array, v_SW: Array) -> Array:
     )
 
 
+#: Bytes of the two buffers together; a core gives a kernel 16 MiB of VMEM for everything.
+_BUFFER_BYTES = 4 << 20
+
+
+def pages_of_block(pages: Array, positions: int) -> int:
+    """Pages that hold so many positions, or as many as there is room for twice."""
+    _, _, heads, page_size, width = pages.shape
+    page_bytes = heads * page_size * width * pages.dtype.itemsize
+    return max(1, min(positions // page_size, _BUFFER_BYTES // (2 * page_bytes)))
+
+
 def scratch(pages: Array, num_pages: int) -> list[Any]:
     _, _, heads, page_size, width = pages.shape
     return [

@@ -13,11 +13,18 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.paged_attention.score import LOWEST, Score
-from pallas_kernels.paged_attention.tpu_block import Block, cost, scores, scratch, weighted
+from pallas_kernels.paged_attention.tpu_block import (
+    Block,
+    cost,
+    pages_of_block,
+    scores,
+    scratch,
+    weighted,
+)
 from pallas_kernels.ragged import RaggedBatch
 
-#: Pages of a block, and tokens of one.
-PREFILL_PAGES = 16
+#: Positions of a block of pages, where there is room for them, and tokens of one of queries.
+PREFILL_POSITIONS = 512
 QUERY_BLOCK = 64
 
 
@@ -51,7 +58,7 @@ def chunks(
             in_specs=[block, pl.BlockSpec(memory_space=pl.ANY), *top_specs],
             out_specs=block,
             scratch_shapes=[
-                *scratch(pages, PREFILL_PAGES),
+                *scratch(pages, pages_of_block(pages, PREFILL_POSITIONS)),
                 pltpu.VMEM((heads, size, 1), jnp.float32),
                 pltpu.VMEM((heads, size, 1), jnp.float32),
             ],
@@ -82,7 +89,7 @@ def _kernel(
     """One block of tokens; `out_ref` is the accumulator until the end."""
     tops, (out_ref, buffer, semaphores, m_ref, total_ref) = refs[:has_sinks], refs[has_sinks:]
     index = pl.program_id(0)
-    block = Block(pages, table, layer[0], buffer, semaphores, PREFILL_PAGES)
+    block = Block(pages, table, layer[0], buffer, semaphores, buffer.shape[1])
     heads, size, width = q_ref.shape
     num_rows = lens.shape[0]
     first_token, end_token = index * QUERY_BLOCK, (index + 1) * QUERY_BLOCK

@@ -13,11 +13,18 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.paged_attention.score import LOWEST, Score
-from pallas_kernels.paged_attention.tpu_block import Block, cost, scores, scratch, weighted
+from pallas_kernels.paged_attention.tpu_block import (
+    Block,
+    cost,
+    pages_of_block,
+    scores,
+    scratch,
+    weighted,
+)
 from pallas_kernels.ragged import RaggedBatch
 
-#: Pages of a block.
-DECODE_PAGES = 8
+#: Positions of a block, where there is room for them.
+DECODE_POSITIONS = 256
 
 
 def decode(
@@ -37,6 +44,7 @@ def decode(
     if sinks is None:
         sinks = jnp.full((heads, groups), LOWEST, jnp.float32)
     first_tops = jnp.pad(sinks, ((0, 0), (0, padded - groups)))[..., None]
+    num_pages = pages_of_block(pages, DECODE_POSITIONS)
     shape = (1, heads, padded, width)
     row_block = pl.BlockSpec(shape, lambda row, *_: (row, 0, 0, 0))
     out = pl.pallas_call(
@@ -50,7 +58,7 @@ def decode(
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
             out_specs=row_block,
-            scratch_shapes=[*scratch(pages, DECODE_PAGES), pltpu.SMEM((1,), jnp.int32)],
+            scratch_shapes=[*scratch(pages, num_pages), pltpu.SMEM((1,), jnp.int32)],
         ),
         out_shape=jax.ShapeDtypeStruct(q_RKGW.shape, jnp.float32),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
@@ -67,7 +75,7 @@ def _kernel(
 ) -> None:  # fmt: skip
     """One row. `slot_ref` holds the buffer that the next block to compute is in."""
     row, num_rows = pl.program_id(0), pl.num_programs(0)
-    block = Block(pages, table, layer[0], buffer, semaphores, DECODE_PAGES)
+    block = Block(pages, table, layer[0], buffer, semaphores, buffer.shape[1])
 
     def begin_of(row: Any) -> Any:
         return 0 if score.window is None else jnp.maximum(lens[row] - score.window, 0)
