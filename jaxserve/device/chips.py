@@ -4,7 +4,7 @@ Figures of the makers, for computing what would fit and how fast it could be at 
 measured here. A device is what JAX calls one: half a chip of a TPU7x.
 
 Sources: Google Cloud's pages of TPU v5e, TPU v6e and TPU7x; NVIDIA's data sheets of H100 SXM and
-H200 SXM (dense, without sparsity). Memory is what XLA's compilers let a program have: a quarter GiB of
+H200 SXM (dense, without sparsity). Memory is what XLA's compilers let a program have: 0.25 GiB of
 a TPU v5e, 0.76 of a v6e and 1.26 of half a TPU7x are kept back.
 """
 
