@@ -19,7 +19,7 @@ from pallas_kernels.paged_attention.shapes import REFUSALS, SHAPES, Shape
 
 #: Backend and the chips that it is compiled for.
 CHIPS = {"tpu": ("v5e:1x1", "v6e:1x1", "tpu7x:1x1x1"), "gpu": ("h100:1",)}
-_NUM_PAGES = 1024
+_NUM_PAGES = 4096
 _NUM_LAYERS = 4
 
 

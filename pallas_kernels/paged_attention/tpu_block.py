@@ -107,7 +107,11 @@ _BUFFER_BYTES = 4 << 20
 
 
 def pages_of_block(pages: Array, positions: int) -> int:
-    """Pages that hold so many positions, or as many as there is room for twice."""
+    """Pages that hold so many positions, or as many as there is room for twice.
+
+    Half as many of float32, whose products take more room than the pages.
+    """
+    positions = positions * 2 // pages.dtype.itemsize
     _, _, heads, page_size, width = pages.shape
     page_bytes = heads * page_size * width * pages.dtype.itemsize
     return max(1, min(positions // page_size, _BUFFER_BYTES // (2 * page_bytes)))
