@@ -19,6 +19,7 @@ Nothing is authenticated, as in JAX's own service: the port is for a private net
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -201,7 +202,11 @@ def connect(
         hosts = Hosts(config, {0: link}, on_lost)
     else:
         gate = _Gate(config, agreed)
-        links = gate.wait(deadline_s)
+        try:
+            links = gate.wait(deadline_s)
+        except HostLost:
+            gate.close()
+            raise
         service = gate.service
         hosts = Hosts(config, links, on_lost)
     hosts.gather("met", None)
@@ -256,6 +261,7 @@ def _join(config: ParallelConfig, agreed: Agreed, deadline_s: float) -> Link:
                     return link
                 reason = str(answer.get("refused"))
                 if not answer.get("later"):
+                    link.close()
                     raise ConfigError(f"host 0 refuses host {config.host}: {reason}")
             link.close()
         time.sleep(_RETRY_S)
@@ -333,9 +339,21 @@ class _Gate:
                     raise HostLost(f"host {host} was lost: {error}") from error
             return dict(self._links)
 
+    def close(self) -> None:
+        """Gives up: whoever waits is told by the end of the connection."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        with self._changed:
+            for link in self._links.values():
+                link.close()
+
     def _accept(self) -> None:
         while True:
-            connection, address = self._listener.accept()
+            try:
+                connection, address = self._listener.accept()
+            except OSError:  # closed
+                self._listener.close()
+                return
             arguments = connection, address[0]
             threading.Thread(
                 target=self._meet, args=arguments, name="jaxserve host gate", daemon=True

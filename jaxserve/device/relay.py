@@ -66,9 +66,10 @@ def _there(near: socket.socket, far: socket.socket) -> None:
         while chunk := near.recv(_CHUNK_BYTES):
             with contextlib.suppress(OSError):
                 far.sendall(chunk)
-    with contextlib.suppress(OSError):
-        far.shutdown(socket.SHUT_RDWR)
-    near.close()
+    for end in (near, far):
+        with contextlib.suppress(OSError):
+            end.shutdown(socket.SHUT_RDWR)  # wakes the other direction
+        end.close()
 
 
 def _back(near: socket.socket, far: socket.socket) -> None:

@@ -1,9 +1,9 @@
 """One host of several, without a front end; run as a program.
 
-    python -m tests.device.several MODEL COORDINATOR HOST HOSTS LOCAL_DEVICES SETTING ...
+    python -m tests.device.several once|forever MODEL LOCAL_DEVICES SETTING ...
 
-Host 0 serves what `tests.device.sharded` serves and prints what came; the others follow. With
-COORDINATOR "none" it is the only one.
+Host 0 serves what `tests.device.sharded` serves and prints what came, once or again and again; the
+others follow. (Gloo writes to stdout too: what counts are the lines that begin with a brace.)
 """
 
 from __future__ import annotations
@@ -18,25 +18,27 @@ import jax
 from jaxserve.config import load_config
 from jaxserve.engine.load import load_parts
 from jaxserve.engine.process import follow
-from tests.device.sharded import SETTINGS, serve
+from tests.device.sharded import serve
 
 
-def main(model: str, coordinator: str, host: str, hosts: str, local: str, *settings: str) -> None:
-    """Serves, or follows."""
+def main(how_often: str, model: str, local_devices: str, *settings: str) -> int:
+    """Serves, or follows; returns the exit status."""
     logging.basicConfig(level="INFO", stream=sys.stderr)
-    jax.config.update("jax_num_cpu_devices", int(local))
-    place = [f"parallel.coordinator={coordinator}", f"parallel.host={host}"]
-    place += [f"parallel.hosts={hosts}"]
-    common = [f"model.path={model}", *SETTINGS, *([] if coordinator == "none" else place)]
-    config = load_config(None, [*common, *settings], {})
+    jax.config.update("jax_num_cpu_devices", int(local_devices))
+    config = load_config(None, [f"model.path={model}", *settings], {})
     if config.parallel.host:
-        os._exit(follow(config, load_parts))
+        return follow(config, load_parts)
     parts = load_parts(config, lambda *_: None)
-    print(json.dumps(serve(config, parts)), flush=True)
+    while True:
+        print("\n" + json.dumps(serve(config, parts)), flush=True)
+        if how_often == "once":
+            break
     if parts.hosts is not None:
         parts.hosts.close("it was told to end")
-    os._exit(0)
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    status = main(*sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(status)  # JAX's exit handler would wait for the other hosts
