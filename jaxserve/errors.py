@@ -132,8 +132,6 @@ class DeviceFailure(JaxserveError):
 class HostLost(DeviceFailure):
     """One of the hosts that share the model ended, fell silent, or was never met."""
 
-    code = "host_lost"
-
 
 class ConfigError(JaxserveError):
     """A configuration key, value or combination is wrong; ends start-up."""

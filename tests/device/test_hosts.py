@@ -120,7 +120,8 @@ def test_values_and_plans_reach_all(meet, num_hosts):
     assert [each.host for each in hosts] == list(range(num_hosts))
     with ThreadPoolExecutor(num_hosts) as pool:
         for name in ("pages", "compiled"):
-            gathered = list(pool.map(lambda each: each.gather(name, [name, each.host]), hosts))
+            asked = [pool.submit(each.gather, name, [name, each.host]) for each in hosts]
+            gathered = [values.result(TIMEOUT_S) for values in asked]
             assert gathered == [[[name, host] for host in range(num_hosts)]] * num_hosts
     sent = [bytes([number]) * size for number, size in enumerate((1, 5000, 0, 3_000_000))]
     for plan in sent:
@@ -201,9 +202,7 @@ def test_hosts_that_are_not_at_the_same_place_do_not_go_on(meet):
         (2, None, {}, "its parallel.host is 2, of 2 hosts"),
     ],
 )
-def test_who_does_not_fit_is_refused_and_others_are_waited_for(
-    meet, host, agreed, values, reason
-):
+def test_who_does_not_fit_is_refused_and_others_are_waited_for(meet, host, agreed, values, reason):
     meeting = meet()
     first = meeting.come(0)
     with pytest.raises(ConfigError) as caught:

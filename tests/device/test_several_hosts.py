@@ -33,6 +33,8 @@ SMALL = (
     f"parallel.connect_timeout_s={TIMEOUT_S}",
     "parallel.lost_after_s=3",
 )
+#: Of these the fewest programs.
+TINY = ("scheduler.max_rows=1", "scheduler.decode_steps=1")
 #: A loss ends every engine within this time, of which 3 s are silence.
 LOST_WITHIN_S = 15
 
@@ -53,12 +55,12 @@ class Program:
         self._reader.start()
 
     def _read(self) -> None:
-        for line in self.process.stderr:
+        for line in self.process.stderr or ():
             self.log += line
 
     def line(self, start: str) -> str:
         """The next line that starts so."""
-        for line in self.process.stdout:
+        for line in self.process.stdout or ():
             if line.startswith(start):
                 return line
         self.process.wait()
@@ -138,7 +140,7 @@ def test_two_hosts_are_as_one(cache: str, data: int) -> None:
 def test_a_lost_host_ends_the_other(
     cache: str, lost: int, number: signal.Signals, reason: str
 ) -> None:
-    hosts = start("forever", cache)
+    hosts = start("forever", cache, *TINY)
     with running(*hosts):
         hosts[0].line("{")
         hosts[lost].process.send_signal(number)
@@ -154,7 +156,7 @@ def test_hosts_come_together_again(cache: str) -> None:
     common = [f"model.path={MODEL}", "engine=jaxserve.engine.process", "http.port=0", cache]
     hosts = [
         Program("tests.fakes.serve", *common, *own, JAX_NUM_CPU_DEVICES="2")
-        for own in two_hosts()
+        for own in two_hosts(*TINY)
     ]
     with running(*hosts):
         base = hosts[0].line("ready on http").split()[-1]
