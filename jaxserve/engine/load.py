@@ -17,7 +17,8 @@ from jaxserve.device.buckets import Buckets
 from jaxserve.device.cache import init_cache, pages_per_sequence, pool_sizes
 from jaxserve.device.compiles import compile_counter, use_persistent_cache
 from jaxserve.device.executor import Executor
-from jaxserve.device.hosts import Hosts, connect
+from jaxserve.device.hosts import Hosts
+from jaxserve.device.meeting import connect
 from jaxserve.device.memory import Memory, least_memory
 from jaxserve.device.sharding import make_mesh, param_sharding, tensor_parallel, undivided
 from jaxserve.device.state import init_device_state

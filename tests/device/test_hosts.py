@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from jaxserve.config import ParallelConfig
-from jaxserve.device import hosts as module
-from jaxserve.device.hosts import Hosts, connect
+from jaxserve.device import meeting as module
+from jaxserve.device.hosts import Hosts
 from jaxserve.device.link import Kind, Link, LinkClosed
+from jaxserve.device.meeting import connect
 from jaxserve.device.relay import listen_locally
 from jaxserve.errors import ConfigError, HostLost
 
