@@ -82,9 +82,10 @@ def _run(part: str, rehearse: bool) -> dict[str, Any]:
             timeout=_PATIENCE[part],
             env=environment,
         )
-        return {"error": "", **json.loads(done.stdout.splitlines()[-1])}
     except subprocess.TimeoutExpired:
         return {"findings": [], "error": f"not done after {_PATIENCE[part]} s"}
+    try:
+        return {"error": "", **json.loads(done.stdout.splitlines()[-1])}
     except (IndexError, ValueError):
         lines = done.stderr.strip().splitlines() or ["no output"]
         return {"findings": [], "error": " / ".join(lines[-3:])[:500]}

@@ -1,9 +1,9 @@
 """The kernels on the device: right first, then how near the limits.
 
 Correct: ‖out − ref‖/‖ref‖ against the reference in float32, on fresh random inputs; pages that
-nobody may look at are NaN. Fast: decode attention in bytes of live pages a second, prefill attention
-in operations of the causal half a second, as shares of the measured limits; JAX's own deprecated
-paged kernel on the same decode batch beside it.
+nobody may look at are NaN. Fast: decode attention in bytes of live pages a second, prefill
+attention in operations of the causal half a second, as shares of the measured limits; JAX's own
+deprecated paged kernel on the same decode batch beside it.
 """
 
 from __future__ import annotations

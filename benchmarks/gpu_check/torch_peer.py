@@ -12,7 +12,7 @@ _PROMPT = 128
 
 def measure(rehearse: bool) -> dict[str, Any]:
     """Tokens a second of decode, by rows."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     from transformers import LlamaConfig, LlamaForCausalLM
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,7 +38,7 @@ def measure(rehearse: bool) -> dict[str, Any]:
 
 
 def _rate(model: Any, step: Any, config: Any, rows: int, device: str) -> float:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
     from transformers import StaticCache
 
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None

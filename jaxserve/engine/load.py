@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import logging
 import sys
@@ -16,12 +17,14 @@ from jaxserve.device.buckets import Buckets
 from jaxserve.device.cache import init_cache, pages_per_sequence, pool_sizes
 from jaxserve.device.compiles import compile_counter, use_persistent_cache
 from jaxserve.device.executor import Executor
+from jaxserve.device.hosts import Hosts
+from jaxserve.device.meeting import connect
 from jaxserve.device.memory import Memory, least_memory
 from jaxserve.device.sharding import make_mesh, param_sharding, tensor_parallel, undivided
 from jaxserve.device.state import init_device_state
 from jaxserve.engine.batches import Batches
 from jaxserve.engine.parts import Parts, Progressing
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.options import PACKED_DTYPES, ModelOptions
 from jaxserve.models.registry import model_class
@@ -41,12 +44,41 @@ _ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*")
 
 
 def load_parts(config: Config, progress: Progressing) -> Parts:
-    """Loads the model and compiles its programs.
+    """Loads the model and compiles its programs, on all hosts that share it.
 
     Raises:
         ConfigError: a setting that does not fit this machine or the model.
         WeightsError: the model is missing, broken or not supported.
+        HostLost: the other hosts did not come. One that is lost later ends the process.
     """
+    hosts = connect(config.parallel, must_agree(config))
+    if hosts is None:
+        return _load_parts(config, progress, None)
+    try:
+        return _load_parts(config, progress, hosts)
+    except JaxserveError as error:
+        hosts.close(error.message)
+        raise
+    except Exception as error:
+        hosts.close(f"{type(error).__name__}: {error}")
+        raise
+
+
+def must_agree(config: Config) -> dict[str, object]:
+    """The settings that all hosts must have alike: what programs are compiled depends on them."""
+    agreed: dict[str, object] = {
+        "model.max_context": config.model.max_context,
+        "jax": jax.__version__,
+    }
+    own = ("cache_dir", "hosts", "host", "coordinator", "connect_timeout_s")
+    for name in ("weights", "cache", "scheduler", "kernels", "parallel"):
+        for key, value in dataclasses.asdict(getattr(config, name)).items():
+            if key not in own:
+                agreed[f"{name}.{key}"] = value
+    return agreed
+
+
+def _load_parts(config: Config, progress: Progressing, hosts: Hosts | None) -> Parts:
     use_persistent_cache(config.engine.compile_cache_dir)
     compile_counter()
     mesh = make_mesh(devices(), config.parallel)
@@ -68,8 +100,11 @@ def load_parts(config: Config, progress: Progressing) -> Parts:
     _log_sharding(model, mesh)
     info = model_info(config, model)
     num_pages = size_cache(config, model.options, info, _memory(config.cache, mesh))
+    if hosts is not None:  # as many as the host with the least memory has
+        pools = zip(*hosts.gather("pages", num_pages), strict=True)
+        num_pages = tuple(min(pages) for pages in pools)
     buckets = buckets_for(config.scheduler, options, device.platform)
-    executor = _executor(config, model, info, num_pages, mesh, buckets)
+    executor = _executor(config, model, info, num_pages, mesh, buckets, hosts)
     executor.warm_up(progress, config.engine.compile_threads)
     return Parts(
         model=info,
@@ -78,6 +113,8 @@ def load_parts(config: Config, progress: Progressing) -> Parts:
         executor=executor,
         page_size=config.cache.page_size,
         num_pages=num_pages,
+        hosts=hosts,
+        follow=executor.follow if config.parallel.host else None,
     )
 
 
@@ -286,6 +323,7 @@ def _executor(
     num_pages: tuple[int, ...],
     mesh: Mesh,
     buckets: Buckets,
+    hosts: Hosts | None,
 ) -> Executor:
     dtype, page_size = cache_dtype(config.cache, model.options), config.cache.page_size
     logger.info("KV cache: %s pages of %d tokens, %s", num_pages, page_size, dtype)
@@ -304,4 +342,4 @@ def _executor(
         pages_per_sequence=pages_per_sequence(info.max_context, page_size),
         mesh=mesh,
     )
-    return Executor(model, state, buckets.programs, page_size, mesh)
+    return Executor(model, state, buckets.programs, page_size, mesh, hosts)

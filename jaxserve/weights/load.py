@@ -27,6 +27,7 @@ from jaxserve.models.registry import model_class
 from jaxserve.models.spec import TensorRule
 from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.weights.huge_pages import use_huge_pages
+from jaxserve.weights.place import place
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +69,8 @@ def load_model(
     for put, arrays in enumerate(_built(checkpoint, params, rules), 1):
         for param_path, held in arrays.items():
             param = params[param_path]
-            place = None if sharding is None else sharding(param.get_metadata("axes"), held.shape)
-            param.set_value(jax.device_put(held, place))
+            where = None if sharding is None else sharding(param.get_metadata("axes"), held.shape)
+            param.set_value(place(held, where))
         progress("loading", put, len(rules))
     arrays = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
     if options.packed:
