@@ -99,6 +99,27 @@ def gated_mlp(prefix: str, spec: ModelSpec) -> Rules:
     return rules
 
 
+def mixture(prefix: str, spec: ModelSpec, names: dict[str, str]) -> Rules:
+    """The router, and each expert's gate, up and down, in `names`' words for them."""
+    if spec.moe is None:
+        raise ValueError(f"{spec.architecture} has no experts")
+    experts, wide, narrow = spec.moe.num_experts, spec.moe.feed_forward, spec.hidden_size
+
+    def build(tensors: list[np.ndarray]) -> Float[np.ndarray, "E K N"]:
+        return np.stack([tensor.T for tensor in tensors])
+
+    def of_experts(part: str, shape: tuple[int, int]) -> TensorRule:
+        tensors = (f"{prefix}.experts.{i}.{names[part]}.weight" for i in range(experts))
+        return TensorRule(names=tuple(tensors), shapes=(shape,) * experts, build=build)
+
+    return {
+        ("router",): _transposed(f"{prefix}.gate.weight", (experts, narrow)),
+        ("gate", "weight"): of_experts("gate", (wide, narrow)),
+        ("up", "weight"): of_experts("up", (wide, narrow)),
+        ("down", "weight"): of_experts("down", (narrow, wide)),
+    }
+
+
 def within(path: Path, rules: Rules) -> Rules:
     """The same rules, a level deeper."""
     return {(*path, *inner): rule for inner, rule in rules.items()}

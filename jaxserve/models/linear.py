@@ -7,8 +7,8 @@ itself. Either holds values in the model's dtype, or codes (`ModelOptions.quanti
 `models.quantize`) with a `scale`, and for int4 a `minimum`, in parameters of their own.
 
 Every parameter carries `axes`, the logical names of its axes, which `device.sharding` maps to mesh
-axes, and `packed`; a matrix carries `codes` too. Layers stacked for a scan have one more leading
-axis, "layers".
+axes, and `packed`; a matrix carries `codes` and `contracted` too, and `whole` where its kernel takes
+the stack of all layers. Layers stacked for a scan have one more leading axis, "layers".
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ def random_matrix(
     codes: str,
     options: ModelOptions,
     rngs: nnx.Rngs,
+    *,
+    whole: bool = False,
 ) -> Matrix:
     """A matrix of random values of variance 1/K.
 
@@ -62,6 +64,7 @@ def random_matrix(
         shape, axes: as it is held where it is dense.
         contracted: which of its axes is K.
         codes: "none", "int8" or "int4".
+        whole: whether its kernel takes the stack of all layers and picks one itself.
 
     Raises:
         ConfigError: int4 codes were asked for, but K is not a multiple of their group.
@@ -85,7 +88,14 @@ def random_matrix(
     deviation, key = 1 / math.sqrt(depth), rngs.params()
 
     def matrix_param(value: Array) -> nnx.Param:
-        return nnx.Param(value, axes=axes, packed=options.packed, codes=codes)
+        return nnx.Param(
+            value,
+            axes=axes,
+            packed=options.packed,
+            codes=codes,
+            contracted=contracted,
+            whole=whole,
+        )
 
     def group_param(value: float, dtype: str) -> nnx.Param:
         full = jnp.full(groups, value, dtype)
@@ -275,7 +285,7 @@ def _encode_one(
     param: nnx.Param, path: Path, dense: np.ndarray, shapes: list[tuple[int, ...]]
 ) -> list[np.ndarray]:
     codes, is_packed = param.get_metadata("codes", "none"), param.get_metadata("packed")
-    contracted = 1 if path[-1] == "table" else 0
+    contracted = param.get_metadata("contracted", 0)
     parts: list[np.ndarray] = [dense]
     if codes == "int8":
         parts = list(int8_codes(dense, contracted))
