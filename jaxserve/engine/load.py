@@ -23,9 +23,10 @@ from jaxserve.engine.batches import Batches
 from jaxserve.engine.parts import Parts, Progressing
 from jaxserve.errors import ConfigError
 from jaxserve.models.decoder import Decoder
+from jaxserve.models.moe import NO_PACKED_EXPERTS
 from jaxserve.models.options import PACKED_DTYPES, ModelOptions
 from jaxserve.models.registry import model_class
-from jaxserve.models.spec import AttentionSpec
+from jaxserve.models.spec import AttentionSpec, ModelSpec
 from jaxserve.types import ModelInfo
 from jaxserve.weights.checkpoint import open_checkpoint
 from jaxserve.weights.load import load_model
@@ -49,11 +50,14 @@ def load_parts(config: Config, progress: Progressing) -> Parts:
     compile_counter()
     mesh = make_mesh(devices(), config.parallel)
     device = mesh.devices.flat[0]
-    options = model_options(config.weights, config.kernels, device.platform, mesh)
     path = resolve(config.model, config.weights, progress)
+    spec = _spec(path, config.model.format)
+    options = model_options(
+        config.weights, config.kernels, device.platform, mesh, mixture=spec.moe is not None
+    )
     if options.attention != "xla":
-        head_dim = _head_dim(path, config.model.format)
-        options = fitting(options, config.kernels, head_dim, cache_dtype(config.cache, options))
+        dtype, head_dim = cache_dtype(config.cache, options), spec.attention.head_dim
+        options = fitting(options, config.kernels, head_dim, dtype)
     model = load_model(
         path,
         format=config.model.format,
@@ -98,12 +102,18 @@ def devices() -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
 
 
 def model_options(
-    weights: WeightsConfig, kernels: KernelsConfig, platform: str, mesh: Mesh | None = None
+    weights: WeightsConfig,
+    kernels: KernelsConfig,
+    platform: str,
+    mesh: Mesh | None = None,
+    *,
+    mixture: bool = False,
 ) -> ModelOptions:
     """What "auto" means on this platform, logged.
 
     Args:
         mesh: that the model will be on; one device where None.
+        mixture: whether the model is a mixture of experts.
 
     Raises:
         ConfigError: kernels were asked for that cannot run here.
@@ -117,6 +127,7 @@ def model_options(
         no_native = no_native or "it runs on one device"
     readable = weights.quantization != "none" or dtype in PACKED_DTYPES
     no_packing = None if readable else f"it does not read {dtype} weights"
+    no_packing = NO_PACKED_EXPERTS if mixture else no_packing
 
     def choose(name: str, asked: str, own: dict[str, str | None]) -> str:
         """One of `own`, the implementations beside XLA with the reason why each cannot run."""
@@ -187,9 +198,9 @@ def fitting(
     return replace(options, attention="xla")
 
 
-def _head_dim(path: Path, format: str) -> int:
+def _spec(path: Path, format: str) -> ModelSpec:
     checkpoint = open_checkpoint(path, format)
-    return model_class(checkpoint.config).spec_from_hf(checkpoint.config).attention.head_dim
+    return model_class(checkpoint.config).spec_from_hf(checkpoint.config)
 
 
 def _memory(cache: CacheConfig, mesh: Mesh) -> Memory:

@@ -291,9 +291,7 @@ class Decoder(nnx.Module):
         width = (2 * sizes.num_heads + 2 * sizes.num_kv_heads) * sizes.head_dim
         num_sparse = sum(kind.sparse for kind in spec.layers)
         num_dense = spec.num_layers - num_sparse
-        matrices = spec.hidden_size * (
-            spec.num_layers * width + num_dense * 3 * spec.feed_forward
-        )
+        matrices = spec.hidden_size * (spec.num_layers * width + num_dense * 3 * spec.feed_forward)
         multiplied, router_bytes, held = matrices, 0, float(matrices)
         if spec.moe is not None:
             router = num_sparse * spec.hidden_size * spec.moe.num_experts

@@ -7,8 +7,8 @@ itself. Either holds values in the model's dtype, or codes (`ModelOptions.quanti
 `models.quantize`) with a `scale`, and for int4 a `minimum`, in parameters of their own.
 
 Every parameter carries `axes`, the logical names of its axes, which `device.sharding` maps to mesh
-axes, and `packed`; a matrix carries `codes` and `contracted` too, and `whole` where its kernel takes
-the stack of all layers. Layers stacked for a scan have one more leading axis, "layers".
+axes, and `packed`; a matrix carries `codes` and `contracted` too, and `whole` where its kernel
+takes the stack of all layers. Layers stacked for a scan have one more leading axis, "layers".
 """
 
 from __future__ import annotations

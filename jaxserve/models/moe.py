@@ -5,10 +5,10 @@ Source: arXiv 2101.03961, 2401.04088 and transformers' `modeling_mixtral`, `mode
 A step's (token, expert) pairs are sorted by expert, so that each expert multiplies its rows as one
 group (`grouped_matmul`), and the results go back through the inverse permutation:
 
-    token    0   1   2   3          pairs, sorted      ┌ expert 0: tokens 1 3
-    experts  2,5 0,2 5,2 0,7   ──▶  by expert       ──▶┤ expert 2: tokens 0 1 2   ──▶ token t: sum of
-                                                       │ expert 5: tokens 0 2         weight × row
-                                                       └ expert 7: token 3            over its pairs
+    token    0   1   2   3         pairs, sorted     ┌ expert 0: tokens 1 3       token t:
+    experts  2,5 0,2 5,2 0,7   ──▶ by expert     ──▶ ┤ expert 2: tokens 0 1 2 ──▶ sum over its pairs
+                                                     │ expert 5: tokens 0 2       of weight × row
+                                                     └ expert 7: token 3
 
 Padding tokens go to no expert, so that they cost no weights. Where experts are spread over devices,
 each sorts the same pairs, with those of other devices' experts behind its own (`over_experts`).
