@@ -100,10 +100,10 @@ def test_heads_that_it_does_not_divide(case: str, mesh: tuple[int, int, int], he
     ("case", "mesh", "whole"),
     [
         ("mixtral", (1, 4, 2), ""),
-        ("mixtral", (2, 4, 1), ""),
-        ("mixtral", (1, 8, 1), ""),
-        ("qwen3_moe", (1, 2, 4), ""),
-        ("qwen3_moe_mixed", (1, 2, 4), ""),
+        pytest.param("mixtral", (2, 4, 1), "", marks=pytest.mark.slow),
+        pytest.param("mixtral", (1, 8, 1), "", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", (1, 2, 4), "", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe_mixed", (1, 2, 4), "", marks=pytest.mark.slow),
         ("qwen3_moe_mixed", (1, 4, 2), "layers.1.mlp.gate.weight (2, 6, 64, 40)"),
     ],
 )
