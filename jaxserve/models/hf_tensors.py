@@ -7,6 +7,7 @@ linear weights are [out, in]; here they are [in, *out].
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float
@@ -105,12 +106,11 @@ def mixture(prefix: str, spec: ModelSpec, names: dict[str, str]) -> Rules:
         raise ValueError(f"{spec.architecture} has no experts")
     experts, wide, narrow = spec.moe.num_experts, spec.moe.feed_forward, spec.hidden_size
 
-    def build(tensors: list[np.ndarray]) -> Float[np.ndarray, "E K N"]:
-        return np.stack([tensor.T for tensor in tensors])
-
     def of_experts(part: str, shape: tuple[int, int]) -> TensorRule:
-        tensors = (f"{prefix}.experts.{i}.{names[part]}.weight" for i in range(experts))
-        return TensorRule(names=tuple(tensors), shapes=(shape,) * experts, build=build)
+        each = [
+            _transposed(f"{prefix}.experts.{i}.{names[part]}.weight", shape) for i in range(experts)
+        ]
+        return replace(stacked(each), layers=(), experts=tuple(each))
 
     return {
         ("router",): _transposed(f"{prefix}.gate.weight", (experts, narrow)),
@@ -126,7 +126,10 @@ def within(path: Path, rules: Rules) -> Rules:
 
 
 def stacked(rules: Sequence[TensorRule]) -> TensorRule:
-    """One parameter with a leading layer axis, made of the same parameter of several layers."""
+    """One parameter with a leading layer axis, made of the same parameter of several layers.
+
+    Experts of one layer are stacked alike.
+    """
     counts = [len(rule.names) for rule in rules]
 
     def build(tensors: list[np.ndarray]) -> np.ndarray:

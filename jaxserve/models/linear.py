@@ -261,19 +261,16 @@ def encode(
     Raises:
         ValueError: the wrong shape, values beyond the dtype's range, or without a code.
     """
-    param = params[path]
-    paths = [path]
-    if param.get_metadata("codes", "none") != "none":
-        paths += [near for name in _BESIDE if (near := (*path[:-1], name)) in params]
+    param, paths = params[path], matrix_paths(params, path)
     shapes = [params[p].shape for p in paths]
     if param.get_metadata("axes")[0] != "layers":
-        return dict(zip(paths, _encode_one(param, path, np.asarray(dense), shapes), strict=True))
+        return dict(zip(paths, encode_layer(param, path, np.asarray(dense), shapes), strict=True))
     held = [np.empty(params[p].shape, params[p].dtype) for p in paths]
     num_layers = 0
     for layer, part in enumerate(dense):
         num_layers = layer + 1
         if layer < param.shape[0]:
-            parts = _encode_one(param, path, part, [shape[1:] for shape in shapes])
+            parts = encode_layer(param, path, part, [shape[1:] for shape in shapes])
             for whole, encoded in zip(held, parts, strict=True):
                 whole[layer] = encoded
     if num_layers != param.shape[0]:
@@ -281,9 +278,25 @@ def encode(
     return dict(zip(paths, held, strict=True))
 
 
-def _encode_one(
+def matrix_paths(params: Mapping[Path, nnx.Param], path: Path) -> list[Path]:
+    """Of a parameter, and of its `scale` and `minimum` where it is quantized."""
+    if params[path].get_metadata("codes", "none") == "none":
+        return [path]
+    beside = ((*path[:-1], name) for name in _BESIDE)
+    return [path, *(near for near in beside if near in params)]
+
+
+def encode_layer(
     param: nnx.Param, path: Path, dense: np.ndarray, shapes: list[tuple[int, ...]]
 ) -> list[np.ndarray]:
+    """One layer's part of `encode`, as a list; and of a layer's experts, any number of them.
+
+    Args:
+        shapes: that the parts must come out in.
+
+    Raises:
+        ValueError: as `encode`.
+    """
     codes, is_packed = param.get_metadata("codes", "none"), param.get_metadata("packed")
     contracted = param.get_metadata("contracted", 0)
     parts: list[np.ndarray] = [dense]

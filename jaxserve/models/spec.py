@@ -185,9 +185,11 @@ class TensorRule:
             dtype of the tensors or float32. `Decoder.encode` turns that into what is held.
         layers: where the parameter is stacked, the rules of its layers, in order; `names` and
             `shapes` are theirs, one behind the other.
+        experts: likewise, where it is one matrix of each of a layer's experts.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     build: Callable[[list[np.ndarray]], np.ndarray]
     layers: tuple[TensorRule, ...] = ()
+    experts: tuple[TensorRule, ...] = ()
