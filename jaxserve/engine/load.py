@@ -26,12 +26,13 @@ from jaxserve.models.decoder import Decoder
 from jaxserve.models.moe import NO_PACKED_EXPERTS
 from jaxserve.models.options import PACKED_DTYPES, ModelOptions
 from jaxserve.models.registry import model_class
-from jaxserve.models.spec import AttentionSpec, ModelSpec
+from jaxserve.models.spec import AttentionSpec, ModelSpec, MoeSpec
 from jaxserve.types import ModelInfo
 from jaxserve.weights.checkpoint import open_checkpoint
 from jaxserve.weights.load import load_model
 from jaxserve.weights.sources import resolve, served_name
 from pallas_kernels import native
+from pallas_kernels.grouped_matmul import TPU_LANES
 from pallas_kernels.paged_attention import unsupported
 
 logger = logging.getLogger(__name__)
@@ -158,6 +159,9 @@ def model_options(
 
 def _log_sharding(model: Decoder, mesh: Mesh) -> None:
     """What the devices do not share evenly, and what that costs."""
+    experts = describe_experts(model.spec.moe, mesh.shape["model"])
+    if experts and mesh.devices.flat[0].platform == "tpu":
+        logger.warning("experts: %s", experts)
     if mesh.size == 1:
         return
     logger.info("mesh: %s", ", ".join(f"{n} {axis}" for axis, n in mesh.shape.items()))
@@ -179,6 +183,24 @@ def describe_heads(sizes: AttentionSpec) -> str:
         zeros = sizes.held_heads - sizes.num_heads
         found.append(f"{zeros} of {sizes.held_heads} query heads are zeros")
     return ", ".join(found)
+
+
+def describe_experts(moe: MoeSpec | None, parts: int) -> str:
+    """What a TPU has to do beside the experts' products; empty where nothing.
+
+    Args:
+        parts: of an expert's columns, one on each device of the mesh's "model" axis.
+    """
+    if moe is None:
+        return ""
+    columns = moe.feed_forward if moe.feed_forward % parts else moe.feed_forward // parts
+    if columns % TPU_LANES == 0:
+        return ""
+    return (
+        f"{columns} columns of each on a device are no multiple of {TPU_LANES}, so that XLA copies "
+        "gate and up in every step"
+        + ("; a higher parallel.expert and lower parallel.model avoid it" if parts > 1 else "")
+    )
 
 
 def fitting(

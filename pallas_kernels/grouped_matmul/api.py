@@ -13,7 +13,9 @@ without rows, and rows behind the last group's, cost no matrix.
 
 Numerics: products accumulated in float32, y in x's dtype. int8 codes are exact in bfloat16.
 
-Limits: no gradient; no int4 codes.
+Limits: no gradient; no int4 codes. On a TPU, N should be a multiple of TPU_LANES: XLA lays smaller
+or odd matrices out with K innermost, and copies them into the order that its kernel reads, in
+every call or, in a loop, in front of it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+#: Columns that a TPU handles at a time.
+TPU_LANES = 128
 BACKENDS = ("xla", "reference")
 
 

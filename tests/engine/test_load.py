@@ -16,10 +16,18 @@ from jaxserve.config import Config, KernelsConfig, SchedulerConfig, WeightsConfi
 from jaxserve.device.executor import Executor
 from jaxserve.device.memory import Memory
 from jaxserve.engine import load
-from jaxserve.engine.load import buckets_for, cache_dtype, load_parts, model_info, model_options
+from jaxserve.engine.load import (
+    buckets_for,
+    cache_dtype,
+    describe_experts,
+    load_parts,
+    model_info,
+    model_options,
+)
 from jaxserve.engine.thread import EngineThread
 from jaxserve.errors import ConfigError
 from jaxserve.models.options import ModelOptions
+from jaxserve.models.spec import MoeSpec
 from jaxserve.protocol.sync_client import SyncClient, SyncStream
 from jaxserve.types import SamplingParams
 from pallas_kernels import native
@@ -210,6 +218,18 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def loaded(config: Config) -> Any:
     """The executor of a load."""
     return load_parts(config, lambda phase, done, total: None).executor
+
+
+def test_experts_that_a_tpu_would_copy_are_told() -> None:
+    moe = MoeSpec(num_experts=8, top_k=2, feed_forward=768, norm_topk_prob=True)
+    assert [describe_experts(moe, parts) for parts in (1, 2, 3)] == [""] * 3
+    assert "192 columns of each" in describe_experts(moe, 4)
+    assert "parallel.expert" in describe_experts(moe, 4)
+    # five devices do not share the columns: each holds all
+    assert describe_experts(moe, 5) == ""
+    odd = describe_experts(replace(moe, feed_forward=700), 1)
+    assert "700 columns" in odd and "parallel" not in odd
+    assert describe_experts(None, 4) == ""
 
 
 def test_a_mixture_of_experts_is_loaded(
