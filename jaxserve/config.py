@@ -111,7 +111,7 @@ class KernelsConfig:
     """Which implementation runs; "auto" takes the fastest that is there and logs which.
 
     Attributes:
-        attention: "auto", "xla", "cpu" (native) or "tpu" (Pallas).
+        attention: "auto", "xla", "cpu" (native), "tpu" or "gpu" (Pallas).
         matmul: "auto", "xla", or "cpu" (native, packed weights).
         layers: "auto", "unrolled" or "scanned".
     """
@@ -263,7 +263,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "weights.dtype": ("auto", "float32", "bfloat16", "float16"),
     "weights.quantization": ("none", "int8", "int4"),
     "cache.dtype": ("auto", "float32", "bfloat16", "float16", "int8", "fp8"),
-    "kernels.attention": ("auto", "xla", "cpu", "tpu"),
+    "kernels.attention": ("auto", "xla", "cpu", "tpu", "gpu"),
     "kernels.matmul": ("auto", "xla", "cpu"),
     "kernels.layers": ("auto", "unrolled", "scanned"),
     "logging.level": ("debug", "info", "warning", "error"),

@@ -127,7 +127,15 @@ def _parser() -> argparse.ArgumentParser:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="of the stored matrices (default: each as it is)",
     )
-    _command(kinds, "doctor", _doctor, "this machine, what would be compiled, what would fit")
+    doctor = _command(
+        kinds, "doctor", _doctor, "this machine, what would be compiled, what would fit"
+    )
+    doctor.add_argument(
+        "--topology",
+        metavar="CHIP:AxB",
+        help="look at chips that are not here, such as v5e:4x4 or h100:8; --model may then name a "
+        "config.json alone",
+    )
     return top
 
 
@@ -254,8 +262,10 @@ def _convert(arguments: argparse.Namespace) -> int:
 def _doctor(arguments: argparse.Namespace) -> int:
     config = _load_config(arguments)
     from jaxserve.cli import doctor
+    from jaxserve.device.chips import parse_slice
 
-    return doctor.examine(config)
+    slice = parse_slice(arguments.topology) if arguments.topology else None
+    return doctor.examine(config, slice)
 
 
 def _open(config: Config):

@@ -11,11 +11,14 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import starmap
 from typing import TYPE_CHECKING
 
+from jaxserve.cli.topology import describe
 from jaxserve.config import Config
+from jaxserve.device.chips import Slice
 from jaxserve.errors import JaxserveError
 
 if TYPE_CHECKING:
@@ -24,8 +27,12 @@ if TYPE_CHECKING:
 _MIB = 1 << 20
 
 
-def examine(config: Config) -> int:
-    """Writes the findings to stdout; returns the exit status."""
+def examine(config: Config, slice: Slice | None = None) -> int:
+    """Writes the findings to stdout; returns the exit status.
+
+    Args:
+        slice: chips that are not here, to look at instead of this machine's.
+    """
     status = 0
     parts: dict[str, Callable[[Config], Iterator[tuple[str, str]]]] = {
         "machine": _machine,
@@ -34,6 +41,8 @@ def examine(config: Config) -> int:
         "programs": _programs,
         "model": _model,
     }
+    if slice is not None:
+        parts = {"topology": partial(describe, slice=slice)}
     for title, part in parts.items():
         sys.stdout.write(f"{title}\n")
         try:
@@ -63,12 +72,11 @@ def _device(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _kernels(config: Config) -> Iterator[tuple[str, str]]:
-    from jaxserve.engine.load import devices, model_options
     from pallas_kernels import native
 
     found = native.load()
     yield "native (CPU)", str(found.library) if found.library else f"none: {found.reason}"
-    options = model_options(config.weights, config.kernels, devices()[0].platform)
+    options = _options(config)
     yield "attention", options.attention
     yield "matmul", options.matmul
     yield "layers", options.layers
@@ -77,11 +85,9 @@ def _kernels(config: Config) -> Iterator[tuple[str, str]]:
 
 def _programs(config: Config) -> Iterator[tuple[str, str]]:
     from jaxserve.device.buckets import MAX_PROGRAMS
-    from jaxserve.engine.load import buckets_for, devices, model_options
+    from jaxserve.engine.load import buckets_for, devices
 
-    platform = devices()[0].platform
-    options = model_options(config.weights, config.kernels, platform)
-    programs = buckets_for(config.scheduler, options, platform).programs
+    programs = buckets_for(config.scheduler, _options(config), devices()[0].platform).programs
     for program in programs:
         yield (
             f"{program.num_rows} rows",
@@ -112,7 +118,6 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
         devices,
         fitting,
         model_info,
-        model_options,
         size_cache,
     )
     from jaxserve.models.registry import model_class
@@ -128,7 +133,7 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     kind = model_class(checkpoint.config)
     spec = kind.spec_from_hf(checkpoint.config)
     device = devices()[0]
-    options = model_options(config.weights, config.kernels, device.platform)
+    options = _options(config)
     dtype = cache_dtype(config.cache, options)
     if options.attention != "xla":
         asked = options.attention
@@ -157,6 +162,15 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     template = load_chat_template(path, config.model.chat_template)
     yield "tokenizer", f"{tokenizer.vocab_size} tokens, ends at {list(tokenizer.eos_token_ids)}"
     yield "chat template", "yes" if template else "none"
+
+
+def _options(config: Config) -> ModelOptions:
+    """What "auto" means on this machine's first device."""
+    from jaxserve.engine.load import compute_capability, devices, model_options
+
+    device = devices()[0]
+    capability = compute_capability(device)
+    return model_options(config.weights, config.kernels, device.platform, capability=capability)
 
 
 def _weights(options: ModelOptions) -> str:

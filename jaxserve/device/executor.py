@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+from jax.stages import Lowered
 from jaxtyping import Int
 
 from jaxserve.device import programs
@@ -158,7 +159,18 @@ class Executor:
             wanted["copy", group] = _Wanted(programs.make_copy(group), copies)
         return wanted
 
+    def lower(self, program: Program, platforms: tuple[str, ...] | None = None) -> Lowered:
+        """A step program, not yet compiled; model and state may be abstract.
+
+        Args:
+            platforms: what to lower for, where the mesh's devices do not say it.
+        """
+        return self._lower(self._wanted()[program], platforms)
+
     def _compile(self, wanted: _Wanted) -> Callable[..., Any]:
+        return self._lower(wanted).compile()
+
+    def _lower(self, wanted: _Wanted, platforms: tuple[str, ...] | None = None) -> Lowered:
         """One program, for this mesh; the state is donated and stays where it is."""
         state = _shapes(self._state)
         arguments, results = (state, wanted.inputs), ()
@@ -171,7 +183,7 @@ class Executor:
             held = jax.tree.map(lambda x: x.sharding, self._state)
             shardings = (held, by_data(self._mesh)) if results else held
         jitted = jax.jit(function, donate_argnums=len(arguments) - 2, out_shardings=shardings)
-        return jitted.lower(*arguments).compile()
+        return jitted.trace(*arguments).lower(lowering_platforms=platforms)
 
     def _over_copies(self, wanted: _Wanted) -> Callable[..., Any]:
         """The function of one copy, mapped over all."""
@@ -375,7 +387,7 @@ def _integers(*shape: int) -> jax.ShapeDtypeStruct:
 
 def _shapes(tree: Any) -> Any:
     def shape(x: Any) -> jax.ShapeDtypeStruct:
-        sharding = x.sharding if isinstance(x, jax.Array) else None
+        sharding = getattr(x, "sharding", None)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return jax.tree.map(shape, tree)

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.config import ParallelConfig
 from jaxserve.errors import ConfigError
@@ -72,12 +72,14 @@ def mesh_shape(num_devices: int, config: ParallelConfig) -> tuple[int, int, int]
     return config.data, config.expert, model
 
 
-def tensor_parallel(mesh: Mesh) -> int:
+def tensor_parallel(mesh: Mesh | AbstractMesh) -> int:
     """Devices that share each matrix."""
     return math.prod(mesh.shape[axis] for axis in TENSOR_AXES)
 
 
-def partition(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+def partition(
+    mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[int]
+) -> PartitionSpec:
     """Mesh axes of an array with these logical axes; an axis that does not divide is not split.
 
     Raises:
@@ -92,7 +94,7 @@ def partition(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> P
     )
 
 
-def _num_parts(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+def _num_parts(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
     names = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(mesh.shape[name] for name in names)
 
@@ -106,7 +108,7 @@ def param_sharding(mesh: Mesh) -> ParamSharding:
     return lambda axes, shape: NamedSharding(mesh, partition(mesh, axes, shape))
 
 
-def undivided(mesh: Mesh, params: Iterable[tuple[Any, Any]]) -> list[str]:
+def undivided(mesh: Mesh | AbstractMesh, params: Iterable[tuple[Any, Any]]) -> list[str]:
     """Names and shapes of parameters that are whole on each device against their rule.
 
     Args:

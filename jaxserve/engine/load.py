@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxserve.config import CacheConfig, Config, KernelsConfig, SchedulerConfig, WeightsConfig
 from jaxserve.device.buckets import Buckets
@@ -37,6 +37,8 @@ from pallas_kernels.paged_attention import unsupported
 
 logger = logging.getLogger(__name__)
 
+#: Compute capability of H100, H200 and their kin.
+_HOPPER = "9.0"
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*")
 
 
@@ -54,7 +56,12 @@ def load_parts(config: Config, progress: Progressing) -> Parts:
     path = resolve(config.model, config.weights, progress)
     spec = _spec(path, config.model.format)
     options = model_options(
-        config.weights, config.kernels, device.platform, mesh, mixture=spec.moe is not None
+        config.weights,
+        config.kernels,
+        device.platform,
+        mesh,
+        compute_capability(device),
+        mixture=spec.moe is not None,
     )
     if options.attention != "xla":
         dtype, head_dim = cache_dtype(config.cache, options), spec.attention.head_dim
@@ -102,11 +109,17 @@ def devices() -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
     return found
 
 
+def compute_capability(device: jax.Device) -> str | None:  # pyright: ignore[reportInvalidTypeForm]
+    """An NVIDIA GPU's, such as "9.0"; None for anything else."""
+    return getattr(device, "compute_capability", None)
+
+
 def model_options(
     weights: WeightsConfig,
     kernels: KernelsConfig,
     platform: str,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
+    capability: str | None = None,
     *,
     mixture: bool = False,
 ) -> ModelOptions:
@@ -114,6 +127,7 @@ def model_options(
 
     Args:
         mesh: that the model will be on; one device where None.
+        capability: of a GPU, see `compute_capability`.
         mixture: whether the model is a mixture of experts.
 
     Raises:
@@ -142,7 +156,11 @@ def model_options(
         return chosen
 
     no_mosaic = None if platform == "tpu" else elsewhere
-    attention = choose("attention", kernels.attention, {"cpu": no_native, "tpu": no_mosaic})
+    no_hopper = elsewhere if platform != "gpu" else None
+    if platform == "gpu" and capability != _HOPPER:
+        no_hopper = f"it is made for NVIDIA Hopper, compute capability {_HOPPER}, not {capability}"
+    kinds = {"cpu": no_native, "tpu": no_mosaic, "gpu": no_hopper}
+    attention = choose("attention", kernels.attention, kinds)
     matmul = choose("matmul", kernels.matmul, {"cpu": no_native or no_packing})
     layers = kernels.layers
     if layers == "auto":  # XLA on the CPU would copy each layer's weights out of the stack

@@ -165,6 +165,7 @@ class Attention(nnx.Module):
             inputs.index,
             inputs.token_pages,
             inputs.token_offsets,
+            num_rows=inputs.batch.context_lens.shape[0],
             backend=self.options.attention,
         )
         mixed_TNH = paged_attention(

@@ -11,7 +11,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.models.quantize import QUANTIZATIONS
 
 DTYPES = ("float32", "bfloat16", "float16")
-ATTENTION = ("xla", "cpu", "tpu")
+ATTENTION = ("xla", "cpu", "tpu", "gpu")
 MATMUL = ("xla", "cpu")
 LAYERS = ("unrolled", "scanned")
 #: What the native matmul reads.
@@ -28,7 +28,7 @@ class ModelOptions:
         quantization: linear weights are held as codes, "int8" or "int4", and tables as int8; "none"
             in `dtype`.
         matmul: "xla", dense weights; or "cpu", packed weights and the native kernel.
-        attention: backend of `paged_attention` and `kv_update`, "xla", "cpu" or "tpu".
+        attention: backend of `paged_attention` and `kv_update`, one of ATTENTION.
         layers: "unrolled", or "scanned" over stacked weights: one layer to compile.
         tensor_parallel: devices that share each matrix and the heads.
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
+
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.errors import UnsupportedKernel
-from pallas_kernels.kv_update import cpu, xla
 from pallas_kernels.quantized_pages import Pages
 
 #: Lanes of a TPU's registers.
 _TPU_LANES = 128
 
-#: On a TPU the scatter is in place: compiled for a v5e it needs no temporary memory.
-BACKENDS = {"xla": xla, "cpu": cpu, "tpu": xla}
+BACKENDS = ("xla", "cpu", "tpu", "gpu")
 
 
 def kv_update(
@@ -24,6 +25,7 @@ def kv_update(
     token_pages: Int[Array, "T"],
     token_offsets: Int[Array, "T"],
     *,
+    num_rows: int | None = None,
     backend: str = "xla",
 ) -> Pages:
     """Writes token t's key and value to pages[layer, token_pages[t], :, token_offsets[t]].
@@ -34,7 +36,9 @@ def kv_update(
     Args:
         layer: a Python int where layers are unrolled, traced in a scan.
         token_pages, token_offsets: from `RaggedBatch.token_places`; padding goes to page 0.
-        backend: "xla" (any platform), "cpu" (native) or "tpu".
+        num_rows: rows that the tokens belong to, each with tokens and positions in a sequence; a
+            bound that saves "tpu" work. None where it is not known.
+        backend: "xla" (any platform), "cpu" (native), "tpu" (Pallas) or "gpu" (XLA's scatter).
 
     Returns:
         The pages, the same buffers where the caller donated them. The content of page 0 is
@@ -49,10 +53,11 @@ def kv_update(
     expected = (k_new.shape[0], pages.shape[2], k_new.shape[2])
     if k_new.shape != expected or v_new.shape != expected or pages.shape[4] < 2 * k_new.shape[2]:
         raise ValueError(f"pages {pages.shape} and tokens {k_new.shape}, {v_new.shape} differ")
-    reason = BACKENDS[backend].unsupported(head_dim=k_new.shape[-1], dtype=pages.dtype)
+    kernel = _module(backend)
+    reason = kernel.unsupported(head_dim=k_new.shape[-1], dtype=pages.dtype)
     if reason is not None:
         raise UnsupportedKernel(f"kv_update backend={backend!r}: {reason}")
-    return BACKENDS[backend].kv_update(pages, k_new, v_new, layer, token_pages, token_offsets)
+    return kernel.kv_update(pages, k_new, v_new, layer, token_pages, token_offsets, num_rows)
 
 
 def empty_pages(
@@ -70,10 +75,17 @@ def empty_pages(
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: kv_update has {', '.join(BACKENDS)}")
-    reason = BACKENDS[backend].unsupported(head_dim=shape[-1] // 2, dtype=dtype)
+    kernel = _module(backend)
+    reason = kernel.unsupported(head_dim=shape[-1] // 2, dtype=dtype)
     if reason is not None:
         raise UnsupportedKernel(f"empty_pages backend={backend!r}: {reason}")
-    return BACKENDS[backend].empty_pages(shape, dtype)
+    return kernel.empty_pages(shape, dtype)
+
+
+def _module(backend: str) -> ModuleType:
+    """Imported when it is asked for: Pallas takes a quarter of a second."""
+    name = "xla" if backend == "gpu" else backend
+    return import_module(f"pallas_kernels.kv_update.{name}")
 
 
 def page_width(head_dim: int, backend: str) -> int:

@@ -28,6 +28,7 @@ def kv_update(
     layer: int | Int[Array, ""],
     token_pages: Int[Array, "T"],
     token_offsets: Int[Array, "T"],
+    num_rows: int | None = None,
 ) -> Float[Array, "L P K Z W"]:
     """See `api.kv_update`."""
     with jax.named_scope("kv_update"):

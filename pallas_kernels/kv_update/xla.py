@@ -34,6 +34,7 @@ def kv_update(
     layer: int | Int[Array, ""],
     token_pages: Int[Array, "T"],
     token_offsets: Int[Array, "T"],
+    num_rows: int | None = None,
 ) -> Pages:
     """See `api.kv_update`."""
     place = layer, token_pages, slice(None), token_offsets

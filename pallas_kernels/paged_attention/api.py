@@ -19,7 +19,7 @@ from pallas_kernels.quantized_pages import Pages
 from pallas_kernels.ragged import RaggedBatch
 
 #: A module each, imported when it is asked for: Pallas takes a quarter of a second.
-BACKENDS = ("xla", "cpu", "tpu")
+BACKENDS = ("xla", "cpu", "tpu", "gpu")
 
 
 def paged_attention(
@@ -31,6 +31,7 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
     backend: str,
 ) -> Float[Array, "T N H"]:
     """Causal attention of each token over its own row's pages.
@@ -44,7 +45,8 @@ def paged_attention(
         scale: multiplies q·k.
         window: sliding window in tokens, None for full attention.
         soft_cap: scores become soft_cap * tanh(score / soft_cap).
-        backend: "xla" (any platform), "cpu" (native) or "tpu" (Pallas).
+        sinks: a score for each head that counts in its softmax and has no value; not capped.
+        backend: "xla" (any platform), "cpu" (native), "tpu" or "gpu" (Pallas).
 
     Returns:
         In q's dtype; zeros for padding tokens.
@@ -63,11 +65,13 @@ def paged_attention(
         raise ValueError(f"{q.shape[1]} query heads are no multiple of {pages.shape[2]} KV heads")
     if window is not None and window < 1:
         raise ValueError(f"window={window}: give at least 1, or None for full attention")
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise ValueError(f"sinks {sinks.shape} and {q.shape[1]} query heads differ")
     reason = unsupported(backend, head_dim=q.shape[-1], dtype=pages.dtype)
     if reason is not None:
         raise UnsupportedKernel(f"paged_attention backend={backend!r}: {reason}")
     return _module(backend).paged_attention(
-        q, pages, layer, batch, scale=scale, window=window, soft_cap=soft_cap
+        q, pages, layer, batch, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
     )
 
 

@@ -52,6 +52,7 @@ struct Call {
   const int32_t* context_lens;
   int64_t num_tokens, num_heads, head_dim, num_pages, num_kv_heads, page_size, width, max_pages,
       num_rows;
+  const float* sinks;     // of each head, or null
   float scale, soft_cap;  // soft_cap 0: none
   int64_t window;         // 0: none
 
@@ -124,11 +125,13 @@ void load_queries(const Call& call, const Item& item, float* q) {
   }
 }
 
-void store_results(const Call& call, const Item& item, const float* acc, const float* total) {
+void store_results(const Call& call, const Item& item, const float* acc, const float* top,
+                   const float* total) {
   const int64_t groups = call.groups(), dim = call.head_dim;
   for (int64_t i = 0; i < item.num_queries; ++i) {
     for (int64_t g = 0; g < groups; ++g) {
-      const float sum = total[i * groups + g];
+      float sum = total[i * groups + g];
+      if (call.sinks) sum += std::exp(call.sinks[item.head * groups + g] - top[i * groups + g]);
       const __m256 factor = _mm256_set1_ps(sum > 0.0f ? 1.0f / sum : 0.0f);
       const float* from = acc + (i * groups + g) * dim;
       float* to = call.out + ((item.token + i) * call.num_heads + item.head * groups + g) * dim;
@@ -309,7 +312,7 @@ void decode_item(const Call& call, const Item& item, float* partials) {
     rows = next;
   }
   if (item.partial < 0) {
-    store_results(call, item, mine.acc.data(), mine.total.data());
+    store_results(call, item, mine.acc.data(), mine.top.data(), mine.total.data());
     return;
   }
   float* to = partials + item.partial * groups * (dim + 2);
@@ -327,6 +330,7 @@ void merge_spans(const Call& call, const Item& item, const float* partials, int6
   for (int64_t g = 0; g < groups; ++g) {
     float top = kLowest;
     for (int64_t i = 0; i < num_spans; ++i) top = std::max(top, first[i * size + g]);
+    mine.top[g] = top;
     for (int64_t i = 0; i < num_spans; ++i) {
       const float* span = first + i * size;
       const float fade = std::exp(span[g] - top);
@@ -336,7 +340,7 @@ void merge_spans(const Call& call, const Item& item, const float* partials, int6
       }
     }
   }
-  store_results(call, item, mine.acc.data(), mine.total.data());
+  store_results(call, item, mine.acc.data(), mine.top.data(), mine.total.data());
 }
 
 // c [6, 16] (+)= a [6, depth] b [depth, 16].
@@ -421,7 +425,7 @@ void prefill_item(const Call& call, const Item& item) {
       }
     }
   }
-  store_results(call, item, mine.acc.data(), mine.total.data());
+  store_results(call, item, mine.acc.data(), mine.top.data(), mine.total.data());
 }
 
 // The live work of a call.
@@ -502,8 +506,8 @@ void attend(ffi::ThreadPool& pool, const Call& call) {
 ffi::Error paged_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer pages,
                            ffi::Buffer<ffi::S32> layer,
                            ffi::Buffer<ffi::S32> page_table, ffi::Buffer<ffi::S32> query_starts,
-                           ffi::Buffer<ffi::S32> context_lens, ffi::ResultBuffer<ffi::F32> out,
-                           float scale, float soft_cap, int64_t window) {
+                           ffi::Buffer<ffi::S32> context_lens, ffi::Buffer<ffi::F32> sinks,
+                           ffi::ResultBuffer<ffi::F32> out, float scale, float soft_cap, int64_t window) {
   const auto shape = pages.dimensions();
   const auto queries = q.dimensions();
   const ffi::DataType dtype = pages.element_type();
@@ -526,6 +530,7 @@ ffi::Error paged_attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::A
   call.width = shape[4];
   call.max_pages = page_table.dimensions()[1];
   call.num_rows = page_table.dimensions()[0];
+  call.sinks = sinks.element_count() ? sinks.typed_data() : nullptr;
   call.scale = scale;
   call.soft_cap = soft_cap;
   call.window = window;
@@ -560,6 +565,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_paged_attention, jaxserve::paged_attentio
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Ret<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Attr<float>("scale")
                                   .Attr<float>("soft_cap")

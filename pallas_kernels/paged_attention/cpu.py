@@ -32,8 +32,10 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "T N H"]:
     """See `api.paged_attention`."""
+    sinks = jnp.zeros((0,)) if sinks is None else sinks
     with jax.named_scope("paged_attention"):
         out = jax.ffi.ffi_call(
             "jaxserve_paged_attention", jax.ShapeDtypeStruct(q.shape, jnp.float32)
@@ -44,6 +46,7 @@ def paged_attention(
             batch.page_table.astype(jnp.int32),
             batch.query_starts.astype(jnp.int32),
             batch.context_lens.astype(jnp.int32),
+            sinks.astype(jnp.float32),
             scale=np.float32(scale),
             soft_cap=np.float32(soft_cap or 0.0),
             window=np.int64(window or 0),

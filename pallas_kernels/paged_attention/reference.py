@@ -22,8 +22,12 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "T N H"]:
-    """softmax(cap(scale q·k)) v for each token over the positions it may see; zeros for padding."""
+    """softmax(cap(scale q·k)) v for each token over the positions it may see; zeros for padding.
+
+    A head's sink is one more score of its softmax, which has no value.
+    """
     if isinstance(pages, QuantizedPages):
         pages = dequantize(pages)
     num_tokens, num_heads, head_dim = q.shape
@@ -53,6 +57,8 @@ def paged_attention(
     top = jnp.max(s, axis=-1, keepdims=True)
     p = jnp.where(visible[:, None, None, :], jnp.exp(s - jnp.where(top > -jnp.inf, top, 0.0)), 0.0)
     total = jnp.sum(p, axis=-1, keepdims=True)
+    if sinks is not None:
+        total += jnp.exp(sinks.astype(jnp.float32).reshape(num_kv_heads, -1, 1) - top)
     p = p / jnp.where(total > 0.0, total, 1.0)
     out = jnp.einsum("tkgs,tksh->tkgh", p, context(width // 2), precision=precision)
     out = jnp.where(batch.live_tokens(num_tokens)[:, None, None, None], out, 0.0)

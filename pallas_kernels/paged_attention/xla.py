@@ -2,6 +2,7 @@
 
 Math: online softmax. For each tile of KV positions, with running maximum m, sum l and
     accumulator a: m' = max(m, max s), a = a e^(m-m') + e^(s-m') v, l = l e^(m-m') + Σ e^(s-m').
+    With sinks m and l begin at the head's sink and 1.
 
 Shapes: q [T, N, H], pages [L, P, K, Z, W]; tiles of C pages, C Z ≈ KV_TILE positions.
 
@@ -30,20 +31,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.paged_attention.score import LOWEST, Score
 from pallas_kernels.quantized_pages import Pages, QuantizedPages, values
 from pallas_kernels.ragged import RaggedBatch
 
 KV_TILE = 128
 QUERY_BLOCK = 64
-_LOWEST = -1e30
-
-
-class _Score(NamedTuple):
-    """How a score is made from q·k."""
-
-    scale: float
-    window: int | None
-    soft_cap: float | None
 
 
 class _Pages(NamedTuple):
@@ -99,26 +92,34 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
 ) -> Float[Array, "T N H"]:
     """See `api.paged_attention`."""
     num_tokens = q.shape[0]
     cache = _Pages(pages, layer, q.shape[-1])
-    score = _Score(scale, window, soft_cap)
+    score = Score(scale, window, soft_cap)
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(cache.num_kv_heads, -1)
     with jax.named_scope("paged_attention"):
         single = batch.query_lens == 1
         rows = batch.token_rows(num_tokens)
         first_tokens = jnp.minimum(batch.query_starts[:-1], num_tokens - 1)
-        decoded = _decode(q[first_tokens], cache, batch, single, score)[rows]
+        decoded = _decode(q[first_tokens], cache, batch, single, score, sinks)[rows]
         live = batch.live_tokens(num_tokens)[:, None, None]
         if batch.max_query_len == 1:
             return jnp.where(live, decoded, 0).astype(q.dtype)
-        chunked = _chunks(q, cache, batch, score)
+        chunked = _chunks(q, cache, batch, score, sinks)
         out = jnp.where(single[rows][:, None, None], decoded, chunked)
         return jnp.where(live, out, 0).astype(q.dtype)
 
 
 def _decode(
-    q_RNH: Array, pages: _Pages, batch: RaggedBatch, single: Bool[Array, "R"], score: _Score
+    q_RNH: Array,
+    pages: _Pages,
+    batch: RaggedBatch,
+    single: Bool[Array, "R"],
+    score: Score,
+    sinks: Float[Array, "K G"] | None,
 ) -> Float[Array, "R N H"]:
     """One query a row; rows that are not `single` give zeros."""
     num_rows, _, head_dim = q_RNH.shape
@@ -146,12 +147,16 @@ def _decode(
         return _accumulate(carry, s, visible[:, None, None, :], v)
 
     num_tiles = jnp.max((ends + tile - 1) // tile - first_tile)
-    carry = _empty(q_RKGH.shape)
+    carry = _first(q_RKGH.shape, sinks)
     return _normalised(jax.lax.fori_loop(0, num_tiles, step, carry)).reshape(q_RNH.shape)
 
 
 def _chunks(
-    q: Float[Array, "T N H"], pages: _Pages, batch: RaggedBatch, score: _Score
+    q: Float[Array, "T N H"],
+    pages: _Pages,
+    batch: RaggedBatch,
+    score: Score,
+    sinks: Float[Array, "K G"] | None,
 ) -> Float[Array, "T N H"]:
     """Rows of more than one query, a block of queries at a time; other tokens are undefined."""
     num_tokens, num_heads, head_dim = q.shape
@@ -168,7 +173,7 @@ def _chunks(
         q_QNH = jax.lax.dynamic_slice_in_dim(q_padded, token, size)
         position = batch.context_lens[row] - lens[row] + offset
         end = jnp.minimum(position + size, batch.context_lens[row])
-        o_QNH = _attend_block(q_QNH, pages, batch.page_table[row], position, end, score)
+        o_QNH = _attend_block(q_QNH, pages, batch.page_table[row], position, end, score, sinks)
         # A block's tail may lie over the next row's tokens: blocks go upwards, and overwrite it.
         return jax.lax.dynamic_update_slice_in_dim(out, o_QNH, token, axis=0)
 
@@ -182,7 +187,8 @@ def _attend_block(
     page_table_M: Int[Array, "M"],
     position: Int[Array, ""],
     end: Int[Array, ""],
-    score: _Score,
+    score: Score,
+    sinks: Float[Array, "K G"] | None,
 ) -> Float[Array, "Q N H"]:
     """Queries at position, position + 1, … of one row, whose visible positions are below `end`."""
     size, num_heads, head_dim = q_QNH.shape
@@ -209,20 +215,23 @@ def _attend_block(
         # Queries past the row's end would see positions past it.
         return _accumulate(carry, s, (visible & (kv_pos < end))[None], v)
 
-    carry = jax.lax.fori_loop(start // tile, (end + tile - 1) // tile, step, _empty(q_KXH.shape))
+    first = _first(q_KXH.shape, None if sinks is None else jnp.repeat(sinks, size, axis=1))
+    carry = jax.lax.fori_loop(start // tile, (end + tile - 1) // tile, step, first)
     o = _normalised(carry).reshape(num_kv_heads, groups, size, head_dim)
     return o.transpose(2, 0, 1, 3).reshape(q_QNH.shape)
 
 
-def _capped(s: Array, score: _Score) -> Array:
+def _capped(s: Array, score: Score) -> Array:
     s = s * score.scale
     return s if score.soft_cap is None else score.soft_cap * jnp.tanh(s / score.soft_cap)
 
 
-def _empty(shape: tuple[int, ...]) -> tuple[Array, Array, Array]:
+def _first(shape: tuple[int, ...], sinks: Float[Array, "K X"] | None) -> tuple[Array, Array, Array]:
     """Running maximum and sum [..., X, 1] and accumulator [..., X, H], before the first tile."""
-    m = jnp.full((*shape[:-1], 1), _LOWEST, jnp.float32)
-    return m, jnp.zeros_like(m), jnp.zeros(shape, jnp.float32)
+    m = jnp.full((*shape[:-1], 1), LOWEST, jnp.float32)
+    if sinks is None:
+        return m, jnp.zeros_like(m), jnp.zeros(shape, jnp.float32)
+    return jnp.broadcast_to(sinks[..., None], m.shape), jnp.ones_like(m), jnp.zeros(shape, m.dtype)
 
 
 def _accumulate(
@@ -230,7 +239,7 @@ def _accumulate(
 ) -> tuple[Array, Array, Array]:
     """One tile more: scores [..., X, S], values [..., S, H]."""
     m, total, acc = carry
-    s = jnp.where(visible, s, _LOWEST)
+    s = jnp.where(visible, s, LOWEST)
     m_new = jnp.maximum(m, jnp.max(s, axis=-1, keepdims=True))
     p = jnp.where(visible, jnp.exp(s - m_new), 0.0)
     fade = jnp.exp(m - m_new)

@@ -18,6 +18,7 @@ from tests.cli.conftest import Ended, Run
 from tests.models.loading import ORACLE, config_of
 from tests.text.test_sentence_piece import Files
 
+LLAMA_3_8B = Path(__file__).parent.parent / "data" / "llama_3_8b.json"
 PARTS = ["machine", "device", "kernels", "programs", "model"]
 
 
@@ -68,6 +69,42 @@ def test_a_model_that_fits(run: Run, model: Path) -> None:
         f"{num_pages} pages of 256 tokens, {num_pages * page_bytes >> 20} MiB as bfloat16: "
         f"{33 * 256 / context:.1f} sequences of {context} tokens"
     )
+
+
+def test_chips_that_are_not_here(run: Run) -> None:
+    """Llama-3-8B's shape, by hand: 16 devices share 32 heads, 8 KV heads are held twice."""
+    ended = run("doctor", "--model", LLAMA_3_8B, "--topology", "v5e:4x4")
+    assert (ended.status, ended.err) == (0, "")
+    parts = told(ended)
+    assert list(parts) == ["topology"]
+    said = parts["topology"]
+    assert said["chips"].startswith("v5e:4x4: 16 devices of 15.8 GiB, 0.80 TB/s")
+    assert said["mesh"] == "1 data, 1 expert, 16 model"
+    assert (said["attention"], said["layers"]) == ("tpu", "32, scanned")
+    assert said["heads"] == "8 KV heads are held 2 times"
+    d, f, v, layers = 4096, 14_336, 128_256, 32
+    matrices = layers * (2 * d * d + 2 * d * 16 * 128 + 3 * d * f) + 2 * v * d
+    norms = 4 * d * (2 * layers + 1)
+    assert said["weights"] == f"{(2 * matrices // 16 + norms) / 2**20:.0f} MiB a device as bfloat16"
+    # Half of the memory, which is less than 64 whole contexts would take.
+    assert said["cache"].startswith("8064 MiB a device as bfloat16")
+    # One page of 16 positions on a device: its KV head's keys and values in 32 layers.
+    page_bytes = layers * 16 * 2 * 128 * 2
+    left = 0.9 * (15.75 * 2**30 - (2 * matrices // 16 + norms))
+    assert f"{int(left / page_bytes) * 16 // 8192} rows of 8192 positions" in ended.out
+    assert " with 64 rows\n" in ended.out
+
+
+def test_weights_that_do_not_fit_the_chips(run: Run) -> None:
+    ended = run("doctor", "--model", LLAMA_3_8B, "--topology", "v5e", "--set=weights.dtype=float32")
+    assert ended.status == 1
+    assert "the weights need 30633 MiB of each device, which has 16128" in ended.out
+
+
+def test_a_topology_that_is_none(run: Run) -> None:
+    for wrong, said in (("x5", "no known chip: there are v5e"), ("v5e:0x2", "write v5e:4x4")):
+        ended = run("doctor", "--topology", wrong)
+        assert ended.status == 2 and said in ended.err
 
 
 @pytest.mark.skipif(native.load().reason is not None, reason="no native kernels")

@@ -84,7 +84,8 @@ def test_auto_on_the_cpu_without_a_native_library_is_xla_and_says_why(
         dtype="float32", attention="xla", matmul="xla", layers="unrolled"
     )
     assert [record.message for record in caplog.records] == [
-        "kernels.attention: xla (cpu: no C++ compiler; tpu: the platform is cpu)",
+        "kernels.attention: xla (cpu: no C++ compiler; tpu: the platform is cpu; "
+        "gpu: the platform is cpu)",
         "kernels.matmul: xla (cpu: no C++ compiler)",
     ]
 
@@ -97,10 +98,17 @@ def test_auto_on_a_tpu() -> None:
         model_options(WeightsConfig(), KernelsConfig(attention="tpu"), "cpu")
 
 
-def test_auto_on_an_accelerator() -> None:
-    assert model_options(*AUTO, "gpu") == ModelOptions(
-        dtype="bfloat16", attention="xla", matmul="xla", layers="scanned"
+def test_auto_on_a_gpu_is_the_hopper_kernel_on_a_hopper_only(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert model_options(*AUTO, "gpu", capability="9.0") == ModelOptions(
+        dtype="bfloat16", attention="gpu", matmul="xla", layers="scanned"
     )
+    with caplog.at_level(logging.INFO, "jaxserve"):
+        assert model_options(*AUTO, "gpu", capability="8.0").attention == "xla"
+    assert any("compute capability 9.0, not 8.0" in message for message in caplog.messages)
+    with pytest.raises(ConfigError, match=r"kernels\.attention=gpu .*: the platform is cpu"):
+        model_options(WeightsConfig(), KernelsConfig(attention="gpu"), "cpu")
 
 
 def test_weights_that_the_native_matmul_does_not_read(

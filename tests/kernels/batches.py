@@ -30,6 +30,7 @@ class Case:
     num_layers: int = 2
     max_query_len: int | None = None
     dtype: str = "float32"
+    sinks: bool = False
     unused: int = 0  # lanes behind each key and each value
     unused_value: float = np.nan  # what is in them
 
@@ -67,7 +68,10 @@ class Case:
         pages = (
             quantized(pages, self.dtype) if is_quantized(self.dtype) else pages.astype(self.dtype)
         )
-        return {"q": jnp.asarray(q), "pages": pages, "batch": batch}
+        arrays = {"q": jnp.asarray(q), "pages": pages, "batch": batch}
+        if self.sinks:
+            arrays["sinks"] = jnp.asarray(2 * rng.standard_normal(self.num_heads), jnp.float32)
+        return arrays
 
     @property
     def options(self) -> dict[str, Any]:

@@ -62,6 +62,21 @@ def test_heads(backend: str, head_dim: int, num_heads: int, num_kv_heads: int) -
     check(case, backend)
 
 
+@pytest.mark.parametrize("lens", [DECODE, MIXED])
+@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (40, 5.0)])
+def test_sinks(
+    backend: str, lens: list[tuple[int, int]], window: int | None, soft_cap: float | None
+) -> None:
+    lens = [*lens, (1, 3000)]  # the native kernel splits it
+    case = Case(lens=lens, window=window, soft_cap=soft_cap, sinks=True, padding=3)
+    check(case, backend)
+    arrays = case.arrays(0)
+    without = {name: array for name, array in arrays.items() if name != "sinks"}
+    options = {"layer": 1, "backend": backend, **case.options}
+    out, plain = paged_attention(**arrays, **options), paged_attention(**without, **options)
+    assert relative_error(out, plain) > 0.1, "sinks change nothing"
+
+
 def test_rows_wider_than_key_and_value(backend: str) -> None:
     check(Case(lens=MIXED, head_dim=80, num_heads=4, num_kv_heads=2, unused=48), backend)
 
@@ -128,6 +143,7 @@ def test_scanned_layers_equal_unrolled(backend: str) -> None:
         ({"window": 0}, "window=0"),
         ({"q": jnp.zeros((4, 8, 64))}, "8 query heads"),
         ({"q": jnp.zeros((4, 9, 96))}, "differ"),
+        ({"sinks": jnp.zeros(3)}, "sinks"),
     ],
 )
 def test_contradictions_are_refused(change: dict[str, Any], message: str) -> None:

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import UnsupportedKernel
 from pallas_kernels.kv_update import page_width
-from pallas_kernels.paged_attention import reference, tpu
+from pallas_kernels.paged_attention import reference, tpu, tpu_block
 from tests.kernels.batches import Case, relative_error
 
 #: Of float32 and of bfloat16 pages.
@@ -74,6 +74,12 @@ def test_pages(dtype: str, page_size: int) -> None:
     check(wide(128, lens=DECODE, num_heads=8, num_kv_heads=2, dtype=dtype), True)
 
 
+@pytest.mark.parametrize("lens", [DECODE, MIXED])
+def test_sinks(lens: list[tuple[int, int]]) -> None:
+    check(wide(64, lens=lens, sinks=True, padding=3), True)
+    check(wide(128, lens=lens, sinks=True, num_heads=8, num_kv_heads=2, window=50), True)
+
+
 def test_nobody_lives() -> None:
     check(wide(64, lens=[(0, 0), (0, 30)], padding=2), True)
 
@@ -101,7 +107,7 @@ def test_a_missing_wait_is_seen(
             self.start = copy.start
             self.wait = lambda: None
 
-    copies = tpu._Block.copies
+    copies = tpu_block.Block.copies
 
     def impatient(self: Any, *place: Any) -> list[Any]:
         first, *others = copies(self, *place)
@@ -110,7 +116,7 @@ def test_a_missing_wait_is_seen(
     case = wide(64, lens=lens, num_heads=4, num_kv_heads=2)
     interpret = pltpu.InterpretParams(dma_execution_mode="on_wait")
     check(case, interpret)
-    monkeypatch.setattr(tpu._Block, "copies", impatient)
+    monkeypatch.setattr(tpu_block.Block, "copies", impatient)
     out, expected = attend(case, interpret)
     assert not relative_error(out, expected) < 1e-2
 

@@ -1,0 +1,1 @@
+"""Compiles steps and kernels for chips that are not here; see `__main__`."""

@@ -1,0 +1,62 @@
+"""Compiles kernels and whole steps for chips that are not here: `scripts/compile_check`.
+
+    scripts/compile_check [PATTERN ...]      rows whose names hold one of the patterns; all without
+    scripts/compile_check --part 2/7         every seventh row, from the second on
+    scripts/compile_check --table            writes the table into docs/performance.md
+    scripts/compile_check --list             names only
+
+One JSON line a row on stdout, a summary on stderr. Exit status 1 where a row is not as expected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from benchmarks.compile_check import targets
+
+
+def main() -> int:
+    """Runs the rows that were asked for."""
+    parser = argparse.ArgumentParser(prog="scripts/compile_check", description=__doc__)
+    parser.add_argument("patterns", nargs="*", metavar="PATTERN")
+    parser.add_argument("--part", default="1/1", metavar="I/N")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args()
+    targets.prepare()
+    from benchmarks.compile_check.check import check
+    from benchmarks.compile_check.kernels import ROWS_OF_KERNELS
+    from benchmarks.compile_check.steps import ROWS_OF_STEPS
+    from benchmarks.compile_check.table import write_table
+    from jaxserve.device.chips import parse_slice
+
+    first, parts = map(int, given.part.split("/"))
+    rows = [
+        row
+        for row in (*ROWS_OF_KERNELS, *ROWS_OF_STEPS)
+        if not given.patterns or any(pattern in row.name for pattern in given.patterns)
+    ][first - 1 :: parts]
+    if given.list:
+        print("\n".join(row.name for row in rows))
+        return 0
+    results = []
+    for row in rows:
+        reason = targets.missing(parse_slice(row.slice).chip.platform)
+        if reason is not None:
+            sys.exit(f"compile_check: {reason}")
+        results.append(check(row))
+        print(json.dumps(results[-1].as_dict()), flush=True)
+    wrong = [result for result in results if not result.holds]
+    for result in wrong:
+        reasons = "; ".join([*result.faults, result.detail])
+        print(f"{result.name}: {result.verdict}, not {result.expected}: {reasons}", file=sys.stderr)
+    print(f"compile_check: {len(results) - len(wrong)} of {len(results)} hold", file=sys.stderr)
+    if given.table:
+        write_table(results)
+    return 1 if wrong or not results else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""Compiles one row and holds it against what is expected of it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from benchmarks.compile_check import targets
+from benchmarks.compile_check.kernels import KernelRow
+from benchmarks.compile_check.steps import ROWS, StepRow
+
+Row = StepRow | KernelRow
+
+#: A step's temporary memory, as a share of its cache: a hidden copy would be all of it.
+MOST_TEMP = 0.1
+#: All-reduces of a layer: behind attention and behind the MLP.
+IN_A_LAYER = 2
+#: Bytes of sampling's exchanges, for one row and device, beside its own logits' all-to-all.
+SAMPLING_BYTES_A_ROW = 1024
+
+
+@dataclass(slots=True)
+class Result:
+    """What became of a row.
+
+    Attributes:
+        verdict: "compiles", "refused" or "failed".
+        expected: what it should have been.
+        detail: why it was refused or failed.
+        faults: what does not hold of a program that compiles.
+        temp_bytes, argument_bytes: of one device.
+    """
+
+    name: str
+    verdict: str
+    expected: str
+    detail: str = ""
+    faults: list[str] = field(default_factory=list)
+    attention: str = ""
+    weights_bytes: int = 0
+    cache_bytes: int = 0
+    temp_bytes: int = 0
+    argument_bytes: int = 0
+    in_layer: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def holds(self) -> bool:
+        """Whether all is as expected."""
+        return self.verdict == self.expected and not self.faults
+
+    def as_dict(self) -> dict[str, Any]:
+        """For a JSON line."""
+        return asdict(self) | {"holds": self.holds}
+
+
+def check(row: Row) -> Result:
+    """Compiles a row; anything that the compiler says against it is its verdict."""
+    start = time.monotonic()
+    result = _step(row) if isinstance(row, StepRow) else _kernel(row)
+    result.seconds = round(time.monotonic() - start, 1)
+    return result
+
+
+def _compile(lowered: Any, platform: str) -> Any:
+    # Sorting by CUB would ask a GPU at compile time how much scratch memory it takes.
+    options = {"xla_gpu_enable_cub_radix_sort": False} if platform == "gpu" else None
+    return lowered.compile(compiler_options=options)
+
+
+def _kernel(row: KernelRow) -> Result:
+    import jax
+
+    from jaxserve.device.chips import parse_slice
+    from pallas_kernels import UnsupportedKernel
+
+    slice = parse_slice(row.slice)
+    result = Result(row.name, "compiles", "compiles" if row.refusal is None else "refused")
+    result.cache_bytes = row.page_bytes
+    mesh = targets.mesh(slice, targets.one_each(slice))
+    function, arguments = row.program(mesh.devices.flat[0])
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            traced = jax.jit(function, donate_argnums=0).trace(*arguments)
+            lowered = traced.lower(lowering_platforms=targets.platforms(slice))
+        compiled = _compile(lowered, slice.chip.platform)
+    except UnsupportedKernel as error:
+        result.verdict, result.detail = "refused", str(error)
+        return result
+    except Exception as error:
+        return _failed(result, error)
+    _memory(result, compiled)
+    return result
+
+
+def _step(row: StepRow) -> Result:
+    import jax
+
+    from benchmarks.compile_check.hlo import collectives
+    from jaxserve.device.chips import parse_slice
+    from jaxserve.engine.ahead import ahead_of_time
+    from jaxserve.errors import ConfigError
+
+    slice, config = parse_slice(row.slice), row.config
+    result = Result(row.name, "compiles", "compiles" if row.fits else "refused")
+    mesh = targets.mesh(slice, config.parallel)
+    ahead = ahead_of_time(config, row.checkpoint, slice, mesh)
+    result.attention = ahead.model.options.attention
+    result.weights_bytes = ahead.weights_bytes
+    try:
+        num_pages = ahead.num_pages()
+    except ConfigError as error:
+        result.verdict, result.detail = "refused", error.message
+        return result
+    result.cache_bytes = num_pages[0] * ahead.page_bytes()
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            executor = ahead.executor(row.program, num_pages)
+            lowered = executor.lower(row.program, targets.platforms(slice))
+        compiled = _compile(lowered, slice.chip.platform)
+    except Exception as error:
+        return _failed(result, error)
+    _memory(result, compiled)
+    if mesh.size > 1:
+        found = list(collectives(compiled.as_text()))
+        result.in_layer = [f"{c.op} {c.num_bytes}" for c in found if c.in_layer]
+        result.outside = [f"{c.op} {c.num_bytes}" for c in found if not c.in_layer]
+        _communication(result, found, row, ahead.model.spec.vocab_size, mesh.size)
+    return result
+
+
+def _communication(
+    result: Result, found: list[Any], row: StepRow, vocab_size: int, size: int
+) -> None:
+    in_layer = [c.op for c in found if c.in_layer]
+    if in_layer != ["all-reduce"] * IN_A_LAYER:
+        result.faults.append(f"a layer has {in_layer or 'no exchange'}")
+    own_logits = ROWS * vocab_size * 4 // size
+    for c in found:
+        if c.op == "all-gather" and c.num_bytes > ROWS * SAMPLING_BYTES_A_ROW:
+            result.faults.append(f"an all-gather of {c.num_bytes} bytes")
+        if c.op == "all-to-all" and c.num_bytes > 1.1 * own_logits:
+            result.faults.append(f"an all-to-all of {c.num_bytes} bytes")
+    embeddings = [c for c in found if not c.in_layer and c.op == "all-reduce"]
+    large = [c for c in embeddings if c.num_bytes > ROWS * SAMPLING_BYTES_A_ROW]
+    if len(large) > 1:
+        result.faults.append(f"{len(large)} large all-reduces outside the layers")
+
+
+def _memory(result: Result, compiled: Any) -> None:
+    memory = compiled.memory_analysis()
+    result.temp_bytes = memory.temp_size_in_bytes
+    result.argument_bytes = memory.argument_size_in_bytes
+    if result.temp_bytes > max(MOST_TEMP * result.cache_bytes, _SMALL):
+        result.faults.append(f"{result.temp_bytes} temporary bytes")
+    if memory.alias_size_in_bytes < result.cache_bytes:
+        result.faults.append("the cache is not updated in place")
+
+
+#: Temporary bytes that need no comparison with a cache.
+_SMALL = 64 << 20
+
+
+def _failed(result: Result, error: Exception) -> Result:
+    result.verdict = "failed"
+    result.detail = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return result

@@ -1,0 +1,48 @@
+"""What a compiled program says about its communication, read from its text."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_OPS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
+_INSTRUCTION = re.compile(rf"= (?P<shapes>.*?) (?P<op>{_OPS})(?:-start)?\(")
+_SHAPE = re.compile(r"([a-z]+)(\d+)[a-z0-9]*\[([\d,]*)\]")
+_ORIGIN = re.compile(r'op_name="([^"]*)"')
+#: Where the loop over layers is, in the names that the step's operations carry.
+_LAYERS = "/model/while/body/"
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """One exchange between devices.
+
+    Attributes:
+        op: such as "all-reduce".
+        in_layer: whether every layer does it.
+        num_bytes: of its result, on one device.
+    """
+
+    op: str
+    in_layer: bool
+    num_bytes: int
+
+
+def collectives(text: str) -> Iterator[Collective]:
+    """Every exchange of a program, once for each place it stands at."""
+    for line in text.splitlines():
+        if found := _INSTRUCTION.search(line):
+            origin = _ORIGIN.search(line)
+            in_layer = origin is not None and _LAYERS in origin[1]
+            yield Collective(found["op"], in_layer, _bytes(found["shapes"]))
+
+
+def _bytes(shapes: str) -> int:
+    """The largest of the shapes: a started exchange has its operand beside its result."""
+    sizes = [
+        math.prod(int(size) for size in dims.split(",") if size) * int(bits) // 8
+        for _, bits, dims in _SHAPE.findall(shapes)
+    ]
+    return max(sizes, default=0)

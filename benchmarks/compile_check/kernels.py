@@ -1,0 +1,112 @@
+"""Kernels alone: every shape of `pallas_kernels/*/shapes.py` on every chip that it is for."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from pallas_kernels.kv_update import kv_update, page_width
+from pallas_kernels.paged_attention import RaggedBatch, paged_attention
+from pallas_kernels.paged_attention.shapes import REFUSALS, SHAPES, Shape
+
+#: Backend and the chips that it is compiled for.
+CHIPS = {"tpu": ("v5e:1x1", "v6e:1x1", "tpu7x:1x1x1"), "gpu": ("h100:1",)}
+_NUM_PAGES = 1024
+_NUM_LAYERS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelRow:
+    """One shape of attention, or of the cache update before it, for one chip.
+
+    Attributes:
+        op: "paged_attention" or "kv_update".
+        refusal: why the backend refuses it; None where it compiles.
+    """
+
+    op: str
+    shape: Shape
+    backend: str
+    slice: str
+    refusal: str | None
+
+    @property
+    def name(self) -> str:
+        """Of the row, on the command line and in the table."""
+        return f"{self.op}/{self.shape.name}/{self.slice}"
+
+    @property
+    def page_bytes(self) -> int:
+        """Of all pages that the program is given."""
+        return jnp.dtype(self.shape.dtype).itemsize * math.prod(self._pages_shape)
+
+    @property
+    def _pages_shape(self) -> tuple[int, ...]:
+        shape = self.shape
+        width = page_width(shape.head_dim, self.backend)
+        return _NUM_LAYERS, _NUM_PAGES, shape.num_kv_heads, shape.page_size, width
+
+    def program(self, device: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """A function that donates its first argument, the pages, and what it takes."""
+        shape, place = self.shape, SingleDeviceSharding(device)
+
+        def array(sizes: tuple[int, ...], dtype: Any) -> Any:
+            return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+        pages = array(self._pages_shape, jnp.dtype(shape.dtype))
+        tokens, rows = shape.num_tokens, shape.num_rows
+        if self.op == "kv_update":
+            new = array((tokens, shape.num_kv_heads, shape.head_dim), pages.dtype)
+            places = array((tokens,), jnp.int32)
+
+            def write(pages: Any, *arrays: Any) -> Any:
+                k, v, *where = arrays
+                return kv_update(pages, k, v, 1, *where, num_rows=rows, backend=self.backend)
+
+            return write, (pages, new, new, places, places)
+        batch = RaggedBatch(
+            page_table=array((rows, shape.max_context // shape.page_size), jnp.int32),
+            query_starts=array((rows + 1,), jnp.int32),
+            context_lens=array((rows,), jnp.int32),
+            max_query_len=1 if tokens == rows else tokens,
+        )
+        q = array((tokens, shape.num_heads, shape.head_dim), pages.dtype)
+        arguments = (pages, q, batch)
+        if shape.sinks:
+            arguments += (array((shape.num_heads,), jnp.float32),)
+        return partial(_attend, self), arguments
+
+
+def _attend(row: KernelRow, pages: Any, q: Any, batch: Any, sinks: Any = None) -> Any:
+    out = paged_attention(
+        q,
+        pages,
+        1,
+        batch,
+        scale=row.shape.head_dim**-0.5,
+        window=row.shape.window,
+        soft_cap=row.shape.soft_cap,
+        sinks=sinks,
+        backend=row.backend,
+    )
+    return pages, out
+
+
+def _rows(backend: str) -> Iterator[KernelRow]:
+    for slice, shape in itertools.product(CHIPS[backend], SHAPES):
+        refusal = REFUSALS.get((backend, shape.dtype))
+        place = {"shape": shape, "backend": backend, "slice": slice}
+        yield KernelRow(op="paged_attention", refusal=refusal, **place)
+        if refusal is None:
+            yield KernelRow(op="kv_update", refusal=None, **place)
+
+
+ROWS_OF_KERNELS = tuple(row for backend in CHIPS for row in _rows(backend))

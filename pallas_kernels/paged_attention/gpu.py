@@ -1,0 +1,155 @@
+"""Paged attention for NVIDIA Hopper, in Pallas (Mosaic GPU).
+
+Math: flash attention (arXiv 2307.08691): an online softmax over blocks of positions, in log2; with
+    sinks, the softmax begins with a score that has no value.
+
+Shapes: q [T, N, H]; pages [L, P, K, Z, 2H] in global memory, a key before its value. G = N / K
+    query heads share a KV head.
+
+Grid: two kernels, and a rows' kind decides which has it (drawn in the files):
+
+    gpu_decode   rows of one query: (split of the context, KV head, row). The G queries of a head
+                 fill rows of one wgmma of 64, the rest of which is wasted and costs no bytes.
+    gpu_chunks   rows of more: (query head, tile of 128 tokens).
+
+    In both, one warpgroup keeps TMA copies of pages under way, one a page, key and value together,
+    and two compute; whole positions arrive swizzled as wgmma wants them.
+
+Traffic: decode reads a row's visible pages once, and writes and reads 2 × splits partial results
+    in float32; chunks read them once for each tile and query head, of which the L2 cache takes all
+    but one a group. See traffic.py.
+
+Numerics: products of bfloat16 with float32 accumulation, softmax in float32 with the hardware's
+    exp2; weights are rounded to bfloat16 before they multiply the values.
+
+Limits: bfloat16 or float16 queries and pages (Hopper multiplies float32 only rounded to tf32); H a
+    multiple of 16 up to 256; Z a power of two, at least 8. The interpreter takes wgmma's operands
+    from shared memory only, so there the weights take that way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.errors import UnsupportedKernel
+from pallas_kernels.paged_attention.gpu_block import LOG2_E, ROWS
+from pallas_kernels.paged_attention.gpu_chunks import chunks
+from pallas_kernels.paged_attention.gpu_decode import decode, merge, num_splits
+from pallas_kernels.paged_attention.score import Score
+from pallas_kernels.ragged import RaggedBatch
+
+DTYPES = ("bfloat16", "float16")
+MAX_HEAD_DIM = 256
+#: Rows of a shared-memory tile.
+_TILE = 8
+
+
+def unsupported(*, head_dim: int, dtype: DTypeLike) -> str | None:
+    """Why it cannot run with such pages; None where it can."""
+    name = jnp.dtype(dtype).name
+    if name == "float32":
+        return "pages are float32, which Hopper multiplies only rounded to tf32"
+    if name not in DTYPES:
+        return f"pages are {name}, the kernel takes {', '.join(DTYPES)}"
+    if head_dim % 16 or head_dim > MAX_HEAD_DIM:
+        return f"head_dim {head_dim} is no multiple of 16 up to {MAX_HEAD_DIM}"
+    return None
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    pages: Float[Array, "L P K Z W"],
+    layer: int | Int[Array, ""],
+    batch: RaggedBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    interpret: Any = None,
+) -> Float[Array, "T N H"]:
+    """See `api.paged_attention`.
+
+    Args:
+        interpret: `plgpu.InterpretGPUParams()` where there is no GPU.
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    _, _, num_kv_heads, page_size, width = pages.shape
+    if width != 2 * head_dim or page_size < _TILE or page_size & (page_size - 1):
+        raise UnsupportedKernel(
+            f"paged_attention backend='gpu': pages {pages.shape} with heads of {head_dim}: a row "
+            f"must be twice a head, and the page size a power of two, at least {_TILE}"
+        )
+    score = Score(scale, window, soft_cap)
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    held = q.astype(pages.dtype)
+    sinks = None if sinks is None else sinks.astype(jnp.float32) * LOG2_E
+    max_pages = batch.page_table.shape[1]
+
+    def cost(num_queries: int) -> pl.CostEstimate:
+        """As if every row filled its page table and every query saw half of it."""
+        scored = num_queries * max_pages * page_size // 2
+        page_bytes = num_kv_heads * page_size * width * pages.dtype.itemsize
+        return pl.CostEstimate(
+            flops=4 * scored * num_heads * head_dim,
+            transcendentals=scored * num_heads,
+            bytes_accessed=batch.page_table.size * page_bytes,
+        )
+
+    with jax.named_scope("paged_attention"):
+        single = batch.query_lens == 1
+        first_tokens = jnp.minimum(batch.query_starts[:-1], num_tokens - 1)
+        groups, size, place = _groups(num_heads, num_kv_heads)
+        grouped = jnp.zeros((single.shape[0], groups * size, head_dim), pages.dtype)
+        grouped = grouped.at[:, place].set(held[first_tokens])
+        ends = jnp.where(single, batch.context_lens, 0)
+        begins = jnp.zeros_like(ends) if window is None else jnp.maximum(ends - window, 0)
+        partial = decode(
+            grouped.reshape(-1, groups, size, head_dim),
+            pages,
+            layer,
+            batch.page_table,
+            begins,
+            ends,
+            score,
+            num_splits(single.shape[0] * groups, max_pages, page_size),
+            cost(single.shape[0]),
+            interpret,
+        )
+        if sinks is not None:
+            sinks_XG = jnp.zeros((groups * size,), jnp.float32).at[place].set(sinks)
+            merged = merge(partial, sinks_XG.reshape(groups, size))
+        else:
+            merged = merge(partial, None)
+        decoded = merged.reshape(-1, groups * size, head_dim)[:, place].astype(held.dtype)
+        if batch.max_query_len == 1:
+            live = batch.live_tokens(num_tokens)[:, None, None]
+            out = jnp.where(live, decoded[batch.token_rows(num_tokens)], 0)
+        else:
+            out = chunks(held, pages, layer, batch, score, sinks, cost(num_tokens), interpret)
+            targets = jnp.where(single, first_tokens, num_tokens)
+            out = out.at[targets].set(decoded, mode="drop")
+        return out.astype(q.dtype)
+
+
+def _groups(num_heads: int, num_kv_heads: int) -> tuple[int, int, Int[Array, "N"]]:
+    """How query heads fill the rows of wgmmas.
+
+    Returns:
+        Groups, a multiple of num_kv_heads; heads of each, with those that fill up to whole tiles;
+        and each head's place among them.
+    """
+    per_kv = num_heads // num_kv_heads
+    per_head = -(-per_kv // ROWS)
+    own = -(-per_kv // per_head)
+    size = -(-own // _TILE) * _TILE
+    head = jnp.arange(num_heads, dtype=jnp.int32)
+    kv, query = head // per_kv, head % per_kv
+    place = (kv * per_head + query // own) * size + query % own
+    return num_kv_heads * per_head, size, place

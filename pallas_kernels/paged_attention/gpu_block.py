@@ -1,0 +1,245 @@
+"""One block of keys and values against 64 rows of queries, on one Hopper warpgroup.
+
+Shared by the decode and the chunk kernel: the shared-memory layout of pages, the running softmax in
+registers, and the two matrix products (wgmma) of a block. Scores are kept in units of log2, so that
+the exponentials are the hardware's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.paged_attention.score import LOWEST, Score
+
+#: Rows of one wgmma: queries that a warpgroup works on.
+ROWS = 64
+#: Columns of an output accumulator; wider heads have several.
+COLUMNS = 128
+LOG2_E = math.log2(math.e)
+#: Registers of a thread, where two warpgroups compute and a third one only copies.
+COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
+_SWIZZLES = (128, 64, 32)
+
+
+def swizzled(shape: Sequence[int], width: int, dtype: DTypeLike) -> Any:
+    """Shared memory that TMA fills and wgmma reads without bank conflicts.
+
+    Args:
+        width: elements that stay together in a row: of a key, where a row is key and value.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = next(s for s in _SWIZZLES if width * itemsize % s == 0)
+    tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # pyright: ignore[reportAbstractUsage]
+    transforms = tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
+    return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
+
+
+def estimated(cost: pl.CostEstimate) -> dict[str, Any]:
+    """What `plgpu.kernel` is told of its cost: nothing before JAX 0.12, which does not ask."""
+    takes_it = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
+    return {"cost_estimate": cost} if takes_it else {}
+
+
+def columns(head_dim: int) -> list[tuple[int, int]]:
+    """(first, number) of the output columns that are accumulated together."""
+    return [(c, min(COLUMNS, head_dim - c)) for c in range(0, head_dim, COLUMNS)]
+
+
+def _accumulator(rows: int, width: int) -> Any:
+    """What wgmma adds to, in registers."""
+    return plgpu.ACC((rows, width), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def iota(shape: tuple[int, ...], dimension: int) -> Int[Array, "X Y"]:
+    """In a wgmma's register layout."""
+    rows, width = shape
+    return plgpu.broadcasted_iota(jnp.int32, (rows, width), dimension, layout=plgpu.Layout.WGMMA)
+
+
+class Running(NamedTuple):
+    """The softmax so far, of ROWS queries.
+
+    Attributes:
+        top, total: running maximum, in log2, and sum.
+        parts: weighted values, `columns` of them each.
+    """
+
+    top: Float[Array, "64"]
+    total: Float[Array, "64"]
+    parts: tuple[Float[Array, "64 C"], ...]
+
+
+def nothing(head_dim: int, sink: Any = None) -> Running:
+    """Before the first block.
+
+    Args:
+        sink: a score, in log2, that counts in the sum and has no value; None for none.
+    """
+
+    def row(value: Any) -> Array:
+        full = jnp.full((ROWS,), value, jnp.float32)
+        return plgpu.layout_cast(full, plgpu.Layout.WGMMA.reduce(1))
+
+    parts = tuple(
+        plgpu.layout_cast(jnp.zeros((ROWS, size), jnp.float32), plgpu.Layout.WGMMA)
+        for _, size in columns(head_dim)
+    )
+    if sink is None:
+        return Running(row(LOWEST), row(0.0), parts)
+    return Running(row(sink), row(1.0), parts)
+
+
+def scores(q_smem: Any, k_smem: Any, score: Score) -> Float[Array, "64 B"]:
+    """Of ROWS queries and a block's keys, in log2."""
+
+    def multiply(out: Any) -> Array:
+        plgpu.wgmma(out, q_smem, k_smem.transpose((1, 0)))
+        return out[...]
+
+    s = pl.run_scoped(multiply, _accumulator(ROWS, k_smem.shape[0]))
+    if score.soft_cap is None:
+        return s * (score.scale * LOG2_E)
+    return jnp.tanh(s * (score.scale / score.soft_cap)) * (score.soft_cap * LOG2_E)
+
+
+def accumulate(
+    running: Running,
+    s: Float[Array, "64 B"],
+    values: Callable[[int, int], Any],
+    operand: Callable[[Array], Any],
+    dtype: DTypeLike,
+) -> Running:
+    """One block more.
+
+    Args:
+        s: scores, LOWEST where a query does not look. A query that has seen nothing yet counts
+            such a block as if it saw all of it, until the first score that it sees wipes that out.
+        values: the block's values, so many columns from a first one on.
+        operand: puts the weights where wgmma takes them from.
+    """
+    top = jnp.maximum(running.top, s.max(axis=1))
+    fade = jnp.exp2(running.top - top)
+    p = jnp.exp2(s - lax.broadcast_in_dim(top, s.shape, [0]))
+    total = running.total * fade + p.sum(axis=1)
+    weights = operand(p.astype(dtype))
+    parts = []
+    for part, (first, size) in zip(running.parts, columns_of(running), strict=True):
+
+        def multiply(out: Any, first: int = first, size: int = size) -> Array:
+            plgpu.wgmma(out, weights, values(first, size))
+            return out[...]
+
+        product = pl.run_scoped(multiply, _accumulator(*part.shape))
+        parts.append(part * lax.broadcast_in_dim(fade, part.shape, [0]) + product)
+    return Running(top, total, tuple(parts))
+
+
+def columns_of(running: Running) -> list[tuple[int, int]]:
+    """`columns` of its head."""
+    return columns(sum(part.shape[1] for part in running.parts))
+
+
+def blank(v_smem: Any, head_dim: int, inside: Callable[[Array], Bool[Array, "X Y"]]) -> None:
+    """Zeros in the values of positions that are not `inside`: they may be NaN there.
+
+    Args:
+        inside: of the positions' offsets in the block.
+    """
+    for first in range(0, v_smem.shape[0], ROWS):
+        for column, size in columns(head_dim):
+            tile = v_smem.at[pl.ds(first, ROWS), pl.ds(column, size)]
+            values = plgpu.load(tile, layout=plgpu.Layout.WGMMA)
+            is_inside = inside(first + iota((ROWS, size), 0))
+            tile[...] = jnp.where(is_inside, values, jnp.zeros_like(values))
+    plgpu.commit_smem()
+
+
+class Pages(NamedTuple):
+    """The pages of one KV head of one row, moved block by block.
+
+    Attributes:
+        pages, table: in global memory.
+        layer, row, head: whose pages.
+        block: positions of a block, a multiple of the page size or a divisor of it.
+    """
+
+    pages: Any
+    table: Any
+    layer: Any
+    row: Any
+    head: Any
+    block: int
+
+    @property
+    def span(self) -> int:
+        """Positions that one copy moves."""
+        return copied(self.pages.shape[3], self.block)
+
+    def copy(self, position: Any, target: Any, barrier: Any) -> None:
+        """Starts copying the block at a position, keys and values; the table's end repeats.
+
+        Args:
+            target: shared memory [block, W].
+            barrier: arrived at once a copy, `copies` times.
+        """
+        page_size, last = self.pages.shape[3], self.table.shape[1] - 1
+        for offset in range(0, self.block, self.span):
+            place = position + offset
+            page = self.table[self.row, jnp.minimum(place // page_size, last)]
+            rows = pl.ds(lax.rem(place, jnp.int32(page_size)), self.span)
+            if self.span == page_size:
+                rows = pl.ds(0, page_size)
+            plgpu.copy_gmem_to_smem(
+                self.pages.at[self.layer, page, self.head, rows],
+                target.at[pl.ds(offset, self.span)],
+                barrier,
+            )
+
+
+def await_pages(ready: Any, slot: Any) -> None:
+    """Waits until a slot of the ring is filled.
+
+    Args:
+        ready: barriers, a slot each, arrived at by the copies.
+    """
+    plgpu.barrier_wait(ready.at[slot])
+
+
+def copied(page_size: int, block: int) -> int:
+    """Positions that one copy moves."""
+    return min(page_size, block)
+
+
+def ahead(count: Any, slots: int, free: Any, load: Callable[[Any, Any], None]) -> None:
+    """The copying warpgroup: fills a ring of slots, each as soon as it is free.
+
+    Args:
+        count: blocks.
+        free: barriers, a slot each, arrived at by whoever has computed it.
+        load: starts the copy of a block into a slot.
+    """
+
+    def fill(i: Any, _: None) -> None:
+        slot = lax.rem(i, jnp.int32(slots))
+
+        @pl.when(i >= slots)
+        def _() -> None:
+            plgpu.barrier_wait(free.at[slot])
+
+        load(i, slot)
+
+    def drain(i: Any, _: None) -> None:
+        plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(slots))])
+
+    lax.fori_loop(0, count, fill, None)
+    lax.fori_loop(jnp.maximum(count - slots, 0), count, drain, None)

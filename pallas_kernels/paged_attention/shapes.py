@@ -1,0 +1,79 @@
+"""Shapes that the kernels are compiled for on every chip, and what each chip cannot do.
+
+`benchmarks.compile_check` compiles all of them; `REFUSALS` is exact: what it names is refused, and
+everything else compiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """One call.
+
+    Attributes:
+        num_tokens: as many as rows where each row decodes.
+        max_context: positions that a row's page table holds.
+    """
+
+    name: str
+    num_tokens: int = 64
+    num_rows: int = 64
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 32
+    max_context: int = 8192
+    dtype: str = "bfloat16"
+    window: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+
+
+def _shapes() -> list[Shape]:
+    found = []
+    for kind, tokens, rows in (("decode", 64, 64), ("mixed", 2048, 16)):
+        size: dict[str, Any] = {"num_tokens": tokens, "num_rows": rows}
+        for head_dim in (64, 80, 96, 128, 256):
+            for dtype in ("bfloat16", "float32"):
+                heads = 8 if head_dim == 256 else 32
+                found.append(
+                    Shape(
+                        name=f"{kind}-h{head_dim}-{dtype}",
+                        head_dim=head_dim,
+                        dtype=dtype,
+                        num_heads=heads,
+                        num_kv_heads=heads // 4,
+                        **size,
+                    )
+                )
+        found += [
+            Shape(name=f"{kind}-mqa", num_heads=8, num_kv_heads=1, **size),
+            Shape(name=f"{kind}-mha", num_heads=16, num_kv_heads=16, **size),
+            Shape(name=f"{kind}-smollm2", num_heads=9, num_kv_heads=3, head_dim=64, **size),
+            Shape(name=f"{kind}-window-cap-sinks", window=4096, soft_cap=50.0, sinks=True, **size),
+            Shape(
+                name=f"{kind}-128k",
+                max_context=131_072,
+                num_tokens=8 if kind == "decode" else 128,
+                num_rows=8,
+            ),
+            Shape(name=f"{kind}-int8", dtype="int8", **size),
+            Shape(name=f"{kind}-fp8", dtype="float8_e4m3fn", **size),
+        ]
+    return found
+
+
+SHAPES = tuple(_shapes())
+
+#: (backend, dtype) → why no shape of it compiles.
+REFUSALS = {
+    ("tpu", "int8"): "codes have scales, which the kernel does not read",
+    ("tpu", "float8_e4m3fn"): "codes have scales, which the kernel does not read",
+    ("gpu", "int8"): "codes have scales, which the kernel does not read",
+    ("gpu", "float8_e4m3fn"): "codes have scales, which the kernel does not read",
+    ("gpu", "float32"): "Hopper multiplies float32 only rounded to tf32",
+}

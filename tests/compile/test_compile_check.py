@@ -1,0 +1,93 @@
+"""Steps and kernels compiled for chips that are not here, each run in a process of its own.
+
+Some rows always, and of all others another part each day: `scripts/compile_check` does them all.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.compile_check import targets
+from benchmarks.compile_check.hlo import Collective, collectives
+
+ROOT = Path(__file__).parents[2]
+#: Parts that all rows are in; one is compiled a day.
+PARTS = 40
+
+
+def compile_rows(*words: str) -> list[dict[str, Any]]:
+    """The results of `compile_check` with these arguments, all of them as expected."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.compile_check", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0 and results, done.stderr[-4000:]
+    assert all(result["holds"] for result in results)
+    return results
+
+
+def needs(*platforms: str) -> Any:
+    reasons = [reason for platform in platforms if (reason := targets.missing(platform))]
+    return pytest.mark.skipif(bool(reasons), reason="; ".join(reasons) or "nothing is missing")
+
+
+@needs("tpu")
+def test_a_step_on_tpus_updates_the_cache_in_place_and_reduces_twice_a_layer() -> None:
+    (result,) = compile_rows("llama-3-8b/v5e:2x2/decode")
+    assert result["attention"] == "tpu"
+    assert result["cache_bytes"] > 8e9 and result["temp_bytes"] < 0.1e9
+    own = 64 * 4096 * 2  # bytes of 64 rows of hidden states
+    assert result["in_layer"] == [f"all-reduce {own}"] * 2
+    large = [what for what in result["outside"] if int(what.split()[1]) >= own]
+    logits = 64 * 128_256 * 4 // 4  # each device's part of the vocabulary, in float32
+    assert set(large) == {f"all-reduce {own}", f"all-to-all {logits}"}
+
+
+@needs("gpu")
+def test_a_step_on_a_hopper_gpu_has_its_own_attention() -> None:
+    (result,) = compile_rows("smollm2-135m/h100:1/decode")
+    assert result["attention"] == "gpu"
+    assert result["cache_bytes"] > 6e9 and result["temp_bytes"] < 0.1e9
+
+
+@needs("tpu")
+def test_what_does_not_fit_is_refused_with_its_bytes() -> None:
+    rows = compile_rows("llama-3-8b/v5e:1x1", "llama-3-70b-int8/v5e:2x2")
+    assert [row["verdict"] for row in rows] == ["refused"] * 4
+    assert (
+        "for one sequence of 8192 positions, and cache.memory_fraction=0.5 of 16128.0 MiB"
+        in rows[0]["detail"]
+    )
+    assert rows[2]["weights_bytes"] > 16e9
+    assert "the weights need " in rows[2]["detail"]
+
+
+@pytest.mark.slow
+@needs("tpu", "gpu")
+def test_this_day_s_part_of_all_rows() -> None:
+    day = datetime.date.today().toordinal()
+    compile_rows("--part", f"{1 + day % PARTS}/{PARTS}")
+
+
+def test_exchanges_are_read_from_a_program_s_text() -> None:
+    text = """
+  %all-reduce.9 = bf16[64,4096]{1,0:T(8,128)(2,1)} all-reduce(%fusion.1), metadata={op_name="jit(step)/model/while/body/eval_jaxpr/layer/out"}
+  %all-gather-start = (f32[8]{0}, f32[4,8]{1,0}) all-gather-start(%x), metadata={op_name="jit(step)/sampling"}
+  %all-gather-done = f32[4,8]{1,0} all-gather-done(%all-gather-start)
+  ROOT %all-to-all.1 = (pred[2,16]{1,0}, pred[2,16]{1,0}) all-to-all(%a, %b)
+"""  # noqa: E501
+    assert list(collectives(text)) == [
+        Collective("all-reduce", True, 64 * 4096 * 2),
+        Collective("all-gather", False, 4 * 8 * 4),
+        Collective("all-to-all", False, 0),
+    ]
