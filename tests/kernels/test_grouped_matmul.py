@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -14,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.compile_check import targets
 from pallas_kernels.grouped_matmul import grouped_matmul, reference, traffic, xla
 from tests.kernels.batches import relative_error
 
@@ -98,7 +97,9 @@ def test_nothing_as_large_as_the_matrices_is_made() -> None:
 
 
 _COMPILE = """
-import json, sys
+import json
+from benchmarks.compile_check import targets
+targets.prepare()
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from pallas_kernels.grouped_matmul import grouped_matmul
@@ -135,16 +136,11 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 def test_compiled_for_tpu_it_copies_no_matrices() -> None:
-    if find_spec("libtpu") is None:
-        pytest.skip("no TPU compiler: libtpu is not installed")
-    own = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    path = os.pathsep.join(filter(None, sys.path))
+    reason = targets.missing("tpu")
+    if reason is not None:
+        pytest.skip(f"no TPU compiler: it {reason}")
     done = subprocess.run(
-        [sys.executable, "-c", _COMPILE],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **own, "PYTHONPATH": path},
+        [sys.executable, "-c", _COMPILE], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
