@@ -1,7 +1,8 @@
 """`scripts/gpu_check`: what only a GPU can tell, in one command of under nine minutes.
 
 Right first, then how near the limits of the same device in the same run, then ahead of
-transformers. Needs JAX, flax and, for the last part, torch and transformers; no network, no weights.
+transformers. Needs JAX, flax and, for the last part, torch and transformers; no network and no
+weights.
 Three parts, each a process of its own, so that none holds another's memory:
 
     kernels   attention and cache update against their references; their shares of the limits

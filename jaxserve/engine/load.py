@@ -26,14 +26,16 @@ from jaxserve.engine.batches import Batches
 from jaxserve.engine.parts import Parts, Progressing
 from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.models.decoder import Decoder
+from jaxserve.models.moe import NO_PACKED_EXPERTS
 from jaxserve.models.options import PACKED_DTYPES, ModelOptions
 from jaxserve.models.registry import model_class
-from jaxserve.models.spec import AttentionSpec
+from jaxserve.models.spec import AttentionSpec, ModelSpec, MoeSpec
 from jaxserve.types import ModelInfo
 from jaxserve.weights.checkpoint import open_checkpoint
 from jaxserve.weights.load import load_model
 from jaxserve.weights.sources import resolve, served_name
 from pallas_kernels import native
+from pallas_kernels.grouped_matmul import TPU_LANES
 from pallas_kernels.paged_attention import unsupported
 
 logger = logging.getLogger(__name__)
@@ -83,13 +85,19 @@ def _load_parts(config: Config, progress: Progressing, hosts: Hosts | None) -> P
     compile_counter()
     mesh = make_mesh(devices(), config.parallel)
     device = mesh.devices.flat[0]
-    options = model_options(
-        config.weights, config.kernels, device.platform, mesh, compute_capability(device)
-    )
     path = resolve(config.model, config.weights, progress)
+    spec = _spec(path, config.model.format)
+    options = model_options(
+        config.weights,
+        config.kernels,
+        device.platform,
+        mesh,
+        compute_capability(device),
+        mixture=spec.moe is not None,
+    )
     if options.attention != "xla":
-        head_dim = _head_dim(path, config.model.format)
-        options = fitting(options, config.kernels, head_dim, cache_dtype(config.cache, options))
+        dtype, head_dim = cache_dtype(config.cache, options), spec.attention.head_dim
+        options = fitting(options, config.kernels, head_dim, dtype)
     model = load_model(
         path,
         format=config.model.format,
@@ -97,13 +105,28 @@ def _load_parts(config: Config, progress: Progressing, hosts: Hosts | None) -> P
         sharding=param_sharding(mesh),
         progress=progress,
     )
+    return parts_of(config, model, mesh, progress, hosts)
+
+
+def parts_of(
+    config: Config,
+    model: Decoder,
+    mesh: Mesh,
+    progress: Progressing,
+    hosts: Hosts | None = None,
+) -> Parts:
+    """An engine's parts around a model that is on its devices: compiles its programs.
+
+    Raises:
+        ConfigError: the cache does not fit beside it.
+    """
     _log_sharding(model, mesh)
     info = model_info(config, model)
     num_pages = size_cache(config, model.options, info, _memory(config.cache, mesh))
     if hosts is not None:  # as many as the host with the least memory has
         pools = zip(*hosts.gather("pages", num_pages), strict=True)
         num_pages = tuple(min(pages) for pages in pools)
-    buckets = buckets_for(config.scheduler, options, device.platform)
+    buckets = buckets_for(config.scheduler, model.options, mesh.devices.flat[0].platform)
     executor = _executor(config, model, info, num_pages, mesh, buckets, hosts)
     executor.warm_up(progress, config.engine.compile_threads)
     return Parts(
@@ -149,12 +172,15 @@ def model_options(
     platform: str,
     mesh: Mesh | AbstractMesh | None = None,
     capability: str | None = None,
+    *,
+    mixture: bool = False,
 ) -> ModelOptions:
     """What "auto" means on this platform, logged.
 
     Args:
         mesh: that the model will be on; one device where None.
         capability: of a GPU, see `compute_capability`.
+        mixture: whether the model is a mixture of experts.
 
     Raises:
         ConfigError: kernels were asked for that cannot run here.
@@ -168,6 +194,7 @@ def model_options(
         no_native = no_native or "it runs on one device"
     readable = weights.quantization != "none" or dtype in PACKED_DTYPES
     no_packing = None if readable else f"it does not read {dtype} weights"
+    no_packing = NO_PACKED_EXPERTS if mixture else no_packing
 
     def choose(name: str, asked: str, own: dict[str, str | None]) -> str:
         """One of `own`, the implementations beside XLA with the reason why each cannot run."""
@@ -202,6 +229,9 @@ def model_options(
 
 def _log_sharding(model: Decoder, mesh: Mesh) -> None:
     """What the devices do not share evenly, and what that costs."""
+    experts = describe_experts(model.spec.moe, mesh.shape["model"])
+    if experts and mesh.devices.flat[0].platform == "tpu":
+        logger.warning("experts: %s", experts)
     if mesh.size == 1:
         return
     logger.info("mesh: %s", ", ".join(f"{n} {axis}" for axis, n in mesh.shape.items()))
@@ -225,6 +255,24 @@ def describe_heads(sizes: AttentionSpec) -> str:
     return ", ".join(found)
 
 
+def describe_experts(moe: MoeSpec | None, parts: int) -> str:
+    """What a TPU has to do beside the experts' products; empty where nothing.
+
+    Args:
+        parts: of an expert's columns, one on each device of the mesh's "model" axis.
+    """
+    if moe is None:
+        return ""
+    columns = moe.feed_forward if moe.feed_forward % parts else moe.feed_forward // parts
+    if columns % TPU_LANES == 0:
+        return ""
+    return (
+        f"{columns} columns of each on a device are no multiple of {TPU_LANES}, so that XLA copies "
+        "gate and up in every step"
+        + ("; a higher parallel.expert and lower parallel.model avoid it" if parts > 1 else "")
+    )
+
+
 def fitting(
     options: ModelOptions, kernels: KernelsConfig, head_dim: int, dtype: str
 ) -> ModelOptions:
@@ -242,9 +290,9 @@ def fitting(
     return replace(options, attention="xla")
 
 
-def _head_dim(path: Path, format: str) -> int:
+def _spec(path: Path, format: str) -> ModelSpec:
     checkpoint = open_checkpoint(path, format)
-    return model_class(checkpoint.config).spec_from_hf(checkpoint.config).attention.head_dim
+    return model_class(checkpoint.config).spec_from_hf(checkpoint.config)
 
 
 def _memory(cache: CacheConfig, mesh: Mesh) -> Memory:
