@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 
@@ -17,17 +16,17 @@ class Finding:
     name: str
     value: float
     relation: str = ""
-    target: float = math.nan
+    target: float | None = None
 
     @property
     def is_met(self) -> bool:
         """Whether the target is reached; a figure without one always is."""
-        if not self.relation:
+        if self.target is None:
             return True
         return self.value < self.target if self.relation == "<" else self.value >= self.target
 
     def line(self) -> str:
         """Of the table."""
-        wanted = f"{self.relation} {self.target:g}" if self.relation else ""
-        verdict = "" if not self.relation else ("ok" if self.is_met else "MISSED")
+        wanted = "" if self.target is None else f"{self.relation} {self.target:g}"
+        verdict = "" if self.target is None else ("ok" if self.is_met else "MISSED")
         return f"{self.name:<64} {self.value:>12.5g} {wanted:>8} {verdict}"
