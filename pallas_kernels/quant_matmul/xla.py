@@ -6,8 +6,8 @@ are scaled and added; nothing as large as the weight exists. With many tokens th
 matrix unit at GROUP of its depth, so the weight is written out in x's dtype first: it is read for
 so many tokens that this is the smaller cost.
 
-On an H100, 4-bit codes are no gain: XLA writes their products group by group to memory, or the whole
-weight (`docs/performance.md`).
+On an H100, 4-bit codes are no gain: XLA writes their products group by group to memory, or the
+whole weight.
 
 Numerics: codes are exact in bfloat16; sums and scaling in float32. With many tokens an int4
 weight is rounded to x's dtype. fp8: a token's largest element becomes the largest code, 448.
