@@ -93,5 +93,13 @@ def page_width(head_dim: int, backend: str) -> int:
 
     On a TPU whole registers of 128 lanes, so that a copy moves nothing but data.
     """
-    width = 2 * head_dim
+    return _whole_registers(2 * head_dim, backend)
+
+
+def scales_width(page_size: int, backend: str) -> int:
+    """C: elements of a row of scales, those of one KV head's keys and values in a page of codes."""
+    return _whole_registers(2 * page_size, backend)
+
+
+def _whole_registers(width: int, backend: str) -> int:
     return -(-width // _TPU_LANES) * _TPU_LANES if backend == "tpu" else width

@@ -71,8 +71,6 @@ SHAPES = tuple(_shapes())
 
 #: (backend, dtype) → why no shape of it compiles.
 REFUSALS = {
-    ("tpu", "int8"): "codes have scales, which the kernel does not read",
-    ("tpu", "float8_e4m3fn"): "codes have scales, which the kernel does not read",
     ("gpu", "int8"): "codes have scales, which the kernel does not read",
     ("gpu", "float8_e4m3fn"): "codes have scales, which the kernel does not read",
     ("gpu", "float32"): "Hopper multiplies float32 only rounded to tf32",

@@ -16,12 +16,13 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import UnsupportedKernel
-from pallas_kernels.kv_update import page_width
+from pallas_kernels.kv_update import page_width, scales_width
 from pallas_kernels.paged_attention import reference, tpu, tpu_block
 from tests.kernels.batches import Case, relative_error
 
-#: Of float32 and of bfloat16 pages.
-TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
+#: By the pages' dtype; codes are multiplied in bfloat16.
+TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 1e-2, "float8_e4m3fn": 1e-2}
+CODES = ("int8", "float8_e4m3fn")
 MIXED = [(1, 33), (19, 50), (0, 0), (70, 90), (1, 130), (2, 2)]
 DECODE = [(1, 7), (1, 1), (0, 0), (1, 130), (1, 16), (0, 40), (1, 300)]
 
@@ -46,7 +47,11 @@ def check(case: Case, interpret: Any) -> None:
 def wide(head_dim: int, **options: Any) -> Case:
     """A case whose pages are as wide as a TPU's."""
     unused = page_width(head_dim, "tpu") // 2 - head_dim
-    return Case(head_dim=head_dim, unused=unused, unused_value=0.0, **options)
+    page_size = options.pop("page_size", 32 if options.get("dtype") in CODES else 16)
+    return Case(
+        head_dim=head_dim, page_size=page_size, unused=unused, unused_value=0.0,
+        scales_width=scales_width(page_size, "tpu"), **options,
+    )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -72,6 +77,17 @@ def test_pages(dtype: str, page_size: int) -> None:
     case = wide(64, lens=MIXED, dtype=dtype, page_size=page_size, window=50, padding=3)
     check(case, True)
     check(wide(128, lens=DECODE, num_heads=8, num_kv_heads=2, dtype=dtype), True)
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("lens", [DECODE, MIXED])
+@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (40, 5.0)])
+def test_codes(
+    dtype: str, lens: list[tuple[int, int]], window: int | None, soft_cap: float | None
+) -> None:
+    options: dict[str, Any] = {"lens": lens, "window": window, "soft_cap": soft_cap, "padding": 3}
+    check(wide(64, dtype=dtype, **options), True)
+    check(wide(128, dtype=dtype, page_size=96, num_heads=8, num_kv_heads=2, **options), True)
 
 
 @pytest.mark.parametrize("lens", [DECODE, MIXED])

@@ -97,7 +97,7 @@ def test_an_update_writes_codes_and_scales_in_place(dtype: str) -> None:
     written[1, places[0], places[1]] = True
     for now, then, axes in (
         (after.codes, before.codes, (0, 1, 3, 2, 4)),
-        (after.scales, before.scales, (0, 1, 4, 2, 3)),
+        (*(x.scales.reshape(2, 6, 3, 2, 4) for x in (after, before)), (0, 1, 4, 2, 3)),
     ):
         now, then = (np.asarray(x, np.float32).transpose(axes)[~written] for x in (now, then))
         np.testing.assert_array_equal(now, then)
