@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, Shaped
 
@@ -83,7 +84,7 @@ def dequantize(pages: QuantizedPages) -> Float[Array, "L P K Z W"]:
     return (unscaled * scales[..., None]).reshape(pages.shape)
 
 
-def halves(scales: Float[Array, "*B C"], page_size: int) -> tuple[Array, Array]:
-    """The scales of keys and those of values, [*B, Z] each."""
+def halves[A: (Array, np.ndarray)](scales: A, page_size: int) -> tuple[A, A]:
+    """Of rows of scales [*B, C] those of keys and those of values, [*B, Z] each."""
     middle = scales.shape[-1] // 2
     return scales[..., :page_size], scales[..., middle : middle + page_size]

@@ -66,7 +66,7 @@ class Block(NamedTuple):
     def blank(self, slot: Any, position: Any, begin: Any, end: Any) -> None:
         """Zeros wherever a block from `position` on is outside begin … end - 1.
 
-        Weights there are 0 already, but what lies there may be NaN. Codes are not, as `_widened`
+        Weights there are 0 already, but what lies there may be NaN. Codes are not, as `widened`
         takes them, and weights that were multiplied by a scale are masked again.
         """
         if self.kind:
@@ -86,7 +86,7 @@ class Block(NamedTuple):
         """Of one KV head, [span, width] each; the same array where they are not taken apart."""
         kv = self.buffers[0][slot, :, head].reshape(self.span, -1)
         if self.kind:
-            kv = _widened(kv, self.kind)
+            kv = widened(kv, self.kind)
         if kv.shape[-1] == width:
             return kv, kv
         return kv[:, :width], kv[:, width:]
@@ -101,7 +101,7 @@ class Block(NamedTuple):
         return [(k[head : head + 1], v[head : head + 1]) for head in range(num_heads)]
 
 
-def _widened(codes: Array, kind: str) -> Array:
+def widened(codes: Array, kind: str) -> Array:
     """What codes are, in bfloat16, which holds all of them."""
     if kind == "int8":
         return codes.astype(jnp.bfloat16)

@@ -96,7 +96,7 @@ def _kernel(
     tops, (out_ref, buffers, semaphores, m_ref, total_ref) = refs[:has_sinks], refs[has_sinks:]
     index = pl.program_id(0)
     block = Block(held, table, layer[0], buffers, semaphores, kind)
-    heads, size, width = q_ref.shape
+    _, size, width = q_ref.shape
     num_rows = lens.shape[0]
     first_token, end_token = index * QUERY_BLOCK, (index + 1) * QUERY_BLOCK
     m_ref[...] = tops[0][...] if tops else jnp.full(m_ref.shape, LOWEST, jnp.float32)

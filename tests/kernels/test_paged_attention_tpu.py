@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import UnsupportedKernel
 from pallas_kernels.kv_update import page_width, scales_width
 from pallas_kernels.paged_attention import reference, tpu, tpu_block
+from pallas_kernels.quantized_pages import values
 from tests.kernels.batches import Case, relative_error
 
 #: By the pages' dtype; codes are multiplied in bfloat16.
@@ -81,13 +82,35 @@ def test_pages(dtype: str, page_size: int) -> None:
 
 @pytest.mark.parametrize("dtype", CODES)
 @pytest.mark.parametrize("lens", [DECODE, MIXED])
-@pytest.mark.parametrize(("window", "soft_cap"), [(None, None), (40, 5.0)])
-def test_codes(
-    dtype: str, lens: list[tuple[int, int]], window: int | None, soft_cap: float | None
-) -> None:
-    options: dict[str, Any] = {"lens": lens, "window": window, "soft_cap": soft_cap, "padding": 3}
-    check(wide(64, dtype=dtype, **options), True)
-    check(wide(128, dtype=dtype, page_size=96, num_heads=8, num_kv_heads=2, **options), True)
+def test_codes(dtype: str, lens: list[tuple[int, int]]) -> None:
+    check(wide(64, lens=lens, dtype=dtype, padding=3), True)
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("lens", [DECODE, MIXED])
+def test_codes_in_a_window(dtype: str, lens: list[tuple[int, int]]) -> None:
+    case = wide(
+        128, lens=lens, dtype=dtype, page_size=96, num_heads=4, num_kv_heads=2, window=40,
+        soft_cap=5.0,
+    )  # fmt: skip
+    check(case, True)
+
+
+@pytest.mark.slow
+def test_codes_with_simulated_copies() -> None:
+    case = wide(64, lens=MIXED, num_heads=4, num_kv_heads=2, dtype="float8_e4m3fn")
+    check(case, pltpu.InterpretParams(dma_execution_mode="on_wait"))
+
+
+@pytest.mark.parametrize("dtype", CODES)
+def test_every_code_is_widened_as_it_is(dtype: str) -> None:
+    codes = jnp.arange(-128, 128, dtype=jnp.int8)
+    expected = np.asarray(values(codes, dtype))
+    is_number = np.isfinite(expected)  # of 256 bits, two are no number in float8_e4m3fn
+    ours = np.asarray(tpu_block.widened(codes, dtype), np.float32)
+    assert np.isfinite(ours).all(), "what nobody wrote is no number, and 0 times it neither"
+    np.testing.assert_array_equal(ours[is_number], expected[is_number])
+    assert is_number.sum() == (256 if dtype == "int8" else 254)
 
 
 @pytest.mark.parametrize("lens", [DECODE, MIXED])
@@ -145,8 +168,12 @@ def test_what_does_not_fit_is_refused_with_the_remedy() -> None:
         run(Case(lens=[(1, 3)], head_dim=80))
     with pytest.raises(UnsupportedKernel, match="give a multiple of 16"):
         run(wide(64, lens=[(1, 3)], page_size=8, dtype="bfloat16"))
-    reason = tpu.unsupported(head_dim=64, dtype=jnp.int8)
-    assert reason is not None and "int8" in reason
+    with pytest.raises(UnsupportedKernel, match="give a multiple of 32"):
+        run(wide(64, lens=[(1, 3)], page_size=16, dtype="int8"))
+    with pytest.raises(UnsupportedKernel, match="no multiple of 128: use scales_width"):
+        run(Case(lens=[(1, 3)], page_size=32, dtype="int8"))
+    reason = tpu.unsupported(head_dim=64, dtype=jnp.float16)
+    assert reason is not None and "float16" in reason
     case = wide(64, lens=[(1, 3)])
     arrays = case.arrays(0)
     table = jnp.zeros((1, tpu.MAX_TABLE_ENTRIES + 1), jnp.int32)
