@@ -131,11 +131,21 @@ class ParallelConfig:
         expert: parts that the experts of a mixture are dealt to; everything else is split over
             expert × model.
         model: devices that share each matrix and the attention heads; 0 takes all there are.
+        hosts: processes that share the mesh, each with its own devices; one a machine.
+        host: which of them this is; number 0 serves the API, the others follow it.
+        coordinator: "HOST:PORT" of host 0, where the others meet it.
+        connect_timeout_s: all hosts must have met within this time.
+        lost_after_s: a host that nothing is heard of for so long is lost.
     """
 
     data: int = 1
     expert: int = 1
     model: int = 0
+    hosts: int = 1
+    host: int = 0
+    coordinator: str = ""
+    connect_timeout_s: float = 300.0
+    lost_after_s: float = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +291,10 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "parallel.data": (1, 4096),
     "parallel.expert": (1, 4096),
     "parallel.model": (0, 4096),
+    "parallel.hosts": (1, 4096),
+    "parallel.host": (0, 4095),
+    "parallel.connect_timeout_s": (1, 86400),
+    "parallel.lost_after_s": (0.5, 25),
     "engine.compile_threads": (0, 256),
     "engine.step_timeout_s": (1, 86400),
     "http.port": (0, 65535),
@@ -399,8 +413,24 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{path} must be between {low} and {high}, got {value}")
     if bool(config.http.tls_certificate) != bool(config.http.tls_key):
         raise ConfigError("http.tls_certificate and http.tls_key go together: give both or none")
+    _check_hosts(config.parallel)
     if config.scheduler.max_step_tokens < config.scheduler.max_rows:
         raise ConfigError(
             f"scheduler.max_step_tokens ({config.scheduler.max_step_tokens}) must be at least "
             f"scheduler.max_rows ({config.scheduler.max_rows}): each decoding row needs a token"
         )
+
+
+def _check_hosts(config: ParallelConfig) -> None:
+    if config.host >= config.hosts:
+        raise ConfigError(
+            f"parallel.host must be below parallel.hosts={config.hosts}, got {config.host}"
+        )
+    if bool(config.coordinator) != (config.hosts > 1):
+        raise ConfigError(
+            f"parallel.coordinator={config.coordinator!r} and parallel.hosts={config.hosts} do not "
+            "go together: several hosts need the address of host 0, one host needs none"
+        )
+    host, _, port = config.coordinator.rpartition(":")
+    if config.coordinator and not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise ConfigError(f"parallel.coordinator must be HOST:PORT, got {config.coordinator!r}")

@@ -129,6 +129,10 @@ class DeviceFailure(JaxserveError):
     retryable = True
 
 
+class HostLost(DeviceFailure):
+    """One of the hosts that share the model ended, fell silent, or was never met."""
+
+
 class ConfigError(JaxserveError):
     """A configuration key, value or combination is wrong; ends start-up."""
 

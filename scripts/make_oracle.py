@@ -19,13 +19,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 NUM_GENERATED = 64
 NUM_SAMPLED_IDS = 64
@@ -198,6 +199,36 @@ def tiny_configs() -> dict[str, tuple[Any, float]]:
             2.0,
         ),
         "qwen3": (t.Qwen3Config(**{**small, "head_dim": 32}, rope_parameters=_theta(1e6)), 2.0),
+        "mixtral": (
+            t.MixtralConfig(
+                **{**small, "num_hidden_layers": 2, "intermediate_size": 48}, num_local_experts=8
+            ),
+            2.0,
+        ),
+        "qwen3_moe": (
+            t.Qwen3MoeConfig(
+                **{**small, "num_hidden_layers": 2},
+                moe_intermediate_size=32,
+                num_experts=16,
+                num_experts_per_tok=4,
+                norm_topk_prob=True,
+                rope_parameters=_theta(1e6),
+            ),
+            2.0,
+        ),
+        "qwen3_moe_mixed": (
+            t.Qwen3MoeConfig(
+                **{**small, "num_hidden_layers": 5},
+                moe_intermediate_size=40,
+                num_experts=6,
+                num_experts_per_tok=2,
+                decoder_sparse_step=2,
+                attention_bias=True,
+                use_sliding_window=True,
+                sliding_window=12,
+            ),
+            2.0,
+        ),
         "gemma2": (
             t.Gemma2Config(**gemma, attn_logit_softcapping=4.0, final_logit_softcapping=6.0),
             2.0,
@@ -240,11 +271,10 @@ def make_tiny(folder: Path, config: Any, spread: float) -> None:
         weight.copy_(weight.bfloat16())
     logits = model(input_ids=prompt).logits[0]
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        name: weight.bfloat16().contiguous()
-        for name, weight in model.state_dict().items()
-        if not (config.tie_word_embeddings and name == "lm_head.weight")
-    }
+    # Not from the state dict: transformers holds experts stacked, and writes them one by one.
+    with tempfile.TemporaryDirectory() as saved:
+        model.bfloat16().save_pretrained(saved)
+        tensors = load_file(Path(saved) / "model.safetensors")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     fields = {**config.to_dict(), "architectures": [type(model).__name__], "dtype": "bfloat16"}
     fields.pop("_attn_implementation", None)

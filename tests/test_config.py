@@ -110,6 +110,29 @@ def test_wrong_values_are_named_with_their_limit(setting: str, message: str) -> 
 
 
 @pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["coordinator=a:1"], "'a:1' and parallel.hosts=1 do not go together"),
+        (["hosts=2"], "parallel.coordinator='' and parallel.hosts=2 do not go together"),
+        (["coordinator=a:1", "hosts=2", "host=2"], "host must be below parallel.hosts=2, got 2"),
+        (["coordinator=a", "hosts=2"], "must be HOST:PORT, got 'a'"),
+        (["coordinator=a:b", "hosts=2"], "must be HOST:PORT, got 'a:b'"),
+        (["coordinator=a:65536", "hosts=2"], "must be HOST:PORT, got 'a:65536'"),
+        (["coordinator=:1", "hosts=2"], "must be HOST:PORT, got ':1'"),
+        (["lost_after_s=26"], "lost_after_s must be between 0.5 and 25, got 26"),
+    ],
+)
+def test_several_hosts_are_told_of_each_other(settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(settings=[f"parallel.{setting}" for setting in settings], environ={})
+
+
+def test_an_address_of_several_hosts_may_be_ipv6() -> None:
+    settings = ["parallel.coordinator=[::1]:9000", "parallel.hosts=2", "parallel.host=1"]
+    assert load_config(settings=settings, environ={}).parallel.host == 1
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("http: {port: true}", "http.port takes an integer, got True"),

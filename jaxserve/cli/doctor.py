@@ -133,7 +133,7 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     kind = model_class(checkpoint.config)
     spec = kind.spec_from_hf(checkpoint.config)
     device = devices()[0]
-    options = _options(config)
+    options = _options(config, mixture=spec.moe is not None)
     dtype = cache_dtype(config.cache, options)
     if options.attention != "xla":
         asked = options.attention
@@ -164,13 +164,23 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     yield "chat template", "yes" if template else "none"
 
 
-def _options(config: Config) -> ModelOptions:
-    """What "auto" means on this machine's first device."""
+def _options(config: Config, *, mixture: bool = False) -> ModelOptions:
+    """What "auto" means on this machine's first device.
+
+    Args:
+        mixture: whether the model is one of experts.
+    """
     from jaxserve.engine.load import compute_capability, devices, model_options
 
     device = devices()[0]
     capability = compute_capability(device)
-    return model_options(config.weights, config.kernels, device.platform, capability=capability)
+    return model_options(
+        config.weights,
+        config.kernels,
+        device.platform,
+        capability=capability,
+        mixture=mixture,
+    )
 
 
 def _weights(options: ModelOptions) -> str:

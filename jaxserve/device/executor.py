@@ -8,11 +8,16 @@ Where the mesh holds several copies of the model, a step has inputs for each of 
 program; every array from the host has one more axis in front, the copies. A change of state that
 one copy needs goes to the others as padding.
 
+Where the mesh spans several hosts, each has an executor. Host 0's broadcasts a step's device calls
+before it makes them, those of the others `follow`. A step's results are whole on every device, so
+that host 0 can read those of every copy: a few numbers a row are gathered, within the step.
+
 Invariant: after `warm_up` nothing is compiled any more; `compiles_after_warmup` counts and stays 0.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import time
@@ -25,27 +30,27 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jax.stages import Lowered
-from jaxtyping import Int
 
 from jaxserve.device import programs
 from jaxserve.device.compiles import compile_counter
-from jaxserve.device.packing import ENTRY_FIELDS, NO_GROUP, StepLayout, fill_entries
+from jaxserve.device.hosts import Hosts
+from jaxserve.device.packing import NO_GROUP, StepLayout
+from jaxserve.device.plans import Call, PlanLayout
 from jaxserve.device.programs import StepResults
-from jaxserve.device.sharding import by_data, per_data_shard, tensor_parallel
+from jaxserve.device.sharding import by_data, per_data_shard, replicated, tensor_parallel
 from jaxserve.device.state import DeviceState, state_specs
 from jaxserve.device.step import (
-    LogprobArrays,
     Program,
     SlotWrite,
     StepInputs,
     StepOutputs,
     empty_inputs,
 )
+from jaxserve.errors import ConfigError
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.parallel import TENSOR_AXES
 from jaxserve.sampling.slots import SlotArrays, SlotSettings, pack_writes, padding_writes
 from jaxserve.sampling.spread import Spread
-from jaxserve.types import MAX_LOGPROBS
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +63,7 @@ class Launched:
     """A step that runs: its results, which may not be there yet."""
 
     inputs: Sequence[StepInputs]
-    results: StepResults
+    results: StepResults | None
     launched_ns: int
 
 
@@ -85,6 +90,7 @@ class Executor:
         steps: the step programs to compile.
         page_size: tokens a page.
         mesh: that the model and the state are on.
+        hosts: that the mesh spans, where it is more than this one.
     """
 
     def __init__(
@@ -94,12 +100,15 @@ class Executor:
         steps: Sequence[Program],
         page_size: int,
         mesh: Mesh,
+        hosts: Hosts | None = None,
     ) -> None:
         self._model = model
         self._params, self._structure = jax.tree.flatten(model)
         self._state = state
         self._page_size = page_size
         self._mesh = mesh
+        self._hosts = hosts
+        self._calls: list[Call] | None = None  # of the next step, where they are broadcast
         self._copies = mesh.shape["data"]
         self._cache_dtype_bytes = state.cache.groups[0].kv.dtype.itemsize
         self._max_rows = state.last_tokens.shape[0] // self._copies - 1
@@ -109,6 +118,7 @@ class Executor:
         }
         self._no_writes = {_slots_key(writes): writes for writes in self._padding_writes()}
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
+        self._plans = PlanLayout({})
         self._counter = compile_counter()
         self._compiles_at_warmup = 0
         self._ready_ns = 0
@@ -124,13 +134,19 @@ class Executor:
         """
         start = time.monotonic()
         wanted = self._wanted()
+        if self._hosts is not None:
+            self._agree(self._hosts, wanted)
         longest_first = sorted(wanted, key=lambda key: -wanted[key].cost)  # threads end together
         with ThreadPoolExecutor(threads or os.cpu_count() or 1, "jaxserve compile") as pool:
             futures = {pool.submit(self._compile, wanted[key]): key for key in longest_first}
             for done, future in enumerate(as_completed(futures), 1):
                 self._compiled[futures[future]] = future.result()
                 progress("compiling", done, len(wanted))
+        if self._hosts is not None:
+            self._hosts.gather("compiled", None)  # a collective does not wait for a compilation
         self._run_empty()
+        if self._hosts is not None and self._hosts.host == 0:
+            self._calls = []
         self._compiles_at_warmup = self._counter.count
         logger.info("%d programs ready after %.1f s", len(wanted), time.monotonic() - start)
 
@@ -152,10 +168,12 @@ class Executor:
             wanted[program] = _Wanted(step, _integers(layout.size), cost)
         for writes in self._padding_writes():
             wanted[_slots_key(writes)] = _Wanted(programs.write_slots, _shapes(writes))
-        wanted["entries"] = _Wanted(programs.write_page_tables, _shapes(_packed_entries(())))
-        wanted["prefix"] = _Wanted(programs.write_prefix, _shapes(_packed_prefix(0, 0, ())))
+        wanted["entries"] = _Wanted(
+            programs.write_page_tables, _shapes(programs.packed_entries(()))
+        )
+        wanted["prefix"] = _Wanted(programs.write_prefix, _shapes(programs.packed_prefix(0, 0, ())))
         for group in range(len(self._state.page_tables)):
-            copies = _shapes(_packed_copies(()))
+            copies = _shapes(programs.packed_copies(()))
             wanted["copy", group] = _Wanted(programs.make_copy(group), copies)
         return wanted
 
@@ -166,6 +184,23 @@ class Executor:
             platforms: what to lower for, where the mesh's devices do not say it.
         """
         return self._lower(self._wanted()[program], platforms)
+
+    def _agree(self, hosts: Hosts, wanted: dict[Hashable, _Wanted]) -> None:
+        """Sees to it that all hosts are about to compile the same programs.
+
+        Raises:
+            ConfigError: they are not.
+        """
+        inputs = {key: self._for_copies(program.inputs) for key, program in wanted.items()}
+        self._plans = PlanLayout(inputs)
+        arrays = [f"{x.dtype}{x.shape}" for x in jax.tree.leaves((self._params, self._state))]
+        told = repr((self._plans.describe(), arrays, str(self._structure)))
+        digests = hosts.gather("programs", hashlib.sha256(told.encode()).hexdigest())
+        for host, digest in enumerate(digests):
+            if digest != digests[0]:
+                raise ConfigError(
+                    f"host {host} would compile other programs than host 0: is its model another?"
+                )
 
     def _compile(self, wanted: _Wanted) -> Callable[..., Any]:
         return self._lower(wanted).compile()
@@ -181,7 +216,8 @@ class Executor:
             function = self._over_copies(wanted)
             arguments = (*arguments[:-1], self._for_copies(wanted.inputs))
             held = jax.tree.map(lambda x: x.sharding, self._state)
-            shardings = (held, by_data(self._mesh)) if results else held
+            read = by_data(self._mesh) if self._hosts is None else replicated(self._mesh)
+            shardings = (held, read) if results else held
         jitted = jax.jit(function, donate_argnums=len(arguments) - 2, out_shardings=shardings)
         return jitted.trace(*arguments).lower(lowering_platforms=platforms)
 
@@ -244,14 +280,13 @@ class Executor:
         logprobs = any(own.logprobs for own in inputs)
         packed = [layout.pack(own, logprobs=logprobs) for own in inputs]
         launched_ns = time.monotonic_ns()
-        self._state, results = self._compiled[program](
-            self._params, self._state, packed[0] if self._mesh.size == 1 else np.stack(packed)
-        )
+        results = self._call(program, packed[0] if self._mesh.size == 1 else np.stack(packed))
         return Launched(inputs, results, launched_ns)
 
     def collect(self, launched: Launched) -> list[StepOutputs]:
         """Waits for a step's results, those of each copy."""
         inputs, results = launched.inputs, launched.results
+        assert results is not None
         token_ids = np.asarray(results.token_ids)
         ready_ns = time.monotonic_ns()
         device_ns = ready_ns - max(launched.launched_ns, self._ready_ns)
@@ -268,17 +303,53 @@ class Executor:
             outputs.append(
                 StepOutputs(
                     token_ids=token_ids[place],
-                    logprobs=_unpack_logprobs(logprobs[place])
+                    logprobs=programs.unpack_logprobs(logprobs[place])
                     if logprobs is not None and own.logprobs
                     else None,
                     prompt_logprobs=None
                     if of_prompt is None
-                    else _unpack_logprobs(of_prompt[place]),
+                    else programs.unpack_logprobs(of_prompt[place]),
                     device_ns=device_ns,
                     idle_ns=idle_ns,
                 )
             )
         return outputs
+
+    def follow(self) -> None:
+        """Makes the device calls that host 0 broadcasts, for as long as it lives.
+
+        A step is waited for once the next has been started, as on host 0: so an error shows.
+        """
+        assert self._hosts is not None
+        before = results = None
+        for plan in self._hosts.plans():
+            for call in self._plans.unpack(plan):
+                results = self._run(*call)
+            jax.block_until_ready(before)
+            before = results
+
+    def _call(self, key: Hashable, inputs: Any) -> StepResults | None:
+        """Makes a device call, or keeps it until the step's own, with which all are broadcast."""
+        if self._calls is None or self._hosts is None:
+            return self._run(key, inputs)
+        self._calls.append((key, inputs))
+        if not isinstance(key, Program):
+            return None
+        calls, self._calls = self._calls, []
+        self._hosts.broadcast(self._plans.pack(calls))
+        *changes, step = calls
+        for change in changes:
+            self._run(*change)
+        return self._run(*step)
+
+    def _run(self, key: Hashable, inputs: Any) -> StepResults | None:
+        """Starts one program."""
+        compiled = self._compiled[key]
+        if not isinstance(key, Program):
+            self._state = compiled(self._state, inputs)
+            return None
+        self._state, results = compiled(self._params, self._state, inputs)
+        return results
 
     def count_work(self, inputs: StepInputs) -> tuple[int, int]:
         """FLOPs and bytes of a call, counted from shapes; several decode steps are so many steps.
@@ -305,7 +376,7 @@ class Executor:
         if self._mesh.size > 1:
             everywhere = [inputs if place == copy else padding for place in range(self._copies)]
             inputs = jax.tree.map(lambda *parts: np.stack(parts), *everywhere)
-        self._state = self._compiled[key](self._state, inputs)
+        self._call(key, inputs)
 
     def _write_slots(self, copy: int, writes: Sequence[SlotWrite]) -> None:
         spec = self._model.spec
@@ -332,44 +403,22 @@ class Executor:
     def _write_prefix(self, copy: int, slot: int, tokens: Sequence[int]) -> None:
         size = programs.PREFIX_TOKENS_A_CALL
         for first in range(0, len(tokens), size):
-            packed = _packed_prefix(slot, first, tokens[first : first + size])
-            self._change("prefix", copy, packed, _packed_prefix(self._max_rows, 0, ()))
+            packed = programs.packed_prefix(slot, first, tokens[first : first + size])
+            self._change("prefix", copy, packed, programs.packed_prefix(self._max_rows, 0, ()))
 
     def _write_entries(self, copy: int, entries: Sequence[tuple[int, int, int, int]]) -> None:
         size = programs.ENTRIES_A_CALL
         for first in range(0, len(entries), size):
-            packed = _packed_entries(entries[first : first + size])
-            self._change("entries", copy, packed, _packed_entries(()))
+            packed = programs.packed_entries(entries[first : first + size])
+            self._change("entries", copy, packed, programs.packed_entries(()))
 
     def _copy_pages(self, copy: int, copies: Sequence[tuple[int, int, int]]) -> None:
         size = programs.COPIES_A_CALL
         for group in sorted({group for group, _, _ in copies}):
             pairs = [(source, target) for g, source, target in copies if g == group]
             for first in range(0, len(pairs), size):
-                packed = _packed_copies(pairs[first : first + size])
-                self._change(("copy", group), copy, packed, _packed_copies(()))
-
-
-def _packed_prefix(slot: int, first: int, tokens: Sequence[int]) -> Int[np.ndarray, "X"]:
-    """See `programs.write_prefix`."""
-    scalars = programs.PREFIX_SCALARS
-    packed = np.zeros(scalars + programs.PREFIX_TOKENS_A_CALL, np.int32)
-    packed[:scalars] = slot, first, len(tokens)
-    packed[scalars : scalars + len(tokens)] = tokens
-    return packed
-
-
-def _packed_entries(entries: Sequence[tuple[int, int, int, int]]) -> Int[np.ndarray, "E 4"]:
-    packed = np.empty((programs.ENTRIES_A_CALL, ENTRY_FIELDS), np.int32)
-    fill_entries(packed, entries)
-    return packed
-
-
-def _packed_copies(pairs: Sequence[tuple[int, int]]) -> Int[np.ndarray, "C 2"]:
-    packed = np.zeros((programs.COPIES_A_CALL, 2), np.int32)
-    if pairs:
-        packed[: len(pairs)] = pairs
-    return packed
+                packed = programs.packed_copies(pairs[first : first + size])
+                self._change(("copy", group), copy, packed, programs.packed_copies(()))
 
 
 def _first(tree: Any) -> Any:
@@ -391,15 +440,3 @@ def _shapes(tree: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     return jax.tree.map(shape, tree)
-
-
-def _unpack_logprobs(columns: Int[np.ndarray, "... 42"]) -> LogprobArrays:
-    """See `programs.pack_logprobs`."""
-    ends = np.cumsum([1, 1, MAX_LOGPROBS])
-    chosen, rank, top_ids, top_values = np.split(columns, ends, axis=-1)
-    return LogprobArrays(
-        chosen=np.ascontiguousarray(chosen[..., 0]).view(np.float32),
-        rank=rank[..., 0],
-        top_ids=top_ids,
-        top_values=np.ascontiguousarray(top_values).view(np.float32),
-    )

@@ -11,17 +11,19 @@ whose buffers are the donated ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.device.cache import copy_pages
-from jaxserve.device.packing import ENTRY_FIELDS, StepArrays, StepLayout
+from jaxserve.device.packing import ENTRY_FIELDS, StepArrays, StepLayout, fill_entries
 from jaxserve.device.state import DeviceState
+from jaxserve.device.step import LogprobArrays
 from jaxserve.models.context import KVCache, StepContext
 from jaxserve.models.decoder import Decoder
 from jaxserve.sampling.history import observe
@@ -29,6 +31,7 @@ from jaxserve.sampling.logprobs import Logprobs, logprobs_if, prompt_logprobs
 from jaxserve.sampling.sample import sample
 from jaxserve.sampling.slots import SlotArrays, apply_writes
 from jaxserve.sampling.spread import ONE_DEVICE, Spread
+from jaxserve.types import MAX_LOGPROBS
 from pallas_kernels.ragged import RaggedBatch
 
 #: What one call of the small programs takes; more is done in several calls.
@@ -232,4 +235,43 @@ def pack_logprobs(logprobs: Logprobs) -> Int[Array, "*B 42"]:
             bits(logprobs.top_values),
         ],
         axis=-1,
+    )
+
+
+# ---------------------------------------------------------------------------- the host's side
+
+
+def packed_prefix(slot: int, first: int, tokens: Sequence[int]) -> Int[np.ndarray, "X"]:
+    """See `write_prefix`."""
+    scalars = PREFIX_SCALARS
+    packed = np.zeros(scalars + PREFIX_TOKENS_A_CALL, np.int32)
+    packed[:scalars] = slot, first, len(tokens)
+    packed[scalars : scalars + len(tokens)] = tokens
+    return packed
+
+
+def packed_entries(entries: Sequence[tuple[int, int, int, int]]) -> Int[np.ndarray, "E 4"]:
+    """See `write_page_tables`."""
+    packed = np.empty((ENTRIES_A_CALL, ENTRY_FIELDS), np.int32)
+    fill_entries(packed, entries)
+    return packed
+
+
+def packed_copies(pairs: Sequence[tuple[int, int]]) -> Int[np.ndarray, "C 2"]:
+    """See `make_copy`."""
+    packed = np.zeros((COPIES_A_CALL, 2), np.int32)
+    if pairs:
+        packed[: len(pairs)] = pairs
+    return packed
+
+
+def unpack_logprobs(columns: Int[np.ndarray, "... 42"]) -> LogprobArrays:
+    """See `pack_logprobs`."""
+    ends = np.cumsum([1, 1, MAX_LOGPROBS])
+    chosen, rank, top_ids, top_values = np.split(columns, ends, axis=-1)
+    return LogprobArrays(
+        chosen=np.ascontiguousarray(chosen[..., 0]).view(np.float32),
+        rank=rank[..., 0],
+        top_ids=top_ids,
+        top_values=np.ascontiguousarray(top_values).view(np.float32),
     )

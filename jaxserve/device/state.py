@@ -16,6 +16,7 @@ from jaxtyping import Array, Int
 from jaxserve.device.sharding import by_data
 from jaxserve.models.context import KVCache
 from jaxserve.sampling.state import SamplingState, init_state
+from jaxserve.weights.place import place
 
 
 @jax.tree_util.register_dataclass
@@ -67,4 +68,5 @@ def init_device_state(
         ),
         last_tokens=jnp.zeros(copies * rows, jnp.int32),
     )
-    return replace(jax.device_put(fresh, by_data(mesh)), cache=cache)
+    placed = jax.tree.map(lambda x: place(x, by_data(mesh)), fresh)
+    return replace(placed, cache=cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
 import logging
 import sys
@@ -16,21 +17,25 @@ from jaxserve.device.buckets import Buckets
 from jaxserve.device.cache import init_cache, pages_per_sequence, pool_sizes
 from jaxserve.device.compiles import compile_counter, use_persistent_cache
 from jaxserve.device.executor import Executor
+from jaxserve.device.hosts import Hosts
+from jaxserve.device.meeting import connect
 from jaxserve.device.memory import Memory, least_memory
 from jaxserve.device.sharding import make_mesh, param_sharding, tensor_parallel, undivided
 from jaxserve.device.state import init_device_state
 from jaxserve.engine.batches import Batches
 from jaxserve.engine.parts import Parts, Progressing
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.models.decoder import Decoder
+from jaxserve.models.moe import NO_PACKED_EXPERTS
 from jaxserve.models.options import PACKED_DTYPES, ModelOptions
 from jaxserve.models.registry import model_class
-from jaxserve.models.spec import AttentionSpec
+from jaxserve.models.spec import AttentionSpec, ModelSpec, MoeSpec
 from jaxserve.types import ModelInfo
 from jaxserve.weights.checkpoint import open_checkpoint
 from jaxserve.weights.load import load_model
 from jaxserve.weights.sources import resolve, served_name
 from pallas_kernels import native
+from pallas_kernels.grouped_matmul import TPU_LANES
 from pallas_kernels.paged_attention import unsupported
 
 logger = logging.getLogger(__name__)
@@ -41,23 +46,58 @@ _ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*")
 
 
 def load_parts(config: Config, progress: Progressing) -> Parts:
-    """Loads the model and compiles its programs.
+    """Loads the model and compiles its programs, on all hosts that share it.
 
     Raises:
         ConfigError: a setting that does not fit this machine or the model.
         WeightsError: the model is missing, broken or not supported.
+        HostLost: the other hosts did not come. One that is lost later ends the process.
     """
+    hosts = connect(config.parallel, must_agree(config))
+    if hosts is None:
+        return _load_parts(config, progress, None)
+    try:
+        return _load_parts(config, progress, hosts)
+    except JaxserveError as error:
+        hosts.close(error.message)
+        raise
+    except Exception as error:
+        hosts.close(f"{type(error).__name__}: {error}")
+        raise
+
+
+def must_agree(config: Config) -> dict[str, object]:
+    """The settings that all hosts must have alike: what programs are compiled depends on them."""
+    agreed: dict[str, object] = {
+        "model.max_context": config.model.max_context,
+        "jax": jax.__version__,
+    }
+    own = ("cache_dir", "hosts", "host", "coordinator", "connect_timeout_s")
+    for name in ("weights", "cache", "scheduler", "kernels", "parallel"):
+        for key, value in dataclasses.asdict(getattr(config, name)).items():
+            if key not in own:
+                agreed[f"{name}.{key}"] = value
+    return agreed
+
+
+def _load_parts(config: Config, progress: Progressing, hosts: Hosts | None) -> Parts:
     use_persistent_cache(config.engine.compile_cache_dir)
     compile_counter()
     mesh = make_mesh(devices(), config.parallel)
     device = mesh.devices.flat[0]
-    options = model_options(
-        config.weights, config.kernels, device.platform, mesh, compute_capability(device)
-    )
     path = resolve(config.model, config.weights, progress)
+    spec = _spec(path, config.model.format)
+    options = model_options(
+        config.weights,
+        config.kernels,
+        device.platform,
+        mesh,
+        compute_capability(device),
+        mixture=spec.moe is not None,
+    )
     if options.attention != "xla":
-        head_dim = _head_dim(path, config.model.format)
-        options = fitting(options, config.kernels, head_dim, cache_dtype(config.cache, options))
+        dtype, head_dim = cache_dtype(config.cache, options), spec.attention.head_dim
+        options = fitting(options, config.kernels, head_dim, dtype)
     model = load_model(
         path,
         format=config.model.format,
@@ -65,11 +105,29 @@ def load_parts(config: Config, progress: Progressing) -> Parts:
         sharding=param_sharding(mesh),
         progress=progress,
     )
+    return parts_of(config, model, mesh, progress, hosts)
+
+
+def parts_of(
+    config: Config,
+    model: Decoder,
+    mesh: Mesh,
+    progress: Progressing,
+    hosts: Hosts | None = None,
+) -> Parts:
+    """An engine's parts around a model that is on its devices: compiles its programs.
+
+    Raises:
+        ConfigError: the cache does not fit beside it.
+    """
     _log_sharding(model, mesh)
     info = model_info(config, model)
     num_pages = size_cache(config, model.options, info, _memory(config.cache, mesh))
-    buckets = buckets_for(config.scheduler, options, device.platform)
-    executor = _executor(config, model, info, num_pages, mesh, buckets)
+    if hosts is not None:  # as many as the host with the least memory has
+        pools = zip(*hosts.gather("pages", num_pages), strict=True)
+        num_pages = tuple(min(pages) for pages in pools)
+    buckets = buckets_for(config.scheduler, model.options, mesh.devices.flat[0].platform)
+    executor = _executor(config, model, info, num_pages, mesh, buckets, hosts)
     executor.warm_up(progress, config.engine.compile_threads)
     return Parts(
         model=info,
@@ -78,6 +136,8 @@ def load_parts(config: Config, progress: Progressing) -> Parts:
         executor=executor,
         page_size=config.cache.page_size,
         num_pages=num_pages,
+        hosts=hosts,
+        follow=executor.follow if config.parallel.host else None,
     )
 
 
@@ -112,12 +172,15 @@ def model_options(
     platform: str,
     mesh: Mesh | AbstractMesh | None = None,
     capability: str | None = None,
+    *,
+    mixture: bool = False,
 ) -> ModelOptions:
     """What "auto" means on this platform, logged.
 
     Args:
         mesh: that the model will be on; one device where None.
         capability: of a GPU, see `compute_capability`.
+        mixture: whether the model is a mixture of experts.
 
     Raises:
         ConfigError: kernels were asked for that cannot run here.
@@ -131,6 +194,7 @@ def model_options(
         no_native = no_native or "it runs on one device"
     readable = weights.quantization != "none" or dtype in PACKED_DTYPES
     no_packing = None if readable else f"it does not read {dtype} weights"
+    no_packing = NO_PACKED_EXPERTS if mixture else no_packing
 
     def choose(name: str, asked: str, own: dict[str, str | None]) -> str:
         """One of `own`, the implementations beside XLA with the reason why each cannot run."""
@@ -165,6 +229,9 @@ def model_options(
 
 def _log_sharding(model: Decoder, mesh: Mesh) -> None:
     """What the devices do not share evenly, and what that costs."""
+    experts = describe_experts(model.spec.moe, mesh.shape["model"])
+    if experts and mesh.devices.flat[0].platform == "tpu":
+        logger.warning("experts: %s", experts)
     if mesh.size == 1:
         return
     logger.info("mesh: %s", ", ".join(f"{n} {axis}" for axis, n in mesh.shape.items()))
@@ -188,6 +255,24 @@ def describe_heads(sizes: AttentionSpec) -> str:
     return ", ".join(found)
 
 
+def describe_experts(moe: MoeSpec | None, parts: int) -> str:
+    """What a TPU has to do beside the experts' products; empty where nothing.
+
+    Args:
+        parts: of an expert's columns, one on each device of the mesh's "model" axis.
+    """
+    if moe is None:
+        return ""
+    columns = moe.feed_forward if moe.feed_forward % parts else moe.feed_forward // parts
+    if columns % TPU_LANES == 0:
+        return ""
+    return (
+        f"{columns} columns of each on a device are no multiple of {TPU_LANES}, so that XLA copies "
+        "gate and up in every step"
+        + ("; a higher parallel.expert and lower parallel.model avoid it" if parts > 1 else "")
+    )
+
+
 def fitting(
     options: ModelOptions, kernels: KernelsConfig, head_dim: int, dtype: str
 ) -> ModelOptions:
@@ -205,9 +290,9 @@ def fitting(
     return replace(options, attention="xla")
 
 
-def _head_dim(path: Path, format: str) -> int:
+def _spec(path: Path, format: str) -> ModelSpec:
     checkpoint = open_checkpoint(path, format)
-    return model_class(checkpoint.config).spec_from_hf(checkpoint.config).attention.head_dim
+    return model_class(checkpoint.config).spec_from_hf(checkpoint.config)
 
 
 def _memory(cache: CacheConfig, mesh: Mesh) -> Memory:
@@ -286,6 +371,7 @@ def _executor(
     num_pages: tuple[int, ...],
     mesh: Mesh,
     buckets: Buckets,
+    hosts: Hosts | None,
 ) -> Executor:
     dtype, page_size = cache_dtype(config.cache, model.options), config.cache.page_size
     logger.info("KV cache: %s pages of %d tokens, %s", num_pages, page_size, dtype)
@@ -304,4 +390,4 @@ def _executor(
         pages_per_sequence=pages_per_sequence(info.max_context, page_size),
         mesh=mesh,
     )
-    return Executor(model, state, buckets.programs, page_size, mesh)
+    return Executor(model, state, buckets.programs, page_size, mesh, hosts)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxserve.config import Config
+from jaxserve.device.hosts import Hosts
 from jaxserve.engine.loop import Batch, Executor
 from jaxserve.types import ModelInfo
 
@@ -21,6 +22,9 @@ class Parts:
         page_size: tokens a page.
         num_pages: pages of each cache group's pool, page 0 included, in each copy of the model.
         copies: of the model.
+        hosts: that share it, where there are several.
+        follow: on another host than number 0, makes the device calls that host 0 broadcasts, for
+            as long as it lives.
     """
 
     model: ModelInfo
@@ -29,6 +33,8 @@ class Parts:
     page_size: int
     num_pages: tuple[int, ...]
     copies: int = 1
+    hosts: Hosts | None = None
+    follow: Callable[[], None] | None = None
 
 
 #: Loads and compiles what a configuration asks for.

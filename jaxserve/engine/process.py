@@ -3,7 +3,10 @@
 Started by `protocol.spawn` as `python -m jaxserve.engine.process ADDRESS PARENT_PID`. The model is
 loaded and compiled in the main thread while a `Greeter` answers clients; then the main thread turns
 the step loop. Exit status: 0 after SIGTERM, 1 after an error that was told in one sentence, 3 when
-a step hung for longer than `engine.step_timeout_s`.
+a step hung for longer than `engine.step_timeout_s`, 4 when one of several hosts was lost.
+
+On a host other than number 0 there is no scheduler and there are no clients: the main thread makes
+the device calls that host 0 broadcasts (`follow`).
 
 Invariant: the process ends with its parent, whatever way that ends.
 """
@@ -18,12 +21,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 from jaxserve.config import Config
+from jaxserve.device.hosts import EXIT_LOST, Hosts
 from jaxserve.engine.greeter import Greeter
 from jaxserve.engine.loop import Engine
 from jaxserve.engine.parts import Factory, Parts, Progressing
-from jaxserve.errors import JaxserveError
+from jaxserve.errors import HostLost, JaxserveError
 from jaxserve.protocol.parent import follow_parent
 from jaxserve.protocol.server import ServerTransport
 from jaxserve.scheduler.copies import Schedulers
@@ -45,13 +50,18 @@ def main(factory: Factory | None = None) -> int:
     follow_parent(int(sys.argv[2]))
     config: Config = pickle.load(sys.stdin.buffer)  # from our parent, through its pipe
     logging.basicConfig(level=config.logging.level.upper(), stream=sys.stderr)
+    if config.parallel.host:
+        _leave(follow(config, factory or _load_parts))
     from jaxserve.protocol.zmq import ZmqServer  # the bare accelerator image has no zmq
 
     server = ZmqServer(sys.argv[1])
     try:
-        return run(config, server, factory or _load_parts)
+        status = run(config, server, factory or _load_parts)
     finally:
         server.close()
+    if config.parallel.hosts > 1:
+        _leave(status)
+    return status
 
 
 def run(config: Config, server: ServerTransport, factory: Factory) -> int:
@@ -63,12 +73,16 @@ def run(config: Config, server: ServerTransport, factory: Factory) -> int:
     greeter = Greeter(server)
     greeter.start()
     try:
-        engine = build_engine(config, server, factory(config, greeter.progress))
+        parts = factory(config, greeter.progress)
+        engine = build_engine(config, server, parts)
+    except HostLost as error:
+        return _give_up(greeter, error.message, EXIT_LOST)
     except JaxserveError as error:
         return _give_up(greeter, error.message)
     except Exception as error:
         logger.exception("start-up failed")
         return _give_up(greeter, f"{type(error).__name__}: {error}")
+    hosts = parts.hosts
     greeter.progress("ready", 1, 1)
     greeter.stop()
     signal.signal(signal.SIGTERM, lambda *_: engine.stop())
@@ -77,10 +91,44 @@ def run(config: Config, server: ServerTransport, factory: Factory) -> int:
     try:
         engine.serve()
     except Exception:
-        logger.exception("the step loop failed")
-        return EXIT_FAILED
+        return _failed("the step loop failed", hosts)
     finally:
         _ignore_sigterm()
+    if hosts is not None:
+        hosts.close("it was told to end")
+    return 0
+
+
+def follow(config: Config, factory: Factory) -> int:
+    """Loads, then makes the device calls of host 0 until this process ends; returns its status.
+
+    SIGTERM ends it at once.
+
+    Args:
+        factory: loads and compiles the model, reporting progress.
+    """
+    progressed: set[str] = set()
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if phase not in progressed:
+            progressed.add(phase)
+            logger.info("host %d: %s", config.parallel.host, phase)
+
+    try:
+        parts = factory(config, progress)
+    except HostLost as error:
+        return _tell(error.message, EXIT_LOST)
+    except JaxserveError as error:
+        return _tell(error.message)
+    except Exception as error:
+        logger.exception("start-up failed")
+        return _tell(f"{type(error).__name__}: {error}")
+    assert parts.follow is not None
+    progress("ready", 1, 1)
+    try:
+        parts.follow()
+    except Exception:
+        return _failed("a step failed", parts.hosts)
     return 0
 
 
@@ -132,11 +180,32 @@ def _ignore_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _give_up(greeter: Greeter, sentence: str) -> int:
+def _give_up(greeter: Greeter, sentence: str, status: int = EXIT_FAILED) -> int:
     _ignore_sigterm()
     greeter.fail(sentence)
+    return _tell(sentence, status)
+
+
+def _tell(sentence: str, status: int = EXIT_FAILED) -> int:
     sys.stderr.write(f"jaxserve: {sentence}\n")
+    return status
+
+
+def _failed(what: str, hosts: Hosts | None) -> int:
+    """A step raised: its own fault, or, where there are several hosts, that one was lost."""
+    logger.exception(what)
+    if hosts is not None:
+        hosts.await_loss()  # ends the process
+        hosts.close(what)
     return EXIT_FAILED
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process without JAX's exit handler, which would wait for the other hosts."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Self
 from jaxserve.config import Config
 from jaxserve.engine.parts import Factory, Progressing
 from jaxserve.engine.process import build_engine
+from jaxserve.errors import ConfigError
 from jaxserve.protocol.thread import ThreadClient, ThreadRoad
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,8 @@ class EngineThread:
         progress: told how far that is.
 
     Raises:
+        ConfigError: it is to be one of several hosts: the loss of one ends the process, and that
+            is to be the engine's own.
         JaxserveError: the model cannot be loaded.
     """
 
@@ -36,6 +39,11 @@ class EngineThread:
         factory: Factory,
         progress: Progressing = lambda phase, done, total: None,
     ) -> None:
+        if config.parallel.hosts > 1:
+            raise ConfigError(
+                f"parallel.hosts={config.parallel.hosts}: an engine in a thread runs on one host; "
+                "several are for `python -m jaxserve serve`"
+            )
         self._road = ThreadRoad()
         self.engine = build_engine(config, self._road.server, factory(config, progress))
         self._thread = threading.Thread(target=self._serve, name="jaxserve engine", daemon=True)

@@ -8,6 +8,10 @@ The supervisor serves nothing itself: it shows start-up's progress, watches its 
 SIGTERM on. A child that ends by itself ends the server, with a status other than 0 and one
 sentence; whoever runs us (systemd, Kubernetes) starts it again. The children end with us, even if
 we are killed.
+
+Where the model is spread over several hosts, an engine that ended because one was lost is started
+again, with new workers on the same listening socket, which are not ready until it is. The other
+hosts serve nothing: there, this only keeps an engine running (`http.restarts`).
 """
 
 from __future__ import annotations
@@ -30,6 +34,15 @@ from jaxserve.config import Config, HttpConfig, ModelConfig, WeightsConfig
 from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.http.auth import check_exposure, load_keys
 from jaxserve.http.metrics import create_shared
+from jaxserve.http.restarts import (
+    EXIT_TOLD,
+    Backoff,
+    describe_end,
+    ended,
+    may_restart,
+    run_follower,
+    waited,
+)
 from jaxserve.http.worker import WorkerSettings
 from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.messages import Progress
@@ -38,8 +51,6 @@ from jaxserve.protocol.spawn import EngineProcess
 from jaxserve.protocol.zmq import ZmqClient
 from jaxserve.weights import sources
 
-#: Status of an engine that has said on stderr why it could not start.
-EXIT_TOLD = 1
 #: Connections that may wait to be accepted.
 BACKLOG = 2048
 #: How long a failed engine's workers get to tell their clients.
@@ -68,6 +79,8 @@ def serve(
         0 after a drain; 1 after an error, which has been told in one sentence on stderr.
     """
     try:
+        if config.parallel.host:
+            return asyncio.run(run_follower(_resolved(config, resolve), engine_module))
         check_exposure(config.http)
         load_keys(config.http)
         _check_tls(config.http)
@@ -127,11 +140,26 @@ class _Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         scratch = ScratchDirectory()
+        backoff = Backoff()
+        try:
+            while True:
+                backoff.started()
+                status = await self._live(scratch.path / "metrics")
+                if status is not None:
+                    return status
+                if await waited(self._stopping, backoff.next_pause_s()):
+                    return 0
+        finally:
+            scratch.remove()
+
+    async def _live(self, metrics_file: Path) -> int | None:
+        """The life of one engine; returns the exit status, None to start another."""
+        self._announced = False
         engine = EngineProcess.start(self._config, module=self._engine_module)
         client = EngineClient(ZmqClient(engine.address), on_progress=self._bar.show)
         try:
             await client.start()
-            self._start_workers(engine.address, scratch.path / "metrics")
+            self._start_workers(engine.address, metrics_file)
             return await self._watch(engine, client)
         finally:
             self._bar.close()
@@ -141,8 +169,8 @@ class _Supervisor:
                 worker.process.wait()
                 assert worker.process.stdout is not None
                 worker.process.stdout.close()
+            self._workers.clear()
             engine.stop()
-            scratch.remove()
 
     def _start_workers(self, address: str, metrics_file: Path) -> None:
         create_shared(metrics_file, self._config.http.workers)
@@ -155,10 +183,10 @@ class _Supervisor:
             )
             self._workers.append(_Worker(settings, self._listener, self._worker_module))
 
-    async def _watch(self, engine: EngineProcess, client: EngineClient) -> int:
-        """Waits for the first of: a child's end, a signal."""
-        engine_end = asyncio.create_task(_ended(engine.pid))
-        worker_ends = [asyncio.create_task(_ended(w.process.pid)) for w in self._workers]
+    async def _watch(self, engine: EngineProcess, client: EngineClient) -> int | None:
+        """Waits for the first of: a child's end, a signal; returns as `_live`."""
+        engine_end = asyncio.create_task(ended(engine.pid))
+        worker_ends = [asyncio.create_task(ended(w.process.pid)) for w in self._workers]
         stopping = asyncio.create_task(self._stopping.wait())
         ready = asyncio.create_task(self._announce(client))
         try:
@@ -190,18 +218,19 @@ class _Supervisor:
         self,
         engine: EngineProcess,
         worker_ends: list[asyncio.Task[None]],
-    ) -> int:
-        """The engine has ended: its clients are told, then all ends."""
+    ) -> int | None:
+        """The engine has ended: its clients are told, then all ends, or another is started."""
         self._bar.close()
         status = engine.poll()
         assert status is not None, "its pidfd said that it has ended"
         for worker in self._workers:
             worker.process.terminate()
         await asyncio.wait(worker_ends, timeout=FAREWELL_S)
+        again = may_restart(self._config, status)
         if self._announced or status != EXIT_TOLD:
-            how = f"by signal {-status}" if status < 0 else f"with status {status}"
-            sys.stderr.write(f"jaxserve: the engine process ended {how}\n")
-        return 1
+            sequel = "; it is started again" if again else ""
+            sys.stderr.write(f"jaxserve: {describe_end(status)}{sequel}\n")
+        return None if again else 1
 
     def _after_worker(self) -> int:
         for worker in self._workers:
@@ -263,19 +292,6 @@ class _Bar:
 
 async def _all_ended(ends: list[asyncio.Task[None]]) -> None:
     await asyncio.wait(ends)
-
-
-async def _ended(pid: int) -> None:
-    """Waits for the end of a child, without reaping it."""
-    loop = asyncio.get_running_loop()
-    end: asyncio.Future[None] = loop.create_future()
-    fd = os.pidfd_open(pid)
-    loop.add_reader(fd, lambda: end.done() or end.set_result(None))
-    try:
-        await end
-    finally:
-        loop.remove_reader(fd)
-        os.close(fd)
 
 
 def _resolved(config: Config, resolve: Resolve | None) -> Config:

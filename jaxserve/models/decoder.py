@@ -6,8 +6,9 @@ tokens, cache and context, for prefill and decode alike, without state of its ow
 
 Layers run unrolled, traced once for each kind through an inner `jax.jit`; or scanned, over
 weights stacked along the repeating pattern of kinds (Gemma's local and global layers), with the
-cache as the scan's carry, so that it is updated in place. Packed weights are not scanned over,
-which would copy each layer's: the native kernel gets the stack and the layer's place in it.
+cache as the scan's carry, so that it is updated in place. Packed weights and experts are not
+scanned over, which would copy each layer's: their kernels get the stack and the layer's place in
+it.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from jaxserve.models.linear import Embedding, encode, table_bytes, weight_bytes
 from jaxserve.models.options import ModelOptions
 from jaxserve.models.parallel import by_vocabulary
 from jaxserve.models.rotary import rotary_table
-from jaxserve.models.spec import ModelSpec
+from jaxserve.models.spec import LayerKind, ModelSpec
 from jaxserve.types import CacheGroup
+from pallas_kernels.grouped_matmul.traffic import touched_groups
 
 Layer = PreNormLayer | SandwichLayer
 
@@ -64,8 +66,11 @@ def layer_stacks(spec: ModelSpec, options: ModelOptions) -> tuple[tuple[int, ...
     )
 
 
-def _is_packed(path: Any, param: Any) -> bool:
-    return isinstance(param, nnx.Param) and bool(param.get_metadata("packed"))
+def _is_whole(path: Any, param: Any) -> bool:
+    """Whether a parameter's kernel picks its layer out of the stack itself."""
+    if not isinstance(param, nnx.Param):
+        return False
+    return bool(param.get_metadata("packed")) or bool(param.get_metadata("whole", False))
 
 
 class Decoder(nnx.Module):
@@ -117,8 +122,8 @@ class Decoder(nnx.Module):
         raise TypeError(f"{cls.__name__} reads no config: take one of registry.ARCHITECTURES")
 
     @classmethod
-    def layer_tensors(cls, spec: ModelSpec, prefix: str) -> Rules:
-        """Rules of one layer; `prefix` is the layer's in HF's names."""
+    def layer_tensors(cls, spec: ModelSpec, kind: LayerKind, prefix: str) -> Rules:
+        """Rules of one layer of a kind; `prefix` is the layer's in HF's names."""
         raise TypeError(f"{cls.__name__} has no tensors: take one of registry.ARCHITECTURES")
 
     @classmethod
@@ -134,7 +139,8 @@ class Decoder(nnx.Module):
             rules["head", "table"] = hf_tensors.table(f"{spec.tensor_prefix}lm_head.weight", spec)
         for entry, indices in enumerate(layer_stacks(spec, options)):
             layers = [
-                cls.layer_tensors(spec, f"{spec.tensor_prefix}model.layers.{i}") for i in indices
+                cls.layer_tensors(spec, spec.layers[i], f"{spec.tensor_prefix}model.layers.{i}")
+                for i in indices
             ]
             rules |= hf_tensors.within(
                 ("layers", entry),
@@ -221,19 +227,18 @@ class Decoder(nnx.Module):
         period = sum(len(indices) > 1 for indices in stacks)
         pages = cache.groups
         if period:
-            parts = [nnx.split(layer, _is_packed, ...) for layer in self.layers[:period]]
+            parts = [nnx.split(layer, _is_whole, ...) for layer in self.layers[:period]]
 
             def body(
                 carry: tuple[Array, tuple[GroupPages, ...]], block: Any
             ) -> tuple[tuple[Array, tuple[GroupPages, ...]], None]:
                 x, pages = carry
                 scanned, places, repeat = block
-                for (kind, packed, _), rest, index, indices in zip(
+                for (kind, whole, _), rest, index, indices in zip(
                     parts, scanned, places, stacks, strict=False
                 ):
-                    layer = nnx.merge(kind, packed, rest)
-                    stack_index = repeat if self.options.packed else None
-                    x, pages = run(layer, x, pages, indices[0], index, stack_index)
+                    layer = nnx.merge(kind, whole, rest)
+                    x, pages = run(layer, x, pages, indices[0], index, repeat)
                 return (x, pages), None
 
             repeats = np.arange(len(stacks[0]), dtype=np.int32)
@@ -269,7 +274,8 @@ class Decoder(nnx.Module):
 
         Two operations a multiply-add; matmuls and attention only. Bytes: every weight once (an
         untied embedding by its rows), keys and values read and written. Sliding layers are
-        counted up to their window, as if all rows were equally long.
+        counted up to their window, as if all rows were equally long; of experts, as many as tokens
+        touch that pick each of them with equal chances.
 
         Args:
             num_tokens: live tokens.
@@ -283,16 +289,26 @@ class Decoder(nnx.Module):
             cache_dtype_bytes = jnp.dtype(self.options.activations).itemsize
         table = spec.vocab_size * spec.hidden_size
         width = (2 * sizes.num_heads + 2 * sizes.num_kv_heads) * sizes.head_dim
-        matrices = spec.num_layers * spec.hidden_size * (width + 3 * spec.feed_forward)
+        num_sparse = sum(kind.sparse for kind in spec.layers)
+        num_dense = spec.num_layers - num_sparse
+        matrices = spec.hidden_size * (spec.num_layers * width + num_dense * 3 * spec.feed_forward)
+        multiplied, router_bytes, held = matrices, 0, float(matrices)
+        if spec.moe is not None:
+            router = num_sparse * spec.hidden_size * spec.moe.num_experts
+            expert = num_sparse * spec.hidden_size * 3 * spec.moe.feed_forward
+            multiplied += router + spec.moe.top_k * expert
+            router_bytes = 4 * router
+            held += touched_groups(spec.moe.num_experts, num_tokens, spec.moe.top_k) * expert
         rows = max(1, num_logit_rows)
         read = sum(
             context_tokens if kind.window is None else min(context_tokens, rows * kind.window)
             for kind in spec.layers
         )
-        flops = 2 * matrices * num_tokens + 2 * table * num_logit_rows
+        flops = 2 * multiplied * num_tokens + 2 * table * num_logit_rows
         flops += 4 * sizes.num_heads * sizes.head_dim * read
         rows_read = table if num_logit_rows else 0
         rows_read += 0 if spec.tied and num_logit_rows else num_tokens * spec.hidden_size
-        weights = matrices * weight_bytes(self.options) + rows_read * table_bytes(self.options)
+        weights = held * weight_bytes(self.options) + rows_read * table_bytes(self.options)
+        weights += router_bytes
         entry = 2 * sizes.num_kv_heads * sizes.head_dim * cache_dtype_bytes
         return flops, round(weights) + entry * (read + spec.num_layers * num_tokens)

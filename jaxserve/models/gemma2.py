@@ -52,7 +52,7 @@ class Gemma2(Decoder):
         )
 
     @classmethod
-    def layer_tensors(cls, spec: ModelSpec, prefix: str) -> Rules:
+    def layer_tensors(cls, spec: ModelSpec, kind: LayerKind, prefix: str) -> Rules:
         """See `Decoder.layer_tensors`."""
         return {
             **{

@@ -7,6 +7,7 @@ linear weights are [out, in]; here they are [in, *out].
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Float
@@ -99,13 +100,36 @@ def gated_mlp(prefix: str, spec: ModelSpec) -> Rules:
     return rules
 
 
+def mixture(prefix: str, spec: ModelSpec, names: dict[str, str]) -> Rules:
+    """The router, and each expert's gate, up and down, in `names`' words for them."""
+    if spec.moe is None:
+        raise ValueError(f"{spec.architecture} has no experts")
+    experts, wide, narrow = spec.moe.num_experts, spec.moe.feed_forward, spec.hidden_size
+
+    def of_experts(part: str, shape: tuple[int, int]) -> TensorRule:
+        each = [
+            _transposed(f"{prefix}.experts.{i}.{names[part]}.weight", shape) for i in range(experts)
+        ]
+        return replace(stacked(each), layers=(), experts=tuple(each))
+
+    return {
+        ("router",): _transposed(f"{prefix}.gate.weight", (experts, narrow)),
+        ("gate", "weight"): of_experts("gate", (wide, narrow)),
+        ("up", "weight"): of_experts("up", (wide, narrow)),
+        ("down", "weight"): of_experts("down", (narrow, wide)),
+    }
+
+
 def within(path: Path, rules: Rules) -> Rules:
     """The same rules, a level deeper."""
     return {(*path, *inner): rule for inner, rule in rules.items()}
 
 
 def stacked(rules: Sequence[TensorRule]) -> TensorRule:
-    """One parameter with a leading layer axis, made of the same parameter of several layers."""
+    """One parameter with a leading layer axis, made of the same parameter of several layers.
+
+    Experts of one layer are stacked alike.
+    """
     counts = [len(rule.names) for rule in rules]
 
     def build(tensors: list[np.ndarray]) -> np.ndarray:

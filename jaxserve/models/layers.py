@@ -9,6 +9,7 @@ can be sharded, and query head n reads KV head n // G.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,8 @@ class LayerInputs:
 
     Attributes:
         index: of the layer in its cache group.
-        stack_index: of the layer in its stacked packed weights; None where they are not stacked.
+        stack_index: of the layer in its stacked weights, for kernels that take the stack; None
+            where they are not stacked.
         batch, token_pages, token_offsets: of that group, see `StepContext`.
         rotary: cosine and sine of every token for the layer's rotary embedding.
         num_live: tokens that are not padding.
@@ -179,8 +181,16 @@ class Attention(nnx.Module):
         return mixed_TNH.reshape(num_tokens, num_kv_heads, -1, head_dim), GroupPages(kv=kv)
 
 
+class MLP(Protocol):
+    """What a layer does to each token by itself."""
+
+    def __call__(self, x: Float[Array, "T D"], inputs: LayerInputs) -> Float[Array, "T D"]:
+        """Applies it to every token."""
+        ...
+
+
 class PreNormLayer(nnx.Module):
-    """x + attention(norm x), then x + mlp(norm x): Llama, Mistral, Qwen."""
+    """x + attention(norm x), then x + mlp(norm x): Llama, Mistral, Qwen, Mixtral."""
 
     def __init__(
         self, spec: ModelSpec, kind: LayerKind, options: ModelOptions, rngs: nnx.Rngs
@@ -188,7 +198,12 @@ class PreNormLayer(nnx.Module):
         self.attention_norm = RMSNorm(spec.hidden_size, spec.norm_eps)
         self.attention = Attention(spec, kind, options, rngs)
         self.mlp_norm = RMSNorm(spec.hidden_size, spec.norm_eps)
-        self.mlp = GatedMLP(spec, options, rngs)
+        self.mlp = self._make_mlp(spec, kind, options, rngs)
+
+    def _make_mlp(
+        self, spec: ModelSpec, kind: LayerKind, options: ModelOptions, rngs: nnx.Rngs
+    ) -> MLP:
+        return GatedMLP(spec, options, rngs)
 
     def __call__(
         self, x: Float[Array, "T D"], pages: GroupPages, inputs: LayerInputs

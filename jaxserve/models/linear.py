@@ -7,8 +7,8 @@ itself. Either holds values in the model's dtype, or codes (`ModelOptions.quanti
 `models.quantize`) with a `scale`, and for int4 a `minimum`, in parameters of their own.
 
 Every parameter carries `axes`, the logical names of its axes, which `device.sharding` maps to mesh
-axes, and `packed`; a matrix carries `codes` too. Layers stacked for a scan have one more leading
-axis, "layers".
+axes, and `packed`; a matrix carries `codes` and `contracted` too, and `whole` where its kernel
+takes the stack of all layers. Layers stacked for a scan have one more leading axis, "layers".
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ def random_matrix(
     codes: str,
     options: ModelOptions,
     rngs: nnx.Rngs,
+    *,
+    whole: bool = False,
 ) -> Matrix:
     """A matrix of random values of variance 1/K.
 
@@ -62,6 +64,7 @@ def random_matrix(
         shape, axes: as it is held where it is dense.
         contracted: which of its axes is K.
         codes: "none", "int8" or "int4".
+        whole: whether its kernel takes the stack of all layers and picks one itself.
 
     Raises:
         ConfigError: int4 codes were asked for, but K is not a multiple of their group.
@@ -85,7 +88,14 @@ def random_matrix(
     deviation, key = 1 / math.sqrt(depth), rngs.params()
 
     def matrix_param(value: Array) -> nnx.Param:
-        return nnx.Param(value, axes=axes, packed=options.packed, codes=codes)
+        return nnx.Param(
+            value,
+            axes=axes,
+            packed=options.packed,
+            codes=codes,
+            contracted=contracted,
+            whole=whole,
+        )
 
     def group_param(value: float, dtype: str) -> nnx.Param:
         full = jnp.full(groups, value, dtype)
@@ -251,19 +261,16 @@ def encode(
     Raises:
         ValueError: the wrong shape, values beyond the dtype's range, or without a code.
     """
-    param = params[path]
-    paths = [path]
-    if param.get_metadata("codes", "none") != "none":
-        paths += [near for name in _BESIDE if (near := (*path[:-1], name)) in params]
+    param, paths = params[path], matrix_paths(params, path)
     shapes = [params[p].shape for p in paths]
     if param.get_metadata("axes")[0] != "layers":
-        return dict(zip(paths, _encode_one(param, path, np.asarray(dense), shapes), strict=True))
+        return dict(zip(paths, encode_layer(param, path, np.asarray(dense), shapes), strict=True))
     held = [np.empty(params[p].shape, params[p].dtype) for p in paths]
     num_layers = 0
     for layer, part in enumerate(dense):
         num_layers = layer + 1
         if layer < param.shape[0]:
-            parts = _encode_one(param, path, part, [shape[1:] for shape in shapes])
+            parts = encode_layer(param, path, part, [shape[1:] for shape in shapes])
             for whole, encoded in zip(held, parts, strict=True):
                 whole[layer] = encoded
     if num_layers != param.shape[0]:
@@ -271,11 +278,27 @@ def encode(
     return dict(zip(paths, held, strict=True))
 
 
-def _encode_one(
+def matrix_paths(params: Mapping[Path, nnx.Param], path: Path) -> list[Path]:
+    """Of a parameter, and of its `scale` and `minimum` where it is quantized."""
+    if params[path].get_metadata("codes", "none") == "none":
+        return [path]
+    beside = ((*path[:-1], name) for name in _BESIDE)
+    return [path, *(near for near in beside if near in params)]
+
+
+def encode_layer(
     param: nnx.Param, path: Path, dense: np.ndarray, shapes: list[tuple[int, ...]]
 ) -> list[np.ndarray]:
+    """One layer's part of `encode`, as a list; and of a layer's experts, any number of them.
+
+    Args:
+        shapes: that the parts must come out in.
+
+    Raises:
+        ValueError: as `encode`.
+    """
     codes, is_packed = param.get_metadata("codes", "none"), param.get_metadata("packed")
-    contracted = 1 if path[-1] == "table" else 0
+    contracted = param.get_metadata("contracted", 0)
     parts: list[np.ndarray] = [dense]
     if codes == "int8":
         parts = list(int8_codes(dense, contracted))

@@ -37,7 +37,7 @@ class Llama(Decoder):
         )
 
     @classmethod
-    def layer_tensors(cls, spec: ModelSpec, prefix: str) -> Rules:
+    def layer_tensors(cls, spec: ModelSpec, kind: LayerKind, prefix: str) -> Rules:
         """See `Decoder.layer_tensors`."""
         return pre_norm_tensors(spec, prefix)
 
@@ -67,19 +67,26 @@ class Mistral(Decoder):
         )
 
     @classmethod
-    def layer_tensors(cls, spec: ModelSpec, prefix: str) -> Rules:
+    def layer_tensors(cls, spec: ModelSpec, kind: LayerKind, prefix: str) -> Rules:
         """See `Decoder.layer_tensors`."""
         return pre_norm_tensors(spec, prefix)
 
 
 def pre_norm_tensors(spec: ModelSpec, prefix: str) -> Rules:
     """Tensors of a `PreNormLayer` under the names that Llama, Mistral and Qwen share."""
+    return {
+        **attention_tensors(spec, prefix),
+        **hf_tensors.within(("mlp",), hf_tensors.gated_mlp(f"{prefix}.mlp", spec)),
+    }
+
+
+def attention_tensors(spec: ModelSpec, prefix: str) -> Rules:
+    """The same, without the MLP."""
     size = spec.hidden_size
     return {
         ("attention_norm", "scale"): hf_tensors.norm(f"{prefix}.input_layernorm.weight", size),
         ("mlp_norm", "scale"): hf_tensors.norm(f"{prefix}.post_attention_layernorm.weight", size),
         **hf_tensors.within(("attention",), hf_tensors.attention(f"{prefix}.self_attn", spec)),
-        **hf_tensors.within(("mlp",), hf_tensors.gated_mlp(f"{prefix}.mlp", spec)),
     }
 
 

@@ -1,14 +1,15 @@
 """What a model says about the mesh that its step runs on, beside the axes of its parameters.
 
 Matrices are left to XLA's partitioner: from the shardings of the parameters it works out one
-all-reduce behind each attention and each MLP. Two things it cannot know are said here: kernels run
-on each device's own heads, and how the arrays of the output head lie. Without tensor parallelism
-nothing here does anything.
+all-reduce behind each attention and each MLP. Three things it cannot know are said here: kernels
+run on each device's own heads, each device's experts take their own tokens, and how the arrays of
+the output head lie. Without tensor parallelism nothing here does anything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxserve.models.options import ModelOptions
+from jaxserve.models.spec import MoeSpec
 
 #: Mesh axes that a matrix, the heads and the vocabulary are split over, together.
 TENSOR_AXES = ("expert", "model")
@@ -38,6 +40,62 @@ def over_heads(attend: Callable[..., Any], options: ModelOptions) -> Callable[..
         axis_names=set(TENSOR_AXES),
         check_vma=False,
     )
+
+
+def over_experts(
+    mix: Callable[..., Any], options: ModelOptions, moe: MoeSpec
+) -> Callable[..., Float[Array, "T D"]]:
+    """`MixtureMLP._mix` on each device's own experts, or its own columns of them, and one sum.
+
+    The partitioner would do it otherwise: gather the matrices, since it cannot know that a token
+    needs only some of them. An axis of the mesh that does not divide the experts, or their
+    columns, holds copies (`device.sharding.partition`): those all compute the same, once.
+
+    Args:
+        mix: of tokens, their experts and weights, matrices, the layer and the first expert.
+    """
+    if options.tensor_parallel == 1:
+        return partial(mix, first_expert=0)
+    sizes = jax.sharding.get_abstract_mesh().shape
+    experts = None if moe.num_experts % sizes["expert"] else "expert"
+    columns = None if moe.feed_forward % sizes["model"] else "model"
+
+    def own(
+        x: Array, experts_TA: Array, weights_TA: Array, matrices: Any, layer: Array | None
+    ) -> Float[Array, "T D"]:
+        first = 0
+        if experts is not None:
+            first = jax.lax.axis_index(experts) * matrices.gate.weight.shape[-3]
+        mixed = mix(x, experts_TA, weights_TA, matrices, layer, first_expert=first)
+        summed = tuple(axis for axis in (experts, columns) if axis is not None)
+        return jax.lax.psum(mixed, summed) if summed else mixed
+
+    def run(
+        x: Array, experts_TA: Array, weights_TA: Array, matrices: Any, layer: Array | None
+    ) -> Float[Array, "T D"]:
+        stack = (None,) * (matrices.gate.weight.ndim - 3)
+
+        def of_matrix(matrix: Any, rows: str | None, columns: str | None) -> Any:
+            scale = None if matrix.scale is None else PartitionSpec(experts, columns)
+            return matrix._replace(
+                weight=PartitionSpec(*stack, experts, rows, columns), scale=scale
+            )
+
+        specs = matrices._replace(
+            gate=of_matrix(matrices.gate, None, columns),
+            up=of_matrix(matrices.up, None, columns),
+            down=of_matrix(matrices.down, columns, None),
+        )
+        whole = PartitionSpec()
+        return jax.shard_map(
+            own,
+            in_specs=(whole, whole, whole, specs, None if layer is None else whole),
+            out_specs=whole,
+            axis_names=set(TENSOR_AXES),
+            check_vma=False,
+        )(x, experts_TA, weights_TA, matrices, layer)
+
+    return run
 
 
 def by_vocabulary(logits: Float[Array, "B V"], options: ModelOptions) -> Float[Array, "B V"]:

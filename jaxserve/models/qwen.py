@@ -33,7 +33,7 @@ class Qwen2(Decoder):
         )
 
     @classmethod
-    def layer_tensors(cls, spec: ModelSpec, prefix: str) -> Rules:
+    def layer_tensors(cls, spec: ModelSpec, kind: LayerKind, prefix: str) -> Rules:
         """See `Decoder.layer_tensors`."""
         return pre_norm_tensors(spec, prefix)
 
@@ -58,7 +58,7 @@ class Qwen3(Decoder):
         )
 
     @classmethod
-    def layer_tensors(cls, spec: ModelSpec, prefix: str) -> Rules:
+    def layer_tensors(cls, spec: ModelSpec, kind: LayerKind, prefix: str) -> Rules:
         """See `Decoder.layer_tensors`."""
         return pre_norm_tensors(spec, prefix)
 

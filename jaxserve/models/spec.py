@@ -83,10 +83,30 @@ class LayerKind:
     Attributes:
         rope: its rotary embedding.
         window: sliding window in tokens, itself included; None for full attention.
+        sparse: whether its MLP is a mixture of experts, `ModelSpec.moe`.
     """
 
     rope: Rope
     window: int | None = None
+    sparse: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeSpec:
+    """The mixture of experts of every sparse layer.
+
+    Attributes:
+        num_experts: E.
+        top_k: A, experts that a token goes to.
+        feed_forward: F of one expert.
+        norm_topk_prob: whether the weights of a token's experts sum to 1; else they are what the
+            router's softmax over all experts gave them.
+    """
+
+    num_experts: int
+    top_k: int
+    feed_forward: int
+    norm_topk_prob: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +117,7 @@ class ModelSpec:
         architecture: name in HF's config.
         vocab_size: V, number of logits.
         hidden_size: D.
-        feed_forward: F.
+        feed_forward: F of layers that are not sparse.
         max_context: positions the model was made for.
         eos_token_ids: end a sequence; may be empty.
         attention: of all layers.
@@ -109,6 +129,7 @@ class ModelSpec:
         embed_scale: multiplies the embeddings.
         logit_soft_cap: of the logits; None for none.
         tensor_prefix: what stands before `model.` in this checkpoint's tensor names.
+        moe: of the sparse layers; None where there are none.
     """
 
     architecture: str
@@ -126,6 +147,7 @@ class ModelSpec:
     embed_scale: float = 1.0
     logit_soft_cap: float | None = None
     tensor_prefix: str = ""
+    moe: MoeSpec | None = None
 
     @property
     def num_layers(self) -> int:
@@ -163,9 +185,11 @@ class TensorRule:
             dtype of the tensors or float32. `Decoder.encode` turns that into what is held.
         layers: where the parameter is stacked, the rules of its layers, in order; `names` and
             `shapes` are theirs, one behind the other.
+        experts: likewise, where it is one matrix of each of a layer's experts.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     build: Callable[[list[np.ndarray]], np.ndarray]
     layers: tuple[TensorRule, ...] = ()
+    experts: tuple[TensorRule, ...] = ()

@@ -2,14 +2,15 @@
 
 The model is built abstractly, so it holds no memory; everything that could be wrong with the
 checkpoint is looked for; then each parameter is read, built, encoded and put where its sharding
-says, a few at a time, so that peak host memory stays near the weights' own size.
+says, a few at a time, so that peak host memory stays near the weights' own size; and of a mixture's
+experts near that of a few devices' parts (`weights.experts`).
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,12 +27,16 @@ from jaxserve.models.options import ModelOptions
 from jaxserve.models.registry import model_class
 from jaxserve.models.spec import TensorRule
 from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
+from jaxserve.weights.experts import Place, put_experts
 from jaxserve.weights.huge_pages import use_huge_pages
+from jaxserve.weights.place import place
 
 logger = logging.getLogger(__name__)
 
 #: Logical axis names and shape of a parameter → where it goes; None is the default device.
 Sharding = Callable[[tuple[str | None, ...], tuple[int, ...]], jax.sharding.Sharding | None]
+#: Arrays of some parameters, on the host or on their devices.
+Built = Mapping[ParamPath, np.ndarray | jax.Array]
 #: Told how far loading is: "loading", parameters done, of how many.
 Progress = Callable[[str, int, int], None]
 
@@ -65,11 +70,16 @@ def load_model(
     rules = kind.hf_tensors(spec, options)
     _check(path, checkpoint, rules)
     params = model.params()
-    for put, arrays in enumerate(_built(checkpoint, params, rules), 1):
+
+    def where(param: nnx.Param) -> jax.sharding.Sharding | None:
+        return None if sharding is None else sharding(param.get_metadata("axes"), param.shape)
+
+    for put, arrays in enumerate(_built(checkpoint, params, rules, where), 1):
         for param_path, held in arrays.items():
             param = params[param_path]
-            place = None if sharding is None else sharding(param.get_metadata("axes"), held.shape)
-            param.set_value(jax.device_put(held, place))
+            if not isinstance(held, jax.Array):  # experts are on their devices already
+                held = place(held, where(param))
+            param.set_value(held)
         progress("loading", put, len(rules))
     arrays = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
     if options.packed:
@@ -78,16 +88,24 @@ def load_model(
 
 
 def _built(
-    checkpoint: Checkpoint, params: dict[ParamPath, nnx.Param], rules: Rules
-) -> Iterator[dict[ParamPath, np.ndarray]]:
-    """Each rule's arrays as they are held, on the host still; built in threads, a few ahead."""
+    checkpoint: Checkpoint,
+    params: dict[ParamPath, nnx.Param],
+    rules: Rules,
+    where: Place,
+) -> Iterator[Built]:
+    """Each rule's arrays as they are held, on the host still; built in threads, a few ahead.
+
+    Those of experts are on their devices already.
+    """
 
     def dense(rule: TensorRule) -> np.ndarray:
         return rule.build([checkpoint.read(name) for name in rule.names])
 
-    def build(param_path: ParamPath, rule: TensorRule) -> dict[ParamPath, np.ndarray]:
+    def build(param_path: ParamPath, rule: TensorRule) -> Built:
         try:
             with np.errstate(over="raise"):
+                if (rule.layers or (rule,))[0].experts:
+                    return put_experts(params, param_path, rule, checkpoint.read, where)
                 if not rule.layers:
                     return encode(params, param_path, dense(rule))
                 return encode(params, param_path, map(dense, rule.layers))
@@ -100,7 +118,7 @@ def _built(
             ) from None
 
     workers = os.cpu_count() or 1
-    pending: list[Future[dict[ParamPath, np.ndarray]]] = []
+    pending: list[Future[Built]] = []
     with ThreadPoolExecutor(workers, thread_name_prefix="jaxserve loading") as pool:
         for param_path, rule in rules.items():
             pending.append(pool.submit(build, param_path, rule))

@@ -25,6 +25,15 @@ from jaxserve.types import SamplingParams
 NUM_DEVICES = 8
 #: Prompts of several lengths, some longer than a chunk, more than there are rows.
 PROMPT_LENS = (3, 40, 17, 1, 25, 9, 33, 12, 5, 21)
+SETTINGS = (
+    "model.max_context=64",
+    "cache.page_size=4",
+    "cache.num_pages=70",
+    "scheduler.max_rows=4",
+    "scheduler.max_step_tokens=16",
+    "scheduler.decode_steps=3",
+    "kernels.matmul=xla",
+)
 SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 0.0, "logprobs": 3, "prompt_logprobs": 2},
@@ -98,17 +107,7 @@ def turn(engine: Engine) -> None:
 def main(model: str, data: str, expert: str, model_axis: str, *settings: str) -> None:
     """Serves on both and prints what came."""
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
-    common = [
-        f"model.path={model}",
-        "model.max_context=64",
-        "cache.page_size=4",
-        "cache.num_pages=70",
-        "scheduler.max_rows=4",
-        "scheduler.max_step_tokens=16",
-        "scheduler.decode_steps=3",
-        "kernels.matmul=xla",
-        *settings,
-    ]
+    common = [f"model.path={model}", *SETTINGS, *settings]
     mesh = [f"parallel.data={data}", f"parallel.expert={expert}", f"parallel.model={model_axis}"]
     devices = jax.devices()
     found = {}

@@ -96,6 +96,29 @@ def test_heads_that_it_does_not_divide(case: str, mesh: tuple[int, int, int], he
     assert heads in found["log"]
 
 
+@pytest.mark.parametrize(
+    ("case", "mesh", "whole"),
+    [
+        ("mixtral", (1, 4, 2), ""),
+        pytest.param("mixtral", (2, 4, 1), "", marks=pytest.mark.slow),
+        pytest.param("mixtral", (1, 8, 1), "", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe", (1, 2, 4), "", marks=pytest.mark.slow),
+        pytest.param("qwen3_moe_mixed", (1, 2, 4), "", marks=pytest.mark.slow),
+        ("qwen3_moe_mixed", (1, 4, 2), "layers.1.mlp.gate.weight (2, 6, 64, 40)"),
+    ],
+)
+def test_experts(case: str, mesh: tuple[int, int, int], whole: str) -> None:
+    found = serve_on_both(ORACLE / case, mesh, SCANNED)
+    assert_equal(found, 2e-5)
+    assert whole in found["log"]
+    assert whole or "mlp.gate.weight" not in found["log"]
+
+
+def test_experts_as_codes_and_layers_one_by_one() -> None:
+    settings = "weights.quantization=int8", "kernels.layers=unrolled"
+    assert_equal(serve_on_both(ORACLE / "qwen3_moe", (1, 4, 2), *settings), 2e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 1, 8), (2, 1, 4), (8, 1, 1)], ids=str)
 def test_smollm2(mesh: tuple[int, int, int]) -> None:

@@ -16,10 +16,18 @@ from jaxserve.config import Config, KernelsConfig, SchedulerConfig, WeightsConfi
 from jaxserve.device.executor import Executor
 from jaxserve.device.memory import Memory
 from jaxserve.engine import load
-from jaxserve.engine.load import buckets_for, cache_dtype, load_parts, model_info, model_options
+from jaxserve.engine.load import (
+    buckets_for,
+    cache_dtype,
+    describe_experts,
+    load_parts,
+    model_info,
+    model_options,
+)
 from jaxserve.engine.thread import EngineThread
 from jaxserve.errors import ConfigError
 from jaxserve.models.options import ModelOptions
+from jaxserve.models.spec import MoeSpec
 from jaxserve.protocol.sync_client import SyncClient, SyncStream
 from jaxserve.types import SamplingParams
 from pallas_kernels import native
@@ -116,6 +124,19 @@ def test_weights_that_the_native_matmul_does_not_read(
         model_options(weights, KernelsConfig(matmul="cpu"), "cpu")
 
 
+def test_a_mixture_of_experts_leaves_the_matmul_to_xla(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pretend_native(monkeypatch, None)
+    with caplog.at_level(logging.INFO, "jaxserve"):
+        options = model_options(*AUTO, "cpu", mixture=True)
+    assert (options.matmul, options.attention, options.layers) == ("xla", "cpu", "unrolled")
+    reason = "the native matmul has no product grouped by expert"
+    assert f"kernels.matmul: xla (cpu: {reason})" in caplog.messages
+    with pytest.raises(ConfigError, match=rf"kernels\.matmul=cpu cannot run here: {reason}"):
+        model_options(WeightsConfig(), KernelsConfig(matmul="cpu"), "cpu", mixture=True)
+
+
 @pytest.mark.parametrize("kernel", ["attention", "matmul"])
 def test_native_kernels_that_were_asked_for_and_cannot_run(
     monkeypatch: pytest.MonkeyPatch, kernel: str
@@ -205,6 +226,31 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def loaded(config: Config) -> Any:
     """The executor of a load."""
     return load_parts(config, lambda phase, done, total: None).executor
+
+
+def test_experts_that_a_tpu_would_copy_are_told() -> None:
+    moe = MoeSpec(num_experts=8, top_k=2, feed_forward=768, norm_topk_prob=True)
+    assert [describe_experts(moe, parts) for parts in (1, 2, 3)] == [""] * 3
+    assert "192 columns of each" in describe_experts(moe, 4)
+    assert "parallel.expert" in describe_experts(moe, 4)
+    # five devices do not share the columns: each holds all
+    assert describe_experts(moe, 5) == ""
+    odd = describe_experts(replace(moe, feed_forward=700), 1)
+    assert "700 columns" in odd and "parallel" not in odd
+    assert describe_experts(None, 4) == ""
+
+
+def test_a_mixture_of_experts_is_loaded(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch)
+    settings = [*settings, f"model.path={ORACLE / 'qwen3_moe'}"]
+    assert loaded(config_of(settings))._model.options.matmul == "xla"
+    if native.load().reason is None:
+        with pytest.raises(ConfigError, match=r"matmul=cpu cannot run here: .*by expert"):
+            loaded(config_of(settings, "kernels.matmul=cpu"))
+    with pytest.raises(ConfigError, match=r"int4 cannot run a mixture .*: set .*=int8"):
+        loaded(config_of(settings, "weights.quantization=int4"))
 
 
 @pytest.mark.skipif(native.load().reason is not None, reason="no native kernels")

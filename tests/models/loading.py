@@ -15,7 +15,7 @@ from jaxserve.weights.load import load_model
 from pallas_kernels import native
 
 ORACLE = Path(__file__).parent.parent / "data" / "oracle"
-CASES = (
+DENSE = (
     "llama2",
     "llama3",
     "llama_linear",
@@ -27,6 +27,8 @@ CASES = (
     "gemma3",
     "gemma3_linear",
 )
+MIXTURES = ("mixtral", "qwen3_moe", "qwen3_moe_mixed")
+CASES = (*DENSE, *MIXTURES)
 
 
 def skip_without_native(options: ModelOptions) -> None:

@@ -7,14 +7,16 @@ import pytest
 
 from jaxserve.models.options import ModelOptions
 from tests.models.driver import Driver
-from tests.models.loading import CASES, ORACLE, load_tiny
+from tests.models.loading import CASES, DENSE, MIXTURES, ORACLE, load_tiny
 
 TOLERANCE = 1e-4
 XLA = ModelOptions()
 SCANNED = ModelOptions(layers="scanned")
 CPU = ModelOptions(layers="scanned", matmul="cpu", attention="cpu")
+#: What a mixture of experts runs with on a CPU: there is no native matmul of them.
+MIXTURE = ModelOptions(attention="cpu")
 #: Cases whose layers repeat with different kinds, or all alike: what a scan has to get right.
-REPEATING = ("llama3", "gemma2", "gemma3_linear")
+REPEATING = ("llama3", "gemma2", "gemma3_linear", *MIXTURES)
 
 
 def _reference(case: str) -> tuple[list[int], np.ndarray]:
@@ -46,9 +48,14 @@ def _check(case: str, options: ModelOptions) -> None:
         np.testing.assert_allclose(logits, expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", DENSE)
 def test_native_matmul_and_attention_match_transformers(case: str) -> None:
     _check(case, CPU)
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_mixtures_with_native_attention_match_transformers(case: str) -> None:
+    _check(case, MIXTURE)
 
 
 @pytest.mark.slow

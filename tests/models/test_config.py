@@ -11,7 +11,7 @@ from jaxserve.errors import UnsupportedModel
 from jaxserve.models.options import ModelOptions
 from jaxserve.models.registry import ARCHITECTURES, model_class
 from jaxserve.models.rotary import Rope
-from jaxserve.models.spec import ModelSpec
+from jaxserve.models.spec import ModelSpec, MoeSpec
 from tests.models.loading import CASES, config_of
 
 SCALING = {
@@ -69,6 +69,16 @@ def _old_form(case: str, **fields: Any) -> dict[str, Any]:
         ("qwen2", {"layer_types": ["full_attention"]}),
         ("qwen2", {"layer_types": ["full_attention", "chunked_attention", "full_attention"]}),
         ("qwen3", {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}),
+        ("mixtral", {"num_experts_per_tok": 9}),
+        ("mixtral", {"num_local_experts": 0}),
+        ("mixtral", {"attention_bias": True}),
+        ("mixtral", {"sliding_window": 0}),
+        ("mixtral", {"layer_types": ["full_attention", "sliding_attention"]}),
+        ("qwen3_moe", {"moe_intermediate_size": 0}),
+        ("qwen3_moe", {"norm_topk_prob": "yes"}),
+        ("qwen3_moe", {"decoder_sparse_step": 0}),
+        ("qwen3_moe", {"mlp_only_layers": "all"}),
+        ("qwen3_moe", {"layer_types": ["sliding_attention"] * 2}),
         ("gemma2", {"use_bidirectional_attention": True}),
         ("gemma2", {"hidden_activation": "relu"}),
         ("gemma3", {"attn_logit_softcapping": 50.0}),
@@ -86,7 +96,7 @@ def test_what_is_not_implemented_is_refused_by_name(case: str, fields: dict[str,
     [
         {"architectures": ["MambaForCausalLM"], "model_type": "mamba"},
         {"architectures": []},
-        {"model_type": "mixtral"},
+        {"model_type": "deepseek_v3"},
         {},
     ],
 )
@@ -150,6 +160,30 @@ def test_windows_that_are_switched_off() -> None:
     assert _spec(_changed("mistral", sliding_window=None)).layers[0].window is None
     off = _changed("qwen2_tied", use_sliding_window=False, layer_types=None)
     assert {kind.window for kind in _spec(off).layers} == {None}
+
+
+def test_mixtures_are_read_under_both_names() -> None:
+    expected = MoeSpec(num_experts=16, top_k=4, feed_forward=32, norm_topk_prob=True)
+    assert _spec(config_of("qwen3_moe")).moe == expected
+    older = _changed("qwen3_moe", num_experts=16)
+    del older["num_local_experts"]
+    assert _spec(older).moe == expected
+    mixtral = _spec(config_of("mixtral"))
+    assert mixtral.moe == MoeSpec(num_experts=8, top_k=2, feed_forward=48, norm_topk_prob=True)
+    assert _spec(_changed("mixtral", sliding_window=7)).layers[0].window == 7
+
+
+def test_dense_layers_of_a_mixture() -> None:
+    def sparse(**fields: Any) -> list[bool]:
+        return [kind.sparse for kind in _spec(_changed("qwen3_moe_mixed", **fields)).layers]
+
+    assert sparse() == [False, True, False, True, False]
+    assert sparse(decoder_sparse_step=1, mlp_only_layers=[0, 3]) == [0, 1, 1, 0, 1]
+    assert sparse(mlp_only_layers=None, decoder_sparse_step=None) == [1, 1, 1, 1, 1]
+    windows = [kind.window for kind in _spec(config_of("qwen3_moe_mixed")).layers]
+    assert windows == [12] * 5
+    off = _spec(_changed("qwen3_moe_mixed", use_sliding_window=False))
+    assert {kind.window for kind in off.layers} == {None}
 
 
 def test_cache_groups_are_full_first_and_cover_every_layer_once() -> None:

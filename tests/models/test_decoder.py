@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from jaxserve.models.registry import model_class
 from jaxserve.models.rotary import Rope
 from jaxserve.models.spec import AttentionSpec, LayerKind, ModelSpec
 from tests.models.driver import Driver
-from tests.models.loading import CASES, config_of, load_tiny
+from tests.models.loading import CASES, DENSE, config_of, load_tiny
 
 SCANNED = ModelOptions(layers="scanned")
 PACKED = ModelOptions(matmul="cpu", attention="cpu")
@@ -43,8 +45,11 @@ def _spec(windows: list[int | None]) -> ModelSpec:
     )
 
 
-@pytest.mark.parametrize("options", [ModelOptions(), SCANNED, PACKED], ids=["xla", "scan", "cpu"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [(case, options) for case in CASES for options in (ModelOptions(), SCANNED)]
+    + [(case, PACKED) for case in DENSE],
+)
 def test_abstract_models_have_a_rule_and_axes_for_every_parameter(
     case: str, options: ModelOptions
 ) -> None:
@@ -123,7 +128,7 @@ def test_the_base_class_reads_no_checkpoint() -> None:
     with pytest.raises(TypeError, match="registry"):
         Decoder.spec_from_hf({})
     with pytest.raises(TypeError, match="registry"):
-        Decoder.layer_tensors(_spec([None]), "model.layers.0")
+        Decoder.layer_tensors(_spec([None]), _spec([None]).layers[0], "model.layers.0")
 
 
 def test_a_rows_result_does_not_depend_on_its_company() -> None:
@@ -169,9 +174,14 @@ def test_counted_work() -> None:
 def test_work_matches_the_parameters_held() -> None:
     for case in CASES:
         model = _abstract(case, ModelOptions())
-        exact = {"scale", "bias"}
-        held = sum(p.size * 4 for path, p in model.params().items() if path[-1] not in exact)
-        spec = model.spec
+        exact, spec = {"scale", "bias"}, model.spec
+        params = {path: p for path, p in model.params().items() if path[-1] not in exact}
+        # Of a mixture, one token reads as many experts as it goes to.
+        read = 1 if spec.moe is None else Fraction(spec.moe.top_k, spec.moe.num_experts)
+        held = sum(
+            p.size * 4 * (read if "experts" in p.get_metadata("axes") else 1)
+            for p in params.values()
+        )
         lookup = 0 if spec.tied else spec.vocab_size * spec.hidden_size * 4
         written = 2 * spec.num_layers * spec.attention.num_kv_heads * spec.attention.head_dim * 4
         row = 0 if spec.tied else spec.hidden_size * 4

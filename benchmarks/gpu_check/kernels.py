@@ -1,0 +1,186 @@
+"""The kernels on the device: right first, then how near the limits.
+
+Correct: ‖out − ref‖/‖ref‖ against the reference in float32, on fresh random inputs; pages that
+nobody may look at are NaN. Fast: decode attention in bytes of live pages a second, prefill
+attention in operations of the causal half a second, as shares of the measured limits; JAX's own
+deprecated paged kernel on the same decode batch beside it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.gpu_check.limits import Limits, seconds_a_call
+from benchmarks.gpu_check.report import Finding
+from pallas_kernels.kv_update import kv_update
+from pallas_kernels.paged_attention import RaggedBatch, paged_attention, reference
+
+TOLERANCE = 1e-2
+#: (query length, context length) of rows.
+DECODE = [(1, 7), (1, 1), (0, 0), (1, 130), (0, 40), (1, 1300), (1, 64)]
+MIXED = [(1, 33), (19, 50), (0, 0), (150, 400), (1, 130), (2, 2), (300, 300)]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of the timed batches: Llama-3-8B's heads.
+
+    Attributes:
+        rows, context: of decode.
+        prompt: tokens of prefill.
+    """
+
+    rows: int = 64
+    context: int = 4096
+    prompt: int = 4096
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 16
+
+
+def check(backend: str, limits: Limits, sizes: Sizes) -> Iterator[Finding]:
+    """Every finding about the kernels."""
+    for head_dim in (64, 80, 96, 128, 256):
+        for name, lens in (("decode", DECODE), ("mixed", MIXED)):
+            yield _correct(backend, f"{name} H={head_dim}", lens, head_dim=head_dim)
+    for name, lens in (("decode", DECODE), ("mixed", MIXED)):
+        options = {"window": 70, "soft_cap": 5.0}
+        yield _correct(backend, f"{name} window, cap, sinks", lens, sinks=True, **options)
+        yield _correct(backend, f"{name} one KV head", lens, num_heads=8, num_kv_heads=1)
+        yield _correct(backend, f"{name} pages of 128", lens, page_size=128)
+    yield _update_is_right(backend)
+    yield from _decode(backend, limits, sizes)
+    yield _prefill(backend, limits, sizes)
+
+
+def _batch(
+    lens: list[tuple[int, int]], page_size: int, rng: np.random.Generator
+) -> tuple[RaggedBatch, int]:
+    """A batch over pages in random order, and how many pages there are."""
+    counts = [-(-context // page_size) for _, context in lens]
+    order = iter(rng.permutation(np.arange(1, sum(counts) + 1)))
+    table = np.zeros((len(lens), max(counts) + 1), np.int32)
+    for row, count in enumerate(counts):
+        table[row, :count] = [next(order) for _ in range(count)]
+    batch = RaggedBatch(
+        page_table=jnp.asarray(table),
+        query_starts=jnp.asarray(np.cumsum([0, *(n for n, _ in lens)]), jnp.int32),
+        context_lens=jnp.asarray([context for _, context in lens], jnp.int32),
+        max_query_len=max(n for n, _ in lens),
+    )
+    return batch, sum(counts) + 1
+
+
+def _correct(
+    backend: str,
+    name: str,
+    lens: list[tuple[int, int]],
+    *,
+    num_heads: int = 8,
+    num_kv_heads: int = 2,
+    head_dim: int = 128,
+    page_size: int = 16,
+    sinks: bool = False,
+    **options: Any,
+) -> Finding:
+    rng = np.random.default_rng(secrets.randbits(32))
+    batch, num_pages = _batch(lens, page_size, rng)
+    num_tokens = sum(n for n, _ in lens)
+    shape = (2, num_pages, num_kv_heads, page_size, 2 * head_dim)
+    values = rng.standard_normal(shape, np.float32)
+    values[:, 0] = np.nan
+    for row, (_, context) in enumerate(lens):
+        if context % page_size:
+            last = int(batch.page_table[row, context // page_size])
+            values[:, last, :, context % page_size :] = np.nan
+    pages = jnp.asarray(values, jnp.bfloat16)
+    q = jnp.asarray(2 * rng.standard_normal((num_tokens + 3, num_heads, head_dim)), jnp.bfloat16)
+    q = q.at[num_tokens:].set(jnp.nan)
+    given = {"layer": 1, "batch": batch, "scale": head_dim**-0.5, **options}
+    if sinks:
+        given["sinks"] = jnp.asarray(rng.standard_normal(num_heads), jnp.float32)
+    expected = reference.paged_attention(q.astype(jnp.float32), pages, **given)
+    out = jax.jit(lambda q, pages: paged_attention(q, pages, backend=backend, **given))(q, pages)
+    error = _error(out[:num_tokens], expected[:num_tokens])
+    padding = float(jnp.abs(out[num_tokens:].astype(jnp.float32)).sum())
+    return Finding(f"attention {name}: error", error if padding == 0 else 1.0, "<", TOLERANCE)
+
+
+def _error(out: Any, expected: Any) -> float:
+    ours, theirs = np.asarray(out, np.float64), np.asarray(expected, np.float64)
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def _update_is_right(backend: str) -> Finding:
+    rng = np.random.default_rng(secrets.randbits(32))
+    batch, num_pages = _batch(MIXED, 16, rng)
+    num_tokens = sum(n for n, _ in MIXED)
+    pages = jnp.asarray(rng.standard_normal((2, num_pages, 2, 16, 256)), jnp.bfloat16)
+    new = [jnp.asarray(rng.standard_normal((num_tokens, 2, 128)), jnp.bfloat16) for _ in "kv"]
+    places = batch.token_places(num_tokens, 16)
+    write = jax.jit(partial(kv_update, backend=backend, num_rows=len(MIXED)))
+    got = np.asarray(write(pages, *new, 1, *places), np.float32)
+    want = np.array(pages, np.float32)
+    page, offset = map(np.asarray, places)
+    want[1, page, :, offset] = np.concatenate([np.asarray(x, np.float32) for x in new], axis=-1)
+    wrong = np.count_nonzero(got[:, 1:] != want[:, 1:])
+    return Finding("cache update: wrong elements", float(wrong), "<", 1.0)
+
+
+def _decode(backend: str, limits: Limits, sizes: Sizes) -> Iterator[Finding]:
+    rng = np.random.default_rng(0)
+    batch, num_pages = _batch([(1, sizes.context)] * sizes.rows, sizes.page_size, rng)
+    shape = (1, num_pages, sizes.num_kv_heads, sizes.page_size, 2 * sizes.head_dim)
+    pages = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    q = jnp.ones((sizes.rows, sizes.num_heads, sizes.head_dim), jnp.bfloat16)
+    attend = partial(paged_attention, layer=0, scale=sizes.head_dim**-0.5, backend=backend)
+    run = jax.jit(lambda q, pages, batch: attend(q, pages, batch=batch))
+    seconds = seconds_a_call(run, q, pages, batch)
+    positions = sizes.rows * sizes.context
+    num_bytes = positions * sizes.num_kv_heads * 2 * sizes.head_dim * 2
+    share = num_bytes / seconds / limits.copy
+    where = f"B={sizes.rows} S={sizes.context}"
+    yield Finding(f"decode attention {where}: share of copy bandwidth", share, ">=", 0.85)
+    yield Finding(
+        f"decode attention {where}: times as fast as JAX's own", _jax_s(sizes, batch) / seconds
+    )
+
+
+def _jax_s(sizes: Sizes, batch: RaggedBatch) -> float:
+    """Seconds of JAX's deprecated paged attention on such a batch; NaN where it does not run."""
+    try:
+        from jax.experimental.pallas.ops.gpu import paged_attention as deprecated
+
+        num_pages = int(batch.page_table.max()) + 1
+        shape = (sizes.num_kv_heads, num_pages, sizes.page_size, sizes.head_dim)
+        k, v = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(2))
+        q = jnp.ones((sizes.rows, sizes.num_heads, sizes.head_dim), jnp.bfloat16)
+        table = batch.page_table[:, : sizes.context // sizes.page_size]
+        run = jax.jit(deprecated.paged_attention)
+        return seconds_a_call(run, q, k, v, table, batch.context_lens)
+    except Exception as error:  # a peer that does not run is no fault of ours
+        print(f"gpu_check: JAX's own paged attention does not run: {str(error)[:200]}")
+        return float("nan")
+
+
+def _prefill(backend: str, limits: Limits, sizes: Sizes) -> Finding:
+    rng = np.random.default_rng(0)
+    batch, num_pages = _batch([(sizes.prompt, sizes.prompt)], sizes.page_size, rng)
+    shape = (1, num_pages, sizes.num_kv_heads, sizes.page_size, 2 * sizes.head_dim)
+    pages = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    q = jnp.ones((sizes.prompt, sizes.num_heads, sizes.head_dim), jnp.bfloat16)
+    attend = partial(paged_attention, layer=0, scale=sizes.head_dim**-0.5, backend=backend)
+    run = jax.jit(lambda q, pages, batch: attend(q, pages, batch=batch))
+    seconds = seconds_a_call(run, q, pages, batch)
+    flops = 4 * sizes.num_heads * sizes.head_dim * sizes.prompt * (sizes.prompt + 1) // 2
+    share = flops / seconds / limits.matmul
+    return Finding(f"prefill attention {sizes.prompt}: share of matmul peak", share, ">=", 0.6)

@@ -1,0 +1,85 @@
+"""`scripts/gpu_check` as far as it goes without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu_check.report import Finding
+
+ROOT = Path(__file__).parents[2]
+#: What the bare accelerator image lacks.
+_MISSING = ("starlette", "opentelemetry", "msgspec", "zmq", "uvicorn", "prometheus_client")
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "benchmarks.gpu_check", *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_without_a_gpu_it_says_so_and_fails() -> None:
+    done = run()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "gpu_check: needs an NVIDIA GPU, and JAX has cpu\n"
+
+
+def findings(part: str) -> dict[str, Any]:
+    done = run("--part", part, "--rehearse")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return {found["name"]: found for found in json.loads(done.stdout.splitlines()[-1])["findings"]}
+
+
+@pytest.mark.slow
+def test_a_rehearsal_of_the_kernels_finds_them_right() -> None:
+    found = findings("kernels")
+    errors = {name: finding for name, finding in found.items() if name.startswith("attention ")}
+    assert len(errors) == 16
+    assert all(0 < finding["value"] < finding["target"] == 1e-2 for finding in errors.values())
+    assert found["cache update: wrong elements"]["value"] == 0
+    assert found["prefill attention 64: share of matmul peak"]["target"] == 0.6
+
+
+@pytest.mark.slow
+def test_a_rehearsal_of_the_engine_decodes_and_prefills() -> None:
+    found = findings("engine")
+    assert found["decode 1: tokens/s"]["value"] > 0 and found["decode 4: tokens/s"]["value"] > 0
+    targets = {name: finding["target"] for name, finding in found.items()}
+    assert targets["decode 1: MBU"] == 0.8 and targets["chunked prefill 64: MFU"] == 0.55
+    assert targets["decode 4: device idle"] == 0.03
+
+
+def test_a_bare_image_has_all_that_it_imports() -> None:
+    blocked = (
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {_MISSING!r}:\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        "import benchmarks.gpu_check.__main__, benchmarks.gpu_check.engine\n"
+        "import benchmarks.gpu_check.kernels\n"
+    )
+    done = subprocess.run([sys.executable, "-c", blocked], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("finding", "is_met", "says"),
+    [
+        (Finding("a", 0.9, ">=", 0.85), True, ">= 0.85 ok"),
+        (Finding("a", 0.8, ">=", 0.85), False, ">= 0.85 MISSED"),
+        (Finding("a", 0.02, "<", 0.01), False, "< 0.01 MISSED"),
+        (Finding("a", float("nan"), ">=", 1.0), False, "MISSED"),
+        (Finding("a", 7.0), True, "7"),
+    ],
+)
+def test_which_target_is_missed(finding: Finding, is_met: bool, says: str) -> None:
+    assert finding.is_met is is_met
+    assert finding.line().rstrip().endswith(says)
