@@ -25,7 +25,7 @@ class Block(NamedTuple):
 
     Attributes:
         held, table: what pages are made of, in HBM, and the page tables of all rows in SMEM.
-        buffers, semaphores: two of each.
+        buffers, semaphores: two for each of `held`.
         kind: what codes are; "" of pages that are numbers.
     """
 
@@ -57,10 +57,10 @@ class Block(NamedTuple):
             pltpu.make_async_copy(
                 held.at[self.layer, self.table[row, jnp.minimum(first_page + i, last)]],
                 buffer.at[slot, i],
-                self.semaphores.at[slot],
+                self.semaphores.at[slot, which],
             )
             for i in range(self.num_pages)
-            for held, buffer in zip(self.held, self.buffers, strict=True)
+            for which, (held, buffer) in enumerate(zip(self.held, self.buffers, strict=True))
         ]
 
     def blank(self, slot: Any, position: Any, begin: Any, end: Any) -> None:
@@ -177,7 +177,7 @@ def kind_of(pages: Pages) -> str:
 def scratch(pages: Pages, num_pages: int) -> list[Any]:
     """The two buffers of each array, and the semaphores."""
     buffers = [pltpu.VMEM((2, num_pages, *x.shape[2:]), x.dtype) for x in arrays_of(pages)]
-    return [tuple(buffers), pltpu.SemaphoreType.DMA((2,))]
+    return [tuple(buffers), pltpu.SemaphoreType.DMA((2, len(buffers)))]
 
 
 def cost(pages: Pages, batch: RaggedBatch, num_queries: int, num_heads: int) -> pl.CostEstimate:

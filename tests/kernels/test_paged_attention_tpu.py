@@ -134,10 +134,14 @@ def test_contexts_beyond_int16(window: int | None) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lens", [[(1, 300), (1, 40)], [(40, 300)]])
+@pytest.mark.parametrize(("dtype", "missing"), [("float32", 0), ("int8", 0), ("int8", 1)])
 def test_a_missing_wait_is_seen(
-    lens: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+    lens: list[tuple[int, int]], dtype: str, missing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The simulation is worth something: without one wait the result is wrong."""
+    """The simulation is worth something: without one wait the result is wrong.
+
+    Of pages of codes the first copy brings codes, the second their scales.
+    """
 
     class Impatient:
         """A copy that nobody waits for."""
@@ -149,10 +153,11 @@ def test_a_missing_wait_is_seen(
     copies = tpu_block.Block.copies
 
     def impatient(self: Any, *place: Any) -> list[Any]:
-        first, *others = copies(self, *place)
-        return [Impatient(first), *others]
+        found = copies(self, *place)
+        found[missing] = Impatient(found[missing])
+        return found
 
-    case = wide(64, lens=lens, num_heads=4, num_kv_heads=2)
+    case = wide(64, lens=lens, num_heads=4, num_kv_heads=2, dtype=dtype)
     interpret = pltpu.InterpretParams(dma_execution_mode="on_wait")
     check(case, interpret)
     monkeypatch.setattr(tpu_block.Block, "copies", impatient)
