@@ -116,8 +116,8 @@ def test_runs_of_one_page_share_its_scales(head_dim: int, page_size: int) -> Non
     check_codes(rows, "int8", True, head_dim=head_dim, page_size=page_size)
 
 
-@pytest.mark.slow
 def test_codes_match_reference_with_simulated_copies() -> None:
+    """Runs of one page find its scales in VMEM, not fetched again: only the simulation shows it."""
     interpret = pltpu.InterpretParams(dma_execution_mode="on_wait")
     check_codes([(70, 20), (1, 5), (2, 31)], "int8", interpret, page_size=64)
 
