@@ -115,10 +115,10 @@ class CacheGroup:
         Args:
             row_width: elements that hold the key and the value of one head, which may be more
                 than twice the head's size; that where None.
-            scale_bytes: of one head's scales at one position.
+            scale_bytes: of one head's scales.
         """
-        row = (row_width or 2 * self.head_dim) * dtype_bytes + scale_bytes
-        return len(self.layers) * page_size * self.num_kv_heads * row
+        row = (row_width or 2 * self.head_dim) * dtype_bytes
+        return len(self.layers) * self.num_kv_heads * (page_size * row + scale_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,8 +3,9 @@
 A code times its scale is the value: int8 in -127 … 127, or float8_e4m3fn up to 448, which is held
 as its bits (XLA on the CPU widens, or copies, whole arrays of float8 that it gathers from). The
 scale brings the largest element of a head's key, or value, to the largest code. Scales are laid
-out [L, P, K, 2, Z], the key's before the value's, with positions last: a page's are one tile, whose
-lanes are positions, as those of its scores are.
+out [L, P, K, C], those of a page's keys from the start of a row and those of its values from its
+middle: a page's are one tile, whose lanes are positions, as those of its scores are. C is twice the
+page size, or more where a backend moves whole registers; what is behind a half's Z is undefined.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, Shaped
 
 #: The largest code of each dtype.
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
-#: Bytes of scales for one position of one KV head.
-SCALE_BYTES = 8
+#: Bytes of a scale.
+SCALE_BYTES = 4
 
 
 @jax.tree_util.register_dataclass
@@ -34,7 +36,7 @@ class QuantizedPages:
     """
 
     codes: Int8[Array, "L P K Z W"]
-    scales: Float[Array, "L P K 2 Z"]
+    scales: Float[Array, "L P K C"]
     kind: str = field(metadata={"static": True})
 
     @property
@@ -76,6 +78,13 @@ def values(codes: Int8[Array, "*B"], kind: str) -> Float[Array, "*B"]:
 
 def dequantize(pages: QuantizedPages) -> Float[Array, "L P K Z W"]:
     """The values that all codes stand for, float32: as large as the cache four times over."""
-    half = pages.shape[-1] // 2
-    unscaled = values(pages.codes, pages.kind).reshape(*pages.shape[:-1], 2, half)
-    return (unscaled * jnp.swapaxes(pages.scales, -1, -2)[..., None]).reshape(pages.shape)
+    page_size, width = pages.shape[-2:]
+    unscaled = values(pages.codes, pages.kind).reshape(*pages.shape[:-1], 2, width // 2)
+    scales = jnp.stack(halves(pages.scales, page_size), axis=-1)
+    return (unscaled * scales[..., None]).reshape(pages.shape)
+
+
+def halves[A: (Array, np.ndarray)](scales: A, page_size: int) -> tuple[A, A]:
+    """Of rows of scales [*B, C] those of keys and those of values, [*B, Z] each."""
+    middle = scales.shape[-1] // 2
+    return scales[..., :page_size], scales[..., middle : middle + page_size]

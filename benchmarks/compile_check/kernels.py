@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from pallas_kernels.kv_update import kv_update, page_width
+from pallas_kernels.kv_update import kv_update, page_width, scales_width
 from pallas_kernels.paged_attention import RaggedBatch, paged_attention
 from pallas_kernels.paged_attention.shapes import REFUSALS, SHAPES, Shape
+from pallas_kernels.quantized_pages import QuantizedPages, is_quantized
 
 #: Backend and the chips that it is compiled for.
 CHIPS = {"tpu": ("v5e:1x1", "v6e:1x1", "tpu7x:1x1x1"), "gpu": ("h100:1",)}
@@ -46,7 +47,17 @@ class KernelRow:
     @property
     def page_bytes(self) -> int:
         """Of all pages that the program is given."""
-        return jnp.dtype(self.shape.dtype).itemsize * math.prod(self._pages_shape)
+        pages = jax.tree.leaves(
+            self._pages(lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype))
+        )
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in pages)
+
+    def _pages(self, array: Callable[..., Any]) -> Any:
+        shape, dtype = self._pages_shape, self.shape.dtype
+        if not is_quantized(dtype):
+            return array(shape, jnp.dtype(dtype))
+        scales = *shape[:3], scales_width(self.shape.page_size, self.backend)
+        return QuantizedPages(array(shape, jnp.int8), array(scales, jnp.float32), dtype)
 
     @property
     def _pages_shape(self) -> tuple[int, ...]:
@@ -61,10 +72,11 @@ class KernelRow:
         def array(sizes: tuple[int, ...], dtype: Any) -> Any:
             return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
 
-        pages = array(self._pages_shape, jnp.dtype(shape.dtype))
+        pages = self._pages(array)
+        values = jnp.bfloat16 if is_quantized(shape.dtype) else pages.dtype
         tokens, rows = shape.num_tokens, shape.num_rows
         if self.op == "kv_update":
-            new = array((tokens, shape.num_kv_heads, shape.head_dim), pages.dtype)
+            new = array((tokens, shape.num_kv_heads, shape.head_dim), values)
             places = array((tokens,), jnp.int32)
 
             def write(pages: Any, *arrays: Any) -> Any:
@@ -78,7 +90,7 @@ class KernelRow:
             context_lens=array((rows,), jnp.int32),
             max_query_len=1 if tokens == rows else tokens,
         )
-        q = array((tokens, shape.num_heads, shape.head_dim), pages.dtype)
+        q = array((tokens, shape.num_heads, shape.head_dim), values)
         arguments = (pages, q, batch)
         if shape.sinks:
             arguments += (array((shape.num_heads,), jnp.float32),)

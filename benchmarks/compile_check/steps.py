@@ -26,12 +26,14 @@ _SLICES = {
     "tpu7x": ("tpu7x:1x1x1", "tpu7x:2x2x1", "tpu7x:2x2x2"),
     "h100": ("h100:1", "h100:4", "h100:2x8"),
 }
-_MODELS: dict[str, tuple[dict[str, Any], str]] = {
-    "smollm2-135m": (models.SMOLLM2, "none"),
-    "llama-3-8b": (models.LLAMA_3_8B, "none"),
-    "llama-3-8b-int8": (models.LLAMA_3_8B, "int8"),
-    "qwen3-30b-a3b": (models.QWEN3_30B_A3B, "none"),
-    "llama-3-70b-int8": (models.LLAMA_3_70B, "int8"),
+#: Checkpoint, weights.quantization and cache.dtype.
+_MODELS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "smollm2-135m": (models.SMOLLM2, "none", "auto"),
+    "llama-3-8b": (models.LLAMA_3_8B, "none", "auto"),
+    "llama-3-8b-int8": (models.LLAMA_3_8B, "int8", "auto"),
+    "llama-3-8b-int8-fp8-cache": (models.LLAMA_3_8B, "int8", "fp8"),
+    "qwen3-30b-a3b": (models.QWEN3_30B_A3B, "none", "auto"),
+    "llama-3-70b-int8": (models.LLAMA_3_70B, "int8", "auto"),
 }
 #: What does not fit: model and slice, for every step.
 TOO_LARGE = {
@@ -88,7 +90,7 @@ class StepRow:
             Config(),
             model=ModelConfig(path=self.model, max_context=MAX_CONTEXT),
             weights=WeightsConfig(dtype="bfloat16", quantization=_MODELS[self.model][1]),
-            cache=CacheConfig(page_size=32),
+            cache=CacheConfig(page_size=32, dtype=_MODELS[self.model][2]),
             parallel=ParallelConfig(expert=expert),
             scheduler=SchedulerConfig(max_rows=ROWS, max_step_tokens=TOKENS),
         )

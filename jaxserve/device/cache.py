@@ -26,7 +26,7 @@ from jaxserve.device.sharding import pages_sharding
 from jaxserve.errors import ConfigError
 from jaxserve.models.context import GroupPages, KVCache
 from jaxserve.types import CacheGroup
-from pallas_kernels.kv_update import empty_pages, page_width
+from pallas_kernels.kv_update import empty_pages, page_width, scales_width
 from pallas_kernels.quantized_pages import SCALE_BYTES, is_quantized
 
 #: Share of the free memory that the pool may take; the rest is for the step's own arrays.
@@ -41,7 +41,7 @@ def pages_per_sequence(max_context: int, page_size: int) -> int:
 def bytes_of_page(group: CacheGroup, page_size: int, dtype: str, backend: str) -> int:
     """Of all of the group's layers, scales included."""
     width = page_width(group.head_dim, backend)
-    scales = SCALE_BYTES if is_quantized(dtype) else 0
+    scales = SCALE_BYTES * scales_width(page_size, backend) if is_quantized(dtype) else 0
     return group.page_bytes(page_size, jnp.dtype(dtype).itemsize, width, scales)
 
 

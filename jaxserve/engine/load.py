@@ -36,6 +36,7 @@ from jaxserve.weights.load import load_model
 from jaxserve.weights.sources import resolve, served_name
 from pallas_kernels import native
 from pallas_kernels.grouped_matmul import TPU_LANES
+from pallas_kernels.kv_update import page_multiple
 from pallas_kernels.paged_attention import unsupported
 
 logger = logging.getLogger(__name__)
@@ -338,15 +339,22 @@ def size_cache(
         memory: of one device, with the weights in it.
 
     Raises:
-        ConfigError: they do not fit.
+        ConfigError: they do not fit, or the kernel does not take pages of such a size.
     """
+    dtype, page_size = cache_dtype(config.cache, options), config.cache.page_size
+    multiple = page_multiple(dtype, options.attention)
+    if page_size % multiple:
+        raise ConfigError(
+            f"cache.page_size={page_size}: kernels.attention={options.attention} takes pages of "
+            f"{dtype} whose positions are a multiple of {multiple}: set cache.page_size={multiple}"
+        )
     parts = options.tensor_parallel
     return pool_sizes(
         [replace(group, num_kv_heads=group.num_kv_heads // parts) for group in info.cache_groups],
         config.cache,
         config.scheduler,
         max_context=info.max_context,
-        dtype=cache_dtype(config.cache, options),
+        dtype=dtype,
         memory=memory,
         backend=options.attention,
     )

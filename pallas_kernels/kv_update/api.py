@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -93,5 +94,18 @@ def page_width(head_dim: int, backend: str) -> int:
 
     On a TPU whole registers of 128 lanes, so that a copy moves nothing but data.
     """
-    width = 2 * head_dim
+    return _whole_registers(2 * head_dim, backend)
+
+
+def scales_width(page_size: int, backend: str) -> int:
+    """C: elements of a row of scales, those of one KV head's keys and values in a page of codes."""
+    return _whole_registers(2 * page_size, backend)
+
+
+def page_multiple(dtype: DTypeLike, backend: str) -> int:
+    """What a page's positions must be a multiple of: on a TPU they fill 32 bytes of sublanes."""
+    return 32 // jnp.dtype(dtype).itemsize if backend == "tpu" else 1
+
+
+def _whole_registers(width: int, backend: str) -> int:
     return -(-width // _TPU_LANES) * _TPU_LANES if backend == "tpu" else width

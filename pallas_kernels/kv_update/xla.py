@@ -43,8 +43,9 @@ def kv_update(
             return _write(pages, place, k_new, v_new)
         (k_code, k_scale), (v_code, v_scale) = (quantize(x, pages.kind) for x in (k_new, v_new))
         codes = _write(pages.codes, place, k_code, v_code)
-        rows = pages.scales.at[layer, token_pages, :, :, token_offsets]
-        scales = rows.set(jnp.stack([k_scale, v_scale], axis=-1), mode="drop")
+        lanes = token_offsets[:, None] + jnp.array([0, pages.scales.shape[-1] // 2], jnp.int32)
+        rows = pages.scales.at[layer, token_pages[:, None], :, lanes]
+        scales = rows.set(jnp.stack([k_scale, v_scale], axis=1), mode="drop")
         return QuantizedPages(codes, scales, pages.kind)
 
 
@@ -59,9 +60,13 @@ def _write(
     return pages.at[place].set(jnp.concatenate(halves, axis=-1), mode="drop")
 
 
-def empty_pages(shape: tuple[int, ...], dtype: DTypeLike) -> Pages:
-    """Zeros: XLA has no allocation that it does not fill."""
+def empty_pages(shape: tuple[int, ...], dtype: DTypeLike, scales_width: int = 0) -> Pages:
+    """Zeros: XLA has no allocation that it does not fill.
+
+    Args:
+        scales_width: C of `QuantizedPages`; twice the page size where it is 0.
+    """
     if not is_quantized(dtype):
         return jnp.zeros(shape, dtype)
-    scales = jnp.zeros((*shape[:3], 2, shape[3]), jnp.float32)
+    scales = jnp.zeros((*shape[:3], scales_width or 2 * shape[3]), jnp.float32)
     return QuantizedPages(jnp.zeros(shape, jnp.int8), scales, jnp.dtype(dtype).name)

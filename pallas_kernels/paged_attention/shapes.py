@@ -38,7 +38,7 @@ def _shapes() -> list[Shape]:
     for kind, tokens, rows in (("decode", 64, 64), ("mixed", 2048, 16)):
         size: dict[str, Any] = {"num_tokens": tokens, "num_rows": rows}
         for head_dim in (64, 80, 96, 128, 256):
-            for dtype in ("bfloat16", "float32"):
+            for dtype in ("bfloat16", "float32", "int8", "float8_e4m3fn"):
                 heads = 8 if head_dim == 256 else 32
                 found.append(
                     Shape(
@@ -61,8 +61,26 @@ def _shapes() -> list[Shape]:
                 num_tokens=8 if kind == "decode" else 128,
                 num_rows=8,
             ),
-            Shape(name=f"{kind}-int8", dtype="int8", **size),
-            Shape(name=f"{kind}-fp8", dtype="float8_e4m3fn", **size),
+            Shape(
+                name=f"{kind}-int8-smollm2",
+                num_heads=9,
+                num_kv_heads=3,
+                head_dim=64,
+                page_size=128,
+                dtype="int8",
+                **size,
+            ),
+            Shape(
+                name=f"{kind}-fp8-mqa-window-cap-sinks",
+                num_heads=8,
+                num_kv_heads=1,
+                page_size=64,
+                dtype="float8_e4m3fn",
+                window=4096,
+                soft_cap=50.0,
+                sinks=True,
+                **size,
+            ),
         ]
     return found
 
@@ -71,8 +89,6 @@ SHAPES = tuple(_shapes())
 
 #: (backend, dtype) → why no shape of it compiles.
 REFUSALS = {
-    ("tpu", "int8"): "codes have scales, which the kernel does not read",
-    ("tpu", "float8_e4m3fn"): "codes have scales, which the kernel does not read",
     ("gpu", "int8"): "codes have scales, which the kernel does not read",
     ("gpu", "float8_e4m3fn"): "codes have scales, which the kernel does not read",
     ("gpu", "float32"): "Hopper multiplies float32 only rounded to tf32",

@@ -23,9 +23,12 @@ Grid: two calls; rows of one query (decode) and rows of more (chunks) each skip 
 Traffic: a row's visible pages once (decode), once a query block (chunks); see traffic.py.
 
 Numerics: products in the pages' dtype with float32 accumulation, softmax in float32; weights are
-    rounded to the pages' dtype before they multiply the values.
+    rounded to the pages' dtype before they multiply the values. Codes are widened to bfloat16,
+    which holds all of them; scores are multiplied by their keys' scales, and weights by their
+    values', in float32.
 
-Limits: W a multiple of 128 (`kv_update.page_width`), Z a multiple of 8 (float32) or 16 (bfloat16);
+Limits: W a multiple of 128 (`kv_update.page_width`), Z a multiple of 8 (float32), 16 (bfloat16) or
+    32 (codes, whose scales come in rows of a multiple of 128, `kv_update.scales_width`);
     the page table fits SMEM (MAX_TABLE_ENTRIES). Page entries past a row's context are not read.
 """
 
@@ -42,9 +45,10 @@ from pallas_kernels.errors import UnsupportedKernel
 from pallas_kernels.paged_attention.score import Score
 from pallas_kernels.paged_attention.tpu_chunks import chunks
 from pallas_kernels.paged_attention.tpu_decode import decode
+from pallas_kernels.quantized_pages import Pages, QuantizedPages
 from pallas_kernels.ragged import RaggedBatch
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 LANES = 128
 #: Of the page table in SMEM; 4 bytes each, SMEM has 1 MiB.
 MAX_TABLE_ENTRIES = 196_608
@@ -61,7 +65,7 @@ def unsupported(*, head_dim: int, dtype: DTypeLike) -> str | None:
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    pages: Float[Array, "L P K Z W"],
+    pages: Pages,
     layer: int | Int[Array, ""],
     batch: RaggedBatch,
     *,
@@ -81,7 +85,8 @@ def paged_attention(
     num_kv_heads, half = pages.shape[2], pages.shape[4] // 2
     apart = half % LANES == 0
     width = half if apart else 2 * half
-    q_TKGW = q.astype(pages.dtype).reshape(num_tokens, num_kv_heads, -1, head_dim)
+    dtype = jnp.bfloat16 if isinstance(pages, QuantizedPages) else pages.dtype
+    q_TKGW = q.astype(dtype).reshape(num_tokens, num_kv_heads, -1, head_dim)
     q_TKGW = jnp.pad(q_TKGW, ((0, 0),) * 3 + ((0, width - head_dim),))
     score = Score(scale, window, soft_cap)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
@@ -106,12 +111,15 @@ def paged_attention(
         return jnp.where(live, out, 0).astype(q.dtype)
 
 
-def _check(pages: Float[Array, "L P K Z W"], batch: RaggedBatch) -> None:
+def _check(pages: Pages, batch: RaggedBatch) -> None:
     _, _, _, page_size, width = pages.shape
     sublanes = 32 // pages.dtype.itemsize
     problem = None
     if width % LANES:
         problem = f"a page's row has {width} elements, no multiple of {LANES}: use page_width"
+    elif isinstance(pages, QuantizedPages) and pages.scales.shape[-1] % LANES:
+        scales = pages.scales.shape[-1]
+        problem = f"a row of scales has {scales} elements, no multiple of {LANES}: use scales_width"
     elif page_size % sublanes:
         problem = f"pages of {page_size} {pages.dtype} positions: give a multiple of {sublanes}"
     elif batch.page_table.size > MAX_TABLE_ENTRIES:

@@ -15,12 +15,15 @@ from jaxtyping import Array, Float
 from pallas_kernels.paged_attention.score import LOWEST, Score
 from pallas_kernels.paged_attention.tpu_block import (
     Block,
+    arrays_of,
     cost,
+    kind_of,
     pages_of_block,
     scores,
     scratch,
     weighted,
 )
+from pallas_kernels.quantized_pages import Pages
 from pallas_kernels.ragged import RaggedBatch
 
 #: Positions of a block of pages, where there is room for them, and tokens of one of queries.
@@ -30,7 +33,7 @@ QUERY_BLOCK = 64
 
 def chunks(
     q_TKGW: Array,
-    pages: Array,
+    pages: Pages,
     layer: Array,
     batch: RaggedBatch,
     score: Score,
@@ -46,16 +49,19 @@ def chunks(
     first_tokens = jnp.arange(num_blocks, dtype=jnp.int32) * QUERY_BLOCK
     first_rows = jnp.searchsorted(batch.query_starts[1:], first_tokens, side="right")
     block = pl.BlockSpec((heads, size, width), lambda i, *_: (0, i, 0))
+    held = arrays_of(pages)
     tops, top_specs = [], []
     if sinks is not None:
         tops = [jnp.tile(sinks, (1, QUERY_BLOCK))[..., None]]
         top_specs = [pl.BlockSpec(tops[0].shape, lambda *_: (0, 0, 0))]
     out = pl.pallas_call(
-        functools.partial(_kernel, groups=groups, score=score, has_sinks=bool(tops)),
+        functools.partial(
+            _kernel, kind=kind_of(pages), groups=groups, score=score, has_sinks=bool(tops)
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=5,
             grid=(num_blocks,),
-            in_specs=[block, pl.BlockSpec(memory_space=pl.ANY), *top_specs],
+            in_specs=[block, (pl.BlockSpec(memory_space=pl.ANY),) * len(held), *top_specs],
             out_specs=block,
             scratch_shapes=[
                 *scratch(pages, pages_of_block(pages, PREFILL_POSITIONS)),
@@ -75,7 +81,7 @@ def chunks(
         batch.context_lens,
         batch.page_table,
         q_KXW,
-        pages,
+        held,
         *tops,
     )
     out = out.reshape(heads, -1, groups, width).transpose(1, 0, 2, 3)
@@ -83,14 +89,14 @@ def chunks(
 
 
 def _kernel(
-    layer, first_rows, starts, lens, table, q_ref, pages, *refs,
-    groups: int, score: Score, has_sinks: bool,
+    layer, first_rows, starts, lens, table, q_ref, held, *refs,
+    kind: str, groups: int, score: Score, has_sinks: bool,
 ) -> None:  # fmt: skip
     """One block of tokens; `out_ref` is the accumulator until the end."""
-    tops, (out_ref, buffer, semaphores, m_ref, total_ref) = refs[:has_sinks], refs[has_sinks:]
+    tops, (out_ref, buffers, semaphores, m_ref, total_ref) = refs[:has_sinks], refs[has_sinks:]
     index = pl.program_id(0)
-    block = Block(pages, table, layer[0], buffer, semaphores, buffer.shape[1])
-    heads, size, width = q_ref.shape
+    block = Block(held, table, layer[0], buffers, semaphores, kind)
+    _, size, width = q_ref.shape
     num_rows = lens.shape[0]
     first_token, end_token = index * QUERY_BLOCK, (index + 1) * QUERY_BLOCK
     m_ref[...] = tops[0][...] if tops else jnp.full(m_ref.shape, LOWEST, jnp.float32)
@@ -131,16 +137,16 @@ def _kernel(
             visible = mine & (place <= query)
             if score.window is not None:
                 visible = visible & (place > query - score.window)
-            for head in range(heads):
+            for head, (k_scales, v_scales) in enumerate(block.scales(slot)):
                 k, v = block.keys_and_values(slot, head, width)
-                s = scores(q_ref[head], k, visible, score)
+                s = scores(q_ref[head], k, visible, score, k_scales)
                 m = m_ref[head]
                 top = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
                 p = jnp.where(visible, jnp.exp(s - top), 0.0)
                 fade = jnp.exp(m - top)
                 m_ref[head] = top
                 total_ref[head] = total_ref[head] * fade + jnp.sum(p, axis=1, keepdims=True)
-                out_ref[head] = out_ref[head] * fade + weighted(p, v)
+                out_ref[head] = out_ref[head] * fade + weighted(p, v, visible, v_scales)
 
         lax.fori_loop(0, num_blocks, body, None)
 

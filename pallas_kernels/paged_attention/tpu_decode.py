@@ -15,12 +15,15 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.paged_attention.score import LOWEST, Score
 from pallas_kernels.paged_attention.tpu_block import (
     Block,
+    arrays_of,
     cost,
+    kind_of,
     pages_of_block,
     scores,
     scratch,
     weighted,
 )
+from pallas_kernels.quantized_pages import Pages
 from pallas_kernels.ragged import RaggedBatch
 
 #: Positions of a block, where there is room for them.
@@ -29,7 +32,7 @@ DECODE_POSITIONS = 256
 
 def decode(
     q_RKGW: Array,
-    pages: Array,
+    pages: Pages,
     layer: Array,
     lens: Int[Array, "R"],
     batch: RaggedBatch,
@@ -45,17 +48,18 @@ def decode(
         sinks = jnp.full((heads, groups), LOWEST, jnp.float32)
     first_tops = jnp.pad(sinks, ((0, 0), (0, padded - groups)))[..., None]
     num_pages = pages_of_block(pages, DECODE_POSITIONS)
+    held = arrays_of(pages)
     shape = (1, heads, padded, width)
     row_block = pl.BlockSpec(shape, lambda row, *_: (row, 0, 0, 0))
     out = pl.pallas_call(
-        functools.partial(_kernel, score=score),
+        functools.partial(_kernel, kind=kind_of(pages), score=score),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(num_rows,),
             in_specs=[
                 row_block,
                 pl.BlockSpec(first_tops.shape, lambda *_: (0, 0, 0)),
-                pl.BlockSpec(memory_space=pl.ANY),
+                (pl.BlockSpec(memory_space=pl.ANY),) * len(held),
             ],
             out_specs=row_block,
             scratch_shapes=[*scratch(pages, num_pages), pltpu.SMEM((1,), jnp.int32)],
@@ -65,17 +69,17 @@ def decode(
         cost_estimate=cost(pages, batch, num_rows, heads * groups),
         interpret=interpret,
         name="paged_attention_decode",
-    )(layer, lens, batch.page_table, q_RKGW, first_tops, pages)
+    )(layer, lens, batch.page_table, q_RKGW, first_tops, held)
     return out[:, :, :groups]
 
 
 def _kernel(
-    layer, lens, table, q_ref, top_ref, pages, out_ref, buffer, semaphores, slot_ref,
-    *, score: Score,
+    layer, lens, table, q_ref, top_ref, held, out_ref, buffers, semaphores, slot_ref,
+    *, kind: str, score: Score,
 ) -> None:  # fmt: skip
     """One row. `slot_ref` holds the buffer that the next block to compute is in."""
     row, num_rows = pl.program_id(0), pl.num_programs(0)
-    block = Block(pages, table, layer[0], buffer, semaphores, buffer.shape[1])
+    block = Block(held, table, layer[0], buffers, semaphores, kind)
 
     def begin_of(row: Any) -> Any:
         return 0 if score.window is None else jnp.maximum(lens[row] - score.window, 0)
@@ -124,14 +128,14 @@ def _kernel(
         visible = (place >= begin) & (place < end)
         m, total, acc = carry
         parts = []
-        for head in range(heads):
+        for head, (k_scales, v_scales) in enumerate(block.scales(slot)):
             k, v = block.keys_and_values(slot, head, width)
-            s = scores(q_ref[0, head], k, visible, score)
+            s = scores(q_ref[0, head], k, visible, score, k_scales)
             top = jnp.maximum(m[head], jnp.max(s, axis=1, keepdims=True))
             p = jnp.where(visible, jnp.exp(s - top), 0.0)
             fade = jnp.exp(m[head] - top)
             summed = total[head] * fade + jnp.sum(p, axis=1, keepdims=True)
-            parts.append((top, summed, acc[head] * fade + weighted(p, v)))
+            parts.append((top, summed, acc[head] * fade + weighted(p, v, visible, v_scales)))
         tops, sums, accs = zip(*parts, strict=True)
         return jnp.stack(tops), jnp.stack(sums), jnp.stack(accs)
 

@@ -32,7 +32,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.paged_attention.score import LOWEST, Score
-from pallas_kernels.quantized_pages import Pages, QuantizedPages, values
+from pallas_kernels.quantized_pages import Pages, QuantizedPages, halves, values
 from pallas_kernels.ragged import RaggedBatch
 
 KV_TILE = 128
@@ -69,9 +69,9 @@ class _Pages(NamedTuple):
             return self._halves(kv)
         codes = self.kv.codes.at[place].get(mode="clip").reshape(*positions, -1)
         k, v = self._halves(values(codes, self.kv.kind))
-        scales = jnp.moveaxis(self.kv.scales.at[place].get(mode="clip"), -2, 0)
-        k_scale, v_scale = scales.reshape(2, *positions)
-        return k * k_scale[..., None], v * v_scale[..., None]
+        scales = halves(self.kv.scales.at[place].get(mode="clip"), self.page_size)
+        k_scale, v_scale = (scale.reshape(*positions, 1) for scale in scales)
+        return k * k_scale, v * v_scale
 
     def _halves(self, kv: Float[Array, "*B W"]) -> tuple[Array, Array]:
         half = kv.shape[-1] // 2

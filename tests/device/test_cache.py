@@ -225,14 +225,17 @@ def test_arrays_of_the_pool(backend: str, dtype: str) -> None:
     assert len(set(pointers)) == 2  # or a donated one would take another with it
 
 
+@pytest.mark.parametrize(("backend", "page_size", "width"), [("xla", 16, 64), ("tpu", 96, 128)])
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn", "float32"])
-def test_a_page_takes_the_bytes_it_is_counted_with(dtype: str) -> None:
+def test_a_page_takes_the_bytes_it_is_counted_with(
+    dtype: str, backend: str, page_size: int, width: int
+) -> None:
     mesh = make_mesh(jax.devices()[:1])
-    cache = init_cache((FULL,), (5,), page_size=16, dtype=dtype, mesh=mesh, backend="xla")
+    cache = init_cache((FULL,), (5,), page_size=page_size, dtype=dtype, mesh=mesh, backend=backend)
     (group,) = cache.groups
-    assert (group.kv.shape, group.kv.dtype) == ((2, 5, 2, 16, 64), dtype)
+    assert (group.kv.shape, group.kv.dtype) == ((2, 5, 2, page_size, width), dtype)
     held = sum(array.nbytes for array in jax.tree.leaves(group))
-    assert held == 5 * bytes_of_page(FULL, 16, dtype, "xla")
+    assert held == 5 * bytes_of_page(FULL, page_size, dtype, backend)
     targets, sources = jnp.asarray([2, 0]), jnp.asarray([1, 0])
     marked = jax.tree.map(lambda x: x.at[:, 1].set(1), group)
     for array in jax.tree.leaves(copy_pages(marked, sources, targets)):

@@ -20,6 +20,7 @@ from jaxserve.engine.load import (
     buckets_for,
     cache_dtype,
     describe_experts,
+    fitting,
     load_parts,
     model_info,
     model_options,
@@ -291,6 +292,22 @@ def test_pages_of_codes_are_left_to_xla(
         loaded(config_of(settings, f"cache.dtype={asked}", "kernels.attention=cpu"))
 
 
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_pages_of_codes_are_read_by_the_tpu_s_kernel(settings: list[str], dtype: str) -> None:
+    config = config_of(settings, f"cache.dtype={dtype}", "cache.page_size=32")
+    on_tpu = model_options(config.weights, config.kernels, "tpu")
+    held = cache_dtype(config.cache, on_tpu)
+    options = fitting(on_tpu, config.kernels, 64, held)
+    assert options.attention == "tpu"
+    info = model_info(config, load_tiny("gemma2", ModelOptions()))
+    memory = Memory(total_bytes=1 << 30, free_bytes=1 << 30)
+    pools = load.size_cache(config, options, info, memory)
+    assert len(pools) == len(info.cache_groups)
+    config = config_of(settings, f"cache.dtype={dtype}", "cache.page_size=48")
+    with pytest.raises(ConfigError, match=rf"{held} .* multiple of 32: set cache.page_size=32"):
+        load.size_cache(config, options, info, memory)
+
+
 def test_a_device_that_does_not_tell_its_memory_needs_a_size(
     settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,7 +349,7 @@ def tokens_of(stream: SyncStream) -> tuple[list[list[int]], list[Any], list[Any]
 @pytest.mark.slow
 def test_a_checkpoint_is_loaded_and_served(settings: list[str]) -> None:
     """Requests of all kinds come out as the model alone computes them; nothing is compiled."""
-    model = load_tiny("gemma2", model_options(*AUTO, "cpu"))
+    model = load_tiny("gemma2", ModelOptions())
     prompts = [prompt_of(length, length) for length in (3, 30, 60)]
     expected = [next_tokens(model, prompt, 20) for prompt in prompts]
     driver = Driver(model, 1, 96)

@@ -33,6 +33,7 @@ class Case:
     sinks: bool = False
     unused: int = 0  # lanes behind each key and each value
     unused_value: float = np.nan  # what is in them
+    scales_width: int = 0  # twice the page size where it is 0
 
     def arrays(self, seed: int) -> dict[str, Any]:
         """Inputs; whatever nobody may look at is NaN."""
@@ -66,7 +67,9 @@ class Case:
         unused = np.full((*shape[:-1], self.unused), self.unused_value, np.float32)
         pages = jnp.asarray(np.concatenate([k, unused, v, unused], axis=-1))
         pages = (
-            quantized(pages, self.dtype) if is_quantized(self.dtype) else pages.astype(self.dtype)
+            quantized(pages, self.dtype, self.scales_width)
+            if is_quantized(self.dtype)
+            else pages.astype(self.dtype)
         )
         arrays = {"q": jnp.asarray(q), "pages": pages, "batch": batch}
         if self.sinks:
@@ -82,12 +85,19 @@ class Case:
         }
 
 
-def quantized(pages: Any, dtype: str) -> QuantizedPages:
-    """Pages as codes; what is NaN has NaN for its scale."""
+def quantized(pages: Any, dtype: str, width: int = 0) -> QuantizedPages:
+    """Pages as codes; what is NaN has NaN for its scale.
+
+    Args:
+        width: of a row of scales; twice the page size where it is 0.
+    """
     halves = pages.reshape(*pages.shape[:-1], 2, -1)
     codes, scales = quantize(jnp.nan_to_num(halves), dtype)
     scales = jnp.where(jnp.isnan(halves).any(-1), jnp.nan, scales)
-    return QuantizedPages(codes.reshape(pages.shape), jnp.swapaxes(scales, -1, -2), dtype)
+    unused = ((0, 0),) * 4 + ((0, (width or 2 * pages.shape[3]) // 2 - pages.shape[3]),)
+    scales = jnp.pad(jnp.swapaxes(scales, -1, -2), unused, constant_values=jnp.nan)
+    scales = scales.reshape(*pages.shape[:3], -1)
+    return QuantizedPages(codes.reshape(pages.shape), scales, dtype)
 
 
 def relative_error(out: Any, expected: Any) -> float:

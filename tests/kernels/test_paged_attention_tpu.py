@@ -16,12 +16,14 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import UnsupportedKernel
-from pallas_kernels.kv_update import page_width
+from pallas_kernels.kv_update import page_width, scales_width
 from pallas_kernels.paged_attention import reference, tpu, tpu_block
+from pallas_kernels.quantized_pages import values
 from tests.kernels.batches import Case, relative_error
 
-#: Of float32 and of bfloat16 pages.
-TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
+#: By the pages' dtype; codes are multiplied in bfloat16.
+TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 1e-2, "float8_e4m3fn": 1e-2}
+CODES = ("int8", "float8_e4m3fn")
 MIXED = [(1, 33), (19, 50), (0, 0), (70, 90), (1, 130), (2, 2)]
 DECODE = [(1, 7), (1, 1), (0, 0), (1, 130), (1, 16), (0, 40), (1, 300)]
 
@@ -46,7 +48,11 @@ def check(case: Case, interpret: Any) -> None:
 def wide(head_dim: int, **options: Any) -> Case:
     """A case whose pages are as wide as a TPU's."""
     unused = page_width(head_dim, "tpu") // 2 - head_dim
-    return Case(head_dim=head_dim, unused=unused, unused_value=0.0, **options)
+    page_size = options.pop("page_size", 32 if options.get("dtype") in CODES else 16)
+    return Case(
+        head_dim=head_dim, page_size=page_size, unused=unused, unused_value=0.0,
+        scales_width=scales_width(page_size, "tpu"), **options,
+    )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -74,6 +80,39 @@ def test_pages(dtype: str, page_size: int) -> None:
     check(wide(128, lens=DECODE, num_heads=8, num_kv_heads=2, dtype=dtype), True)
 
 
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("lens", [DECODE, MIXED])
+def test_codes(dtype: str, lens: list[tuple[int, int]]) -> None:
+    check(wide(64, lens=lens, dtype=dtype, padding=3), True)
+
+
+@pytest.mark.parametrize("dtype", CODES)
+@pytest.mark.parametrize("lens", [DECODE, MIXED])
+def test_codes_in_a_window(dtype: str, lens: list[tuple[int, int]]) -> None:
+    case = wide(
+        128, lens=lens, dtype=dtype, page_size=96, num_heads=4, num_kv_heads=2, window=40,
+        soft_cap=5.0,
+    )  # fmt: skip
+    check(case, True)
+
+
+@pytest.mark.slow
+def test_codes_with_simulated_copies() -> None:
+    case = wide(64, lens=MIXED, num_heads=4, num_kv_heads=2, dtype="float8_e4m3fn")
+    check(case, pltpu.InterpretParams(dma_execution_mode="on_wait"))
+
+
+@pytest.mark.parametrize("dtype", CODES)
+def test_every_code_is_widened_as_it_is(dtype: str) -> None:
+    codes = jnp.arange(-128, 128, dtype=jnp.int8)
+    expected = np.asarray(values(codes, dtype))
+    is_number = np.isfinite(expected)  # of 256 bits, two are no number in float8_e4m3fn
+    ours = np.asarray(tpu_block.widened(codes, dtype), np.float32)
+    assert np.isfinite(ours).all(), "what nobody wrote is no number, and 0 times it neither"
+    np.testing.assert_array_equal(ours[is_number], expected[is_number])
+    assert is_number.sum() == (256 if dtype == "int8" else 254)
+
+
 @pytest.mark.parametrize("lens", [DECODE, MIXED])
 def test_sinks(lens: list[tuple[int, int]]) -> None:
     check(wide(64, lens=lens, sinks=True, padding=3), True)
@@ -95,10 +134,14 @@ def test_contexts_beyond_int16(window: int | None) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lens", [[(1, 300), (1, 40)], [(40, 300)]])
+@pytest.mark.parametrize(("dtype", "missing"), [("float32", 0), ("int8", 0), ("int8", 1)])
 def test_a_missing_wait_is_seen(
-    lens: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+    lens: list[tuple[int, int]], dtype: str, missing: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The simulation is worth something: without one wait the result is wrong."""
+    """The simulation is worth something: without one wait the result is wrong.
+
+    Of pages of codes the first copy brings codes, the second their scales.
+    """
 
     class Impatient:
         """A copy that nobody waits for."""
@@ -110,10 +153,11 @@ def test_a_missing_wait_is_seen(
     copies = tpu_block.Block.copies
 
     def impatient(self: Any, *place: Any) -> list[Any]:
-        first, *others = copies(self, *place)
-        return [Impatient(first), *others]
+        found = copies(self, *place)
+        found[missing] = Impatient(found[missing])
+        return found
 
-    case = wide(64, lens=lens, num_heads=4, num_kv_heads=2)
+    case = wide(64, lens=lens, num_heads=4, num_kv_heads=2, dtype=dtype)
     interpret = pltpu.InterpretParams(dma_execution_mode="on_wait")
     check(case, interpret)
     monkeypatch.setattr(tpu_block.Block, "copies", impatient)
@@ -129,8 +173,12 @@ def test_what_does_not_fit_is_refused_with_the_remedy() -> None:
         run(Case(lens=[(1, 3)], head_dim=80))
     with pytest.raises(UnsupportedKernel, match="give a multiple of 16"):
         run(wide(64, lens=[(1, 3)], page_size=8, dtype="bfloat16"))
-    reason = tpu.unsupported(head_dim=64, dtype=jnp.int8)
-    assert reason is not None and "int8" in reason
+    with pytest.raises(UnsupportedKernel, match="give a multiple of 32"):
+        run(wide(64, lens=[(1, 3)], page_size=16, dtype="int8"))
+    with pytest.raises(UnsupportedKernel, match="no multiple of 128: use scales_width"):
+        run(Case(lens=[(1, 3)], page_size=32, dtype="int8"))
+    reason = tpu.unsupported(head_dim=64, dtype=jnp.float16)
+    assert reason is not None and "float16" in reason
     case = wide(64, lens=[(1, 3)])
     arrays = case.arrays(0)
     table = jnp.zeros((1, tpu.MAX_TABLE_ENTRIES + 1), jnp.int32)

@@ -97,7 +97,7 @@ def test_an_update_writes_codes_and_scales_in_place(dtype: str) -> None:
     written[1, places[0], places[1]] = True
     for now, then, axes in (
         (after.codes, before.codes, (0, 1, 3, 2, 4)),
-        (after.scales, before.scales, (0, 1, 4, 2, 3)),
+        (*(x.scales.reshape(2, 6, 3, 2, 4) for x in (after, before)), (0, 1, 4, 2, 3)),
     ):
         now, then = (np.asarray(x, np.float32).transpose(axes)[~written] for x in (now, then))
         np.testing.assert_array_equal(now, then)
@@ -109,9 +109,11 @@ def test_an_update_writes_codes_and_scales_in_place(dtype: str) -> None:
     assert memory.temp_size_in_bytes < 1 << 20
 
 
-@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+@pytest.mark.parametrize(("backend", "takes"), [("cpu", "float32"), ("gpu", "bfloat16")])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_other_backends_say_that_they_do_not_read_codes(backend: str, dtype: str) -> None:
+def test_other_backends_say_that_they_do_not_read_codes(
+    backend: str, takes: str, dtype: str
+) -> None:
     case = Case(lens=DECODE, dtype=dtype)
-    with pytest.raises(UnsupportedKernel, match=f"pages are {dtype}, the kernel takes float32"):
+    with pytest.raises(UnsupportedKernel, match=f"pages are {dtype}, the kernel takes {takes}"):
         paged_attention(layer=1, backend=backend, **case.arrays(0), **case.options)
