@@ -28,10 +28,8 @@ def int8_codes(
     Raises:
         ValueError: w is not finite.
     """
-    w = _finite(w)
-    largest = np.abs(w).max(axis, keepdims=True)
-    scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
-    return np.rint(w / scale).astype(np.int8), scale.squeeze(axis)
+    scaled, scale = _scaled(w, axis, 127)
+    return np.rint(scaled).astype(np.int8), scale
 
 
 def fp8_codes(
@@ -42,10 +40,8 @@ def fp8_codes(
     Raises:
         ValueError: w is not finite.
     """
-    w = _finite(w)
-    largest = np.abs(w).max(axis, keepdims=True)
-    scale = np.where(largest > 0, largest / FP8_LARGEST, 1).astype(np.float32)
-    return (w / scale).astype(ml_dtypes.float8_e4m3fn), scale.squeeze(axis)
+    scaled, scale = _scaled(w, axis, FP8_LARGEST)
+    return scaled.astype(ml_dtypes.float8_e4m3fn), scale
 
 
 def int4_codes(
@@ -77,6 +73,16 @@ def int4_codes(
     codes = code.astype(np.uint8).reshape(-1, *w.shape[2:])
     bfloat16 = ml_dtypes.bfloat16
     return codes, scale.squeeze(1).astype(bfloat16), minimum.squeeze(1).astype(bfloat16)
+
+
+def _scaled(
+    w: np.ndarray, axis: int, most: float
+) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    """w with `most` as its largest element along the axis, and the scales, which lack the axis."""
+    w = _finite(w)
+    largest = np.abs(w).max(axis, keepdims=True)
+    scale = np.where(largest > 0, largest / most, 1).astype(np.float32)
+    return w / scale, scale.squeeze(axis)
 
 
 def _finite(w: np.ndarray) -> Float[np.ndarray, "..."]:

@@ -108,7 +108,6 @@ def chunks(
             score=score,
             per_head=per_head,
             has_sinks=sinks is not None,
-            interpret=interpret is not None,
         ),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=(
@@ -140,7 +139,7 @@ def chunks(
 def _kernel(
     q, pages, layer, table, tiles, sinks, out,
     q_smem, ring, staging, q_ready, ready, free, *weights,
-    score: Score, per_head: int, has_sinks: bool, interpret: bool,
+    score: Score, per_head: int, has_sinks: bool,
 ) -> None:  # fmt: skip
     head, tile = lax.axis_index("head"), lax.axis_index("tile")
     warpgroup = lax.axis_index("warpgroup")
@@ -159,13 +158,7 @@ def _kernel(
 
         block.ahead(count, slots, free, load)
 
-    def operand(p: Array) -> Any:
-        """The weights as wgmma takes them: in registers, or in shared memory if interpreted."""
-        if not interpret:
-            return p
-        weights[0][warpgroup] = p
-        plgpu.commit_smem()
-        return weights[0].at[warpgroup]
+    operand = functools.partial(block.operand, *weights, place=warpgroup)
 
     # This warpgroup's tokens: the first, how many, and the positions that they see.
     token = own.token + warpgroup * block.ROWS

@@ -75,7 +75,7 @@ def decode(
     width, heads = pages.shape[4], pages.shape[2]
     slots = RING_BYTES // (SPAN * width * pages.dtype.itemsize) // COMPUTERS * COMPUTERS
     parts = splits * COMPUTERS
-    kernel = functools.partial(_kernel, score=score, splits=splits, interpret=interpret is not None)
+    kernel = functools.partial(_kernel, score=score, splits=splits)
     weights = [block.swizzled((COMPUTERS, block.ROWS, SPAN), SPAN, pages.dtype)]
     column = block.columns(head_dim)[0][1]
     copies = SPAN // block.copied(pages.shape[3], SPAN)
@@ -109,7 +109,7 @@ def decode(
 def _kernel(
     q, pages, layer, table, begins, ends, out, tops, totals,
     q_smem, ring, out_smem, stats_smem, q_ready, ready, free, *weights,
-    score: Score, splits: int, per_head: int, interpret: bool,
+    score: Score, splits: int, per_head: int,
 ) -> None:  # fmt: skip
     row, group, split = lax.axis_index("row"), lax.axis_index("group"), lax.axis_index("split")
     warpgroup = lax.axis_index("warpgroup")
@@ -129,13 +129,7 @@ def _kernel(
 
         block.ahead(count, slots, free, load)
 
-    def operand(p: Array) -> Any:
-        """The weights as wgmma takes them: in registers, or in shared memory if interpreted."""
-        if not interpret:
-            return p
-        weights[0][warpgroup] = p
-        plgpu.commit_smem()
-        return weights[0].at[warpgroup]
+    operand = functools.partial(block.operand, *weights, place=warpgroup)
 
     def step(index: Any, running: block.Running) -> block.Running:
         i = index * COMPUTERS + warpgroup
