@@ -27,8 +27,8 @@ Numerics: products of bfloat16 with float32 accumulation, softmax in float32 wit
     their values', in float32.
 
 Limits: bfloat16 or float16 queries and pages (Hopper multiplies float32 only rounded to tf32), or
-    codes; H a multiple of 16 up to 256, or 128 of codes; Z a power of two, at least 8. The interpreter takes wgmma's operands
-    from shared memory only, so there the weights take that way.
+    codes; H a multiple of 16 up to 256, or 128 of codes; Z a power of two, at least 8. The
+    interpreter takes wgmma's operands from shared memory only, so there the weights take that way.
 """
 
 from __future__ import annotations
