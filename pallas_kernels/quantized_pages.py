@@ -76,6 +76,26 @@ def values(codes: Int8[Array, "*B"], kind: str) -> Float[Array, "*B"]:
     return jax.lax.bitcast_convert_type(codes, jnp.dtype(kind)).astype(jnp.float32)
 
 
+def widened(codes: Int8[Array, "*B"], kind: str) -> Float[Array, "*B"]:
+    """What codes are, unscaled, in bfloat16, which holds all of them.
+
+    In whole numbers' arithmetic, for kernels; bits that are no number give some number.
+    """
+    if kind == "int8":
+        return codes.astype(jnp.bfloat16)
+    bits = codes.astype(jnp.int32)
+    size, sign = bits & 0x7F, (bits & 0x80) << 24
+    # The exponent counts from 7, float32's from 127. Below 2**-6 there is no hidden one: with it,
+    # and one exponent higher, they are 2**-6 too large.
+    is_small = size < 8
+    x = jax.lax.bitcast_convert_type(
+        (size << 20) + jnp.where(is_small, 121 << 23, 120 << 23), jnp.float32
+    )
+    x = jnp.where(is_small, x - 2.0**-6, x)
+    x = jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(x, jnp.int32) | sign, jnp.float32)
+    return x.astype(jnp.bfloat16)
+
+
 def dequantize(pages: QuantizedPages) -> Float[Array, "L P K Z W"]:
     """The values that all codes stand for, float32: as large as the cache four times over."""
     page_size, width = pages.shape[-2:]
@@ -88,3 +108,13 @@ def halves[A: (Array, np.ndarray)](scales: A, page_size: int) -> tuple[A, A]:
     """Of rows of scales [*B, C] those of keys and those of values, [*B, Z] each."""
     middle = scales.shape[-1] // 2
     return scales[..., :page_size], scales[..., middle : middle + page_size]
+
+
+def kind_of(pages: Pages) -> str:
+    """What codes are; "" of pages that are numbers."""
+    return pages.kind if isinstance(pages, QuantizedPages) else ""
+
+
+def arrays_of(pages: Pages) -> tuple[Array, ...]:
+    """The arrays that pages are made of."""
+    return (pages.codes, pages.scales) if isinstance(pages, QuantizedPages) else (pages,)

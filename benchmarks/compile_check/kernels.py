@@ -15,7 +15,7 @@ from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels.kv_update import kv_update, page_width, scales_width
 from pallas_kernels.paged_attention import RaggedBatch, paged_attention
-from pallas_kernels.paged_attention.shapes import REFUSALS, SHAPES, Shape
+from pallas_kernels.paged_attention.shapes import SHAPES, Shape, refusal
 from pallas_kernels.quantized_pages import QuantizedPages, is_quantized
 
 #: Backend and the chips that it is compiled for.
@@ -114,10 +114,10 @@ def _attend(row: KernelRow, pages: Any, q: Any, batch: Any, sinks: Any = None) -
 
 def _rows(backend: str) -> Iterator[KernelRow]:
     for slice, shape in itertools.product(CHIPS[backend], SHAPES):
-        refusal = REFUSALS.get((backend, shape.dtype))
+        reason = refusal(backend, shape)
         place = {"shape": shape, "backend": backend, "slice": slice}
-        yield KernelRow(op="paged_attention", refusal=refusal, **place)
-        if refusal is None:
+        yield KernelRow(op="paged_attention", refusal=reason, **place)
+        if reason is None:
             yield KernelRow(op="kv_update", refusal=None, **place)
 
 

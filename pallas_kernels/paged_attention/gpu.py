@@ -13,22 +13,27 @@ Grid: two kernels, and a rows' kind decides which has it (drawn in the files):
     gpu_chunks   rows of more: (query head, tile of 128 tokens).
 
     In both, one warpgroup keeps TMA copies of pages under way, one a page, key and value together,
-    and two compute; whole positions arrive swizzled as wgmma wants them.
+    and two compute; whole positions arrive swizzled as wgmma wants them. Codes bring their scales
+    by two more copies a page, and are widened by the computing warpgroup, first the keys of a block
+    and then its values, into shared memory of its own.
 
 Traffic: decode reads a row's visible pages once, and writes and reads 2 × splits partial results
     in float32; chunks read them once for each tile and query head, of which the L2 cache takes all
     but one a group. See traffic.py.
 
 Numerics: products of bfloat16 with float32 accumulation, softmax in float32 with the hardware's
-    exp2; weights are rounded to bfloat16 before they multiply the values.
+    exp2; weights are rounded to bfloat16 before they multiply the values. Codes are widened to
+    bfloat16, which holds all of them; scores are multiplied by their keys' scales, and weights by
+    their values', in float32.
 
-Limits: bfloat16 or float16 queries and pages (Hopper multiplies float32 only rounded to tf32); H a
-    multiple of 16 up to 256; Z a power of two, at least 8. The interpreter takes wgmma's operands
-    from shared memory only, so there the weights take that way.
+Limits: bfloat16 or float16 queries and pages (Hopper multiplies float32 only rounded to tf32), or
+    codes; H a multiple of 16 up to 256, or 128 of codes; Z a power of two, at least 8. The
+    interpreter takes wgmma's operands from shared memory only, so there the weights take that way.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -38,14 +43,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.errors import UnsupportedKernel
-from pallas_kernels.paged_attention.gpu_block import LOG2_E, ROWS
+from pallas_kernels.paged_attention.gpu_block import LOG2_E, ROWS, operand_dtype
 from pallas_kernels.paged_attention.gpu_chunks import chunks
 from pallas_kernels.paged_attention.gpu_decode import decode, merge, num_splits
 from pallas_kernels.paged_attention.score import Score
+from pallas_kernels.quantized_pages import Pages, arrays_of, is_quantized
 from pallas_kernels.ragged import RaggedBatch
 
-DTYPES = ("bfloat16", "float16")
-MAX_HEAD_DIM = 256
+DTYPES = ("bfloat16", "float16", "int8", "float8_e4m3fn")
+MAX_HEAD_DIM, MAX_HEAD_DIM_OF_CODES = 256, 128
 #: Rows of a shared-memory tile.
 _TILE = 8
 
@@ -59,12 +65,17 @@ def unsupported(*, head_dim: int, dtype: DTypeLike) -> str | None:
         return f"pages are {name}, the kernel takes {', '.join(DTYPES)}"
     if head_dim % 16 or head_dim > MAX_HEAD_DIM:
         return f"head_dim {head_dim} is no multiple of 16 up to {MAX_HEAD_DIM}"
+    if is_quantized(name) and head_dim > MAX_HEAD_DIM_OF_CODES:
+        return (
+            f"pages are {name} and head_dim is {head_dim}, beyond {MAX_HEAD_DIM_OF_CODES}: shared "
+            "memory does not hold codes and widened codes beside the result"
+        )
     return None
 
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    pages: Float[Array, "L P K Z W"],
+    pages: Pages,
     layer: int | Int[Array, ""],
     batch: RaggedBatch,
     *,
@@ -88,14 +99,14 @@ def paged_attention(
         )
     score = Score(scale, window, soft_cap)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    held = q.astype(pages.dtype)
+    held = q.astype(operand_dtype(pages))
     sinks = None if sinks is None else sinks.astype(jnp.float32) * LOG2_E
     max_pages = batch.page_table.shape[1]
 
     def cost(num_queries: int) -> pl.CostEstimate:
         """As if every row filled its page table and every query saw half of it."""
         scored = num_queries * max_pages * page_size // 2
-        page_bytes = num_kv_heads * page_size * width * pages.dtype.itemsize
+        page_bytes = sum(math.prod(x.shape[2:]) * x.dtype.itemsize for x in arrays_of(pages))
         return pl.CostEstimate(
             flops=4 * scored * num_heads * head_dim,
             transcendentals=scored * num_heads,
@@ -106,7 +117,7 @@ def paged_attention(
         single = batch.query_lens == 1
         first_tokens = jnp.minimum(batch.query_starts[:-1], num_tokens - 1)
         groups, size, place = _groups(num_heads, num_kv_heads)
-        grouped = jnp.zeros((single.shape[0], groups * size, head_dim), pages.dtype)
+        grouped = jnp.zeros((single.shape[0], groups * size, head_dim), held.dtype)
         grouped = grouped.at[:, place].set(held[first_tokens])
         ends = jnp.where(single, batch.context_lens, 0)
         begins = jnp.zeros_like(ends) if window is None else jnp.maximum(ends - window, 0)

@@ -19,7 +19,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import quantized_pages
 from pallas_kernels.paged_attention.score import LOWEST, Score
+from pallas_kernels.quantized_pages import kind_of, widened
 
 #: Rows of one wgmma: queries that a warpgroup works on.
 ROWS = 64
@@ -34,11 +36,15 @@ _SWIZZLES = (128, 64, 32)
 def swizzled(shape: Sequence[int], width: int, dtype: DTypeLike) -> Any:
     """Shared memory that TMA fills and wgmma reads without bank conflicts.
 
+    Codes, which no wgmma reads, lie in rows where their keys are no whole number of swizzles.
+
     Args:
         width: elements that stay together in a row: of a key, where a row is key and value.
     """
     itemsize = jnp.dtype(dtype).itemsize
-    swizzle = next(s for s in _SWIZZLES if width * itemsize % s == 0)
+    swizzle = next((s for s in _SWIZZLES if width * itemsize % s == 0), None)
+    if swizzle is None:
+        return plgpu.SMEM(tuple(shape), dtype)
     tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # pyright: ignore[reportAbstractUsage]
     transforms = tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
@@ -99,14 +105,22 @@ def nothing(head_dim: int, sink: Any = None) -> Running:
     return Running(row(sink), row(1.0), parts)
 
 
-def scores(q_smem: Any, k_smem: Any, score: Score) -> Float[Array, "64 B"]:
-    """Of ROWS queries and a block's keys, in log2."""
+def scores(
+    q_smem: Any, k_smem: Any, score: Score, k_scales: Float[Array, "64 B"] | None
+) -> Float[Array, "64 B"]:
+    """Of ROWS queries and a block's keys, in log2.
+
+    Args:
+        k_scales: of keys that are codes.
+    """
 
     def multiply(out: Any) -> Array:
         plgpu.wgmma(out, q_smem, k_smem.transpose((1, 0)))
         return out[...]
 
     s = pl.run_scoped(multiply, _accumulator(ROWS, k_smem.shape[0]))
+    if k_scales is not None:
+        s = s * k_scales
     if score.soft_cap is None:
         return s * (score.scale * LOG2_E)
     return jnp.tanh(s * (score.scale / score.soft_cap)) * (score.soft_cap * LOG2_E)
@@ -133,6 +147,7 @@ def accumulate(
     values: Callable[[int, int], Any],
     operand: Callable[[Array], Any],
     dtype: DTypeLike,
+    v_scales: Float[Array, "64 B"] | None,
 ) -> Running:
     """One block more.
 
@@ -141,11 +156,14 @@ def accumulate(
             such a block as if it saw all of it, until the first score that it sees wipes that out.
         values: the block's values, so many columns from a first one on.
         operand: puts the weights where wgmma takes them from.
+        v_scales: of values that are codes; 0 where they may not be numbers.
     """
     top = jnp.maximum(running.top, s.max(axis=1))
     fade = jnp.exp2(running.top - top)
     p = jnp.exp2(s - lax.broadcast_in_dim(top, s.shape, [0]))
     total = running.total * fade + p.sum(axis=1)
+    if v_scales is not None:
+        p = p * v_scales
     weights = operand(p.astype(dtype))
     parts = []
     for part, (first, size) in zip(running.parts, columns_of(running), strict=True):
@@ -179,16 +197,61 @@ def blank(v_smem: Any, head_dim: int, inside: Callable[[Array], Bool[Array, "X Y
     plgpu.commit_smem()
 
 
+class Ring(NamedTuple):
+    """Blocks of pages in shared memory, as one warpgroup computes them.
+
+    Attributes:
+        pages: [slots, block, W].
+        warpgroup: which one.
+        kind: what codes are; "" of pages that are numbers, which have no more than this.
+        scales: [slots, 2, block], of keys and of values.
+        staging: [warpgroups, block, H], where each widens the keys, or the values, of one block.
+    """
+
+    pages: Any
+    warpgroup: Any
+    kind: str
+    staging: Any = None
+    scales: Any = None
+
+    def half(self, slot: Any, which: int) -> Any:
+        """Keys (0) or values (1), as wgmma takes them: until the other half is asked for."""
+        head_dim = self.pages.shape[2] // 2
+        tile = self.pages.at[slot, :, pl.ds(which * head_dim, head_dim)]
+        if not self.kind:
+            return tile
+        staging, is_swizzled = self.staging.at[self.warpgroup], head_dim % min(_SWIZZLES) == 0
+        plgpu.commit_smem()  # what lies there is not being multiplied any more
+        for first in range(0, tile.shape[0], ROWS):
+            for column, size in columns(head_dim):
+                part = pl.ds(first, ROWS), pl.ds(column, size)
+                layout = plgpu.Layout.WGMMA_UPCAST_2X
+                codes = plgpu.load(tile.at[part], layout=layout, optimized=is_swizzled)
+                wide = plgpu.layout_cast(widened(codes, self.kind), plgpu.Layout.WGMMA)
+                staging[part] = wide
+        plgpu.commit_smem()
+        return staging
+
+    def scales_of(self, slot: Any, which: int) -> Float[Array, "64 B"] | None:
+        """Of keys (0) or values (1), for each of ROWS queries; None of pages of numbers."""
+        if not self.kind:
+            return None
+        layout = plgpu.Layout.WGMMA.reduce(0)
+        row = plgpu.load(self.scales.at[slot, which], layout=layout, optimized=False)
+        return lax.broadcast_in_dim(row, (ROWS, row.shape[0]), [1])
+
+
 class Pages(NamedTuple):
     """The pages of one KV head of one row, moved block by block.
 
     Attributes:
-        pages, table: in global memory.
+        pages, scales, table: in global memory; scales None of pages that are numbers.
         layer, row, head: whose pages.
         block: positions of a block, a multiple of the page size or a divisor of it.
     """
 
     pages: Any
+    scales: Any
     table: Any
     layer: Any
     row: Any
@@ -200,11 +263,10 @@ class Pages(NamedTuple):
         """Positions that one copy moves."""
         return copied(self.pages.shape[3], self.block)
 
-    def copy(self, position: Any, target: Any, barrier: Any) -> None:
+    def copy(self, position: Any, ring: Ring, slot: Any, barrier: Any) -> None:
         """Starts copying the block at a position, keys and values; the table's end repeats.
 
         Args:
-            target: shared memory [block, W].
             barrier: arrived at once a copy, `copies` times.
         """
         page_size, last = self.pages.shape[3], self.table.shape[1] - 1
@@ -216,9 +278,19 @@ class Pages(NamedTuple):
                 rows = pl.ds(0, page_size)
             plgpu.copy_gmem_to_smem(
                 self.pages.at[self.layer, page, self.head, rows],
-                target.at[pl.ds(offset, self.span)],
+                ring.pages.at[slot, pl.ds(offset, self.span)],
                 barrier,
             )
+            if self.scales is None:
+                continue
+            for which in range(2):
+                middle = self.scales.shape[3] // 2
+                lanes = pl.ds(which * middle + rows.start, self.span)
+                plgpu.copy_gmem_to_smem(
+                    self.scales.at[self.layer, page, self.head, lanes],
+                    ring.scales.at[slot, which, pl.ds(offset, self.span)],
+                    barrier,
+                )
 
 
 def await_pages(ready: Any, slot: Any) -> None:
@@ -233,6 +305,26 @@ def await_pages(ready: Any, slot: Any) -> None:
 def copied(page_size: int, block: int) -> int:
     """Positions that one copy moves."""
     return min(page_size, block)
+
+
+def copies(page_size: int, block: int, kind: str) -> int:
+    """Copies that bring a block: of keys and values together, and of both's scales."""
+    return block // copied(page_size, block) * (3 if kind else 1)
+
+
+def operand_dtype(pages: quantized_pages.Pages) -> jnp.dtype:
+    """What is multiplied."""
+    return jnp.dtype(jnp.bfloat16) if kind_of(pages) else pages.dtype
+
+
+def code_scratch(kind: str, slots: int, span: int, head_dim: int, computers: int) -> list[Any]:
+    """Shared memory for scales and for widened codes; nothing for pages of numbers."""
+    if not kind:
+        return []
+    return [
+        swizzled((computers, span, head_dim), head_dim, jnp.bfloat16),
+        plgpu.SMEM((slots, 2, span), jnp.float32),
+    ]
 
 
 def ahead(count: Any, slots: int, free: Any, load: Callable[[Any, Any], None]) -> None:

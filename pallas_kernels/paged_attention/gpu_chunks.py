@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.paged_attention import gpu_block as block
 from pallas_kernels.paged_attention.score import LOWEST, Score
+from pallas_kernels.quantized_pages import Pages, arrays_of, kind_of
 from pallas_kernels.ragged import RaggedBatch
 
 COMPUTERS = 2
@@ -81,7 +82,7 @@ def tiles(batch: RaggedBatch, num_tokens: int, window: int | None) -> Tiles:
 
 def chunks(
     q: Float[Array, "T N H"],
-    pages: Float[Array, "L P K Z W"],
+    pages: Pages,
     layer: Int[Array, "1"],
     batch: RaggedBatch,
     score: Score,
@@ -96,27 +97,30 @@ def chunks(
     """
     num_tokens, num_heads, head_dim = q.shape
     width = pages.shape[4]
-    fits = SLOT_BYTES // (width * pages.dtype.itemsize)
+    kind, dtype, held = kind_of(pages), block.operand_dtype(pages), arrays_of(pages)
+    fits = SLOT_BYTES // (width * dtype.itemsize)
     span = max(block.ROWS, min(2 * block.ROWS, fits // block.ROWS * block.ROWS))
-    copies = span // block.copied(pages.shape[3], span)
+    copies = block.copies(pages.shape[3], span, kind)
     found = tiles(batch, num_tokens, score.window)
-    weights = [block.swizzled((COMPUTERS, block.ROWS, span), span, pages.dtype)]
+    weights = [block.swizzled((COMPUTERS, block.ROWS, span), span, dtype)]
     per_head = num_heads // pages.shape[2]
     return plgpu.kernel(
         functools.partial(
             _kernel,
             score=score,
+            kind=kind,
             per_head=per_head,
             has_sinks=sinks is not None,
         ),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=(
-            block.swizzled((COMPUTERS, block.ROWS, head_dim), head_dim, pages.dtype),
-            block.swizzled((SLOTS, span, width), head_dim, pages.dtype),
-            plgpu.SMEM((COMPUTERS, block.ROWS, block.columns(head_dim)[0][1]), pages.dtype),
+            block.swizzled((COMPUTERS, block.ROWS, head_dim), head_dim, dtype),
+            block.swizzled((SLOTS, span, width), head_dim, held[0].dtype),
+            plgpu.SMEM((COMPUTERS, block.ROWS, block.columns(head_dim)[0][1]), dtype),
             plgpu.Barrier(num_barriers=COMPUTERS),
             plgpu.Barrier(num_arrivals=copies, num_barriers=SLOTS),
             plgpu.Barrier(num_arrivals=COMPUTERS, num_barriers=SLOTS),
+            *block.code_scratch(kind, SLOTS, span, head_dim, COMPUTERS),
             *(weights if interpret is not None else ()),
         ),
         grid=(num_heads, found.row.shape[0]),
@@ -128,33 +132,36 @@ def chunks(
         **block.estimated(cost),
     )(
         q,
-        pages,
         layer,
         batch.page_table,
         jnp.stack(found, axis=1),
         jnp.zeros((num_heads,), jnp.float32) if sinks is None else sinks,
+        *held,
     )
 
 
 def _kernel(
-    q, pages, layer, table, tiles, sinks, out,
-    q_smem, ring, staging, q_ready, ready, free, *weights,
-    score: Score, per_head: int, has_sinks: bool,
+    q, layer, table, tiles, sinks, pages, *refs,
+    score: Score, kind: str, per_head: int, has_sinks: bool,
 ) -> None:  # fmt: skip
+    scales, refs = (refs[0], refs[1:]) if kind else (None, refs)
+    out, q_smem, ring, staging, q_ready, ready, free, *refs = refs
+    code_scratch, weights = (refs[:2], refs[2:]) if kind else ((), refs)
     head, tile = lax.axis_index("head"), lax.axis_index("tile")
     warpgroup = lax.axis_index("warpgroup")
     own = Tiles(*(tiles[tile, field] for field in range(len(Tiles._fields))))
     slots, span, head_dim = ring.shape[0], ring.shape[1], q_smem.shape[2]
+    blocks = block.Ring(ring, warpgroup, kind, *code_scratch)
     first = own.begin // span
     count = jnp.maximum(pl.cdiv(own.end, jnp.int32(span)) - first, 0)
 
     @pl.when((warpgroup == COMPUTERS) & (own.size > 0))
     def _() -> None:
         plgpu.set_max_registers(block.COPY_REGISTERS, action="decrease")
-        source = block.Pages(pages, table, layer[0], own.row, head // per_head, span)
+        source = block.Pages(pages, scales, table, layer[0], own.row, head // per_head, span)
 
         def load(i: Any, slot: Any) -> None:
-            source.copy((first + i) * span, ring.at[slot], ready.at[slot])
+            source.copy((first + i) * span, blocks, slot, ready.at[slot])
 
         block.ahead(count, slots, free, load)
 
@@ -170,7 +177,9 @@ def _kernel(
         slot = lax.rem(i, jnp.int32(slots))
         place = (first + i) * span
         block.await_pages(ready, slot)
-        s = block.scores(q_smem.at[warpgroup], ring.at[slot, :, pl.ds(0, head_dim)], score)
+        k, k_scales = blocks.half(slot, 0), blocks.scales_of(slot, 0)
+        s = block.scores(q_smem.at[warpgroup], k, score, k_scales)
+        v, v_scales = blocks.half(slot, 1), blocks.scales_of(slot, 1)
         if is_partial:
             query, key = position + block.iota(s.shape, 0), place + block.iota(s.shape, 1)
             visible = (key <= query) & (key < end)
@@ -181,14 +190,17 @@ def _kernel(
             def inside(offset: Array) -> Array:
                 return (place + offset >= own.begin) & (place + offset < own.end)
 
-            @pl.when((place < own.begin) | (place + span > own.end))
-            def _() -> None:
-                block.blank(ring.at[slot, :, pl.ds(head_dim, head_dim)], head_dim, inside)
+            if v_scales is not None:
+                v_scales = jnp.where(inside(block.iota(s.shape, 1)), v_scales, 0.0)
+            else:
+                pl.when((place < own.begin) | (place + span > own.end))(
+                    lambda: block.blank(v, head_dim, inside)
+                )
 
         def values(column: int, size: int) -> Any:
-            return ring.at[slot, :, pl.ds(head_dim + column, size)]
+            return v.at[:, pl.ds(column, size)]
 
-        running = block.accumulate(running, s, values, operand, ring.dtype)
+        running = block.accumulate(running, s, values, operand, q_smem.dtype, v_scales)
         plgpu.barrier_arrive(free.at[slot])
         return running
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.paged_attention import gpu_block as block
 from pallas_kernels.paged_attention.score import LOWEST, Score
+from pallas_kernels.quantized_pages import Pages, arrays_of, kind_of
 
 COMPUTERS = 2
 #: Positions that one warpgroup computes at once.
@@ -55,7 +56,7 @@ def num_splits(num_blocks: int, max_pages: int, page_size: int) -> int:
 
 def decode(
     q_RXGH: Float[Array, "R X G H"],
-    pages: Float[Array, "L P K Z W"],
+    pages: Pages,
     layer: Int[Array, "1"],
     table: Int[Array, "R M"],
     begins: Int[Array, "R"],
@@ -73,27 +74,31 @@ def decode(
     """
     num_rows, groups, size, head_dim = q_RXGH.shape
     width, heads = pages.shape[4], pages.shape[2]
-    slots = RING_BYTES // (SPAN * width * pages.dtype.itemsize) // COMPUTERS * COMPUTERS
+    kind, dtype = kind_of(pages), block.operand_dtype(pages)
+    # As many of codes as of their wide values, which take the rest of the room.
+    slots = RING_BYTES // (SPAN * width * dtype.itemsize) // COMPUTERS * COMPUTERS
     parts = splits * COMPUTERS
     kernel = functools.partial(_kernel, score=score, splits=splits)
-    weights = [block.swizzled((COMPUTERS, block.ROWS, SPAN), SPAN, pages.dtype)]
+    weights = [block.swizzled((COMPUTERS, block.ROWS, SPAN), SPAN, dtype)]
     column = block.columns(head_dim)[0][1]
-    copies = SPAN // block.copied(pages.shape[3], SPAN)
+    copies = block.copies(pages.shape[3], SPAN, kind)
+    held = arrays_of(pages)
     return plgpu.kernel(
-        functools.partial(kernel, per_head=groups // heads),
+        functools.partial(kernel, kind=kind, per_head=groups // heads),
         out_type=(
             jax.ShapeDtypeStruct((parts, num_rows, groups, size, head_dim), jnp.float32),
             jax.ShapeDtypeStruct((parts, num_rows, groups, size), jnp.float32),
             jax.ShapeDtypeStruct((parts, num_rows, groups, size), jnp.float32),
         ),
         scratch_types=(
-            block.swizzled((block.ROWS, head_dim), head_dim, pages.dtype),
-            block.swizzled((slots, SPAN, width), head_dim, pages.dtype),
+            block.swizzled((block.ROWS, head_dim), head_dim, dtype),
+            block.swizzled((slots, SPAN, width), head_dim, held[0].dtype),
             block.swizzled((COMPUTERS, block.ROWS, column), column, jnp.float32),
             plgpu.SMEM((COMPUTERS, 2, block.ROWS), jnp.float32),
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
             plgpu.Barrier(num_barriers=slots),
+            *block.code_scratch(kind, slots, SPAN, head_dim, COMPUTERS),
             *(weights if interpret is not None else ()),
         ),
         grid=(splits, groups, num_rows),
@@ -103,18 +108,21 @@ def decode(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
         interpret=interpret,
         **block.estimated(cost),
-    )(q_RXGH, pages, layer, table, begins, ends)
+    )(q_RXGH, layer, table, begins, ends, *held)
 
 
 def _kernel(
-    q, pages, layer, table, begins, ends, out, tops, totals,
-    q_smem, ring, out_smem, stats_smem, q_ready, ready, free, *weights,
-    score: Score, splits: int, per_head: int,
+    q, layer, table, begins, ends, pages, *refs,
+    score: Score, splits: int, kind: str, per_head: int,
 ) -> None:  # fmt: skip
+    scales, refs = (refs[0], refs[1:]) if kind else (None, refs)
+    out, tops, totals, q_smem, ring, out_smem, stats_smem, q_ready, ready, free, *refs = refs
+    code_scratch, weights = (refs[:2], refs[2:]) if kind else ((), refs)
     row, group, split = lax.axis_index("row"), lax.axis_index("group"), lax.axis_index("split")
     warpgroup = lax.axis_index("warpgroup")
     begin, end = begins[row], ends[row]
     slots, head_dim = ring.shape[0], q_smem.shape[1]
+    blocks = block.Ring(ring, warpgroup, kind, *code_scratch)
     first, last = begin // SPAN, pl.cdiv(end, jnp.int32(SPAN))
     share = pl.cdiv(last - first, jnp.int32(splits))
     first = first + split * share
@@ -122,10 +130,10 @@ def _kernel(
 
     @pl.when(warpgroup == COMPUTERS)
     def _() -> None:
-        source = block.Pages(pages, table, layer[0], row, group // per_head, SPAN)
+        source = block.Pages(pages, scales, table, layer[0], row, group // per_head, SPAN)
 
         def load(i: Any, slot: Any) -> None:
-            source.copy((first + i) * SPAN, ring.at[slot], ready.at[slot])
+            source.copy((first + i) * SPAN, blocks, slot, ready.at[slot])
 
         block.ahead(count, slots, free, load)
 
@@ -140,17 +148,21 @@ def _kernel(
         def inside(offset: Array) -> Array:
             return (position + offset >= begin) & (position + offset < end)
 
-        s = block.scores(q_smem, ring.at[slot, :, pl.ds(0, head_dim)], score)
-        s = jnp.where(inside(block.iota(s.shape, 1)), s, LOWEST)
-
-        @pl.when((position < begin) | (position + SPAN > end))
-        def _() -> None:
-            block.blank(ring.at[slot, :, pl.ds(head_dim, head_dim)], head_dim, inside)
+        s = block.scores(q_smem, blocks.half(slot, 0), score, blocks.scales_of(slot, 0))
+        is_inside = inside(block.iota(s.shape, 1))
+        s = jnp.where(is_inside, s, LOWEST)
+        v, v_scales = blocks.half(slot, 1), blocks.scales_of(slot, 1)
+        if v_scales is not None:
+            v_scales = jnp.where(is_inside, v_scales, 0.0)
+        else:
+            pl.when((position < begin) | (position + SPAN > end))(
+                lambda: block.blank(v, head_dim, inside)
+            )
 
         def values(column: int, size: int) -> Any:
-            return ring.at[slot, :, pl.ds(head_dim + column, size)]
+            return v.at[:, pl.ds(column, size)]
 
-        running = block.accumulate(running, s, values, operand, ring.dtype)
+        running = block.accumulate(running, s, values, operand, q_smem.dtype, v_scales)
         plgpu.barrier_arrive(free.at[slot])
         return running
 

@@ -87,9 +87,17 @@ def _shapes() -> list[Shape]:
 
 SHAPES = tuple(_shapes())
 
-#: (backend, dtype) → why no shape of it compiles.
-REFUSALS = {
-    ("gpu", "int8"): "codes have scales, which the kernel does not read",
-    ("gpu", "float8_e4m3fn"): "codes have scales, which the kernel does not read",
+#: (backend, dtype), or (backend, dtype, head dim) → why no shape of it compiles.
+REFUSALS: dict[tuple[str, str] | tuple[str, str, int], str] = {
     ("gpu", "float32"): "Hopper multiplies float32 only rounded to tf32",
+    ("gpu", "int8", 256): "shared memory does not hold codes and widened codes beside the result",
+    ("gpu", "float8_e4m3fn", 256): "as for int8",
 }
+
+
+def refusal(backend: str, shape: Shape) -> str | None:
+    """Why a backend refuses a shape; None where it compiles."""
+    for key in ((backend, shape.dtype), (backend, shape.dtype, shape.head_dim)):
+        if key in REFUSALS:
+            return REFUSALS[key]
+    return None

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.paged_attention.score import LOWEST, Score
-from pallas_kernels.quantized_pages import Pages, QuantizedPages, halves
+from pallas_kernels.quantized_pages import Pages, arrays_of, halves, widened
 from pallas_kernels.ragged import RaggedBatch
 
 
@@ -101,23 +101,6 @@ class Block(NamedTuple):
         return [(k[head : head + 1], v[head : head + 1]) for head in range(num_heads)]
 
 
-def widened(codes: Array, kind: str) -> Array:
-    """What codes are, in bfloat16, which holds all of them."""
-    if kind == "int8":
-        return codes.astype(jnp.bfloat16)
-    bits = codes.astype(jnp.int32)
-    size, sign = bits & 0x7F, (bits & 0x80) << 24
-    # The exponent counts from 7, float32's from 127. Below 2**-6 there is no hidden one: with it,
-    # and one exponent higher, they are 2**-6 too large.
-    is_small = size < 8
-    x = lax.bitcast_convert_type(
-        (size << 20) + jnp.where(is_small, 121 << 23, 120 << 23), jnp.float32
-    )
-    x = jnp.where(is_small, x - 2.0**-6, x)
-    x = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) | sign, jnp.float32)
-    return x.astype(jnp.bfloat16)
-
-
 def scores(
     q_XW: Array, k_SW: Array, visible: Array, score: Score, k_scales: Float[Array, "1 S"] | None
 ) -> Array:
@@ -162,16 +145,6 @@ def pages_of_block(pages: Pages, positions: int) -> int:
     _, _, heads, page_size, width = pages.shape
     page_bytes = heads * page_size * width * pages.dtype.itemsize
     return max(1, min(positions // page_size, _BUFFER_BYTES // (2 * page_bytes)))
-
-
-def arrays_of(pages: Pages) -> tuple[Array, ...]:
-    """The arrays that pages are made of."""
-    return (pages.codes, pages.scales) if isinstance(pages, QuantizedPages) else (pages,)
-
-
-def kind_of(pages: Pages) -> str:
-    """What codes are; "" of pages that are numbers."""
-    return pages.kind if isinstance(pages, QuantizedPages) else ""
 
 
 def scratch(pages: Pages, num_pages: int) -> list[Any]:

@@ -15,15 +15,13 @@ from jaxtyping import Array, Float
 from pallas_kernels.paged_attention.score import LOWEST, Score
 from pallas_kernels.paged_attention.tpu_block import (
     Block,
-    arrays_of,
     cost,
-    kind_of,
     pages_of_block,
     scores,
     scratch,
     weighted,
 )
-from pallas_kernels.quantized_pages import Pages
+from pallas_kernels.quantized_pages import Pages, arrays_of, kind_of
 from pallas_kernels.ragged import RaggedBatch
 
 #: Positions of a block of pages, where there is room for them, and tokens of one of queries.

@@ -53,6 +53,13 @@ def test_a_step_on_tpus_updates_the_cache_in_place_and_reduces_twice_a_layer() -
     assert set(large) == {f"all-reduce {own}", f"all-to-all {logits}"}
 
 
+@needs("tpu")
+def test_a_step_over_pages_of_codes_updates_them_in_place() -> None:
+    (result,) = compile_rows("llama-3-8b-int8-fp8-cache/v5e:2x2/decode")
+    assert result["attention"] == "tpu"
+    assert result["cache_bytes"] > 8e9 and result["temp_bytes"] < 0.1e9
+
+
 @needs("gpu")
 def test_a_step_on_a_hopper_gpu_has_its_own_attention() -> None:
     (result,) = compile_rows("smollm2-135m/h100:1/decode")

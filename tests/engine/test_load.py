@@ -308,6 +308,14 @@ def test_pages_of_codes_are_read_by_the_tpu_s_kernel(settings: list[str], dtype:
         load.size_cache(config, options, info, memory)
 
 
+def test_pages_of_codes_on_a_gpu_are_read_by_its_kernel_up_to_a_head_of_128() -> None:
+    on_gpu = model_options(*AUTO, "gpu", capability="9.0")
+    for head_dim, attention in ((64, "gpu"), (128, "gpu"), (256, "xla")):
+        assert fitting(on_gpu, KernelsConfig(), head_dim, "int8").attention == attention
+    with pytest.raises(ConfigError, match="head_dim is 256, beyond 128"):
+        fitting(on_gpu, KernelsConfig(attention="gpu"), 256, "float8_e4m3fn")
+
+
 def test_a_device_that_does_not_tell_its_memory_needs_a_size(
     settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

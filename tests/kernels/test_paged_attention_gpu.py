@@ -52,8 +52,7 @@ def narrow(head_dim: int, num_heads: int, num_kv_heads: int, **options: Any) -> 
         head_dim=head_dim,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        dtype="bfloat16",
-        **options,
+        **{"dtype": "bfloat16", **options},
     )
 
 
@@ -64,6 +63,27 @@ def test_decode() -> None:
 @pytest.mark.slow
 def test_decode_with_window_cap_and_sinks() -> None:
     check(narrow(128, 3, 1, lens=DECODE, window=40, soft_cap=5.0, sinks=True))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_decode_of_codes(dtype: str) -> None:
+    check(narrow(64, 4, 2, lens=DECODE, padding=2, dtype=dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page_size", [8, 128])
+def test_decode_of_codes_with_window_cap_and_sinks(page_size: int) -> None:
+    case = narrow(
+        128, 3, 1, lens=DECODE, window=40, soft_cap=5.0, sinks=True, dtype="int8",
+        page_size=page_size,
+    )  # fmt: skip
+    check(case)
+
+
+@pytest.mark.parametrize(("dtype", "window"), [("int8", None), ("float8_e4m3fn", 70)])
+def test_chunks_of_codes(dtype: str, window: int | None) -> None:
+    lens = [(150, 300), (1, 200), (3, 3)]
+    check(narrow(64, 2, 1, lens=lens, window=window, soft_cap=5.0, padding=5, dtype=dtype))
 
 
 @pytest.mark.slow
@@ -147,6 +167,9 @@ def test_what_does_not_fit_is_refused() -> None:
     assert reason is not None and "tf32" in reason
     reason = gpu.unsupported(head_dim=72, dtype="bfloat16")
     assert reason is not None and "72" in reason
+    assert gpu.unsupported(head_dim=128, dtype="int8") is None
+    reason = gpu.unsupported(head_dim=256, dtype="float8_e4m3fn")
+    assert reason is not None and "beyond 128: shared memory" in reason
     arrays = narrow(64, 2, 1, lens=[(1, 3)], page_size=4).arrays(0)
     with pytest.raises(UnsupportedKernel, match="at least 8"):
         gpu.paged_attention(layer=0, scale=1.0, **arrays)

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import UnsupportedKernel
 from pallas_kernels.kv_update import page_width, scales_width
 from pallas_kernels.paged_attention import reference, tpu, tpu_block
-from pallas_kernels.quantized_pages import values
+from pallas_kernels.quantized_pages import values, widened
 from tests.kernels.batches import Case, relative_error
 
 #: By the pages' dtype; codes are multiplied in bfloat16.
@@ -107,7 +107,7 @@ def test_every_code_is_widened_as_it_is(dtype: str) -> None:
     codes = jnp.arange(-128, 128, dtype=jnp.int8)
     expected = np.asarray(values(codes, dtype))
     is_number = np.isfinite(expected)  # of 256 bits, two are no number in float8_e4m3fn
-    ours = np.asarray(tpu_block.widened(codes, dtype), np.float32)
+    ours = np.asarray(widened(codes, dtype), np.float32)
     assert np.isfinite(ours).all(), "what nobody wrote is no number, and 0 times it neither"
     np.testing.assert_array_equal(ours[is_number], expected[is_number])
     assert is_number.sum() == (256 if dtype == "int8" else 254)
