@@ -56,8 +56,9 @@ class WeightsConfig:
 
     Attributes:
         dtype: "auto" (float32 on CPU, bfloat16 elsewhere), "float32", "bfloat16" or "float16".
-        quantization: "none", or made at loading from any source: "int8" (a scale an output column)
-            or "int4" (a scale and a minimum for 32 inputs; embedding tables and heads int8).
+        quantization: "none", or made at loading from any source: "int8" (a scale an output column),
+            "int4" (a scale and a minimum for 32 inputs), or "fp8" (as int8, with activations
+            rounded to fp8 too, for Hopper GPUs); embedding tables and heads are int8 in all.
         cache_dir: where downloads go; where empty, the hub's own cache, and
             ~/.cache/jaxserve/models for gs:// and s3://.
     """
@@ -271,7 +272,7 @@ _KIND_NAMES = {bool: "true or false", int: "an integer", float: "a number", str:
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.format": ("auto", "hf", "gguf", "orbax"),
     "weights.dtype": ("auto", "float32", "bfloat16", "float16"),
-    "weights.quantization": ("none", "int8", "int4"),
+    "weights.quantization": ("none", "int8", "int4", "fp8"),
     "cache.dtype": ("auto", "float32", "bfloat16", "float16", "int8", "fp8"),
     "kernels.attention": ("auto", "xla", "cpu", "tpu", "gpu"),
     "kernels.matmul": ("auto", "xla", "cpu"),

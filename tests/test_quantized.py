@@ -24,6 +24,7 @@ def measured(*settings: str) -> float:
     [
         ("weights.quantization=int8", 0.01),
         ("weights.quantization=int4", 0.05),
+        ("weights.quantization=fp8", 0.05),
         ("cache.dtype=fp8", 0.01),
         ("cache.dtype=int8", 0.01),
     ],

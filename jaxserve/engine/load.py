@@ -195,6 +195,8 @@ def model_options(
         no_native = no_native or "it runs on one device"
     readable = weights.quantization != "none" or dtype in PACKED_DTYPES
     no_packing = None if readable else f"it does not read {dtype} weights"
+    if weights.quantization == "fp8":
+        no_packing = "it does not read fp8 weights"
     no_packing = NO_PACKED_EXPERTS if mixture else no_packing
 
     def choose(name: str, asked: str, own: dict[str, str | None]) -> str:

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve.errors import ConfigError
 from jaxserve.models.options import ModelOptions
-from jaxserve.models.quantize import int4_codes, int8_codes
+from jaxserve.models.quantize import fp8_codes, int4_codes, int8_codes
 from pallas_kernels import packed_matmul as packing
 from pallas_kernels import quant_matmul
 
@@ -63,7 +63,7 @@ def random_matrix(
     Args:
         shape, axes: as it is held where it is dense.
         contracted: which of its axes is K.
-        codes: "none", "int8" or "int4".
+        codes: "none", "int8", "int4" or "fp8".
         whole: whether its kernel takes the stack of all layers and picks one itself.
 
     Raises:
@@ -74,7 +74,7 @@ def random_matrix(
     outer_axes = tuple(name for axis, name in enumerate(axes) if axis != contracted)
     num_groups = depth // packing.GROUP if codes == "int4" else 1
     groups, group_axes = (num_groups, *outer), axes
-    if codes == "int8":
+    if codes in ("int8", "fp8"):
         groups, group_axes = outer, outer_axes
     if codes == "int4" and depth % packing.GROUP:
         raise ConfigError(
@@ -108,6 +108,9 @@ def random_matrix(
         value = jax.random.randint(key, shape, -127, 128, jnp.int8)
         scale = group_param(deviation * math.sqrt(3) / 127, "float32")
         return Matrix(matrix_param(value), scale, None)
+    if codes == "fp8":
+        value = jax.random.normal(key, shape, jnp.float32).astype(jnp.float8_e4m3fn)
+        return Matrix(matrix_param(value), group_param(deviation, "float32"), None)
     bits = jax.random.bits(key, shape, jnp.uint8)
     value = bits if options.packed else (bits & 15).astype(jnp.uint4)
     step = deviation * math.sqrt(12) / 16
@@ -125,7 +128,7 @@ def weight_bytes(options: ModelOptions) -> float:
     """Bytes that one weight of a linear layer is held in; scales of whole columns not counted."""
     if options.quantization == "int4":
         return 0.5 + 2 * 2 / packing.GROUP
-    return 1 if options.quantization == "int8" else jnp.dtype(options.dtype).itemsize
+    return 1 if options.quantization in ("int8", "fp8") else jnp.dtype(options.dtype).itemsize
 
 
 def table_bytes(options: ModelOptions) -> int:
@@ -180,6 +183,8 @@ class Linear(nnx.Module):
         if self.scale is None:
             return jax.lax.dot_general(x, weight, (((1,), (0,)), ((), ())), precision=exactly)
         scale = self.scale[...]
+        if self.options.quantization == "fp8":
+            return quant_matmul.fp8_matmul(x, weight, scale)
         if self.minimum is None:
             return quant_matmul.int8_matmul(x, weight, scale, exactly)
         return quant_matmul.int4_matmul(x, weight, scale, self.minimum[...], exactly)
@@ -302,6 +307,8 @@ def encode_layer(
     parts: list[np.ndarray] = [dense]
     if codes == "int8":
         parts = list(int8_codes(dense, contracted))
+    elif codes == "fp8":
+        parts = list(fp8_codes(dense, contracted))
     elif codes == "int4":
         parts = list(int4_codes(dense))
     if is_packed:

@@ -213,6 +213,10 @@ def unsupported(options: ModelOptions) -> dict[str, str]:
     reasons = {}
     if options.packed:
         reasons["kernels.matmul=cpu"] = NO_PACKED_EXPERTS
+    if options.quantization == "fp8":
+        reasons["weights.quantization=fp8"] = (
+            "no product grouped by expert takes float8 on both sides: set weights.quantization=int8"
+        )
     if options.quantization == "int4":
         reasons["weights.quantization=int4"] = (
             "XLA's grouped matmul reads 8-bit codes as they are, but 4-bit ones would be written "

@@ -25,8 +25,8 @@ class ModelOptions:
     Attributes:
         dtype: weights are held in it: "float32", "bfloat16" or "float16". Norm scales and biases
             are float32 always.
-        quantization: linear weights are held as codes, "int8" or "int4", and tables as int8; "none"
-            in `dtype`.
+        quantization: linear weights are held as codes, "int8", "int4" or "fp8", and tables as
+            int8; "none" in `dtype`.
         matmul: "xla", dense weights; or "cpu", packed weights and the native kernel.
         attention: backend of `paged_attention` and `kv_update`, one of ATTENTION.
         layers: "unrolled", or "scanned" over stacked weights: one layer to compile.
@@ -58,6 +58,11 @@ class ModelOptions:
         if self.packed and self.tensor_parallel > 1:
             raise ConfigError(
                 "kernels.matmul=cpu runs on one device: set parallel.model=1, or kernels.matmul=xla"
+            )
+        if self.packed and self.quantization == "fp8":
+            raise ConfigError(
+                "kernels.matmul=cpu reads no fp8 weights: set weights.quantization=int8, or "
+                "kernels.matmul=xla"
             )
         if self.packed and self.quantization == "none" and self.dtype not in PACKED_DTYPES:
             raise ConfigError(

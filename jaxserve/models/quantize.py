@@ -1,8 +1,9 @@
 """From dense weights to codes: on the host, one matrix at a time, while it is loaded.
 
-int8: one symmetric scale an output column, code in -127 … 127. int4: codes 0 … 15 with a scale and
+int8: one symmetric scale an output column, code in -127 … 127. fp8: the same with float8_e4m3fn
+codes, and activations that are rounded to it too. int4: codes 0 … 15 with a scale and
 a minimum for each group of 32 along the inputs, fitted by least squares. Embedding tables and
-output heads are int8 in both, a scale a token.
+output heads are int8 in all, a scale a token.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import numpy as np
 from jaxtyping import Float, Int8, UInt8
 
 from pallas_kernels.quant_matmul import GROUP
+from pallas_kernels.quant_matmul.xla import FP8_LARGEST
 
-QUANTIZATIONS = ("none", "int8", "int4")
+QUANTIZATIONS = ("none", "int8", "int4", "fp8")
 #: Rounds of fitting scale and minimum to the codes, and the codes to them.
 _ROUNDS = 2
 
@@ -26,10 +28,20 @@ def int8_codes(
     Raises:
         ValueError: w is not finite.
     """
-    w = _finite(w)
-    largest = np.abs(w).max(axis, keepdims=True)
-    scale = np.where(largest > 0, largest / 127, 1).astype(np.float32)
-    return np.rint(w / scale).astype(np.int8), scale.squeeze(axis)
+    scaled, scale = _scaled(w, axis, 127)
+    return np.rint(scaled).astype(np.int8), scale
+
+
+def fp8_codes(
+    w: Float[np.ndarray, "..."], axis: int
+) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    """Codes as float8_e4m3fn, and float32 scales without the axis that is contracted.
+
+    Raises:
+        ValueError: w is not finite.
+    """
+    scaled, scale = _scaled(w, axis, FP8_LARGEST)
+    return scaled.astype(ml_dtypes.float8_e4m3fn), scale
 
 
 def int4_codes(
@@ -61,6 +73,16 @@ def int4_codes(
     codes = code.astype(np.uint8).reshape(-1, *w.shape[2:])
     bfloat16 = ml_dtypes.bfloat16
     return codes, scale.squeeze(1).astype(bfloat16), minimum.squeeze(1).astype(bfloat16)
+
+
+def _scaled(
+    w: np.ndarray, axis: int, most: float
+) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    """w with `most` as its largest element along the axis, and the scales, which lack the axis."""
+    w = _finite(w)
+    largest = np.abs(w).max(axis, keepdims=True)
+    scale = np.where(largest > 0, largest / most, 1).astype(np.float32)
+    return w / scale, scale.squeeze(axis)
 
 
 def _finite(w: np.ndarray) -> Float[np.ndarray, "..."]:

@@ -126,6 +126,21 @@ def scores(
     return jnp.tanh(s * (score.scale / score.soft_cap)) * (score.soft_cap * LOG2_E)
 
 
+def operand(*weights: Any, place: Any) -> Any:
+    """The weights as wgmma takes them: in registers, or in shared memory if interpreted.
+
+    Args:
+        weights: shared memory [computers, 64, B] where interpreted, then the weights themselves.
+        place: of the warpgroup in that memory.
+    """
+    *scratch, p = weights
+    if not scratch:
+        return p
+    scratch[0][place] = p
+    plgpu.commit_smem()
+    return scratch[0].at[place]
+
+
 def accumulate(
     running: Running,
     s: Float[Array, "64 B"],

@@ -111,7 +111,6 @@ def chunks(
             kind=kind,
             per_head=per_head,
             has_sinks=sinks is not None,
-            interpret=interpret is not None,
         ),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=(
@@ -143,7 +142,7 @@ def chunks(
 
 def _kernel(
     q, layer, table, tiles, sinks, pages, *refs,
-    score: Score, kind: str, per_head: int, has_sinks: bool, interpret: bool,
+    score: Score, kind: str, per_head: int, has_sinks: bool,
 ) -> None:  # fmt: skip
     scales, refs = (refs[0], refs[1:]) if kind else (None, refs)
     out, q_smem, ring, staging, q_ready, ready, free, *refs = refs
@@ -166,13 +165,7 @@ def _kernel(
 
         block.ahead(count, slots, free, load)
 
-    def operand(p: Array) -> Any:
-        """The weights as wgmma takes them: in registers, or in shared memory if interpreted."""
-        if not interpret:
-            return p
-        weights[0][warpgroup] = p
-        plgpu.commit_smem()
-        return weights[0].at[warpgroup]
+    operand = functools.partial(block.operand, *weights, place=warpgroup)
 
     # This warpgroup's tokens: the first, how many, and the positions that they see.
     token = own.token + warpgroup * block.ROWS

@@ -78,7 +78,7 @@ def decode(
     # As many of codes as of their wide values, which take the rest of the room.
     slots = RING_BYTES // (SPAN * width * dtype.itemsize) // COMPUTERS * COMPUTERS
     parts = splits * COMPUTERS
-    kernel = functools.partial(_kernel, score=score, splits=splits, interpret=interpret is not None)
+    kernel = functools.partial(_kernel, score=score, splits=splits)
     weights = [block.swizzled((COMPUTERS, block.ROWS, SPAN), SPAN, dtype)]
     column = block.columns(head_dim)[0][1]
     copies = block.copies(pages.shape[3], SPAN, kind)
@@ -113,7 +113,7 @@ def decode(
 
 def _kernel(
     q, layer, table, begins, ends, pages, *refs,
-    score: Score, splits: int, kind: str, per_head: int, interpret: bool,
+    score: Score, splits: int, kind: str, per_head: int,
 ) -> None:  # fmt: skip
     scales, refs = (refs[0], refs[1:]) if kind else (None, refs)
     out, tops, totals, q_smem, ring, out_smem, stats_smem, q_ready, ready, free, *refs = refs
@@ -137,13 +137,7 @@ def _kernel(
 
         block.ahead(count, slots, free, load)
 
-    def operand(p: Array) -> Any:
-        """The weights as wgmma takes them: in registers, or in shared memory if interpreted."""
-        if not interpret:
-            return p
-        weights[0][warpgroup] = p
-        plgpu.commit_smem()
-        return weights[0].at[warpgroup]
+    operand = functools.partial(block.operand, *weights, place=warpgroup)
 
     def step(index: Any, running: block.Running) -> block.Running:
         i = index * COMPUTERS + warpgroup

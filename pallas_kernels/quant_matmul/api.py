@@ -2,10 +2,11 @@
 
 Math: int8, one scale an output column: y[t, n] = scale[n] * sum over k of x[t, k] code[k, n].
 int4, a scale and a minimum for each GROUP of rows: w[k, n] = code[k, n] * scale[k / GROUP, n] +
-minimum[k / GROUP, n].
+minimum[k / GROUP, n]. fp8 × fp8: weights as int8's, and the activations as codes too, one scale a
+token, both float8_e4m3fn, so that a Hopper GPU multiplies at twice the rate of bfloat16.
 
-There is one implementation, XLA's lowering (`xla`): compiled for TPU, the int8 codes are widened
-inside the matmul and never written to memory, which is all that a kernel of ours could gain
+There is one implementation, XLA's lowering (`xla`): compiled for TPU and for an H100, the int8
+codes are widened inside the matmul and never written to memory, all that our kernel could gain
 (`tests/kernels/test_quant_matmul.py` compiles it and looks). The native CPU kernel reads packed
 codes instead, see `packed_matmul`.
 """
@@ -36,6 +37,20 @@ def int8_matmul(
         raise ValueError(f"x {x.shape}, codes {codes.shape}, scale {scale.shape}")
     with jax.named_scope("int8_matmul"):
         return xla.int8_matmul(x, codes, scale, precision)
+
+
+def fp8_matmul(
+    x: Float[Array, "T K"], codes: Float[Array, "K *out"], scale: Float[Array, "*out"]
+) -> Float[Array, "T *out"]:
+    """x @ (codes * scale), with x rounded to float8_e4m3fn, accumulated in float32, in x's dtype.
+
+    Raises:
+        ValueError: shapes that contradict each other.
+    """
+    if codes.shape[0] != x.shape[-1] or codes.shape[1:] != scale.shape:
+        raise ValueError(f"x {x.shape}, codes {codes.shape}, scale {scale.shape}")
+    with jax.named_scope("fp8_matmul"):
+        return xla.fp8_matmul(x, codes, scale)
 
 
 def int4_matmul(

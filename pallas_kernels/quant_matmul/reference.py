@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -11,6 +12,12 @@ def int8_weight(
 ) -> Float[np.ndarray, "K *out"]:
     """Codes times their column's scale, float64."""
     return codes.astype(np.float64) * scale.astype(np.float64)
+
+
+def fp8_rounded(x: Float[np.ndarray, "T K"]) -> Float[np.ndarray, "T K"]:
+    """What is left of x after each row was scaled to float8_e4m3fn, float64."""
+    scale = np.abs(x).max(1, keepdims=True).astype(np.float64) / 448
+    return (x / scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * scale
 
 
 def int4_weight(

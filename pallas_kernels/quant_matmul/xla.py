@@ -6,8 +6,11 @@ are scaled and added; nothing as large as the weight exists. With many tokens th
 matrix unit at GROUP of its depth, so the weight is written out in x's dtype first: it is read for
 so many tokens that this is the smaller cost.
 
+On an H100, 4-bit codes are no gain: XLA writes their products group by group to memory, or the
+whole weight.
+
 Numerics: codes are exact in bfloat16; sums and scaling in float32. With many tokens an int4
-weight is rounded to x's dtype.
+weight is rounded to x's dtype. fp8: a token's largest element becomes the largest code, 448.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ from jaxtyping import Array, Float, Int8, UInt4
 MANY_TOKENS = 256
 #: Of the codes 0 … 15; codes less it are exact in bfloat16.
 MIDDLE = 7.5
+#: The largest float8_e4m3fn.
+FP8_LARGEST = 448.0
 
 
 def int8_matmul(
@@ -39,6 +44,22 @@ def int8_matmul(
         preferred_element_type=jnp.float32,
     )
     return (y * scale).astype(x.dtype)
+
+
+def fp8_matmul(
+    x: Float[Array, "T K"], codes: Float[Array, "K *out"], scale: Float[Array, "*out"]
+) -> Float[Array, "T *out"]:
+    """See `api.fp8_matmul`."""
+    wide = x.astype(jnp.float32)
+    peak = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+    x_scale = jnp.where(peak > 0, peak / FP8_LARGEST, 1.0)
+    y = jax.lax.dot_general(
+        (wide / x_scale).astype(codes.dtype),
+        codes,
+        (((1,), (0,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    return (y * x_scale.reshape(-1, *(1,) * scale.ndim) * scale).astype(x.dtype)
 
 
 def int4_matmul(

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallas_kernels.quant_matmul import int4_matmul, int8_matmul, reference, traffic
+from pallas_kernels.quant_matmul import fp8_matmul, int4_matmul, int8_matmul, reference, traffic
 
 
 def error(out: jax.Array, expected: np.ndarray) -> float:
@@ -37,10 +37,29 @@ def test_matches_reference(dtype, bound: float, num_tokens: int, out_dims) -> No
     assert error(out, expected) < bound
 
 
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
+@pytest.mark.parametrize("num_tokens", [1, 70])
+@pytest.mark.parametrize("out_dims", [(5,), (3, 4, 2)])
+def test_fp8_matches_reference(dtype, bound: float, num_tokens: int, out_dims) -> None:
+    rng = np.random.default_rng(num_tokens)
+    x = jnp.asarray(100 * rng.standard_normal((num_tokens, 96)), dtype)
+    codes = (40 * rng.standard_normal((96, *out_dims))).astype(ml_dtypes.float8_e4m3fn)
+    scale = rng.random(out_dims, np.float32)
+    weight = codes.astype(np.float64) * scale
+    rounded = reference.fp8_rounded(np.asarray(x, np.float32))
+    out = fp8_matmul(x, jnp.asarray(codes), jnp.asarray(scale))
+    assert out.dtype == dtype and out.shape == (num_tokens, *out_dims)
+    assert error(out, reference.matmul(rounded, weight)) < bound
+    assert 0.005 < error(out, reference.matmul(np.asarray(x), weight)) < 0.06
+    assert not fp8_matmul(0 * x, jnp.asarray(codes), jnp.asarray(scale)).any()
+
+
 def test_contradictions_are_refused() -> None:
     x, codes = jnp.zeros((1, 64)), jnp.zeros((64, 3), jnp.int8)
     with pytest.raises(ValueError, match=r"\(64, 3\).*\(4,\)"):
         int8_matmul(x, codes, jnp.zeros(4))
+    with pytest.raises(ValueError, match=r"\(64, 3\).*\(4,\)"):
+        fp8_matmul(x, codes.astype(jnp.float8_e4m3fn), jnp.zeros(4))
     with pytest.raises(ValueError, match=r"\(64, 3\).*\(1, 3\)"):
         int4_matmul(x, codes, jnp.zeros((1, 3)), jnp.zeros((2, 3)))
 

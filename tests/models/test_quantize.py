@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,7 +13,7 @@ from flax import nnx
 from jaxserve.errors import ConfigError, WeightsError
 from jaxserve.models.decoder import Decoder, layer_stacks
 from jaxserve.models.options import ModelOptions
-from jaxserve.models.quantize import int4_codes, int8_codes
+from jaxserve.models.quantize import fp8_codes, int4_codes, int8_codes
 from jaxserve.models.spec import AttentionSpec
 from jaxserve.weights.load import load_model
 from pallas_kernels.quant_matmul import reference
@@ -137,6 +138,29 @@ def test_checkpoints_are_quantized_while_they_are_loaded(case: str) -> None:
     np.testing.assert_allclose(quantized, expected, rtol=1e-3, atol=1e-3)
     with pytest.raises(ConfigError, match=r"32 inputs at a time.* matrix of 112"):
         load_tiny(case, ModelOptions(quantization="int4"))
+
+
+def test_fp8_codes_err_by_their_last_bit_at_most() -> None:
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((64, 3, 5)).astype(np.float32)
+    w[:, 0, 0] = 0
+    codes, scale = fp8_codes(w, 0)
+    assert (codes.dtype, scale.shape, scale[0, 0]) == (ml_dtypes.float8_e4m3fn, (3, 5), 1)
+    held = codes.astype(np.float32) * scale
+    assert np.abs(codes.astype(np.float32)).max((0,))[1:].min() == 448
+    # Three bits of mantissa; below the least exponent a fixed step.
+    assert (np.abs(held - w) <= np.maximum(np.abs(w) / 16, scale * 2.0**-10)).all()
+
+
+def test_fp8_weights_are_loaded_and_scanned() -> None:
+    fp8 = ModelOptions(quantization="fp8")
+    plain, quantized = logits(load_tiny("llama3", ModelOptions())), logits(load_tiny("llama3", fp8))
+    change = np.linalg.norm(quantized - plain) / np.linalg.norm(plain)
+    assert 0.01 < change < 0.4  # int8: 0.07; a model of noise amplifies what is rounded
+    scanned = logits(load_tiny("llama3", replace(fp8, layers="scanned")))
+    np.testing.assert_allclose(scanned, quantized, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ConfigError, match="reads no fp8 weights"):
+        replace(fp8, matmul="cpu")
 
 
 @pytest.mark.parametrize("matmul", ["xla", "cpu"])
