@@ -59,14 +59,28 @@ def init_device_state(
         max_rows: slots of each copy of the model.
         pages_per_sequence: M, columns of a page table.
     """
-    rows, copies = max_rows + 1, mesh.shape["data"]
-    fresh = DeviceState(
-        cache=KVCache(groups=()),
-        sampling=init_state(copies * rows - 1, vocab_size),
-        page_tables=tuple(
-            jnp.zeros((copies * rows, pages_per_sequence), jnp.int32) for _ in cache.groups
-        ),
-        last_tokens=jnp.zeros(copies * rows, jnp.int32),
+    fresh = fresh_state(
+        len(cache.groups),
+        num_slots=mesh.shape["data"] * (max_rows + 1),
+        vocab_size=vocab_size,
+        pages_per_sequence=pages_per_sequence,
     )
     placed = jax.tree.map(lambda x: place(x, by_data(mesh)), fresh)
     return replace(placed, cache=cache)
+
+
+def fresh_state(
+    num_groups: int, *, num_slots: int, vocab_size: int, pages_per_sequence: int
+) -> DeviceState:
+    """That state on this host, without a cache.
+
+    Args:
+        num_slots: of all copies of the model, scratch slots included.
+    """
+    table = (num_slots, pages_per_sequence)
+    return DeviceState(
+        cache=KVCache(groups=()),
+        sampling=init_state(num_slots - 1, vocab_size),
+        page_tables=tuple(jnp.zeros(table, jnp.int32) for _ in range(num_groups)),
+        last_tokens=jnp.zeros(num_slots, jnp.int32),
+    )

@@ -29,7 +29,7 @@ from jaxserve.device.sharding import (
     partition,
     tensor_parallel,
 )
-from jaxserve.device.state import DeviceState, init_device_state
+from jaxserve.device.state import DeviceState, fresh_state
 from jaxserve.device.step import Program
 from jaxserve.engine.load import (
     buckets_for,
@@ -134,9 +134,8 @@ class Ahead:
 
     def _state(self, mesh: Mesh, num_pages: tuple[int, ...]) -> DeviceState:
         page_size = self.config.cache.page_size
-
-        def make() -> DeviceState:
-            cache = init_cache(
+        cache = jax.eval_shape(
+            lambda: init_cache(
                 self.info.cache_groups,
                 num_pages,
                 page_size=page_size,
@@ -144,17 +143,17 @@ class Ahead:
                 mesh=mesh,
                 backend=self.model.options.attention,
             )
-            return init_device_state(
-                cache,
-                max_rows=self.config.scheduler.max_rows,
+        )
+        state = jax.eval_shape(
+            lambda: fresh_state(
+                len(cache.groups),
+                num_slots=mesh.shape["data"] * (self.config.scheduler.max_rows + 1),
                 vocab_size=self.info.vocab_size,
                 pages_per_sequence=pages_per_sequence(self.info.max_context, page_size),
-                mesh=mesh,
             )
-
-        state = jax.eval_shape(make)
-        cache = jax.tree.map(lambda x: _placed(x, pages_sharding(mesh)), state.cache)
-        return replace(jax.tree.map(lambda x: _placed(x, by_data(mesh)), state), cache=cache)
+        )
+        state = jax.tree.map(lambda x: _placed(x, by_data(mesh)), state)
+        return replace(state, cache=jax.tree.map(lambda x: _placed(x, pages_sharding(mesh)), cache))
 
 
 def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
