@@ -22,6 +22,7 @@ from benchmarks.gpu_check.limits import Limits, seconds_a_call
 from benchmarks.gpu_check.report import Finding
 from pallas_kernels.kv_update import kv_update
 from pallas_kernels.paged_attention import RaggedBatch, paged_attention, reference
+from pallas_kernels.quantized_pages import QuantizedPages, is_quantized, quantize
 
 TOLERANCE = 1e-2
 #: (query length, context length) of rows.
@@ -57,6 +58,8 @@ def check(backend: str, limits: Limits, sizes: Sizes) -> Iterator[Finding]:
         yield _correct(backend, f"{name} window, cap, sinks", lens, sinks=True, **options)
         yield _correct(backend, f"{name} one KV head", lens, num_heads=8, num_kv_heads=1)
         yield _correct(backend, f"{name} pages of 128", lens, page_size=128)
+        for dtype in ("int8", "float8_e4m3fn"):
+            yield _correct(backend, f"{name} pages of {dtype}", lens, page_size=32, dtype=dtype)
     yield _update_is_right(backend)
     yield from _decode(backend, limits, sizes)
     yield _prefill(backend, limits, sizes)
@@ -89,6 +92,7 @@ def _correct(
     num_kv_heads: int = 2,
     head_dim: int = 128,
     page_size: int = 16,
+    dtype: str = "bfloat16",
     sinks: bool = False,
     **options: Any,
 ) -> Finding:
@@ -102,7 +106,7 @@ def _correct(
         if context % page_size:
             last = int(batch.page_table[row, context // page_size])
             values[:, last, :, context % page_size :] = np.nan
-    pages = jnp.asarray(values, jnp.bfloat16)
+    pages = _codes(values, dtype) if is_quantized(dtype) else jnp.asarray(values, dtype)
     q = jnp.asarray(2 * rng.standard_normal((num_tokens + 3, num_heads, head_dim)), jnp.bfloat16)
     q = q.at[num_tokens:].set(jnp.nan)
     given = {"layer": 1, "batch": batch, "scale": head_dim**-0.5, **options}
@@ -113,6 +117,15 @@ def _correct(
     error = _error(out[:num_tokens], expected[:num_tokens])
     padding = float(jnp.abs(out[num_tokens:].astype(jnp.float32)).sum())
     return Finding(f"attention {name}: error", error if padding == 0 else 1.0, "<", TOLERANCE)
+
+
+def _codes(values: np.ndarray, dtype: str) -> QuantizedPages:
+    """Pages of codes; what is NaN has NaN for its scale."""
+    halves = jnp.asarray(values.reshape(*values.shape[:-1], 2, -1))
+    codes, scales = quantize(jnp.nan_to_num(halves), dtype)
+    scales = jnp.where(jnp.isnan(halves).any(-1), jnp.nan, scales)
+    scales = jnp.swapaxes(scales, -1, -2).reshape(*values.shape[:3], -1)
+    return QuantizedPages(codes.reshape(values.shape), scales, dtype)
 
 
 def _error(out: Any, expected: Any) -> float:

@@ -40,7 +40,7 @@ def findings(part: str) -> dict[str, Any]:
 def test_a_rehearsal_of_the_kernels_finds_them_right() -> None:
     found = findings("kernels")
     errors = {name: finding for name, finding in found.items() if name.startswith("attention ")}
-    assert len(errors) == 16
+    assert len(errors) == 20
     assert all(0 < finding["value"] < finding["target"] == 1e-2 for finding in errors.values())
     assert found["cache update: wrong elements"]["value"] == 0
     assert found["prefill attention 64: share of matmul peak"]["target"] == 0.6
