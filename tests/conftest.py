@@ -2,12 +2,18 @@
 
 The environment is fixed here, before JAX is imported: no test may reach a network, and the
 persistent compilation cache of a developer's machine must not decide what a test sees.
+
+Of the cases of a test that is marked `in_turn`, one runs a day, another one each day, since all of
+them together take minutes; `--every` runs them all.
 """
 
 from __future__ import annotations
 
+import datetime
 import os
+from collections import defaultdict
 
+import pytest
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,3 +22,29 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Two busy cores: a slow example is not a failure, and the examples are the same on every run.
 settings.register_profile("jaxserve", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("jaxserve")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--every`."""
+    parser.addoption(
+        "--every", action="store_true", help="all cases of tests marked in_turn, not one a day"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the cases that it is not this day's turn to run."""
+    if config.getoption("--every"):
+        return
+    cases: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("in_turn"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    day = datetime.date.today().toordinal()
+    left_out = {
+        item
+        for of_test in cases.values()
+        for place, item in enumerate(of_test)
+        if place != day % len(of_test)
+    }
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]

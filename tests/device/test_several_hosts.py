@@ -115,6 +115,7 @@ def start(how_often: str, *settings: str) -> list[Program]:
 
 
 @pytest.mark.slow
+@pytest.mark.in_turn
 @pytest.mark.parametrize("data", [1, 2])
 def test_two_hosts_are_as_one(cache: str, data: int) -> None:
     mesh = [f"parallel.data={data}", f"parallel.model={4 // data}"]
@@ -129,6 +130,7 @@ def test_two_hosts_are_as_one(cache: str, data: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
     ("lost", "number", "reason"),
     [

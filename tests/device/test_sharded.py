@@ -96,6 +96,7 @@ def test_heads_that_it_does_not_divide(case: str, mesh: tuple[int, int, int], he
     assert heads in found["log"]
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
     ("case", "mesh", "whole"),
     [
@@ -120,6 +121,7 @@ def test_experts_as_codes_and_layers_one_by_one() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.in_turn
 @pytest.mark.parametrize("mesh", [(1, 1, 8), (2, 1, 4), (8, 1, 1)], ids=str)
 def test_smollm2(mesh: tuple[int, int, int]) -> None:
     found = serve_on_both("smollm2-135m-instruct", mesh, SCANNED)
