@@ -160,7 +160,7 @@ def _memory(result: Result, compiled: Any) -> None:
 
 
 #: Temporary bytes that need no comparison with a cache.
-_SMALL = 64 << 20
+_SMALL = 256 << 20
 
 
 def _failed(result: Result, error: Exception) -> Result:

@@ -39,7 +39,6 @@ _MODELS: dict[str, tuple[dict[str, Any], str, str]] = {
 TOO_LARGE = {
     ("llama-3-8b", "v5e:1x1"),
     ("qwen3-30b-a3b", "v5e:1x1"),
-    ("qwen3-30b-a3b", "v5e:2x2"),
     ("qwen3-30b-a3b", "v6e:1x1"),
     ("llama-3-70b-int8", "v5e:1x1"),
     ("llama-3-70b-int8", "v5e:2x2"),
