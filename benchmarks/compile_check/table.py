@@ -18,9 +18,7 @@ _HEAD = (
 
 def write_table(results: Iterable[Result]) -> None:
     """Replaces what stands between the marks of the page; whole steps only."""
-    lines = [
-        _line(result) for result in results if result.name.count("/") == 2 and _is_step(result)
-    ]
+    lines = [_line(result) for result in results if _is_step(result)]
     page = _PAGE.read_text()
     before, _, rest = page.partition(_BEGIN)
     _, _, after = rest.partition(_END)

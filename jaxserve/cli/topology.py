@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from jaxserve.engine.ahead import Ahead
 
 _MIB, _GIB = 1 << 20, 1 << 30
-#: Share of the memory beside the weights that pages may fill at most; steps need the rest.
-_USABLE = 0.9
 _CONTEXTS = (2048, 8192, 32_768, 131_072)
 _ROWS = (1, 8, 64)
 _NAMED = 3
@@ -32,6 +30,7 @@ def describe(config: Config, slice: Slice) -> Iterator[tuple[str, str]]:
         ConfigError: settings that fit neither the chips nor the model, or too little memory.
         WeightsError: the model cannot be read.
     """
+    from jaxserve.device.cache import USABLE
     from jaxserve.device.sharding import undivided
     from jaxserve.engine.ahead import ahead_of_time
     from jaxserve.engine.load import describe_heads
@@ -66,7 +65,7 @@ def describe(config: Config, slice: Slice) -> Iterator[tuple[str, str]]:
         f"{num_pages[0] * ahead.page_bytes() / _MIB:.0f} MiB a device as {ahead.cache_dtype} "
         f"as configured; as much as is left{each} would hold:",
     )
-    tokens = int(ahead.memory.free_bytes * _USABLE) // ahead.page_bytes() * page_size
+    tokens = int(ahead.memory.free_bytes * USABLE) // ahead.page_bytes() * page_size
     contexts = [c for c in _CONTEXTS if c < info.max_context] + [info.max_context]
     largest = {context: tokens // context for context in contexts}
     for context, rows in largest.items():

@@ -30,7 +30,7 @@ from pallas_kernels.kv_update import empty_pages, page_width, scales_width
 from pallas_kernels.quantized_pages import SCALE_BYTES, is_quantized
 
 #: Share of the free memory that the pool may take; the rest is for the step's own arrays.
-_USABLE = 0.9
+USABLE = 0.9
 
 
 def pages_per_sequence(max_context: int, page_size: int) -> int:
@@ -138,7 +138,7 @@ def _budget(config: CacheConfig, memory: Memory, least: int) -> tuple[int, str]:
             )
         return config.memory_bytes, "cache.memory_bytes gives"
     share = int(memory.total_bytes * config.memory_fraction)
-    usable = int(memory.free_bytes * _USABLE)
+    usable = int(memory.free_bytes * USABLE)
     source = f"cache.memory_fraction={config.memory_fraction:g} of {_mib(memory.total_bytes)}"
     if share > usable:
         source += f", of which {_mib(memory.free_bytes)} are free,"

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int8, UInt8
 
 from pallas_kernels.quant_matmul import GROUP
-from pallas_kernels.quant_matmul.xla import FP8_LARGEST
+from pallas_kernels.quantized_pages import LARGEST
 
 QUANTIZATIONS = ("none", "int8", "int4", "fp8")
 #: Rounds of fitting scale and minimum to the codes, and the codes to them.
@@ -28,7 +28,7 @@ def int8_codes(
     Raises:
         ValueError: w is not finite.
     """
-    scaled, scale = _scaled(w, axis, 127)
+    scaled, scale = _scaled(w, axis, LARGEST["int8"])
     return np.rint(scaled).astype(np.int8), scale
 
 
@@ -40,7 +40,7 @@ def fp8_codes(
     Raises:
         ValueError: w is not finite.
     """
-    scaled, scale = _scaled(w, axis, FP8_LARGEST)
+    scaled, scale = _scaled(w, axis, LARGEST["float8_e4m3fn"])
     return scaled.astype(ml_dtypes.float8_e4m3fn), scale
 
 

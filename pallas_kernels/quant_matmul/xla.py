@@ -21,12 +21,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, UInt4
 
+from pallas_kernels.quantized_pages import LARGEST
+
 #: Tokens from which an int4 weight is written out.
 MANY_TOKENS = 256
 #: Of the codes 0 … 15; codes less it are exact in bfloat16.
 MIDDLE = 7.5
-#: The largest float8_e4m3fn.
-FP8_LARGEST = 448.0
 
 
 def int8_matmul(
@@ -52,7 +52,7 @@ def fp8_matmul(
     """See `api.fp8_matmul`."""
     wide = x.astype(jnp.float32)
     peak = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
-    x_scale = jnp.where(peak > 0, peak / FP8_LARGEST, 1.0)
+    x_scale = jnp.where(peak > 0, peak / LARGEST[codes.dtype.name], 1.0)
     y = jax.lax.dot_general(
         (wide / x_scale).astype(codes.dtype),
         codes,
