@@ -28,10 +28,11 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from jaxserve.config import Config, load_config
+from jaxserve.config import Config
 from jaxserve.engine.thread import EngineThread
 from jaxserve.errors import ConfigError, InvalidRequest, JaxserveError
 from jaxserve.protocol.client import SyncClient
+from jaxserve.settings import load_config
 from jaxserve.text.answer import Answer, Choice, Generation, Piece
 from jaxserve.text.request import PlannedRequest, Request, make_request, plan
 from jaxserve.text.template import ChatTemplate, load_chat_template

@@ -97,8 +97,8 @@ def bounded(path: str, text: str) -> str:
     """The text as a table's cell, with the bounds of numbers."""
     text = text[:1].upper() + text[1:]
     text = re.sub(r'"([^"|]*)"', r"`\1`", text).replace("|", "\\|")
-    if path in config._BOUNDS:
-        low, high = config._BOUNDS[path]
+    if path in config.BOUNDS:
+        low, high = config.BOUNDS[path]
         text += f" Between {low:,} and {high:,}."
     return text
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jaxserve.config import Config, describe, load_config
+from jaxserve.config import Config
 from jaxserve.errors import ConfigError
+from jaxserve.settings import describe, load_config
 
 
 def write(directory: Path, text: str) -> Path:

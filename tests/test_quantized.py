@@ -6,7 +6,7 @@ import functools
 
 import pytest
 
-from jaxserve.config import load_config
+from jaxserve.settings import load_config
 from tests.perplexity import perplexity
 
 pytestmark = pytest.mark.slow

@@ -15,8 +15,8 @@ channel = Channel()
 import jax  # noqa: E402
 
 from jaxserve.bench.engine import Case, EngineBench  # noqa: E402
-from jaxserve.config import load_config  # noqa: E402
 from jaxserve.engine.load import load_parts  # noqa: E402
+from jaxserve.settings import load_config  # noqa: E402
 
 
 class JaxservePeer:

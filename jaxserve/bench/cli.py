@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxserve.config import load_config
 from jaxserve.errors import JaxserveError
+from jaxserve.settings import load_config
 
 
 def run(argv: Sequence[str]) -> int:

@@ -202,7 +202,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def _load_config(arguments: argparse.Namespace) -> Config:
-    from jaxserve.config import load_config
+    from jaxserve.settings import load_config
 
     settings = list(arguments.set)
     for name, key in (("model", "model.path"), ("host", "http.host"), ("port", "http.port")):
@@ -216,7 +216,7 @@ def _load_config(arguments: argparse.Namespace) -> Config:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from jaxserve.config import describe
+    from jaxserve.settings import describe
 
     config = _load_config(arguments)
     sys.stderr.write(describe(config))

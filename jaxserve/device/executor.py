@@ -28,17 +28,18 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jax.stages import Lowered
 
 from jaxserve.device import programs
 from jaxserve.device.compiles import compile_counter
 from jaxserve.device.hosts import Hosts
+from jaxserve.device.lowering import Lowering, Wanted, integers, shapes
 from jaxserve.device.packing import NO_GROUP, StepLayout
 from jaxserve.device.plans import Call, PlanLayout
 from jaxserve.device.programs import StepResults
-from jaxserve.device.sharding import by_data, per_data_shard, replicated, tensor_parallel
-from jaxserve.device.state import DeviceState, state_specs
+from jaxserve.device.sharding import tensor_parallel
+from jaxserve.device.state import DeviceState
 from jaxserve.device.step import (
     Program,
     SlotWrite,
@@ -65,20 +66,6 @@ class Launched:
     inputs: Sequence[StepInputs]
     results: StepResults | None
     launched_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """A program to compile: a step over parameters, state and inputs, or a change of the state.
-
-    Attributes:
-        inputs: from the host, of one copy of the model.
-        cost: relative time to compile; 0 for changes of state.
-    """
-
-    function: Callable[..., Any]
-    inputs: Any
-    cost: int = 0
 
 
 class Executor:
@@ -110,6 +97,7 @@ class Executor:
         self._hosts = hosts
         self._calls: list[Call] | None = None  # of the next step, where they are broadcast
         self._copies = mesh.shape["data"]
+        self._lowering = Lowering(mesh, self._params, state, shared=hosts is not None)
         self._cache_dtype_bytes = state.cache.groups[0].kv.dtype.itemsize
         self._max_rows = state.last_tokens.shape[0] // self._copies - 1
         self._layouts = {
@@ -155,9 +143,9 @@ class Executor:
         """Programs compiled while serving; stays 0."""
         return self._counter.count - self._compiles_at_warmup
 
-    def _wanted(self) -> dict[Hashable, _Wanted]:
+    def _wanted(self) -> dict[Hashable, Wanted]:
         """Every program, by the key it is found under."""
-        wanted: dict[Hashable, _Wanted] = {}
+        wanted: dict[Hashable, Wanted] = {}
         spread = Spread(
             axes=TENSOR_AXES if tensor_parallel(self._mesh) > 1 else (),
             copies=("data",) if self._copies > 1 else (),
@@ -165,16 +153,14 @@ class Executor:
         for program, layout in self._layouts.items():
             step = programs.make_step(self._structure, layout, self._page_size, spread)
             cost = program.num_tokens * (1 + program.prompt_logprobs) * program.decode_steps
-            wanted[program] = _Wanted(step, _integers(layout.size), cost)
+            wanted[program] = Wanted(step, integers(layout.size), cost)
         for writes in self._padding_writes():
-            wanted[_slots_key(writes)] = _Wanted(programs.write_slots, _shapes(writes))
-        wanted["entries"] = _Wanted(
-            programs.write_page_tables, _shapes(programs.packed_entries(()))
-        )
-        wanted["prefix"] = _Wanted(programs.write_prefix, _shapes(programs.packed_prefix(0, 0, ())))
+            wanted[_slots_key(writes)] = Wanted(programs.write_slots, shapes(writes))
+        wanted["entries"] = Wanted(programs.write_page_tables, shapes(programs.packed_entries(())))
+        wanted["prefix"] = Wanted(programs.write_prefix, shapes(programs.packed_prefix(0, 0, ())))
         for group in range(len(self._state.page_tables)):
-            copies = _shapes(programs.packed_copies(()))
-            wanted["copy", group] = _Wanted(programs.make_copy(group), copies)
+            copies = shapes(programs.packed_copies(()))
+            wanted["copy", group] = Wanted(programs.make_copy(group), copies)
         return wanted
 
     def lower(self, program: Program, platforms: tuple[str, ...] | None = None) -> Lowered:
@@ -183,15 +169,15 @@ class Executor:
         Args:
             platforms: what to lower for, where the mesh's devices do not say it.
         """
-        return self._lower(self._wanted()[program], platforms)
+        return self._lowering.lower(self._wanted()[program], platforms)
 
-    def _agree(self, hosts: Hosts, wanted: dict[Hashable, _Wanted]) -> None:
+    def _agree(self, hosts: Hosts, wanted: dict[Hashable, Wanted]) -> None:
         """Sees to it that all hosts are about to compile the same programs.
 
         Raises:
             ConfigError: they are not.
         """
-        inputs = {key: self._for_copies(program.inputs) for key, program in wanted.items()}
+        inputs = {key: self._lowering.for_copies(program.inputs) for key, program in wanted.items()}
         self._plans = PlanLayout(inputs)
         arrays = [f"{x.dtype}{x.shape}" for x in jax.tree.leaves((self._params, self._state))]
         told = repr((self._plans.describe(), arrays, str(self._structure)))
@@ -202,49 +188,8 @@ class Executor:
                     f"host {host} would compile other programs than host 0: is its model another?"
                 )
 
-    def _compile(self, wanted: _Wanted) -> Callable[..., Any]:
-        return self._lower(wanted).compile()
-
-    def _lower(self, wanted: _Wanted, platforms: tuple[str, ...] | None = None) -> Lowered:
-        """One program, for this mesh; the state is donated and stays where it is."""
-        state = _shapes(self._state)
-        arguments, results = (state, wanted.inputs), ()
-        if wanted.cost:
-            arguments, results = (_shapes(self._params), *arguments), (None,)
-        function, shardings = wanted.function, None
-        if self._mesh.size > 1:
-            function = self._over_copies(wanted)
-            arguments = (*arguments[:-1], self._for_copies(wanted.inputs))
-            held = jax.tree.map(lambda x: x.sharding, self._state)
-            read = by_data(self._mesh) if self._hosts is None else replicated(self._mesh)
-            shardings = (held, read) if results else held
-        jitted = jax.jit(function, donate_argnums=len(arguments) - 2, out_shardings=shardings)
-        return jitted.trace(*arguments).lower(lowering_platforms=platforms)
-
-    def _over_copies(self, wanted: _Wanted) -> Callable[..., Any]:
-        """The function of one copy, mapped over all."""
-        states, every = state_specs(), PartitionSpec("data")
-
-        def step(params: Any, state: DeviceState, inputs: Any) -> Any:
-            state, results = wanted.function(params, state, _first(inputs))
-            return state, jax.tree.map(lambda x: x[None], results)
-
-        def change(state: DeviceState, inputs: Any) -> DeviceState:
-            return wanted.function(state, _first(inputs))
-
-        if wanted.cost:
-            specs = (PartitionSpec(), states, every)
-            return per_data_shard(self._mesh, step, specs, (states, every))
-        return per_data_shard(self._mesh, change, (states, every), states)
-
-    def _for_copies(self, inputs: Any) -> Any:
-        """Shapes of what the host gives to all copies."""
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                (self._copies, *x.shape), x.dtype, sharding=by_data(self._mesh)
-            ),
-            inputs,
-        )
+    def _compile(self, wanted: Wanted) -> Callable[..., Any]:
+        return self._lowering.lower(wanted).compile()
 
     def _run_empty(self) -> None:
         """Runs every program once, without effect: nothing is set up lazily later."""
@@ -421,22 +366,5 @@ class Executor:
                 self._change(("copy", group), copy, packed, programs.packed_copies(()))
 
 
-def _first(tree: Any) -> Any:
-    """The own part of arrays that have the copies of the model in front."""
-    return jax.tree.map(lambda x: x[0], tree)
-
-
 def _slots_key(writes: SlotArrays) -> tuple[str, int, bool]:
     return "slots", writes.settings.shape[0], writes.lists is not None
-
-
-def _integers(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, np.int32)
-
-
-def _shapes(tree: Any) -> Any:
-    def shape(x: Any) -> jax.ShapeDtypeStruct:
-        sharding = getattr(x, "sharding", None)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree.map(shape, tree)

@@ -8,8 +8,8 @@ import pytest
 
 from jaxserve.bench import cli, engine
 from jaxserve.bench.engine import Case, EngineBench
-from jaxserve.config import load_config
 from jaxserve.errors import ConfigError
+from jaxserve.settings import load_config
 from tests.fakes.engine import fake_parts
 
 CONFIG = load_config(

@@ -15,9 +15,9 @@ import sys
 
 import jax
 
-from jaxserve.config import load_config
 from jaxserve.engine.load import load_parts
 from jaxserve.engine.process import follow
+from jaxserve.settings import load_config
 from tests.device.sharded import serve
 
 

@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 
-from jaxserve.config import Config, load_config
+from jaxserve.config import Config
 from jaxserve.engine import load
 from jaxserve.engine.loop import Engine
 from jaxserve.engine.parts import Parts
 from jaxserve.engine.process import build_engine
 from jaxserve.protocol.messages import GetStatus, Submit, TokenEvents, TokenSegment
+from jaxserve.settings import load_config
 from jaxserve.types import SamplingParams
 
 NUM_DEVICES = 8

@@ -85,7 +85,7 @@ import json, sys
 import jax
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
-from jaxserve.config import load_config
+from jaxserve.settings import load_config
 from jaxserve.device.compiles import compile_counter
 from jaxserve.engine.load import load_parts
 

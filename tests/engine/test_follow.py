@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from jaxserve.config import Config, load_config
+from jaxserve.config import Config
 from jaxserve.device.hosts import EXIT_LOST
 from jaxserve.engine.parts import Factory
 from jaxserve.engine.process import EXIT_FAILED, follow
 from jaxserve.engine.thread import EngineThread
 from jaxserve.errors import ConfigError, HostLost, WeightsError
+from jaxserve.settings import load_config
 from tests.fakes.engine import fake_parts
 
 CONFIG = load_config(

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import pytest
 
-from jaxserve.config import Config, KernelsConfig, SchedulerConfig, WeightsConfig, load_config
+from jaxserve.config import Config, KernelsConfig, SchedulerConfig, WeightsConfig
 from jaxserve.device.executor import Executor
 from jaxserve.device.memory import Memory
 from jaxserve.engine import load
@@ -30,6 +30,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.models.options import ModelOptions
 from jaxserve.models.spec import MoeSpec
 from jaxserve.protocol.sync_client import SyncClient, SyncStream
+from jaxserve.settings import load_config
 from jaxserve.types import SamplingParams
 from pallas_kernels import native
 from tests.device.rig import log_softmax, next_tokens, prompt_of

@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from jaxserve.config import load_config
 from jaxserve.http.serve import serve
+from jaxserve.settings import load_config
 
 
 def main(arguments: list[str]) -> int:

@@ -7,9 +7,10 @@ import socket
 
 import pytest
 
-from jaxserve.config import Config, load_config
+from jaxserve.config import Config
 from jaxserve.http import restarts
 from jaxserve.http.restarts import Backoff, may_restart
+from jaxserve.settings import load_config
 from tests.http.test_serve import TIMEOUT_S, started
 
 SEVERAL = ("parallel.hosts=2", "parallel.host=1")

@@ -11,7 +11,7 @@ import pytest
 
 from jaxserve import errors
 from jaxserve.bench import cli as bench_cli
-from jaxserve.config import load_config
+from jaxserve.settings import load_config
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -1,0 +1,113 @@
+"""Programs to compile: a step, or a change of the state, over every copy of the model.
+
+A program is a pure function of one copy; here it is mapped over the mesh's "data" axis, told where
+its arguments lie and which are donated, and lowered. Owned by `executor`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+from jax.stages import Lowered
+
+from jaxserve.device.sharding import by_data, per_data_shard, replicated
+from jaxserve.device.state import DeviceState, state_specs
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A program to compile: a step over parameters, state and inputs, or a change of the state.
+
+    Attributes:
+        inputs: from the host, of one copy of the model.
+        cost: relative time to compile; 0 for changes of state.
+    """
+
+    function: Callable[..., Any]
+    inputs: Any
+    cost: int = 0
+
+
+class Lowering:
+    """Lowers programs for one mesh; the state is donated and stays where it is.
+
+    Args:
+        params: the model's leaves; they and the state may be abstract.
+        shared: the mesh spans several hosts, so that results must be whole on every device.
+    """
+
+    def __init__(self, mesh: Mesh, params: Any, state: DeviceState, *, shared: bool) -> None:
+        self._mesh = mesh
+        self._copies = mesh.shape["data"]
+        self._params = shapes(params)
+        self._state = shapes(state)
+        self._shared = shared
+
+    def lower(self, wanted: Wanted, platforms: tuple[str, ...] | None = None) -> Lowered:
+        """One program, not yet compiled.
+
+        Args:
+            platforms: what to lower for, where the mesh's devices do not say it.
+        """
+        arguments, results = (self._state, wanted.inputs), ()
+        if wanted.cost:
+            arguments, results = (self._params, *arguments), (None,)
+        function, shardings = wanted.function, None
+        if self._mesh.size > 1:
+            function = self._over_copies(wanted)
+            arguments = (*arguments[:-1], self.for_copies(wanted.inputs))
+            held = jax.tree.map(lambda x: x.sharding, self._state)
+            read = replicated(self._mesh) if self._shared else by_data(self._mesh)
+            shardings = (held, read) if results else held
+        jitted = jax.jit(function, donate_argnums=len(arguments) - 2, out_shardings=shardings)
+        return jitted.trace(*arguments).lower(lowering_platforms=platforms)
+
+    def for_copies(self, inputs: Any) -> Any:
+        """Shapes of what the host gives to all copies."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                (self._copies, *x.shape), x.dtype, sharding=by_data(self._mesh)
+            ),
+            inputs,
+        )
+
+    def _over_copies(self, wanted: Wanted) -> Callable[..., Any]:
+        """The function of one copy, mapped over all."""
+        states, every = state_specs(), PartitionSpec("data")
+
+        def step(params: Any, state: DeviceState, inputs: Any) -> Any:
+            state, results = wanted.function(params, state, _first(inputs))
+            return state, jax.tree.map(lambda x: x[None], results)
+
+        def change(state: DeviceState, inputs: Any) -> DeviceState:
+            return wanted.function(state, _first(inputs))
+
+        if wanted.cost:
+            specs = (PartitionSpec(), states, every)
+            return per_data_shard(self._mesh, step, specs, (states, every))
+        return per_data_shard(self._mesh, change, (states, every), states)
+
+
+def integers(*shape: int) -> jax.ShapeDtypeStruct:
+    """Shape of an int32 array from the host."""
+    return jax.ShapeDtypeStruct(shape, np.int32)
+
+
+def shapes(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree of arrays."""
+
+    def shape(x: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(x, "sharding", None)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(shape, tree)
+
+
+def _first(tree: Any) -> Any:
+    """The own part of arrays that have the copies of the model in front."""
+    return jax.tree.map(lambda x: x[0], tree)
