@@ -6,6 +6,7 @@ body's `type`. Nothing else in http writes an error response.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -70,7 +71,10 @@ async def send_error(send: Any, error: JaxserveError) -> None:
     elif isinstance(error, MethodNotAllowed):
         headers.append((b"allow", error.allowed.encode("latin-1")))
     elif error.retryable and not isinstance(error, Forbidden):
-        headers.append((b"retry-after", b"%d" % RETRY_AFTER_S))
+        retry_s = RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
+        milliseconds = max(1, math.ceil(retry_s * 1000))
+        headers.append((b"retry-after", b"%d" % -(-milliseconds // 1000)))
+        headers.append((b"retry-after-ms", b"%d" % milliseconds))
     await send_json(send, error_body(error), status=error.status, headers=headers)
 
 

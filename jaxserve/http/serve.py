@@ -32,7 +32,8 @@ from tqdm import tqdm
 
 from jaxserve.config import Config, HttpConfig, ModelConfig, WeightsConfig
 from jaxserve.errors import ConfigError, JaxserveError
-from jaxserve.http.auth import check_exposure, load_keys
+from jaxserve.http.auth import check_exposure
+from jaxserve.http.keyfile import load_keys
 from jaxserve.http.metrics import create_shared
 from jaxserve.http.restarts import (
     EXIT_TOLD,
@@ -44,6 +45,8 @@ from jaxserve.http.restarts import (
     waited,
 )
 from jaxserve.http.worker import WorkerSettings
+from jaxserve.limits.owner import Owner
+from jaxserve.limits.stores import shared_store
 from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.messages import Progress
 from jaxserve.protocol.scratch import ScratchDirectory
@@ -83,6 +86,8 @@ def serve(
             return asyncio.run(run_follower(_resolved(config, resolve), engine_module))
         check_exposure(config.http)
         load_keys(config.http)
+        if config.limits.redis_url:
+            shared_store(config.limits)
         _check_tls(config.http)
         with _bind(config.http) as listener:
             config = _resolved(config, resolve)
@@ -132,6 +137,7 @@ class _Supervisor:
         self._workers: list[_Worker] = []
         self._stopping = asyncio.Event()
         self._announced = False
+        self._limits: Owner | None = None
         self._bar = _Bar()
 
     async def run(self) -> int:
@@ -141,7 +147,10 @@ class _Supervisor:
             loop.add_signal_handler(number, self._on_signal)
         scratch = ScratchDirectory()
         backoff = Backoff()
+        self._limits = Owner(scratch.path / "limits") if self._shares_limits() else None
         try:
+            if self._limits is not None:
+                await self._limits.start()
             while True:
                 backoff.started()
                 status = await self._live(scratch.path / "metrics")
@@ -150,7 +159,14 @@ class _Supervisor:
                 if await waited(self._stopping, backoff.next_pause_s()):
                     return 0
         finally:
+            if self._limits is not None:
+                await self._limits.close()
             scratch.remove()
+
+    def _shares_limits(self) -> bool:
+        """Whether there are rate limits that several workers must keep together."""
+        http = self._config.http
+        return http.workers > 1 and load_keys(http).is_limited
 
     async def _live(self, metrics_file: Path) -> int | None:
         """The life of one engine; returns the exit status, None to start another."""
@@ -180,6 +196,7 @@ class _Supervisor:
                 engine_address=address,
                 index=index,
                 metrics_file=metrics_file,
+                limits_socket=self._limits.path if self._limits is not None else None,
             )
             self._workers.append(_Worker(settings, self._listener, self._worker_module))
 

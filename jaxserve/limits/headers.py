@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 from jaxserve.limits.bucket import Bucket
 
-Headers = list[tuple[bytes, bytes]]
+#: Headers to add to an answer.
+Headers = dict[bytes, bytes]
 
 
 def rate_headers(buckets: Sequence[Bucket], levels: Sequence[float]) -> Headers:
     """Limit a minute, what remains now, and when the bucket is full again; by kind."""
-    headers: Headers = []
+    headers: Headers = {}
     for kind in ("requests", "tokens"):
         tightest: tuple[float, Bucket] | None = None
         for bucket, level in zip(buckets, levels, strict=False):  # no levels: no store was asked
@@ -30,7 +31,7 @@ def rate_headers(buckets: Sequence[Bucket], levels: Sequence[float]) -> Headers:
             ("remaining", str(max(0, math.floor(level + 1e-6)))),
             ("reset", duration(full_s)),
         ):
-            headers.append((f"x-ratelimit-{name}-{kind}".encode(), value.encode()))
+            headers[f"x-ratelimit-{name}-{kind}".encode()] = value.encode()
     return headers
 
 

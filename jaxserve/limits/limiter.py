@@ -20,7 +20,7 @@ import secrets
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from jaxserve.errors import Overloaded, RateLimited, TooLargeForLimit
+from jaxserve.errors import JaxserveError, Overloaded, RateLimited, TooLargeForLimit
 from jaxserve.limits.bucket import Bucket
 from jaxserve.limits.headers import Headers, rate_headers
 from jaxserve.limits.quota import Quota
@@ -50,7 +50,14 @@ class Limiter:
         self._renewing: asyncio.Task[None] | None = None
 
     async def reserve(
-        self, quota: Quota, user: str, num_tokens: int, fingerprint: bytes, *, again: bool
+        self,
+        quota: Quota,
+        user: str,
+        num_tokens: int,
+        fingerprint: bytes,
+        *,
+        again: bool,
+        headers: Headers,
     ) -> Reservation:
         """Reserves one request of so many tokens.
 
@@ -58,6 +65,7 @@ class Limiter:
             num_tokens: estimated, prompt and output.
             fingerprint: of the request; equal when it is sent again.
             again: the client says that it sends it again.
+            headers: of the answer, whatever it will be; gets what the store says.
 
         Raises:
             RateLimited: a bucket has too little; says when to come again.
@@ -75,27 +83,19 @@ class Limiter:
             fingerprint=whole.digest(),
             again=again,
         )
-        answer = await self.ask(self._store.take, take)
-        self._running[take.id] = reservation = Reservation(self, take, answer)
+        answer = await self._ask(self._store.take, take, headers)
+        self._running[take.id] = reservation = Reservation(self, take, answer, headers)
         if self._renewing is None:
             self._renewing = asyncio.create_task(self._renew(), name="jaxserve leases")
         return reservation
 
-    async def ask(self, call: Callable[[Take], Coroutine[Any, Any, Answer]], take: Take) -> Answer:
-        """The store's answer, if it grants what was asked; raises as `reserve`."""
+    async def change(self, take: Take, headers: Headers) -> Answer:
+        """Other units for a reservation; raises as `reserve`, and it is given back then."""
         try:
-            answer = await call(take)
-        except StoreFailure as error:
-            raise Overloaded(f"{error}; try again", retry_after_s=CLOSED_RETRY_S) from None
-        if not answer.granted:
-            bucket = take.buckets[answer.culprit]
-            self._on_limited(bucket.scope, bucket.kind)
-            raise _refusal(take, answer)
-        return answer
-
-    async def change(self, take: Take) -> Answer:
-        """As `reserve`, for other units of a reservation."""
-        return await self.ask(self._store.change, take)
+            return await self._ask(self._store.change, take, headers)
+        except JaxserveError:
+            self._running.pop(take.id, None)
+            raise
 
     def settle(self, id: str, used: list[float]) -> None:
         """Settles in the background; the answer to the client does not wait for it."""
@@ -105,10 +105,6 @@ class Limiter:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def forget(self, id: str) -> None:
-        """The store has taken the reservation back."""
-        self._running.pop(id, None)
-
     async def close(self) -> None:
         """Finishes what is under way and lets go of the store."""
         if self._renewing is not None:
@@ -117,6 +113,23 @@ class Limiter:
         while self._tasks:
             await asyncio.wait(set(self._tasks))
         await self._store.close()
+
+    async def _ask(
+        self,
+        call: Callable[[Take], Coroutine[Any, Any, Answer]],
+        take: Take,
+        headers: Headers,
+    ) -> Answer:
+        try:
+            answer = await call(take)
+        except StoreFailure as error:
+            raise Overloaded(f"{error}; try again", retry_after_s=CLOSED_RETRY_S) from None
+        headers.update(rate_headers(take.buckets, answer.levels))
+        if not answer.granted:
+            bucket = take.buckets[answer.culprit]
+            self._on_limited(bucket.scope, bucket.kind)
+            raise _refusal(take, answer)
+        return answer
 
     async def _settle(self, id: str, used: list[float]) -> None:
         try:
@@ -137,17 +150,13 @@ class Limiter:
 
 
 class Reservation:
-    """What one request has reserved; see the module.
+    """What one request has reserved; see the module."""
 
-    Attributes:
-        headers: to send with the answer, whatever it is.
-    """
-
-    def __init__(self, limiter: Limiter, take: Take, answer: Answer) -> None:
-        self.headers: Headers = rate_headers(take.buckets, answer.levels)
+    def __init__(self, limiter: Limiter, take: Take, answer: Answer, headers: Headers) -> None:
         self._limiter = limiter
         self._take = take
         self._reserved = answer.units
+        self._headers = headers
         self._spent: Callable[[], int] = _nothing
 
     async def true_up(self, num_tokens: int) -> None:
@@ -163,12 +172,7 @@ class Reservation:
         self._take = Take(
             id=take.id, buckets=take.buckets, units=units, fingerprint=take.fingerprint
         )
-        try:
-            answer = await self._limiter.change(self._take)
-        except (RateLimited, TooLargeForLimit, Overloaded):
-            self._limiter.forget(take.id)
-            raise
-        self.headers[:] = rate_headers(take.buckets, answer.levels)
+        await self._limiter.change(self._take, self._headers)
 
     def follow(self, spent: Callable[[], int]) -> None:
         """From now on `spent` says how many tokens have been used, prompt and output."""

@@ -37,30 +37,35 @@ _decode_answer = msgspec.msgpack.Decoder(Answer | None).decode
 
 
 class Owner:
-    """Serves a `MemoryStore` on a Unix socket (`async with`).
+    """Serves a `MemoryStore` on a Unix socket, from `start` to `close`.
 
     Args:
         path: of the socket, in a directory of ours alone.
+
+    Attributes:
+        path: the same.
     """
 
     def __init__(self, path: Path, store: MemoryStore | None = None) -> None:
-        self._path = path
+        self.path = path
         self._store = store or MemoryStore()
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
 
-    async def __aenter__(self) -> Owner:
-        self._server = await asyncio.start_unix_server(self._on_connection, self._path)
-        return self
+    async def start(self) -> None:
+        """Begins to listen."""
+        self._server = await asyncio.start_unix_server(self._on_connection, self.path)
 
-    async def __aexit__(self, *_: object) -> None:
-        assert self._server is not None
+    async def close(self) -> None:
+        """Ends all connections."""
+        if self._server is None:
+            return
         self._server.close()
         for task in list(self._connections):
             task.cancel()
         if self._connections:
             await asyncio.wait(self._connections)
-        self._path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
 
     async def _on_connection(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter

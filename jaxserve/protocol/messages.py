@@ -35,6 +35,7 @@ class Submit:
         arrived_ns: when the request reached the front end.
         priority: smaller is served first among waiting requests.
         tenant: who is charged; opaque here.
+        weight: of the tenant's share among its equals in priority.
     """
 
     sequence_ids: list[int]
@@ -43,6 +44,7 @@ class Submit:
     arrived_ns: int
     priority: int = 0
     tenant: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,6 +199,24 @@ class Progress:
 
 
 @dataclass(slots=True, kw_only=True)
+class ClassLoad:
+    """The sequences of one tenant and priority that have not ended.
+
+    Attributes:
+        weight: of the tenant's share.
+        running, waiting: with and without a row.
+        tokens: of prompt, still to be computed.
+    """
+
+    priority: int
+    tenant: str
+    weight: float = 1.0
+    running: int = 0
+    waiting: int = 0
+    tokens: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
 class EngineStatus:
     """The engine's state: "loading", "compiling", "ready", "draining" or "failed".
 
@@ -204,6 +224,12 @@ class EngineStatus:
         model: set once the model is loaded.
         step_age_s: seconds since the step loop last turned.
         error: the one sentence, for "failed".
+        at_ns: when all this was so.
+        max_rows: sequences that can run at once.
+        loads: by tenant and priority; the smallest may be added together.
+        prefill_tokens_per_s: prompt tokens computed a second, of late, in steps that had some.
+        service_s, token_s: how long sequences that ended of late held a row, in all and for each
+            output token; 0 before any has.
     """
 
     state: str
@@ -216,6 +242,12 @@ class EngineStatus:
     compiles_after_warmup: int = 0
     model: ModelInfo | None = None
     error: str = ""
+    at_ns: int = 0
+    max_rows: int = 0
+    loads: list[ClassLoad] = field(default_factory=list)
+    prefill_tokens_per_s: float = 0.0
+    service_s: float = 0.0
+    token_s: float = 0.0
 
 
 EngineMessage = TokenEvents | StepStats | Progress | EngineStatus

@@ -41,6 +41,7 @@ class Schedulers:
             Scheduler(config, model, page_size=page_size, num_pages=pages, clock_ns=clock_ns)
             for _ in range(copies)
         ]
+        self._max_rows = config.max_rows
         self._next_step_id = 0
 
     @property
@@ -52,6 +53,15 @@ class Schedulers:
     def num_running(self) -> int:
         """Sequences that hold a slot."""
         return sum(scheduler.num_running for scheduler in self._schedulers)
+
+    @property
+    def max_rows(self) -> int:
+        """Sequences that can run at once."""
+        return self._max_rows * len(self._schedulers)
+
+    def running(self) -> list[Sequence]:
+        """The sequences that hold a slot."""
+        return [sequence for scheduler in self._schedulers for sequence in scheduler.running()]
 
     @property
     def num_preemptions(self) -> int:

@@ -105,6 +105,10 @@ class Scheduler:
         """Sequences that hold a slot."""
         return len(self._prefilling) + len(self._decoding)
 
+    def running(self) -> list[Sequence]:
+        """The sequences that hold a slot."""
+        return [*self._decoding, *self._prefilling]
+
     @property
     def has_work(self) -> bool:
         """Whether anything runs, waits, or is launched and not committed."""
@@ -399,8 +403,7 @@ class Scheduler:
         """
         if self._choices.reclaim():
             return True
-        running = [*self._decoding, *self._prefilling]  # pages ran out: rare enough to visit all
-        victim = max(running, key=_rank)
+        victim = max(self.running(), key=_rank)  # pages ran out: rare enough to visit all
         if needy is not None and victim.rank <= needy.rank:
             return False
         self._preempt(victim)
