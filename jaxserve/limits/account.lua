@@ -3,7 +3,8 @@
 -- KEYS[1]: prefix, in braces, so that all keys lie on one node of a cluster.
 -- ARGV[1]: operation; ARGV[2]: its arguments, packed.
 
-local SLOT, GRACE, HORIZON, SETBACK, EPSILON = 1, 5, 600, 10, 1e-6
+local SLOT, NEAR, FAR, GRACE, HORIZON, SETBACK = 0.125, 30, 8, 6, 600, 10
+local EPSILON = 1e-6
 local prefix, op, args = KEYS[1], ARGV[1], cmsgpack.unpack(ARGV[2])
 local time = redis.call('TIME')
 local now = args.now or (time[1] + time[2] / 1e6)
@@ -23,74 +24,95 @@ local function fill(a, b, at)
   end
 end
 
-local function give(a, b, units)
-  a.level = math.min(b.burst, a.level + units)
-end
-
 local function advance(a, b)
   if now < a.at - SETBACK then
-    a.at = now
-    for _, map in ipairs({a.slots, a.held}) do
-      for _, slot in ipairs(ordered(map)) do
-        if slot > (now + HORIZON) / SLOT then map[slot] = nil end
-      end
-    end
+    a.at, a.starts, a.units, a.after, a.held = now, {}, {}, {}, {}
   end
-  for _, slot in ipairs(ordered(a.slots)) do
-    if slot * SLOT > now then break end
+  while a.starts[1] and a.starts[1] * SLOT <= now do
+    local slot = table.remove(a.starts, 1)
+    local units = table.remove(a.units, 1)
+    table.remove(a.after, 1)
     fill(a, b, slot * SLOT)
-    a.level = a.level - a.slots[slot]
-    a.held[slot] = (a.held[slot] or 0) + a.slots[slot]
-    a.slots[slot] = nil
+    a.level = a.level - units
+    a.held[slot] = (a.held[slot] or 0) + units
   end
   fill(a, b, now)
   for _, slot in ipairs(ordered(a.held)) do
     if (slot + 1) * SLOT + GRACE <= now then
-      give(a, b, a.held[slot])
+      local owed = math.min(a.held[slot], math.max(0, -a.level))
+      a.level = a.level + owed
+      a.spare = math.min(b.burst, a.spare + a.held[slot] - owed)
       a.held[slot] = nil
     end
   end
+  if a.spare > 0 and not a.starts[1] then
+    a.level = math.min(b.burst, a.level + a.spare)
+    a.spare = 0
+  end
+end
+
+local function project(a, b, level, in_debt)
+  if level < -EPSILON and not in_debt then return nil end
+  local at, after = a.at, {}
+  for i, slot in ipairs(a.starts) do
+    level = math.min(b.burst, level + b.rate * (slot * SLOT - at)) - a.units[i]
+    if level < -EPSILON and not in_debt then return nil end
+    after[i], at = level, slot * SLOT
+  end
+  return after
 end
 
 local function fits(a, b, units)
-  if units <= 0 then return true end
-  local level, at = a.level - units, a.at
-  if level < -EPSILON then return false end
-  for _, slot in ipairs(ordered(a.slots)) do
-    level = math.min(b.burst, level + b.rate * (slot * SLOT - at)) - a.slots[slot]
-    if level < -EPSILON then return false end
-    at = slot * SLOT
+  units = units - a.spare
+  return units <= 0 or project(a, b, a.level - units, false) ~= nil
+end
+
+local function take_units(a, b, units)
+  local spare = math.min(a.spare, units)
+  a.spare = a.spare - spare
+  a.level = a.level - (units - spare)
+  if a.starts[1] then a.after = project(a, b, a.level, true) end
+end
+
+local function charge(a, b, units)
+  if units > 0 then
+    take_units(a, b, units)
+  else
+    a.level = math.min(b.burst, a.level - units)
   end
-  return true
 end
 
 local function earliest(a, b, units, from)
-  local order, needs = ordered(a.slots), {}
-  for i = #order, 1, -1 do
-    needs[i] = a.slots[order[i]]
-    if i < #order then
-      local filled = b.rate * SLOT * (order[i + 1] - order[i])
-      needs[i] = needs[i] + math.max(0, needs[i + 1] - filled)
-    end
-  end
-  local level, at = a.level, a.at
-  for i = 1, #order + 1 do
-    local last = i > #order
-    local stop = last and math.huge or order[i] * SLOT
+  local count = #a.starts
+  local index = count
+  while index > 0 and a.after[index] >= units do index = index - 1 end
+  while index < count and a.starts[index + 1] <= from do index = index + 1 end
+  while true do
+    local level, at = a.level, a.at
+    if index > 0 then level, at = a.after[index], a.starts[index] * SLOT end
     local full = at + math.max(0, units - level) / b.rate
     local slot = math.max(from, math.ceil(full / SLOT - EPSILON))
-    local start = slot * SLOT
-    if start < stop then
-      local left = math.min(b.burst, level + b.rate * (start - at)) - units
-      if left >= -EPSILON and (last
-          or math.min(b.burst, left + b.rate * (stop - start)) >= needs[i] - EPSILON) then
-        return slot
-      end
-    end
-    if not last then
-      level, at = math.min(b.burst, level + b.rate * (stop - at)) - a.slots[order[i]], stop
-    end
+    if slot * SLOT > a.at + NEAR then slot = math.ceil(slot / FAR) * FAR end
+    if index == count or slot < a.starts[index + 1] then return slot end
+    index = index + 1
   end
+end
+
+local function promise_units(a, b, slot, units)
+  local index, before = 1, 0
+  while a.starts[index] and a.starts[index] < slot do index = index + 1 end
+  if a.starts[index] == slot then
+    before = a.units[index]
+    a.units[index] = before + units
+  else
+    local level, at = a.level, a.at
+    if index > 1 then level, at = a.after[index - 1], a.starts[index - 1] * SLOT end
+    table.insert(a.starts, index, slot)
+    table.insert(a.units, index, units)
+    table.insert(a.after, index, math.min(b.burst, level + b.rate * (slot * SLOT - at)))
+  end
+  for later = index, #a.after do a.after[later] = a.after[later] - units end
+  return before
 end
 
 local accounts = {}
@@ -99,7 +121,7 @@ local function open(b)
   if not accounts[b.name] then
     local packed = redis.call('GET', prefix .. ':b:' .. b.name)
     local a = packed and cmsgpack.unpack(packed)
-      or {level = b.burst, at = now, slots = {}, held = {}}
+      or {level = b.burst, spare = 0, at = now, starts = {}, units = {}, after = {}, held = {}}
     advance(a, b)
     accounts[b.name] = {a = a, b = b}
   end
@@ -110,9 +132,8 @@ local function save()
   for name, entry in pairs(accounts) do
     local a, b = entry.a, entry.b
     local ends = now + (b.burst - a.level) / b.rate
-    for _, map in ipairs({a.slots, a.held}) do
-      for slot in pairs(map) do ends = math.max(ends, (slot + 1) * SLOT + GRACE) end
-    end
+    if a.starts[1] then ends = math.max(ends, (a.starts[#a.starts] + 1) * SLOT + GRACE) end
+    for slot in pairs(a.held) do ends = math.max(ends, (slot + 1) * SLOT + GRACE) end
     local kept = math.ceil((ends - now + 60) * 1000)
     redis.call('SET', prefix .. ':b:' .. name, cmsgpack.pack(a), 'PX', string.format('%d', kept))
   end
@@ -120,7 +141,7 @@ end
 
 local function answer(units, culprit, retry, promised)
   local levels = {}
-  for i, b in ipairs(args.buckets) do levels[i] = open(b).level end
+  for i, b in ipairs(args.buckets) do levels[i] = open(b).level + open(b).spare end
   save()
   return cmsgpack.pack({
     granted = culprit == nil, units = units, levels = levels,
@@ -148,7 +169,7 @@ local function settle(id, used)
   redis.call('DEL', record(id))
   used = used or reservation.used
   for i, b in ipairs(reservation.buckets) do
-    give(open(b), b, reservation.units[i] - used[i])
+    charge(open(b), b, used[i] - reservation.units[i])
   end
 end
 
@@ -171,20 +192,22 @@ local function promise(culprit)
   if args.again and first[2] then
     return answer(nothing(), culprit, math.max(0, first[2] * SLOT - now), true)
   end
-  local slot, before = math.floor(now / SLOT) + 1, nil
-  repeat
-    before = slot
-    for i, b in ipairs(args.buckets) do
-      if args.units[i] > 0 then slot = earliest(open(b), b, args.units[i], slot) end
-    end
-  until slot == before or slot * SLOT - now > HORIZON
-  local shared = open(args.buckets[culprit]).slots[slot] or 0
-  local room = math.max(args.buckets[culprit].rate * SLOT, shared + args.units[culprit])
-  local retry = (slot + shared / room) * SLOT - now
+  local slot = math.floor(now / SLOT) + 1
+  local agreed, index = 0, 1
+  while agreed < #args.buckets and slot * SLOT - now <= HORIZON do
+    local wanted, b = slot, args.buckets[index]
+    if args.units[index] > 0 then slot = earliest(open(b), b, args.units[index], slot) end
+    agreed = slot == wanted and agreed + 1 or 1
+    index = index % #args.buckets + 1
+  end
+  local retry = slot * SLOT - now
   if retry > HORIZON then return answer(nothing(), culprit, retry, false) end
   for i, b in ipairs(args.buckets) do
-    local a = open(b)
-    a.slots[slot] = (a.slots[slot] or 0) + args.units[i]
+    local before = promise_units(open(b), b, slot, args.units[i])
+    if i == culprit then
+      local width = slot * SLOT <= now + NEAR and SLOT or SLOT * FAR
+      retry = retry + width * before / math.max(b.rate * width, before + args.units[i])
+    end
   end
   redis.call('ZADD', tickets, slot, cmsgpack.pack({units = args.units, id = args.id}))
   redis.call('EXPIRE', tickets, HORIZON + 60)
@@ -224,7 +247,7 @@ local function take()
   end
   local culprit = refusing(args.units)
   if culprit then return promise(culprit) end
-  for i, b in ipairs(args.buckets) do open(b).level = open(b).level - args.units[i] end
+  for i, b in ipairs(args.buckets) do take_units(open(b), b, args.units[i]) end
   return reserve(args.units)
 end
 
@@ -240,7 +263,7 @@ local function change()
     if never then return answer(nothing(), never, math.huge) end
     return promise(culprit)
   end
-  for i, b in ipairs(args.buckets) do give(open(b), b, -more[i]) end
+  for i, b in ipairs(args.buckets) do charge(open(b), b, more[i]) end
   reservation.units = args.units
   keep(args.id, reservation)
   return answer(args.units)
@@ -253,8 +276,7 @@ local function renew()
       for i, b in ipairs(reservation.buckets) do
         local over = used[i] - reservation.units[i]
         if over > 0 then
-          local a = open(b)
-          a.level = a.level - over
+          take_units(open(b), b, over)
           reservation.units[i] = used[i]
         end
       end

@@ -16,6 +16,10 @@ from jaxserve.errors import ConfigError
 from jaxserve.limits.bucket import Bucket
 from jaxserve.limits.store import LEASE_S, Answer, StoreFailure, Take
 
+#: Connections of a process; more questions at once wait for one, at most so long.
+_MAX_CONNECTIONS = 16
+_QUEUE_S = 1.0
+
 
 class _Reply(msgspec.Struct):
     granted: bool
@@ -64,8 +68,10 @@ class RedisStore:
         self._clock_s = clock_s
         self._prefix = f"{{{prefix}}}"
         try:
-            self._client = redis.Redis.from_url(
+            pool = redis.BlockingConnectionPool.from_url(
                 url,
+                max_connections=_MAX_CONNECTIONS,
+                timeout=max(timeout_s, _QUEUE_S),
                 socket_timeout=timeout_s,
                 socket_connect_timeout=timeout_s,
                 # A connection that the server closed long ago is found out by using it.
@@ -73,6 +79,7 @@ class RedisStore:
             )
         except ValueError as error:
             raise ConfigError(f"limits.redis_url cannot be used: {error}") from None
+        self._client = redis.Redis.from_pool(pool)
         script = resources.files(__package__).joinpath("account.lua").read_text(encoding="utf-8")
         self._script = self._client.register_script(script)
 

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from jaxserve.limits.bucket import HORIZON_S, SLOT_S, Account, Bucket, expires_s
+from jaxserve.limits.bucket import HORIZON_S, SLOT_S, Account, Bucket, expires_s, spread_s
 
 #: A reservation that nobody has renewed for so long is settled by the store.
 LEASE_S = 60.0
@@ -167,7 +167,7 @@ class MemoryStore:
                 return _refused(never, accounts, float("inf"))
             return self._promise(take, culprit, accounts, now_s)
         for bucket, account, units in zip(take.buckets, accounts, more, strict=True):
-            account.give(bucket, -units)
+            _charge(bucket, account, units)
         reservation.units = list(take.units)
         reservation.ends_s = now_s + self._lease_s
         self._reservations.move_to_end(take.id)
@@ -183,7 +183,7 @@ class MemoryStore:
             for index, bucket in enumerate(reservation.buckets):
                 over = units[index] - reservation.units[index]
                 if over > 0:
-                    self._account(bucket, now_s).take(over)
+                    self._account(bucket, now_s).take(bucket, over)
                     reservation.units[index] = units[index]
             reservation.used = list(units)
             reservation.ends_s = now_s + self._lease_s
@@ -199,7 +199,7 @@ class MemoryStore:
         for bucket, reserved, spent in zip(
             reservation.buckets, reservation.units, used, strict=True
         ):
-            self._account(bucket, now_s).give(bucket, reserved - spent)
+            _charge(bucket, self._account(bucket, now_s), spent - reserved)
 
     def _take(self, take: Take, now_s: float) -> Answer:
         accounts = [self._account(bucket, now_s) for bucket in take.buckets]
@@ -218,8 +218,8 @@ class MemoryStore:
         culprit = _refusing(take, take.units, accounts)
         if culprit is not None:
             return self._promise(take, culprit, accounts, now_s)
-        for account, units in zip(accounts, take.units, strict=True):
-            account.take(units)
+        for bucket, account, units in zip(take.buckets, accounts, take.units, strict=True):
+            account.take(bucket, units)
         return self._reserve(take, take.units, accounts, now_s)
 
     def _reserve(
@@ -239,13 +239,15 @@ class MemoryStore:
             return _refused(culprit, accounts, wait_s, promised=True)
         slot = common_slot(take, accounts, now_s)
         # Those who share a slot come one after another in it.
-        bucket, before = take.buckets[culprit], accounts[culprit].slots.get(slot, 0.0)
-        room = max(bucket.rate * SLOT_S, before + take.units[culprit])
-        wait_s = (slot + before / room) * SLOT_S - now_s
+        wait_s = slot * SLOT_S - now_s
         promised = wait_s <= HORIZON_S and len(self._ticket_ends) < MAX_TICKETS
         if promised:
-            for account, units in zip(accounts, take.units, strict=True):
-                account.slots[slot] = account.slots.get(slot, 0.0) + units
+            before = [
+                account.promise(bucket, slot, units)
+                for bucket, account, units in zip(take.buckets, accounts, take.units, strict=True)
+            ]
+            scarce = take.buckets[culprit]
+            wait_s += spread_s(slot, before[culprit], take.units[culprit], scarce, now_s)
             heapq.heappush(self._tickets.setdefault(take.fingerprint, []), (slot, take.units))
             heapq.heappush(self._ticket_ends, (expires_s(slot), take.fingerprint))
         return _refused(culprit, accounts, wait_s, promised=promised)
@@ -329,17 +331,25 @@ class LocalStore:
 def common_slot(take: Take, accounts: list[Account], now_s: float) -> int:
     """The first slot in which every bucket has the units."""
     slot = int(now_s / SLOT_S) + 1
-    while True:
-        first = slot
-        for bucket, account, units in zip(take.buckets, accounts, take.units, strict=True):
-            if units > 0:
-                slot = account.earliest(bucket, units, slot)
-        if slot == first or slot * SLOT_S - now_s > HORIZON_S:
-            return slot
+    agreed = index = 0
+    while agreed < len(accounts) and slot * SLOT_S - now_s <= HORIZON_S:
+        wanted = slot
+        if take.units[index] > 0:
+            slot = accounts[index].earliest(take.buckets[index], take.units[index], slot)
+        agreed = agreed + 1 if slot == wanted else 1
+        index = (index + 1) % len(accounts)
+    return slot
+
+
+def _charge(bucket: Bucket, account: Account, units: float) -> None:
+    if units > 0:
+        account.take(bucket, units)
+    else:
+        account.give(bucket, -units)
 
 
 def _granted(units: list[float], accounts: list[Account]) -> Answer:
-    return Answer(granted=True, units=list(units), levels=[account.level for account in accounts])
+    return Answer(granted=True, units=list(units), levels=[account.left for account in accounts])
 
 
 def _refused(
@@ -348,7 +358,7 @@ def _refused(
     return Answer(
         granted=False,
         units=[0.0] * len(accounts),
-        levels=[account.level for account in accounts],
+        levels=[account.left for account in accounts],
         culprit=culprit,
         retry_after_s=retry_after_s,
         promised=promised,
