@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from jaxserve.protocol.messages import ClassLoad
 from jaxserve.scheduler.sequence import Sequence
+from jaxserve.types import FinishReason
 
 #: Classes that are told one by one; the rest is added together.
 MAX_CLASSES = 64
@@ -28,6 +29,7 @@ class Backlog:
         self._prefilled = _Ratio()
         self._held = _Ratio()
         self._outputs = _Ratio()
+        self._shares = _Ratio()
 
     @property
     def prefill_tokens_per_s(self) -> float:
@@ -43,6 +45,11 @@ class Backlog:
     def token_s(self) -> float:
         """The same, for each of its output tokens."""
         return self._outputs.value / 1e9
+
+    @property
+    def output_share(self) -> float:
+        """The part of its max_tokens that a sequence uses."""
+        return self._shares.value
 
     def enter(
         self, sequences: list[Sequence], priority: int, tenant: str, weight: float = 1.0
@@ -69,6 +76,8 @@ class Backlog:
             held_ns = now_ns - sequence.scheduled_ns
             self._held.add(held_ns, 1)
             self._outputs.add(held_ns, max(sequence.num_outputs, 1))
+            if sequence.reason is not FinishReason.CANCELLED:
+                self._shares.add(sequence.num_outputs, sequence.sampling.max_tokens)
 
     def step(self, now_ns: int, prefill_tokens: int) -> None:
         """A step's tokens were read; it computed so many of prompts."""

@@ -282,6 +282,7 @@ class Engine:
             prefill_tokens_per_s=self._backlog.prefill_tokens_per_s,
             service_s=self._backlog.service_s,
             token_s=self._backlog.token_s,
+            output_share=self._backlog.output_share,
         )
 
     # ------------------------------------------------------------------ ends

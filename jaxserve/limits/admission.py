@@ -27,6 +27,8 @@ from jaxserve.protocol.messages import ClassLoad, EngineStatus
 FRESH_S = 0.1
 #: Shortest and longest time after which a refused client is told to come again.
 MIN_RETRY_S, MAX_RETRY_S = 0.5, 60.0
+#: An estimate is an average: this much more must be left for what is let in to be done in time.
+MARGIN = 1.15
 
 REASONS = ("deadline", "max_wait", "low_priority", "normal_priority", "capped")
 
@@ -142,7 +144,7 @@ class Admission:
             )
         if deadline_ns is not None:
             left_s = (deadline_ns - now_ns) / 1e9
-            needs_s = waits_s + run_s(status, newcomer)
+            needs_s = MARGIN * (waits_s + run_s(status, newcomer))
             if needs_s > left_s:
                 raise self._refusal(
                     "deadline",

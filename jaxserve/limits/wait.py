@@ -56,10 +56,15 @@ def wait_s(status: EngineStatus, loads: list[ClassLoad], newcomer: Newcomer) -> 
 
 
 def run_s(status: EngineStatus, newcomer: Newcomer) -> float:
-    """Seconds that it would run, once it does: as others do, or less if it asks for less."""
+    """Seconds that it would run, once it does.
+
+    As long as others did, or longer if it asks for so much that others would, and never longer
+    than all that it asks for takes.
+    """
     if newcomer.output_tokens is None:
         return status.service_s
-    return min(status.service_s, newcomer.output_tokens * status.token_s)
+    most_s = newcomer.output_tokens * status.token_s
+    return min(most_s, max(status.service_s, most_s * status.output_share))
 
 
 def _before(newcomer: Newcomer, amounts: list[tuple[ClassLoad, int]], own: int) -> float:

@@ -230,6 +230,7 @@ class EngineStatus:
         prefill_tokens_per_s: prompt tokens computed a second, of late, in steps that had some.
         service_s, token_s: how long sequences that ended of late held a row, in all and for each
             output token; 0 before any has.
+        output_share: the part of their max_tokens that they used.
     """
 
     state: str
@@ -248,6 +249,7 @@ class EngineStatus:
     prefill_tokens_per_s: float = 0.0
     service_s: float = 0.0
     token_s: float = 0.0
+    output_share: float = 0.0
 
 
 EngineMessage = TokenEvents | StepStats | Progress | EngineStatus
