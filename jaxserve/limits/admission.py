@@ -142,7 +142,9 @@ class Admission:
                 f"the request would wait about {waits_s:.1f} s, the limit is {limit_s:g} s",
                 waits_s - limit_s,
             )
-        if deadline_ns is not None:
+        # Where nobody waits, how long others ran is no reason: nothing would be gained by refusing,
+        # and if all were refused, nothing would be learned any more.
+        if deadline_ns is not None and waits_s > 0:
             left_s = (deadline_ns - now_ns) / 1e9
             needs_s = MARGIN * (waits_s + run_s(status, newcomer))
             if needs_s > left_s:

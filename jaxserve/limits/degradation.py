@@ -30,6 +30,7 @@ class Degradation:
         self._threshold_s = config.overload_wait_s
         self._after_s = config.overload_after_s
         self._wait_s = 0.0
+        self._seen_s = 0.0
         self._since_s: float | None = None  # since when it has been on one side
         self._rising = False
 
@@ -41,6 +42,7 @@ class Degradation:
     def observe(self, wait_s: float, now_s: float) -> None:
         """The wait of a normal request is estimated to be this, now."""
         self._wait_s = wait_s
+        before_s, self._seen_s = self._seen_s, now_s
         if wait_s > self._threshold_s:
             rising = True
         elif wait_s < self._threshold_s / 2:
@@ -49,11 +51,13 @@ class Degradation:
             self._since_s = None
             return
         if self._since_s is None or rising != self._rising:
-            self._since_s, self._rising = now_s, rising
-            return
-        if now_s - self._since_s >= self._after_s:
+            self._rising = rising
+            # It was calm since somebody last came, which may be long ago.
+            self._since_s = now_s if rising else before_s
+        steps = int((now_s - self._since_s) / self._after_s)
+        if steps:
             self._since_s = now_s
-            self.level = min(self.level + 1, SHED_NORMAL) if rising else max(self.level - 1, 0)
+            self.level = min(self.level + 1, SHED_NORMAL) if rising else max(self.level - steps, 0)
 
     def caps(self, priority: int) -> bool:
         """Whether a request of this priority gets fewer tokens."""
