@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
 from jaxserve.config import CacheConfig, Config, LimitsConfig, ModelConfig, SchedulerConfig
 from jaxserve.http.auth import Identity, KeyRing
 from jaxserve.protocol.messages import ClassLoad, EngineStatus
+from jaxserve.types import SamplingParams
 from tests.fakes.tokenizer import ByteTokenizer
 from tests.http.frontend import TIMEOUT_S, Front
 from tests.http.frontend import front as make_front
@@ -226,28 +227,28 @@ def test_low_priority_is_capped_under_overload_and_told_so():
 
 
 def test_the_engine_tells_its_load(long: Front):
-    async def run() -> list[EngineStatus]:
-        requests = [
-            asyncio.create_task(long.http.post(CHAT, json=ENDLESS | {"timeout": 1, "priority": p}))
-            for p in (0, 0, 0, 0, 7, 7)
-        ]
-        statuses = []
-        while True:
-            statuses.append(await long.client.get_status())
-            loads = statuses[-1].loads
-            if sum(load.running for load in loads) == 4 and loads[-1].waiting == 2:
-                break
-            assert not requests[0].done()
-        await asyncio.gather(*requests)
-        return statuses
+    sampling = SamplingParams(max_tokens=50_000, ignore_eos=True, seed=1)
 
-    status = long.run(run())[-1]
+    async def run() -> EngineStatus:
+        submit = long.client.submit
+        streams = [
+            submit([300] * 7, sampling, priority=p, tenant=t, weight=w)
+            for p, t, w in [(0, "a", 2.0)] * 4 + [(7, "b", 0.5)] * 2
+        ]
+        while True:
+            status = await long.client.get_status()
+            if status.running == 4 and status.waiting == 2:
+                break
+        for stream in streams:
+            stream.cancel()
+        return status
+
+    status = long.run(run())
     assert status.max_rows == 4 and abs(time.monotonic_ns() - status.at_ns) < 60e9
-    by_priority = {load.priority: load for load in status.loads}
-    assert by_priority[0].running == 4 and by_priority[0].waiting == 0
-    assert by_priority[7].waiting == 2 and by_priority[7].running == 0
-    prompt_len = len(ByteTokenizer().encode("user: hi\nassistant: "))
-    assert by_priority[7].tokens == 2 * prompt_len
+    assert sorted(status.loads, key=lambda load: load.priority) == [
+        ClassLoad(priority=0, tenant="a", weight=2.0, running=4, waiting=0, tokens=ANY),
+        ClassLoad(priority=7, tenant="b", weight=0.5, running=0, waiting=2, tokens=14),
+    ]
     wait_idle(long)
     after = long.run(long.client.get_status())
     assert after.loads == []
