@@ -123,18 +123,27 @@ def test_the_end_comes_in_any_state(turns: int) -> None:
 
 
 def test_a_stop_token_that_was_unread_ends_a_swapped_sequence() -> None:
-    probe = crowded()
-    victim = until_swapped(probe)
-    assert victim.has_unread
-    probe.run()
-    stop = probe.emitted[victim][victim.num_swapped - victim.prompt_len]
-    rig = Rig(pages=11, max_rows=2, decode_steps=1, host_pages=20)
-    rig.submit([7] * 4, max_tokens=24, ignore_eos=True)
-    rig.submit([7] * 4, max_tokens=24, ignore_eos=True, stop_token_ids=(stop,))
-    assert stop not in probe.emitted[victim][: victim.num_swapped - victim.prompt_len]
-    rig.run()
-    rig.check()
-    assert rig.sequences[1].num_preemptions == 1 and rig.sequences[1].num_swapped == 0
+    def run(seed: int, **sampling) -> tuple[Rig, Sequence]:
+        rig = Rig(pages=11, max_rows=2, decode_steps=1, host_pages=20)
+        for more in ({}, sampling):
+            rig.submit([7] * 4, max_tokens=24, ignore_eos=True, seed=seed, **more)
+        return rig, rig.sequences[1]
+
+    stops = {}
+    for seed in range(20):
+        rig, victim = run(seed)
+        until_swapped(rig)
+        *before, unread = victim.token_ids[victim.prompt_len :]
+        assert len(victim.token_ids) == victim.num_computed + 1
+        if unread not in before:
+            stops[seed] = unread
+    assert len(stops) > 3
+    for seed, stop in stops.items():
+        rig, victim = run(seed, stop_token_ids=(stop,))
+        rig.run()
+        rig.check()
+        assert victim.num_preemptions == 1 and victim.num_swapped == 0
+        assert victim.stop_token_id == stop
 
 
 @pytest.mark.parametrize(
