@@ -149,6 +149,11 @@ class Executor:
         """Programs compiled while serving; stays 0."""
         return self._counter.count - self._compiles_at_warmup
 
+    @property
+    def page_ns(self) -> tuple[float, ...]:
+        """As `StepOutputs.page_ns`."""
+        return self._store.page_ns if self._store is not None else ()
+
     def _wanted(self) -> dict[Hashable, Wanted]:
         """Every program, by the key it is found under."""
         wanted: dict[Hashable, Wanted] = {}
@@ -256,7 +261,7 @@ class Executor:
             logprobs = np.asarray(results.logprobs)
         if results.prompt_logprobs is not None:
             of_prompt = np.asarray(results.prompt_logprobs)
-        outputs = []
+        outputs, page_ns = [], self.page_ns
         for copy, own in enumerate(inputs):
             place = ... if self._mesh.size == 1 else copy
             outputs.append(
@@ -270,7 +275,7 @@ class Executor:
                     else programs.unpack_logprobs(of_prompt[place]),
                     device_ns=device_ns,
                     idle_ns=idle_ns,
-                    page_ns=self._store.page_ns if self._store is not None else (),
+                    page_ns=page_ns,
                 )
             )
         return outputs
