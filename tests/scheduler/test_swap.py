@@ -7,9 +7,12 @@ import random
 import pytest
 
 from jaxserve.scheduler.host_pages import HostPages, HostTable
+from jaxserve.scheduler.pages import PageAllocator
 from jaxserve.scheduler.plan import Chunk, Plan
 from jaxserve.scheduler.sequence import Sequence
+from jaxserve.scheduler.swap import Swap
 from jaxserve.scheduler.swap_costs import SwapCosts
+from jaxserve.types import SamplingParams
 from tests.fakes.executor import FULL, sliding
 from tests.fakes.rig import VOCAB, Rig
 
@@ -204,6 +207,56 @@ def test_automatic_choice_follows_the_costs() -> None:
         assert (rig.sequences[1].num_swapped > 0) is swapped
 
 
+def test_what_a_plan_loads_is_not_saved_over_in_it() -> None:
+    """A plan's saves come before its loads."""
+    pages = PageAllocator(4, [FULL], [50])
+    swap = Swap(pages, [None], [3], "swap")
+    first, second = (new_sequence(pages, 10) for _ in range(2))
+    swap.set_back(first)
+    swap.tell(saving := Plan(step_id=0))
+    assert first.num_computed == 10 and swap.num_used == 3 and swap.num_sequences == 1
+    plan = Plan(step_id=1)
+    pages.extend(first.table, 10, 11)
+    swap.restore(plan, first)
+    assert [load.host_page for load in plan.page_loads] == [s.host_page for s in saving.page_saves]
+    assert [load.page for load in plan.page_loads] == first.table.pages[0]
+    swap.set_back(second)
+    swap.tell(plan)
+    assert plan.page_saves == [] and second.num_computed == 0  # no room in this plan
+    third = new_sequence(pages, 10)
+    swap.set_back(third)
+    swap.tell(plan := Plan(step_id=2))
+    assert len(plan.page_saves) == 3 and swap.num_used == 3
+
+
+def test_a_save_that_nobody_needs_any_more_is_not_made() -> None:
+    pages = PageAllocator(4, [FULL], [50])
+    swap = Swap(pages, [None], [30], "swap")
+    sequence = new_sequence(pages, 10)
+    swap.set_back(sequence)
+    for _ in range(2):
+        swap.drop(sequence)
+    swap.tell(plan := Plan(step_id=0))
+    assert plan.page_saves == [] and swap.num_used == swap.num_saved == swap.num_sequences == 0
+
+
+def new_sequence(pages: PageAllocator, num_computed: int) -> Sequence:
+    """One whose first positions are computed."""
+    table = pages.new_table()
+    pages.extend(table, 0, num_computed)
+    return Sequence(
+        key=("client", 0),
+        token_ids=[1] * (num_computed + 1),
+        prompt_len=5,
+        sampling=SamplingParams(max_tokens=40, seed=0),
+        choice=0,
+        rank=(0, 0),
+        stop_token_ids=frozenset(),
+        table=table,
+        num_computed=num_computed,
+    )
+
+
 def test_host_pages_are_held_once() -> None:
     """Against a plain model: random takes and releases."""
     random.seed(3)
@@ -233,7 +286,7 @@ WORLDS = [
 ]
 
 
-@pytest.mark.parametrize("world", WORLDS, ids=str)
+@pytest.mark.parametrize("world", WORLDS, ids=range(len(WORLDS)))
 def test_a_thousand_random_interleavings(world: dict) -> None:
     """Crowded pools, priorities, several choices, cancels; 42 scripts in each of 24 worlds."""
     swapped = 0
