@@ -237,11 +237,18 @@ class HostStore:
 
 
 def _make_save(group: int) -> Callable[[DeviceState, Array], tuple[Array, ...]]:
-    """Gathers pages of a group, a page's layers together."""
+    """Gathers pages of a group, a page's layers together.
+
+    Sliced one by one: for a gather XLA on a TPU lays the pages out anew, all of them (compiled for
+    v5e, 4.0 GiB of temporary memory beside 3.9 GiB of pages).
+    """
 
     def save(state: DeviceState, pages: Int[Array, "C"]) -> tuple[Array, ...]:
-        leaves = jax.tree.leaves(state.cache.groups[group])
-        return tuple(jnp.moveaxis(x[:, pages], 1, 0) for x in leaves)
+        def gather(x: Array) -> Array:
+            own = [jax.lax.dynamic_index_in_dim(x, page, axis=1, keepdims=False) for page in pages]
+            return jnp.stack(own)
+
+        return tuple(gather(x) for x in jax.tree.leaves(state.cache.groups[group]))
 
     return save
 
