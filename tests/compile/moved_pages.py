@@ -34,14 +34,14 @@ def main(model: str, where: str) -> None:
     store = HostStore(state.cache, [1] * len(num_pages), mesh)
     lowering = Lowering(mesh, [], state, shared=False)
     found = {"pool": num_pages[0] * ahead.page_bytes()}
-    for (kind, _, size), wanted in store.wanted().items():
-        if size == SIZES[-1]:
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-                lowered = lowering.lower(wanted, targets.platforms(slice))
-            memory = lowered.compile().memory_analysis()
-            found[f"{kind} temp"] = memory.temp_size_in_bytes
-            found[f"{kind} results"] = memory.output_size_in_bytes
-            found[f"{kind} in place"] = memory.alias_size_in_bytes
+    wanted = store.wanted()
+    for kind in ("save", "load"):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            lowered = lowering.lower(wanted[kind, 0, SIZES[-1]], targets.platforms(slice))
+        memory = lowered.compile().memory_analysis()
+        found[f"{kind} temp"] = memory.temp_size_in_bytes
+        found[f"{kind} results"] = memory.output_size_in_bytes
+        found[f"{kind} in place"] = memory.alias_size_in_bytes
     print(json.dumps(found))
 
 

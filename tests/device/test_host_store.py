@@ -5,8 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ from jaxserve.config import CacheConfig
 from jaxserve.device import host_store
 from jaxserve.device.cache import bytes_of_page, host_pool_sizes
 from jaxserve.device.sharding import make_mesh
+from jaxserve.device.step import empty_inputs
 from jaxserve.errors import ConfigError
 from tests.device import moves
 from tests.device.rig import NUM_HOST_PAGES, Rig, Warm, prompt_of
@@ -124,6 +127,32 @@ def test_an_eighth_of_what_is_free() -> None:
 def test_what_does_not_fit_is_told_at_start(host_bytes: int, more: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         host_pool_sizes(moves.GROUPS, CacheConfig(host_bytes=host_bytes), (41, 21), **SIZES | more)
+
+
+@pytest.mark.slow
+def test_a_step_saves_first_and_loads_last(llama: Warm) -> None:
+    """A page that is saved, copied over and loaded in one step: each change sees those before."""
+    executor = llama.executor
+    llama.poison()
+    executor._state = replace(
+        executor._state,
+        cache=jax.tree.map(
+            lambda x: x.at[:, :10].set(jnp.arange(10.0).reshape(1, 10, 1, 1, 1)),
+            executor._state.cache,
+        ),
+    )
+    changes = replace(
+        empty_inputs(llama.buckets.choose(1, 1), llama.limits.max_rows),
+        page_saves=[(0, 3, 5), (0, 4, 6)],
+        page_copies=[(0, 1, 3), (0, 2, 7)],
+        page_loads=[(0, 5, 7), (0, 6, 8)],
+    )
+    (outputs,) = executor.collect(executor.launch([changes]))
+    (pages,) = jax.tree.leaves(executor._state.cache.groups[0])
+    found = np.asarray(pages)[:, :10]
+    for page, value in enumerate([None, 1, 2, 1, 4, 5, 6, 3, 4, 9]):
+        assert value is None or (found[:, page] == value).all()
+    assert outputs.page_ns == executor.page_ns and outputs.page_ns[0] > 0
 
 
 @pytest.mark.slow
