@@ -20,8 +20,8 @@ from tests.fakes.rig import VOCAB, Rig
 def crowded(**world) -> Rig:
     """Two rows whose tokens do not fit the pages together."""
     rig = Rig(**{"pages": 11, "max_rows": 2, "decode_steps": 1, "host_pages": 20} | world)
-    for _ in range(2):
-        rig.submit([7] * 4, max_tokens=24, ignore_eos=True)
+    for token in (7, 8):
+        rig.submit([token] * 4, max_tokens=24, ignore_eos=True)
     return rig
 
 
@@ -62,8 +62,8 @@ def test_its_pages_are_free_in_the_plan_that_saves_them() -> None:
 
 def test_a_prompt_that_is_set_back_midway_goes_on_with_its_next_chunk() -> None:
     rig = Rig(pages=16, max_rows=4, max_step_tokens=4, decode_steps=1, host_pages=20)
-    for _ in range(3):
-        rig.submit([5] * 3, max_tokens=17, ignore_eos=True)
+    for token in (3, 4, 5):
+        rig.submit([token] * 3, max_tokens=17, ignore_eos=True)
     for _ in range(4):
         rig.turn()
     (young,) = rig.submit([6] * 14, max_tokens=4, ignore_eos=True)
@@ -79,8 +79,8 @@ def test_only_live_pages_of_a_window_are_saved() -> None:
         groups=(FULL, sliding(6)), pages=26, max_rows=2, max_step_tokens=8, host_pages=40,
         decode_steps=1,
     )  # fmt: skip
-    for _ in range(2):
-        rig.submit(list(range(1, 31)), max_tokens=40, ignore_eos=True)
+    for start in (1, 2):
+        rig.submit(list(range(start, start + 30)), max_tokens=40, ignore_eos=True)
     victim = until_swapped(rig)
     table = victim.host_table
     assert table is not None
@@ -128,8 +128,8 @@ def test_the_end_comes_in_any_state(turns: int) -> None:
 def test_a_stop_token_that_was_unread_ends_a_swapped_sequence() -> None:
     def run(seed: int, **sampling) -> tuple[Rig, Sequence]:
         rig = Rig(pages=11, max_rows=2, decode_steps=1, host_pages=20)
-        for more in ({}, sampling):
-            rig.submit([7] * 4, max_tokens=24, ignore_eos=True, seed=seed, **more)
+        for token, more in ((7, {}), (8, sampling)):
+            rig.submit([token] * 4, max_tokens=24, ignore_eos=True, seed=seed, **more)
         return rig, rig.sequences[1]
 
     stops = {}
@@ -161,8 +161,8 @@ def test_a_stop_token_that_was_unread_ends_a_swapped_sequence() -> None:
 )
 def test_a_returning_sequence_has_its_history(told: bool, sampling: dict) -> None:
     rig = Rig(pages=11, max_rows=2, decode_steps=1, host_pages=20)
-    for _ in range(2):
-        rig.submit([7] * 4, max_tokens=24, ignore_eos=True, **sampling)
+    for token in (7, 8):
+        rig.submit([token] * 4, max_tokens=24, ignore_eos=True, **sampling)
     rig.run()
     rig.check()
     young = rig.sequences[1]
