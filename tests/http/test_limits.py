@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import httpx
 import pytest
 import yaml
 
@@ -16,6 +18,7 @@ from jaxserve.http.keyfile import load_keys
 from jaxserve.limits.store import LocalStore, MemoryStore
 from tests.http.frontend import CONFIG, Front
 from tests.http.frontend import front as make_front
+from tests.http.test_serve import TIMEOUT_S, address_of, started, wait_ready
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 KEY = {"authorization": "Bearer alice"}
@@ -273,3 +276,26 @@ def test_a_key_takes_over_what_its_tenant_has(tmp_path):
     assert not ring.is_limited
     free = ring.identify(b"Bearer free")
     assert (free.priority, free.priority_ceiling, free.weight) == (0, 0, 1)
+
+
+def test_workers_keep_one_limit_together(tmp_path):
+    limits = {"requests_per_minute": 0.01, "burst_requests": 5}
+    config = key_config(tmp_path, {"limits": limits})
+    with started("http.workers=2", f"http.key_file={config.key_file}") as process:
+        base = address_of(process)
+        wait_ready(base)
+        body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+        statuses = [  # each over a connection of its own, so that both workers get some
+            httpx.post(f"{base}{CHAT}", json=body | {"seed": n}, headers=KEY).status_code
+            for n in range(16)
+        ]
+        assert statuses == [200] * 5 + [429] * 11
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT_S) == 0
+
+
+def test_a_wrong_redis_url_is_one_sentence():
+    with started("limits.redis_url=http://x") as process:
+        assert process.wait(TIMEOUT_S) == 1
+        error = process.stderr.read()
+    assert "limits.redis_url" in error and len(error.splitlines()) == 1
