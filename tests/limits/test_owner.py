@@ -75,7 +75,7 @@ asyncio.run(main())
 
 
 def test_a_killed_worker_blocks_nobody_and_gives_back_what_it_did_not_use(tmp_path):
-    memory = MemoryStore()
+    memory = MemoryStore(lease_s=3600)
     path = tmp_path / "limits"
 
     async def level() -> float:
