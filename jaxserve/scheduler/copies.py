@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Seq
 
 from jaxserve.config import SchedulerConfig
+from jaxserve.scheduler.phases import IN_TURN, Phase
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.scheduler import Commit, Scheduler
 from jaxserve.scheduler.sequence import Sequence
@@ -23,6 +24,7 @@ class Schedulers:
 
     Args:
         copies: how many there are; every copy has the limits of `config` and a pool of `num_pages`.
+        batch_invariant: steps are of one kind each, see `scheduler.phases`.
         config, model, page_size, num_pages, clock_ns: as `Scheduler` takes them.
     """
 
@@ -34,6 +36,7 @@ class Schedulers:
         page_size: int,
         num_pages: Iterable[int],
         copies: int = 1,
+        batch_invariant: bool = False,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         pages = tuple(num_pages)
@@ -42,6 +45,7 @@ class Schedulers:
             for _ in range(copies)
         ]
         self._next_step_id = 0
+        self._last_phase = Phase.OUTPUTS if batch_invariant else Phase.MIXED
 
     @property
     def num_waiting(self) -> int:
@@ -106,14 +110,32 @@ class Schedulers:
         Returns:
             None if there is nothing to launch at all.
         """
-        steps = [s.decode_steps() for s in self._schedulers if s.num_running or s.num_waiting]
-        plans = [scheduler.plan(min(steps, default=1)) for scheduler in self._schedulers]
+        if self._last_phase is Phase.MIXED:
+            steps = [s.decode_steps() for s in self._schedulers if s.num_running or s.num_waiting]
+            plans = self._plans(min(steps, default=1), Phase.MIXED)
+        else:
+            plans = self._plans_in_turn()
         if all(plan is None for plan in plans):
             return None
         for plan in plans:
             if plan is not None:
                 plan.step_id = self._next_step_id
         self._next_step_id += 1
+        return plans
+
+    def _plans(self, decode_steps: int, phase: Phase) -> list[Plan | None]:
+        return [scheduler.plan(decode_steps, phase) for scheduler in self._schedulers]
+
+    def _plans_in_turn(self) -> list[Plan | None]:
+        """Plans of one kind, of the other if that comes to nothing."""
+        found = {phase for scheduler in self._schedulers for phase in scheduler.phases()}
+        plans: list[Plan | None] = []
+        for phase in (IN_TURN[self._last_phase], self._last_phase):
+            if phase in found:
+                plans = self._plans(1, phase)
+                if any(plan is not None for plan in plans):
+                    self._last_phase = phase
+                    break
         return plans
 
     def commit(self, copy: int, rows: list[int], token_ids: Seq[list[int]]) -> Commit:

@@ -25,6 +25,7 @@ from jaxserve.scheduler.admission import check_cache, check_context, check_queue
 from jaxserve.scheduler.choices import Choices
 from jaxserve.scheduler.decoding import DecodeSet
 from jaxserve.scheduler.pages import PageAllocator
+from jaxserve.scheduler.phases import Phase, chunk_end, phase_of
 from jaxserve.scheduler.plan import Chunk, Join, PageCopy, PageEntry, Plan
 from jaxserve.scheduler.queue import WaitingQueue
 from jaxserve.scheduler.sequence import Sequence, SequenceState
@@ -92,6 +93,7 @@ class Scheduler:
         self._decoding = DecodeSet(page_size)
         self._slots = SlotTable(config.max_rows)
         self._launched: deque[_Launched] = deque()
+        self._phase = Phase.MIXED
         self._next_step_id = 0
         self._num_arrived = 0
 
@@ -161,24 +163,40 @@ class Scheduler:
             sequence.reason = reason
             self._end(sequence)
 
-    def plan(self, max_decode_steps: int | None = None) -> Plan | None:
+    def phases(self) -> set[Phase]:
+        """The kinds of step that there is work for, where they take turns."""
+        found = {phase_of(sequence) for sequence in self._prefilling}
+        if len(self._decoding):
+            found.add(Phase.OUTPUTS)
+        waiting = self._waiting.peek()
+        if waiting is not None:
+            found.add(phase_of(waiting))
+        return found
+
+    def plan(self, max_decode_steps: int | None = None, phase: Phase = Phase.MIXED) -> Plan | None:
         """The next device call; None if there is nothing to launch.
 
         Args:
             max_decode_steps: in one call; what `decode_steps` says where None.
+            phase: what the step may hold.
         """
         plan = Plan(step_id=self._next_step_id)
         preemptions = self.num_preemptions
         plan.decode_steps = self.decode_steps()
         if max_decode_steps is not None:
             plan.decode_steps = min(plan.decode_steps, max_decode_steps)
+        if phase is Phase.PROMPTS:
+            plan.decode_steps = 0
+        self._phase = phase
         self._open_pages(plan)
         # Decoding rows come first; the budget is at least one token a row, so it is never negative.
-        budget = self._config.max_step_tokens - len(self._decoding)
+        budget = self._config.max_step_tokens
+        if plan.decode_steps:
+            budget -= len(self._decoding)
         budget = self._continue_prefills(plan, budget)
         if self.num_preemptions == preemptions:  # else what was preempted would come right back
             self._admit(plan, budget)
-        if not plan.chunks and not len(self._decoding):
+        if not plan.chunks and not (plan.decode_steps and len(self._decoding)):
             return None
         self._next_step_id += 1
         self._decoding.tell(plan)
@@ -265,18 +283,20 @@ class Scheduler:
                 break
             if sequence.state is not SequenceState.PREFILLING:
                 continue  # preempted for a better one, just now
-            end = min(sequence.num_computed + budget, len(sequence.token_ids))
+            end = chunk_end(self._phase, sequence, budget)
+            if end == sequence.num_computed:
+                continue  # in a step of another kind
             entries = self.pages.extend(sequence.table, sequence.num_computed, end)
             while entries is None and self._make_room(sequence):
                 entries = self.pages.extend(sequence.table, sequence.num_computed, end)
             if entries is None:
                 end = min(end, self.pages.reachable(sequence.table, sequence.num_computed))
-                if end <= sequence.num_computed:
+                if end <= sequence.num_computed or self._phase is Phase.PROMPTS:
                     continue  # the worst-ranked of all, and no page is free: it waits a step
                 entries = self.pages.extend(sequence.table, sequence.num_computed, end)
                 assert entries is not None
             self._enter(plan, sequence, entries)
-            budget -= self._add_chunk(plan, sequence, end)
+            budget = self._left(budget, self._add_chunk(plan, sequence, end))
         return budget
 
     def _admit(self, plan: Plan, budget: int) -> None:
@@ -285,7 +305,9 @@ class Scheduler:
             sequence = self._waiting.peek()
             if sequence is None or sequence.has_unread:
                 return  # nobody, or preempted a moment ago: its last tokens are still on their way
-            end = min(sequence.num_computed + budget, len(sequence.token_ids))
+            end = chunk_end(self._phase, sequence, budget)
+            if end == sequence.num_computed:
+                return  # its turn comes with a step of another kind
             if not self._has_room(sequence):
                 return
             copies = self.pages.own(sequence.table, sequence.num_computed)
@@ -303,7 +325,7 @@ class Scheduler:
             self._take_slot(plan, sequence)
             plan.page_copies += [PageCopy(group=g, source=s, target=t) for g, s, t in copies]
             self._enter(plan, sequence, self.pages.entries(sequence.table))
-            budget -= self._add_chunk(plan, sequence, end)
+            budget = self._left(budget, self._add_chunk(plan, sequence, end))
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Whether all known tokens fit, with a page to spare for each running row.
@@ -323,6 +345,10 @@ class Scheduler:
             if not self._choices.reclaim(sequence):
                 return True  # nothing runs, nobody holds: it fits by the check at its submission
 
+    def _left(self, budget: int, used: int) -> int:
+        """The step's tokens that are left; a step of a prompt holds no second chunk."""
+        return 0 if self._phase is Phase.PROMPTS else budget - used
+
     # ------------------------------------------------------------------ changes of state
 
     def _add_chunk(self, plan: Plan, sequence: Sequence, end: int) -> int:
@@ -331,7 +357,7 @@ class Scheduler:
         samples = end == len(known)
         due = min(end, sequence.prompt_len - 1)
         wanted = sequence.sampling.prompt_logprobs if sequence.choice == 0 else None
-        if due <= sequence.num_prompt_logprobs_planned:
+        if due <= sequence.num_prompt_logprobs_planned and self._phase is not Phase.PROMPTS:
             wanted = None
         else:
             sequence.num_prompt_logprobs_planned = due

@@ -57,6 +57,11 @@ FEATURES = (
     Feature(name="chunked prefill", settings=("scheduler.max_step_tokens=8",)),
     Feature(name="several decode steps", settings=("scheduler.decode_steps=4",)),
     Feature(
+        name="batch invariant",
+        settings=("engine.batch_invariant=true",),
+        acted=lambda trial: trial.num_mixed == 0,
+    ),
+    Feature(
         name="recompute",
         settings=("cache.num_pages=31",),
         shape=_urgent,
