@@ -38,7 +38,7 @@ class ExactBatch:
         chunk_slots = [chunk.slot for chunk in plan.chunks]
         assert not set(chunk_slots) & set(self._decoding)
         assert len(set(chunk_slots)) == len(chunk_slots)
-        assert plan.decode_steps == 1 or not plan.chunks
+        assert plan.decode_steps <= 1 or not plan.chunks
         decoding = self._decoding if plan.decode_steps else []
         for slot in decoding:
             self._lengths[slot] += 1
