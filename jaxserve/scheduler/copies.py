@@ -134,8 +134,8 @@ class Schedulers:
         self._schedulers[sequence.copy].cancel(sequence, reason)
 
     def take_shed(self) -> list[tuple[Sequence, Overloaded]]:
-        """As `Scheduler.take_shed`, of all copies."""
-        return [shed for scheduler in self._schedulers for shed in scheduler.take_shed()]
+        """Sequences that were ended for newcomers since the last call, and what they are told."""
+        return [shed for scheduler in self._schedulers for shed in scheduler.shedding.take()]
 
     def plan(self) -> list[Plan | None] | None:
         """The next device call: a plan for each copy, None where it has nothing to do.

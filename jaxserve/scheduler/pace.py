@@ -9,10 +9,12 @@ tokens, so times rise in stairs: a bin knows on which stair it is, which no stra
     promise   = time x (1 + 4 x spread)   spread: how far times stray, as in TCP's timeouts
 
 The budget is the largest bin whose promise is under the target; a bin that was never seen is
-judged by the line through the largest two seen below it. When the device slows down or speeds up,
+judged by the line through the two seen nearest to it. When the device slows down or speeds up,
 `speed` follows within a few steps, and with it all bins. A bin found too slow is forgotten after
-`TRY_AGAIN` measured steps, so that one odd measurement does not rule it out for ever: at most one
-step in `TRY_AGAIN` is over the target for that.
+`TRY_AGAIN` measured steps, so that one odd measurement does not rule it out for ever, and now and
+then the next bin is tried though the line says no, since it may be on the same stair: after
+`TRY_FIRST` steps, and with each time that it was in vain after twice as many, up to `TRY_AGAIN`. A
+bin is tried by one step, and not again before that was measured.
 
 Invariants: at least `MIN_CHUNK_TOKENS` are allowed (prefill never stops), at most the whole budget,
 which is also what a step without decoding rows gets.
@@ -28,8 +30,10 @@ from typing import cast
 MIN_CHUNK_TOKENS = 16
 #: Bins grow by this factor.
 GROWTH = 1.25
-#: Measured steps after which a bin that was found too slow may be tried again.
-TRY_AGAIN = 500
+#: Measured steps after which a bin that was found too slow, or should be, may be tried.
+TRY_FIRST, TRY_AGAIN = 32, 500
+#: Measured steps until a step that tries a bin has been read back.
+READ_AFTER = 4
 #: Weights of a new measurement.
 SPEED_GAIN, SHAPE_GAIN, SPREAD_GAIN = 1 / 4, 1 / 16, 1 / 16
 #: A measurement is taken as at most so many times what was expected, or this part of it.
@@ -52,6 +56,10 @@ class Pacer:
         self._num_measured = 0
         self._speed = 1.0
         self._spread = 0.05
+        self._tried_at = -READ_AFTER
+        self._dared_at = 0  # when a bin was last tried against the line
+        self._dared = -1  # which, until it is measured
+        self._patience = TRY_FIRST
 
     def budget(self, num_decode_rows: int, most: int) -> int:
         """Prefill tokens that a step may bring.
@@ -77,6 +85,10 @@ class Pacer:
         place = self._place(num_tokens)
         shape = self._shapes[place]
         self._seen_at[place] = self._num_measured
+        if place == self._dared:
+            self._dared = -1
+            in_vain = device_ns > self._target_ns
+            self._patience = min(2 * self._patience, TRY_AGAIN) if in_vain else TRY_FIRST
         if shape is None:
             self._shapes[place] = device_ns / self._speed
             return
@@ -94,13 +106,24 @@ class Pacer:
         best = self._sizes[first]
         for place in range(first, len(self._sizes)):
             shape = self._shapes[place]
-            expected = self._between(known, place) if shape is None else shape
-            if expected > limit:
+            if shape is None and (not known or place > known[-1]):
+                return self._try(known, place, limit) or best
+            if (self._between(known, place) if shape is None else shape) > limit:
                 break
             best = self._sizes[place]
-            if not known or place > known[-1]:
-                break  # one unknown bin at a time
         return best
+
+    def _try(self, known: list[int], place: int, limit: float) -> int:
+        """The size of a bin that was never seen, if this step should try it; else 0."""
+        now = self._num_measured
+        if now - self._tried_at < READ_AFTER:
+            return 0
+        if self._between(known, place) > limit:
+            if now - self._dared_at < self._patience:
+                return 0
+            self._dared, self._dared_at = place, now
+        self._tried_at = now
+        return self._sizes[place]
 
     def _known(self, place: int, limit: float) -> bool:
         """Whether a bin has been seen; one that was too slow long ago is forgotten."""

@@ -24,7 +24,6 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 
 from jaxserve.config import SchedulerConfig
-from jaxserve.errors import Overloaded
 from jaxserve.scheduler.accounts import Accounts, Meter
 from jaxserve.scheduler.admission import check_cache, check_context
 from jaxserve.scheduler.choices import Choices
@@ -90,7 +89,6 @@ class Scheduler:
         self._prefilling: dict[Sequence, None] = {}
         self._decoding = DecodeSet(page_size, self._meter)
         self._slots = SlotTable(config.max_rows, self._meter)
-        self._shed: list[tuple[Sequence, Overloaded]] = []
         self._planned: set[Sequence] = set()  # have a chunk in the plan that is being made
         self._set_back_level: float = math.inf  # the best one preempted in it
         self._launched: deque[Launched] = deque()
@@ -127,7 +125,7 @@ class Scheduler:
     ) -> list[Sequence]:
         """Lets a request in: one sequence a key, in choice order, all over one prompt.
 
-        Those that must leave a full queue for it are what `take_shed` gives then.
+        Those that must leave a full queue for it are what `shedding.take` gives then.
 
         Args:
             priority: smaller is served first, and preempts.
@@ -141,16 +139,12 @@ class Scheduler:
         check_context(len(prompt), sampling.max_tokens, self._model.max_context)
         check_cache(len(prompt), sampling.max_tokens, self.pages)
         account = self._accounts.account(priority, tenant, weight)
-        shed = self.shedding.make_way(
-            len(keys),
-            len(prompt),
-            priority,
-            account,
+        self.shedding.make_way(
+            *(len(keys), len(prompt), priority, account),
             num_waiting=self.num_waiting,
             num_free_slots=self._slots.num_free,
+            end=self.cancel,
         )
-        for sequence, error in shed:
-            self._end_shed(sequence, error)
         stops = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             stops |= frozenset(self._model.eos_token_ids)
@@ -181,11 +175,6 @@ class Scheduler:
         if sequence.reason is None:
             sequence.reason = reason
             self._end(sequence)
-
-    def take_shed(self) -> list[tuple[Sequence, Overloaded]]:
-        """Sequences that were ended for newcomers since the last call, and what they are told."""
-        shed, self._shed = self._shed, []
-        return shed
 
     def plan(self, max_decode_steps: int | None = None) -> Plan | None:
         """The next device call; None if there is nothing to launch.
@@ -398,12 +387,6 @@ class Scheduler:
             return False
         self._preempt(victim)
         return True
-
-    def _end_shed(self, sequence: Sequence, error: Overloaded) -> None:
-        """A waiting request leaves a full queue, with all its choices."""
-        for ended in [*sequence.followers, sequence]:
-            self.cancel(ended, FinishReason.ERROR)
-            self._shed.append((ended, error))
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue, at its old place; its known tokens will be computed again."""

@@ -13,12 +13,14 @@ Every refusal and every shed sequence is counted by reason:
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 from jaxserve.config import SchedulerConfig
 from jaxserve.errors import InvalidRequest, Overloaded
 from jaxserve.scheduler.accounts import Account
 from jaxserve.scheduler.queue import WaitingQueue
 from jaxserve.scheduler.sequence import Sequence
+from jaxserve.types import FinishReason
 
 
 class Shedding:
@@ -36,6 +38,12 @@ class Shedding:
         self.counts: Counter[str] = Counter()
         self._config = config
         self._waiting = waiting
+        self._ended: list[tuple[Sequence, Overloaded]] = []
+
+    def take(self) -> list[tuple[Sequence, Overloaded]]:
+        """Sequences that were ended for newcomers since the last call, and what they are told."""
+        ended, self._ended = self._ended, []
+        return ended
 
     def make_way(
         self,
@@ -46,14 +54,14 @@ class Shedding:
         *,
         num_waiting: int,
         num_free_slots: int,
-    ) -> list[tuple[Sequence, Overloaded]]:
-        """Room in the queue for a request; those that must end for it, with what they are told.
-
-        A choice that waits for the first one's prompt goes with it and is not in the list.
+        end: Callable[[Sequence, FinishReason], None],
+    ) -> None:
+        """Makes room in the queue for a request.
 
         Args:
             num_new, num_tokens: sequences, and tokens of their prompt.
             num_waiting: choices that wait for another's prompt among them.
+            end: called with each sequence that must end for it; `take` has them then.
 
         Raises:
             InvalidRequest: there would be no room even if nobody else were there.
@@ -72,7 +80,7 @@ class Shedding:
         if config.max_waiting_tokens and num_waiting >= num_free_slots:
             over_tokens = self._waiting.num_tokens + num_tokens - config.max_waiting_tokens
         if over <= 0 and over_tokens <= 0:
-            return []
+            return
         # Taken out of the queue to see who would be next; put back if it is not enough.
         pushed_out: list[Sequence] = []
         freed, freed_tokens = 0, 0
@@ -87,7 +95,12 @@ class Shedding:
         for sequence in reversed(pushed_out):
             self._waiting.push(sequence, lift=False)
         if freed >= over and freed_tokens >= over_tokens:
-            return [(sequence, self._verdict(sequence, level)) for sequence in pushed_out]
+            for sequence in pushed_out:
+                verdict = self._verdict(sequence, level)
+                for choice in [*sequence.followers, sequence]:
+                    end(choice, FinishReason.ERROR)
+                    self._ended.append((choice, verdict))
+            return
         if over > 0:
             self.counts["queue_full"] += num_new
             raise Overloaded(

@@ -92,7 +92,7 @@ class Rig:
         sequences = self.scheduler.submit(
             keys, prompt, params, priority=priority, tenant=tenant, weight=weight
         )
-        for shed, _ in self.scheduler.take_shed():
+        for shed, _ in self.scheduler.shedding.take():
             self.ends[shed] += 1
         self.sequences += sequences
         self.emitted |= {sequence: [] for sequence in sequences}

@@ -56,7 +56,7 @@ class Driver:
     weights: dict[str, float] = field(default_factory=dict)
     served: dict[tuple[int, str], float] = field(default_factory=lambda: defaultdict(float))
     widest: dict[tuple[int, str, str], float] = field(default_factory=lambda: defaultdict(float))
-    now_ns: int = 0
+    now_ns: int = 10**9
 
     def __post_init__(self) -> None:
         self.scheduler = Scheduler(
@@ -93,7 +93,7 @@ class Driver:
         sequences = self.scheduler.submit(
             keys, [TOKEN] * prompt_len, sampling, priority=priority, tenant=tenant, weight=weight
         )
-        for shed, _ in self.scheduler.take_shed():
+        for shed, _ in self.scheduler.shedding.take():
             self.ends[shed] += 1
         self.sequences += sequences
         for sequence in sequences:
@@ -134,11 +134,13 @@ class Driver:
         """Looks at every pair of tenants that wait at the same priority."""
         queue = self.scheduler._waiting
         emptied, self._emptied = self._emptied, set()
-        waiting = {
+        by_tenant = {
             (priority, account.tenant)
             for priority, rank in queue._ranks.items()
             for account in rank.lines
         }
+        one_for_all = self.config.fairness == "fcfs"
+        waiting = {self.tenants[s] for s in queue._entries} if one_for_all else by_tenant
         gaps = {}
         for (level, one), (other_level, other) in itertools.combinations(sorted(waiting), 2):
             if level != other_level:
