@@ -132,10 +132,10 @@ def waits_beside(flood: int) -> list[int]:
     """
     config = SchedulerConfig(max_rows=8, max_step_tokens=32, decode_steps=1, max_waiting=10**6)
     driver = Driver(config, num_pages=8 * 16 + 1)
-    draw = random.Random(5)
+    draw, others = random.Random(5), random.Random(6)
     own: list[Sequence] = []
     for _ in range(2000):
-        for _ in range(flood if flood > 1 else draw.random() < 0.4):
+        for _ in range(flood if flood > 1 else others.random() < 0.4):
             driver.submit(12, 20, tenant="neighbour")
         if draw.random() < 0.08:
             own += driver.submit(12, 20, tenant="own")
