@@ -22,6 +22,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Sequence as Seq
 
 from jaxserve.config import SchedulerConfig
 from jaxserve.scheduler.accounts import Accounts, Meter
@@ -38,6 +39,7 @@ from jaxserve.scheduler.room import Room, worst_first
 from jaxserve.scheduler.sequence import Sequence, SequenceState
 from jaxserve.scheduler.shedding import Shedding
 from jaxserve.scheduler.slots import SlotTable
+from jaxserve.scheduler.swap import Swap
 from jaxserve.types import FinishReason, ModelInfo, SamplingParams
 
 
@@ -52,11 +54,14 @@ class Scheduler:
         accounts: the tenants' counters, shared with other copies' schedulers; own ones where None.
         pacer: likewise.
         cached_tokens: how many of a waiting sequence's known tokens need not be computed.
+        host_pages: pages of each group on the host; none where preempted sequences are recomputed.
+        preemption: as `CacheConfig.preemption`.
         clock_ns: CLOCK_MONOTONIC.
 
     Attributes:
         pages: the allocator.
         shedding: of the queue; counts who was refused or shed.
+        swap: what preempted sequences have on the host.
         num_preemptions: so far.
     """
 
@@ -70,9 +75,13 @@ class Scheduler:
         accounts: Accounts | None = None,
         pacer: Pacer | None = None,
         cached_tokens: Callable[[Sequence], int] = no_cache,
+        host_pages: Iterable[int] = (),
+        preemption: str = "auto",
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.pages = PageAllocator(page_size, model.cache_groups, list(num_pages))
+        windows = [group.window for group in model.cache_groups]
+        self.swap = Swap(self.pages, windows, list(host_pages), preemption)
         self.num_preemptions = 0
         self._config = config
         self._model = model
@@ -201,6 +210,7 @@ class Scheduler:
             return None
         self._next_step_id += 1
         self._decoding.tell(plan)
+        self.swap.tell(plan)
         self._launched.append(Launched(plan, self._slots.owners()))
         for chunk in plan.chunks:
             if chunk.samples:
@@ -210,14 +220,23 @@ class Scheduler:
         self._choices.queue_forked()
         return plan
 
-    def commit(self, rows: list[int], token_ids: list[list[int]]) -> Commit:
+    def commit(
+        self,
+        rows: list[int],
+        token_ids: list[list[int]],
+        *,
+        device_ns: int = 0,
+        page_ns: Seq[float] = (),
+    ) -> Commit:
         """Takes in the tokens of the oldest launched plan.
 
         Args:
             rows: slot of each live row: the decoding rows, then the plan's chunks in order.
             token_ids: the tokens of each live row, one a decode step.
+            device_ns, page_ns: as `StepOutputs` has them; 0 and empty where not measured.
         """
         launched = self._launched.popleft()
+        self.swap.costs.observe(launched.plan, len(rows), device_ns, page_ns)
         commit = launched.read(rows, token_ids, self._clock_ns)
         for sequence in commit.finished:
             self._end(sequence)
@@ -322,6 +341,7 @@ class Scheduler:
             self._choices.leaves_queue(sequence)
             self._take_slot(plan, sequence)
             plan.page_copies += [PageCopy(group=g, source=s, target=t) for g, s, t in copies]
+            self.swap.restore(plan, sequence)
             plan.enter(sequence.slot, self.pages.entries(sequence.table))
             budget -= self._add_chunk(plan, sequence, end)
 
@@ -363,6 +383,7 @@ class Scheduler:
             self._waiting.remove(sequence)
             self._choices.leaves_queue(sequence)
             self.pages.release(sequence.table)
+            self.swap.drop(sequence)
         elif state is SequenceState.PREFILLING:
             del self._prefilling[sequence]
             self._leave_slot(sequence)
@@ -389,13 +410,13 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the queue, at its old place; its known tokens will be computed again."""
+        """Back to the queue, at its old place; its pages go to the host or are computed again."""
         if sequence.state is SequenceState.DECODING:
             self._decoding.remove(sequence)
         else:
             del self._prefilling[sequence]
-        self._leave_slot(sequence)
-        sequence.num_computed = 0
+        self.swap.set_back(sequence)
+        self._slots.leave(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self._set_back_level = min(self._set_back_level, sequence.level)
