@@ -16,7 +16,8 @@ What one step of delay means:
   one before returned, so the new owner's writes come after. Within one call no row reads a page
   that the call's other rows were given (see `scheduler.pages`).
 - *Preemption.* A preempted sequence's launched tokens are still read and sent. It is let in again
-  only when they have been, since its recomputation starts from the known tokens.
+  only when they have been, since it goes on from the known tokens, be its pages loaded from the
+  host or computed again. They are saved before the plan's step, so after all launched ones.
 - *Several decode steps* in one call happen only when nobody waits, no prompt is being computed and
   no row ends within them; stop tokens then cost up to two calls' worth of discarded tokens.
 
@@ -170,6 +171,8 @@ class Engine:
         """Reads a step's tokens and sends each client its own."""
         outputs = self.executor.collect(step.launched)
         now_ns = time.monotonic_ns()
+        rows = [inputs.num_decode_rows for inputs in step.inputs]
+        self.scheduler.measured(step.plans, rows, outputs[0].device_ns)
         for copy, (plan, own, brought) in enumerate(
             zip(step.plans, step.inputs, outputs, strict=True)
         ):
@@ -178,7 +181,9 @@ class Engine:
             num_rows = own.num_live_rows
             rows = own.rows[:num_rows].tolist()
             sampled = brought.token_ids[:, :num_rows].T.tolist()
-            commit = self.scheduler.commit(copy, rows, sampled)
+            commit = self.scheduler.commit(
+                copy, rows, sampled, device_ns=brought.device_ns, page_ns=brought.page_ns
+            )
             self._outbox.add_step(plan.step_id, now_ns, commit, own, brought)
             for sequence in commit.finished:
                 self._finish(sequence, now_ns)
@@ -236,12 +241,17 @@ class Engine:
                 prompt,
                 message.sampling,
                 priority=message.priority,
+                tenant=message.tenant,
+                weight=message.weight,
                 arrived_ns=message.arrived_ns,
             )
         except JaxserveError as error:
             self._refuse(client, message, error)
         else:
             live.update(zip(message.sequence_ids, sequences, strict=True))
+        now_ns = time.monotonic_ns()
+        for sequence, error in self.scheduler.take_shed():
+            self._finish(sequence, now_ns, error)
 
     def cancel(self, client: Hashable, sequence_ids: list[int], reason: FinishReason) -> None:
         """Ends those of a client's sequences that still live."""
@@ -268,8 +278,12 @@ class Engine:
             waiting=self.scheduler.num_waiting,
             pages_used=self.scheduler.pages_used,
             pages_total=self.scheduler.pages_total,
+            swapped=self.scheduler.num_swapped,
+            host_pages_used=self.scheduler.host_pages_used,
+            host_pages_total=self.scheduler.host_pages_total,
             compiles_after_warmup=self.executor.compiles_after_warmup,
             model=self._model,
+            shed=self.scheduler.num_shed,
             error=self._error,
         )
 
@@ -346,6 +360,8 @@ class Engine:
             pages_used=self.scheduler.pages_used,
             pages_total=self.scheduler.pages_total,
             preemptions=preemptions,
+            pages_saved=sum(len(plan.page_saves) for plan in plans),
+            pages_loaded=sum(len(plan.page_loads) for plan in plans),
             compiles_after_warmup=self.executor.compiles_after_warmup,
         )
 
@@ -357,6 +373,7 @@ def _record(sequence: Sequence, now_ns: int) -> SequenceRecord:
         computed_tokens=sequence.num_first_computed,
         cached_tokens=sequence.num_cached,
         recomputed_tokens=sequence.num_recomputed,
+        swapped_tokens=sequence.num_swapped,
         discarded_tokens=sequence.num_discarded,
         preemptions=sequence.num_preemptions,
         context_tokens=len(sequence.token_ids),

@@ -48,6 +48,8 @@ _COUNTERS = {
     "step_decode_tokens": "Decoded tokens run on the device",
     "step_padding_tokens": "Padding run on the device",
     "preemptions": "Sequences set back to make room",
+    "pages_saved": "KV pages copied to the host",
+    "pages_loaded": "KV pages copied back from the host",
 }
 _HISTOGRAMS = {
     "time_to_first_token_seconds": "From arrival to the first token",
@@ -145,6 +147,8 @@ class Metrics:
         own[_COUNTER["step_decode_tokens"]] += stats.decode_tokens
         own[_COUNTER["step_padding_tokens"]] += stats.padded_tokens - stats.tokens
         own[_COUNTER["preemptions"]] += stats.preemptions
+        own[_COUNTER["pages_saved"]] += stats.pages_saved
+        own[_COUNTER["pages_loaded"]] += stats.pages_loaded
 
     def _observe(self, base: int, seconds: float) -> None:
         self._own[base + bisect_left(_BOUNDS, seconds)] += 1
@@ -205,7 +209,16 @@ def _engine(status: EngineStatus | None) -> Iterator[Metric]:
         ("waiting", "Sequences that wait", status.waiting),
         ("pages_used", "KV pages in use", status.pages_used),
         ("pages_total", "KV pages of the pool", status.pages_total),
+        ("swapped", "Waiting sequences whose KV pages are on the host", status.swapped),
+        ("host_pages_used", "KV pages in use on the host", status.host_pages_used),
+        ("host_pages_total", "KV pages that the host has room for", status.host_pages_total),
         ("compiles_after_warmup", "Compilations since ready", status.compiles_after_warmup),
         ("step_age_seconds", "Since the step loop last turned", status.step_age_s),
     ):
         yield GaugeMetricFamily(f"jaxserve_{name}", documentation, value)
+    shed = CounterMetricFamily(
+        "jaxserve_shed", "Sequences that a full queue refused or pushed out", labels=["reason"]
+    )
+    for reason, count in sorted(status.shed.items()):
+        shed.add_metric([reason], count)
+    yield shed

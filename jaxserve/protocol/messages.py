@@ -33,8 +33,9 @@ class Submit:
         sequence_ids: one per choice, in choice order (the choice index keys the random bits).
         prompt: segments, in order; at least one token in all.
         arrived_ns: when the request reached the front end.
-        priority: smaller is served first among waiting requests.
+        priority: smaller is served first, and preempts.
         tenant: who is charged; opaque here.
+        weight: the tenant's share beside others'; with twice the weight it is served twice as much.
     """
 
     sequence_ids: list[int]
@@ -43,6 +44,7 @@ class Submit:
     arrived_ns: int
     priority: int = 0
     tenant: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +93,7 @@ class SequenceRecord:
         computed_tokens: positions run through the model for the first time, prompt and output.
         cached_tokens: prompt tokens whose KV was found instead of computed.
         recomputed_tokens: positions run again after a preemption.
+        swapped_tokens: positions brought back from the host's memory instead, each time it was.
         drafted_tokens: proposed by speculation; discarded_tokens: sampled or drafted, not emitted.
         context_tokens: prompt plus emitted tokens at the end.
         *_ns: zero while it has not happened.
@@ -101,6 +104,7 @@ class SequenceRecord:
     computed_tokens: int = 0
     cached_tokens: int = 0
     recomputed_tokens: int = 0
+    swapped_tokens: int = 0
     drafted_tokens: int = 0
     discarded_tokens: int = 0
     preemptions: int = 0
@@ -166,6 +170,7 @@ class StepStats:
         decode_tokens, prefill_tokens: tokens of work by kind.
         flops, bytes: counted from shapes (models declare them), not measured.
         preemptions: since the statistics before these.
+        pages_saved, pages_loaded: KV pages that this call copied to the host and from it.
     """
 
     step_id: int
@@ -185,6 +190,8 @@ class StepStats:
     pages_total: int
     preemptions: int
     compiles_after_warmup: int
+    pages_saved: int = 0
+    pages_loaded: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -203,6 +210,9 @@ class EngineStatus:
     Attributes:
         model: set once the model is loaded.
         step_age_s: seconds since the step loop last turned.
+        shed: sequences that a full queue refused or pushed out since the start, by reason.
+        swapped: waiting sequences whose pages are in the host's memory.
+        host_pages_used, host_pages_total: pages there; 0 in all where there is no host store.
         error: the one sentence, for "failed".
     """
 
@@ -213,8 +223,12 @@ class EngineStatus:
     waiting: int = 0
     pages_used: int = 0
     pages_total: int = 0
+    swapped: int = 0
+    host_pages_used: int = 0
+    host_pages_total: int = 0
     compiles_after_warmup: int = 0
     model: ModelInfo | None = None
+    shed: dict[str, int] = field(default_factory=dict)
     error: str = ""
 
 

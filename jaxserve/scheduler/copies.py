@@ -1,17 +1,24 @@
 """One scheduler for each copy of the model, behind the interface of one.
 
 A request goes to the copy with the fewest sequences, all its choices together, since they share
-pages; there it stays. Each copy plans for itself, but all take part in each device call, so that
-the call runs as many decode steps as every copy can take. With one copy this is that scheduler.
+pages; there it stays. Tenants' counters are common to all copies: a tenant that one copy serves is
+behind in the others' queues, though each can only choose among those that wait with it, so the
+bound of fairness is one between tenants that wait at the same copy. Each copy plans for itself,
+but all take part in each device call, so that the call runs as many decode steps as every copy can
+take. With one copy this is that scheduler.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Seq
 
 from jaxserve.config import SchedulerConfig
+from jaxserve.errors import Overloaded
+from jaxserve.scheduler.accounts import Accounts
+from jaxserve.scheduler.pace import Pacer
 from jaxserve.scheduler.phases import IN_TURN, Phase
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.scheduler import Commit, Scheduler
@@ -23,9 +30,11 @@ class Schedulers:
     """Decides what runs on each copy; see the module.
 
     Args:
-        copies: how many there are; every copy has the limits of `config` and a pool of `num_pages`.
+        copies: how many there are; every copy has the limits of `config`, a pool of `num_pages` and
+            `host_pages` on the host.
         batch_invariant: steps are of one kind each, see `scheduler.phases`.
-        config, model, page_size, num_pages, clock_ns: as `Scheduler` takes them.
+        config, model, page_size, num_pages, host_pages, preemption, clock_ns: as `Scheduler` takes
+            them.
     """
 
     def __init__(
@@ -35,13 +44,27 @@ class Schedulers:
         *,
         page_size: int,
         num_pages: Iterable[int],
+        host_pages: Iterable[int] = (),
+        preemption: str = "auto",
         copies: int = 1,
         batch_invariant: bool = False,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        pages = tuple(num_pages)
+        accounts = Accounts(config)
+        self._pacer = Pacer(config.max_step_ms, config.max_step_tokens)
+        pages, on_host = tuple(num_pages), tuple(host_pages)
         self._schedulers = [
-            Scheduler(config, model, page_size=page_size, num_pages=pages, clock_ns=clock_ns)
+            Scheduler(
+                config,
+                model,
+                page_size=page_size,
+                num_pages=pages,
+                accounts=accounts,
+                pacer=self._pacer,
+                host_pages=on_host,
+                preemption=preemption,
+                clock_ns=clock_ns,
+            )
             for _ in range(copies)
         ]
         self._next_step_id = 0
@@ -77,6 +100,29 @@ class Schedulers:
         """Pages that can be handed out."""
         return sum(scheduler.pages.capacity for scheduler in self._schedulers)
 
+    @property
+    def num_shed(self) -> dict[str, int]:
+        """Sequences that a full queue refused or pushed out so far, by reason."""
+        total: Counter[str] = Counter()
+        for scheduler in self._schedulers:
+            total += scheduler.shedding.counts
+        return dict(total)
+
+    @property
+    def num_swapped(self) -> int:
+        """Waiting sequences whose pages are on the host."""
+        return sum(scheduler.swap.num_sequences for scheduler in self._schedulers)
+
+    @property
+    def host_pages_used(self) -> int:
+        """Pages on the host that somebody holds."""
+        return sum(scheduler.swap.num_used for scheduler in self._schedulers)
+
+    @property
+    def host_pages_total(self) -> int:
+        """Pages on the host that can be held."""
+        return sum(scheduler.swap.capacity for scheduler in self._schedulers)
+
     def submit(
         self,
         keys: list[tuple[Hashable, int]],
@@ -84,6 +130,8 @@ class Schedulers:
         sampling: SamplingParams,
         *,
         priority: int = 0,
+        tenant: str = "",
+        weight: float = 1.0,
         arrived_ns: int = 0,
     ) -> list[Sequence]:
         """As `Scheduler.submit`, to the copy with the fewest sequences, then the fewest pages."""
@@ -94,7 +142,13 @@ class Schedulers:
 
         copy = min(range(len(self._schedulers)), key=load)
         sequences = self._schedulers[copy].submit(
-            keys, prompt, sampling, priority=priority, arrived_ns=arrived_ns
+            keys,
+            prompt,
+            sampling,
+            priority=priority,
+            tenant=tenant,
+            weight=weight,
+            arrived_ns=arrived_ns,
         )
         for sequence in sequences:
             sequence.copy = copy
@@ -103,6 +157,10 @@ class Schedulers:
     def cancel(self, sequence: Sequence, reason: FinishReason) -> None:
         """As `Scheduler.cancel`."""
         self._schedulers[sequence.copy].cancel(sequence, reason)
+
+    def take_shed(self) -> list[tuple[Sequence, Overloaded]]:
+        """Sequences that were ended for newcomers since the last call, and what they are told."""
+        return [shed for scheduler in self._schedulers for shed in scheduler.shedding.take()]
 
     def plan(self) -> list[Plan | None] | None:
         """The next device call: a plan for each copy, None where it has nothing to do.
@@ -138,6 +196,31 @@ class Schedulers:
                     break
         return plans
 
-    def commit(self, copy: int, rows: list[int], token_ids: Seq[list[int]]) -> Commit:
+    def measured(self, plans: Seq[Plan | None], num_decode_rows: Seq[int], device_ns: int) -> None:
+        """A device call took so long: by it the pacer learns what a step may hold.
+
+        Args:
+            num_decode_rows: of each copy.
+            device_ns: 0 where it was not measured.
+        """
+        sizes = (
+            rows + sum(len(chunk.token_ids) for chunk in plan.chunks)
+            for plan, rows in zip(plans, num_decode_rows, strict=True)
+            if plan is not None
+        )
+        steps = max([1, *(plan.decode_steps for plan in plans if plan is not None)])
+        self._pacer.observe(max(sizes, default=0), device_ns / steps)
+
+    def commit(
+        self,
+        copy: int,
+        rows: list[int],
+        token_ids: Seq[list[int]],
+        *,
+        device_ns: int = 0,
+        page_ns: Seq[float] = (),
+    ) -> Commit:
         """As `Scheduler.commit`, of one copy's plan."""
-        return self._schedulers[copy].commit(rows, list(token_ids))
+        return self._schedulers[copy].commit(
+            rows, list(token_ids), device_ns=device_ns, page_ns=page_ns
+        )

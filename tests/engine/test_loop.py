@@ -27,7 +27,7 @@ from jaxserve.protocol.messages import (
 )
 from jaxserve.protocol.server import Arrival
 from jaxserve.types import FinishReason, SamplingParams
-from tests.fakes.engine import fake_parts, oracle
+from tests.fakes.engine import PAGE_BYTES, fake_parts, oracle
 from tests.fakes.executor import FakeExecutor
 
 CONFIG = Config(
@@ -102,6 +102,55 @@ def turn(engine: Engine, client: Hashable = "a", *messages: ClientMessage) -> No
     engine._server.arrivals += [(client, message) for message in messages]  # type: ignore[attr]
     engine.receive(0)
     engine.step()
+
+
+def test_who_is_shed_is_told_why_and_it_is_counted(server):
+    config = dataclasses.replace(
+        CONFIG, scheduler=SchedulerConfig(max_rows=1, max_step_tokens=16, max_waiting=1)
+    )
+    engine = build_engine(config, server, fake_parts(config, lambda *_: None))
+    turn(engine, "a", submit([1], [5, 6]))
+    turn(engine, "b", dataclasses.replace(submit([1], [7, 8]), priority=10))
+    turn(engine, "c", submit([1], [9, 9]))
+    turn(engine, "d", submit([1], [9, 8]))
+    (shed,), (refused,) = server.ends("b"), server.ends("d")
+    assert (shed.reason, shed.error_code) == (FinishReason.ERROR, "overloaded")
+    assert "better priority" in shed.error and shed.record.output_tokens == 0
+    assert refused.error_code == "overloaded"
+    assert engine.status().shed == {"priority": 1, "queue_full": 1}
+    for _ in range(40):
+        turn(engine)
+    assert [server.ends(client)[0].reason for client in "ac"] == [FinishReason.LENGTH] * 2
+    assert not engine._live["b"]
+
+
+def test_measured_steps_pace_the_next(server):
+    scheduler = SchedulerConfig(max_rows=4, max_step_tokens=200, decode_steps=1, max_step_ms=10.0)
+    config = dataclasses.replace(CONFIG, scheduler=scheduler)
+    engine = build_engine(config, server, fake_parts(config, lambda *_: None))
+    collect = engine.executor.collect
+
+    def timed(launched):
+        outputs = collect(launched)
+        outputs[0].device_ns = 1_000_000 * len(outputs[0].token_ids[0])
+        return outputs
+
+    chunks = []
+    plan = engine.scheduler.plan
+
+    def watched():
+        plans = plan()
+        chunks.append(sum(len(c.token_ids) for p in plans or () if p for c in p.chunks))
+        return plans
+
+    engine.executor.collect = timed  # type: ignore[method-assign]
+    engine.scheduler.plan = watched  # type: ignore[method-assign]
+    turn(engine, "a", submit([1], [5, 6], max_tokens=300))
+    turn(engine, "a", submit([2], [7] * 190, max_tokens=5))
+    for _ in range(310):
+        turn(engine)
+    assert len(server.tokens("a", 1)) == 300 and len(server.tokens("a", 2)) == 5
+    assert sum(chunks) == 192 and max(chunks) < 100  # cut, though a step holds it whole
 
 
 def calls(engine: Engine) -> int:
@@ -200,6 +249,46 @@ def test_step_statistics_add_up(server):
     assert sum(step.tokens for step in stats) == positions
     assert all(step.tokens == step.decode_tokens + step.prefill_tokens for step in stats)
     assert stats[-1].pages_total == 11 and stats[-1].pages_used == 0
+
+
+def test_what_the_host_keeps_is_told(server):
+    """Few pages and a host store: nothing is computed twice, and each page's way is counted."""
+    cache = CacheConfig(page_size=4, num_pages=12, host_bytes=20 * PAGE_BYTES, preemption="swap")
+    config = dataclasses.replace(CONFIG, cache=cache)
+    engine = build_engine(config, server, fake_parts(config, lambda *_: None))
+    requests = [submit([i], [5 + i] * 6, max_tokens=20) for i in range(4)]
+    turn(engine, "a", GetStatus(stats=True), *requests)
+    assert engine.status().host_pages_total == 20
+    swapped = 0
+    while engine.scheduler.has_work:
+        turn(engine)
+        status = engine.status()
+        swapped = max(swapped, status.swapped)
+        assert (status.host_pages_used > 0) is (status.swapped > 0)
+    stats = [message for _, message in server.sent if isinstance(message, StepStats)]
+    records = [end.record for end in server.ends("a")]
+    assert swapped > 0 and sum(record.recomputed_tokens for record in records) == 0
+    assert sum(record.swapped_tokens for record in records) > 10
+    saved = sum(step.pages_saved for step in stats)
+    assert saved == sum(step.pages_loaded for step in stats) > 4
+    for i, request in enumerate(requests):
+        assert server.tokens("a", i) == oracle([5 + i] * 6, request.sampling)
+
+
+def test_a_client_that_leaves_frees_its_pages_on_the_host(server):
+    cache = CacheConfig(page_size=4, num_pages=12, host_bytes=20 * PAGE_BYTES, preemption="swap")
+    config = dataclasses.replace(CONFIG, cache=cache)
+    engine = build_engine(config, server, fake_parts(config, lambda *_: None))
+    turn(engine, "a", submit([0], [5] * 6, max_tokens=30))
+    turn(engine, "b", submit([0, 1], [6] * 6, max_tokens=30))
+    while not engine.scheduler.num_swapped:
+        assert engine.scheduler.has_work
+        turn(engine)
+    turn(engine, "b", Goodbye())
+    assert engine.scheduler.num_swapped == engine.scheduler.host_pages_used == 0
+    while engine.scheduler.has_work:
+        turn(engine)
+    assert server.tokens("a", 0) == oracle([5] * 6, submit([0], [5], max_tokens=30).sampling)
 
 
 def test_a_refusal_names_the_field(engine, server):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxserve.config import SchedulerConfig
 from jaxserve.engine.loop import Batch
@@ -26,10 +29,14 @@ class Rig:
     groups: Seq[CacheGroup] = (FULL,)
     page_size: int = 4
     pages: int = 40
+    host_pages: int = 0
+    preemption: str = "swap"
     max_rows: int = 4
     max_step_tokens: int = 16
     decode_steps: int = 4
     max_context: int = 256
+    limits: dict[str, Any] = field(default_factory=dict)  # further fields of SchedulerConfig
+    clock_ns: Callable[[], int] = time.monotonic_ns
     pipelined: bool = True
     batch: Batch = field(default_factory=ExactBatch)
     sequences: list[Sequence] = field(default_factory=list)
@@ -48,14 +55,20 @@ class Rig:
         num_pages = [self.pages] * len(self.groups)
         self.scheduler = Scheduler(
             SchedulerConfig(
-                max_rows=self.max_rows,
-                max_step_tokens=self.max_step_tokens,
-                decode_steps=self.decode_steps,
-                max_waiting=100,
+                **{
+                    "max_rows": self.max_rows,
+                    "max_step_tokens": self.max_step_tokens,
+                    "decode_steps": self.decode_steps,
+                    "max_waiting": 100,
+                }
+                | self.limits
             ),
             self.model,
             page_size=self.page_size,
             num_pages=num_pages,
+            clock_ns=self.clock_ns,
+            host_pages=[self.host_pages] * len(self.groups),
+            preemption=self.preemption,
         )
         self.executor = FakeExecutor(
             self.groups,
@@ -64,14 +77,28 @@ class Rig:
             max_rows=self.max_rows,
             vocab_size=VOCAB,
             max_context=self.max_context,
+            host_pages=[self.host_pages] * len(self.groups),
         )
         self.in_flight = None
 
-    def submit(self, prompt: list[int], *, n: int = 1, priority: int = 0, **sampling) -> list:
+    def submit(
+        self,
+        prompt: list[int],
+        *,
+        n: int = 1,
+        priority: int = 0,
+        tenant: str = "",
+        weight: float = 1.0,
+        **sampling,
+    ) -> list:
         """A request; its sequences."""
         params = SamplingParams(**{"max_tokens": 8, "seed": 1} | sampling)
         keys = [("client", len(self.sequences) + i) for i in range(n)]
-        sequences = self.scheduler.submit(keys, prompt, params, priority=priority)
+        sequences = self.scheduler.submit(
+            keys, prompt, params, priority=priority, tenant=tenant, weight=weight
+        )
+        for shed, _ in self.scheduler.shedding.take():
+            self.ends[shed] += 1
         self.sequences += sequences
         self.emitted |= {sequence: [] for sequence in sequences}
         return sequences
@@ -105,7 +132,12 @@ class Rig:
         inputs, outputs = step
         num_rows = inputs.num_live_rows
         rows = inputs.rows[:num_rows].tolist()
-        commit = self.scheduler.commit(rows, outputs.token_ids[:, :num_rows].T.tolist())
+        commit = self.scheduler.commit(
+            rows,
+            outputs.token_ids[:, :num_rows].T.tolist(),
+            device_ns=outputs.device_ns,
+            page_ns=outputs.page_ns,
+        )
         for sequence, tokens in zip(commit.sequences, commit.token_ids, strict=True):
             self.emitted[sequence] += tokens
         for sequence in commit.finished:
@@ -133,13 +165,16 @@ class Rig:
     def check(self) -> None:
         """All that must hold once everything has ended."""
         assert self.scheduler.pages.num_used == 0
+        assert self.scheduler.swap.num_used == self.scheduler.swap.num_sequences == 0
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
         assert self.ends == Counter(self.sequences)
         sampled = positions = 0
         for sequence in self.sequences:
             expected = self.expected(sequence)
             emitted = self.emitted[sequence]
-            if sequence.reason is FinishReason.CANCELLED:
+            if sequence.reason is FinishReason.ERROR:
+                assert emitted == []  # shed: it has never run
+            elif sequence.reason is FinishReason.CANCELLED:
                 assert emitted == expected[: len(emitted)]
             else:
                 assert emitted == expected
