@@ -103,7 +103,7 @@ class Plan:
             that samples; its position goes on from there.
         chunks: prefill work.
         decode_steps: > 1 runs several decode steps in this one call; then there are no chunks,
-            and page tables already cover the positions.
+            and page tables already cover the positions. 0: the decoding rows sit this call out.
     """
 
     step_id: int
