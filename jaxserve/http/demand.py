@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxserve.http.auth import Identity
 from jaxserve.http.body import Fields
+from jaxserve.http.sampling import PRIORITIES
 from jaxserve.limits.deadline import MAX_TIMEOUT_S
 from jaxserve.limits.estimate import MESSAGE_BYTES, TEMPLATE_BYTES
 from jaxserve.limits.wait import Newcomer
@@ -67,6 +68,7 @@ def read_demand(fields: Fields, identity: Identity) -> Demand:
         _integer(fields, "max_completion_tokens", 0), _integer(fields, "max_tokens", 0)
     )
     user, priority = fields.peek("user"), fields.peek("priority")
+    priority = PRIORITIES.get(priority, priority) if type(priority) is str else priority
     return Demand(
         text_bytes=text_bytes,
         prompt_tokens=prompt_tokens,

@@ -3,8 +3,8 @@
     tenants:
       - name: acme
         weight: 2                # share beside tenants of weight 1
-        priority: 0              # of requests that name none; smaller is served first
-        priority_ceiling: -10    # the smallest that its requests may name; its priority if absent
+        priority: normal         # of requests that name none: high, low, or a number
+        priority_ceiling: high   # the smallest that its requests may name; its priority if absent
         limits: {requests_per_minute: 600, tokens_per_minute: 200000}
         user_limits: {requests_per_minute: 60}   # of each `user` that its requests name
     keys:
@@ -30,10 +30,9 @@ import yaml
 from jaxserve.config import HttpConfig
 from jaxserve.errors import ConfigError
 from jaxserve.http.auth import MAX_PRIORITY, Identity, KeyRing
+from jaxserve.http.sampling import PRIORITIES
 from jaxserve.limits.quota import Limits, Quota, read_limits
-
-#: Bounds of a tenant's weight.
-MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0
+from jaxserve.types import MAX_WEIGHT, MIN_WEIGHT
 
 _KEY = ("hash", "tenant", "role", "priority", "priority_ceiling", "limits")
 _TENANT = ("name", "weight", "priority", "priority_ceiling", "limits", "user_limits")
@@ -157,8 +156,11 @@ def _priorities(
 
 
 def _priority(where: str, name: str, value: Any) -> int:
+    if type(value) is str and value in PRIORITIES:
+        return PRIORITIES[value]
     if type(value) is not int or abs(value) > MAX_PRIORITY:
-        limit = f"an integer between {-MAX_PRIORITY} and {MAX_PRIORITY}"
+        words = ", ".join(PRIORITIES)
+        limit = f"{words}, or an integer between {-MAX_PRIORITY} and {MAX_PRIORITY}"
         raise ConfigError(f"{where}: {name} must be {limit}, got {value!r}")
     return value
 

@@ -202,9 +202,9 @@ class EngineClient:
             prompt: token ids, at least one.
             sampling: filled in completely, seed included.
             n: choices; the choice index keys their random bits.
-            priority: smaller is served first among waiting requests.
+            priority: smaller is served first, and preempts.
             tenant: who is charged; opaque here.
-            weight: of the tenant's share among its equals in priority.
+            weight: the tenant's share beside others'.
             arrived_ns: CLOCK_MONOTONIC when the request came in; now where None.
 
         Raises:
