@@ -197,14 +197,16 @@ class _Collector(Collector):
         for name, documentation in _HISTOGRAMS.items():
             yield _histogram(name, documentation, sums[_HISTOGRAM[name] :][:_SPAN])
         yield _requests(sums)
+        status = self._status()
         yield from _limits(sums)
+        yield _shed(sums, status)
         for cell, name, documentation in (
             (_LEVEL, "overload_level", "What is given up because of load, 0 to 3"),
             (_WAIT, "estimated_wait_seconds", "Of a request of normal priority, if looked at"),
         ):
             value = max(self._cells[cell::_NUM_CELLS])
             yield GaugeMetricFamily(f"jaxserve_{name}", documentation, value)
-        yield from _engine(self._status())
+        yield from _engine(status)
 
 
 def _histogram(name: str, documentation: str, cells: Sequence[float]) -> Metric:
@@ -237,18 +239,25 @@ def _limits(sums: Sequence[float]) -> Iterator[Metric]:
     )
     for index, labels in enumerate(_LIMITED):
         limited.add_metric(labels, sums[_LIMITS + index])
-    shed = CounterMetricFamily(
-        "jaxserve_shed", "Requests refused or cut short because of load", labels=["reason"]
-    )
-    for index, reason in enumerate(REASONS):
-        shed.add_metric([reason], sums[_SHED + index])
     yield limited
-    yield shed
     yield GaugeMetricFamily(
         "jaxserve_limit_store_down",
         "HTTP processes that cannot reach the shared store of rate limits",
         sums[_STORE_DOWN],
     )
+
+
+def _shed(sums: Sequence[float], status: EngineStatus | None) -> Metric:
+    """What the front end refused or cut short, and what the engine's queue did."""
+    family = CounterMetricFamily(
+        "jaxserve_shed",
+        "Requests refused, pushed out or cut short because of load",
+        labels=["reason"],
+    )
+    counts = {reason: sums[_SHED + index] for index, reason in enumerate(REASONS)}
+    for reason, count in (counts | (status.shed if status is not None else {})).items():
+        family.add_metric([reason], count)
+    return family
 
 
 def _engine(status: EngineStatus | None) -> Iterator[Metric]:
@@ -268,9 +277,3 @@ def _engine(status: EngineStatus | None) -> Iterator[Metric]:
         ("step_age_seconds", "Since the step loop last turned", status.step_age_s),
     ):
         yield GaugeMetricFamily(f"jaxserve_{name}", documentation, value)
-    shed = CounterMetricFamily(
-        "jaxserve_shed", "Sequences that a full queue refused or pushed out", labels=["reason"]
-    )
-    for reason, count in sorted(status.shed.items()):
-        shed.add_metric([reason], count)
-    yield shed
