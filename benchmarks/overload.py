@@ -50,8 +50,9 @@ class Load:
     Attributes:
         good, late, refused, failed: answers that came whole in time, that were let in and not in
             time, that were refused at once, and all others.
-        good_tokens: output tokens of good answers; longer requests are refused first, so requests
-            alone would flatter.
+        end_s: when the load ends; what is answered later is no goodput of it.
+        good_tokens, good_in_time: output tokens and number of good answers until then; longer
+            requests are refused first, so their number alone would flatter.
         refusal_ms: of each refusal.
     """
 
@@ -61,7 +62,9 @@ class Load:
     late: int = 0
     refused: int = 0
     failed: int = 0
+    end_s: float = 0.0
     good_tokens: int = 0
+    good_in_time: int = 0
     refusal_ms: list[float] = field(default_factory=list)
 
     @property
@@ -80,7 +83,7 @@ class Load:
         refusals = sorted(self.refusal_ms)
         return {
             "multiple": self.multiple,
-            "goodput_rps": round(self.good / self.seconds, 2),
+            "goodput_rps": round(self.good_in_time / self.seconds, 2),
             "goodput_tokens_per_s": round(self.goodput, 1),
             "met_deadline": round(self.met, 4),
             "good": self.good,
@@ -130,7 +133,9 @@ class Client:
         whole = answer.status == 200 and bool(answer.events) and answer.events[-1][1] == b"[DONE]"
         if whole and took_s <= self._arguments.timeout:
             load.good += 1
-            load.good_tokens += len(answer.events) - 1
+            if time.monotonic() <= load.end_s:
+                load.good_in_time += 1
+                load.good_tokens += len(answer.events) - 1
         elif answer.status == 503:
             load.refused += 1
             load.refusal_ms.append(took_s * 1e3)
@@ -142,21 +147,20 @@ class Client:
 
 async def capacity(client: Client, concurrency: int, seconds: float) -> float:
     """Requests a second that a closed loop gets through."""
-    load = Load(multiple=0, seconds=seconds)
-    end_s = time.monotonic() + seconds
+    load = Load(multiple=0, seconds=seconds, end_s=time.monotonic() + seconds)
 
     async def loop() -> None:
-        while time.monotonic() < end_s:
+        while time.monotonic() < load.end_s:
             await client.send(load)
 
     await asyncio.gather(*(loop() for _ in range(concurrency)))
-    return load.good / load.seconds
+    return load.good_in_time / load.seconds
 
 
 async def offer(client: Client, multiple: float, rate: float, seconds: float) -> Load:
     """An open load of so many requests a second."""
-    load = Load(multiple=multiple, seconds=seconds)
     start_s = time.monotonic()
+    load = Load(multiple=multiple, seconds=seconds, end_s=start_s + seconds)
     tasks = []
     for at_s in poisson_arrivals(rate, seed=int(multiple * 1000)):
         if at_s > seconds:
@@ -164,7 +168,6 @@ async def offer(client: Client, multiple: float, rate: float, seconds: float) ->
         await asyncio.sleep(max(0.0, start_s + at_s - time.monotonic()))
         tasks.append(asyncio.create_task(client.send(load)))
     await asyncio.gather(*tasks)
-    load.seconds = max(seconds, 1e-9)
     return load
 
 
