@@ -66,6 +66,10 @@ class CacheConfig:
             until that much is free.
         dtype: "auto" (as the activations), "float32", "bfloat16" or "float16"; or "int8" or "fp8"
             (e4m3), with a scale for each position's key and value of each head.
+        prefix: whether full pages stay findable by their content, so that a prompt that begins like
+            an earlier one, or a sequence that was set back, does not compute them again.
+        isolation: who shares such pages: "tenant" (each tenant with itself only) or "none" (all
+            with all, so that a tenant can tell by the time to its first token what others sent).
     """
 
     page_size: int = 16
@@ -73,6 +77,8 @@ class CacheConfig:
     memory_bytes: int = 0
     memory_fraction: float = 0.5
     dtype: str = "auto"
+    prefix: bool = True
+    isolation: str = "tenant"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,6 +219,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "weights.dtype": ("auto", "float32", "bfloat16", "float16"),
     "weights.quantization": ("none", "int8", "int4", "fp8"),
     "cache.dtype": ("auto", "float32", "bfloat16", "float16", "int8", "fp8"),
+    "cache.isolation": ("tenant", "none"),
     "kernels.attention": ("auto", "xla", "cpu", "tpu", "gpu"),
     "kernels.matmul": ("auto", "xla", "cpu"),
     "kernels.layers": ("auto", "unrolled", "scanned"),

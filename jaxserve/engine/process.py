@@ -140,6 +140,7 @@ def build_engine(config: Config, server: ServerTransport, parts: Parts) -> Engin
         page_size=parts.page_size,
         num_pages=parts.num_pages,
         copies=parts.copies,
+        cache=config.cache,
     )
     return Engine(parts.model, scheduler, parts.batch, parts.executor, server)
 

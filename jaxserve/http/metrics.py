@@ -48,6 +48,8 @@ _COUNTERS = {
     "step_decode_tokens": "Decoded tokens run on the device",
     "step_padding_tokens": "Padding run on the device",
     "preemptions": "Sequences set back to make room",
+    "prefix_lookup_tokens": "Known tokens of sequences when they took a row",
+    "prefix_hit_tokens": "Of these, tokens whose KV was found in the cache",
 }
 _HISTOGRAMS = {
     "time_to_first_token_seconds": "From arrival to the first token",
@@ -145,6 +147,8 @@ class Metrics:
         own[_COUNTER["step_decode_tokens"]] += stats.decode_tokens
         own[_COUNTER["step_padding_tokens"]] += stats.padded_tokens - stats.tokens
         own[_COUNTER["preemptions"]] += stats.preemptions
+        own[_COUNTER["prefix_lookup_tokens"]] += stats.prefix_lookup_tokens
+        own[_COUNTER["prefix_hit_tokens"]] += stats.prefix_hit_tokens
 
     def _observe(self, base: int, seconds: float) -> None:
         self._own[base + bisect_left(_BOUNDS, seconds)] += 1
@@ -205,6 +209,7 @@ def _engine(status: EngineStatus | None) -> Iterator[Metric]:
         ("waiting", "Sequences that wait", status.waiting),
         ("pages_used", "KV pages in use", status.pages_used),
         ("pages_total", "KV pages of the pool", status.pages_total),
+        ("pages_cached", "KV pages not in use that can still be found", status.pages_cached),
         ("compiles_after_warmup", "Compilations since ready", status.compiles_after_warmup),
         ("step_age_seconds", "Since the step loop last turned", status.step_age_s),
     ):

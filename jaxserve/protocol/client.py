@@ -193,6 +193,7 @@ class EngineClient:
         n: int = 1,
         priority: int = 0,
         tenant: str = "",
+        cache_salt: str = "",
         arrived_ns: int | None = None,
     ) -> Stream:
         """Starts n sequences over one prompt and returns their stream at once.
@@ -203,13 +204,24 @@ class EngineClient:
             n: choices; the choice index keys their random bits.
             priority: smaller is served first among waiting requests.
             tenant: who is charged; opaque here.
+            cache_salt: only requests with the same one share cached pages.
             arrived_ns: CLOCK_MONOTONIC when the request came in; now where None.
 
         Raises:
             DeviceFailure: the engine is known to be dead. All else is raised by the stream.
         """
         state = self._dispatcher.open(n)
-        self.send(submit_message(state, prompt, sampling, priority, tenant, arrived_ns))
+        self.send(
+            submit_message(
+                state,
+                prompt,
+                sampling,
+                priority=priority,
+                tenant=tenant,
+                cache_salt=cache_salt,
+                arrived_ns=arrived_ns,
+            )
+        )
         return Stream(self, state)
 
     def send(self, message: ClientMessage) -> None:

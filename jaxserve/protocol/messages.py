@@ -35,6 +35,7 @@ class Submit:
         arrived_ns: when the request reached the front end.
         priority: smaller is served first among waiting requests.
         tenant: who is charged; opaque here.
+        cache_salt: only requests with the same one share cached pages.
     """
 
     sequence_ids: list[int]
@@ -43,6 +44,7 @@ class Submit:
     arrived_ns: int
     priority: int = 0
     tenant: str = ""
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,7 +167,9 @@ class StepStats:
         rows, tokens, padded_tokens: sequences, tokens of work, and tokens with the padding.
         decode_tokens, prefill_tokens: tokens of work by kind.
         flops, bytes: counted from shapes (models declare them), not measured.
-        preemptions: since the statistics before these.
+        pages_cached: pages that nobody holds and that can still be found by their content.
+        preemptions, prefix_lookup_tokens, prefix_hit_tokens: since the statistics before these;
+            known tokens of sequences that joined, and those of them found instead of computed.
     """
 
     step_id: int
@@ -184,6 +188,9 @@ class StepStats:
     pages_used: int
     pages_total: int
     preemptions: int
+    pages_cached: int
+    prefix_lookup_tokens: int
+    prefix_hit_tokens: int
     compiles_after_warmup: int
 
 
@@ -203,6 +210,9 @@ class EngineStatus:
     Attributes:
         model: set once the model is loaded.
         step_age_s: seconds since the step loop last turned.
+        pages_cached: pages that nobody holds and that can still be found by their content.
+        prefix_lookup_tokens: known tokens of the sequences that joined so far; prefix_hit_tokens:
+            of these, those found instead of computed.
         error: the one sentence, for "failed".
     """
 
@@ -213,6 +223,9 @@ class EngineStatus:
     waiting: int = 0
     pages_used: int = 0
     pages_total: int = 0
+    pages_cached: int = 0
+    prefix_lookup_tokens: int = 0
+    prefix_hit_tokens: int = 0
     compiles_after_warmup: int = 0
     model: ModelInfo | None = None
     error: str = ""

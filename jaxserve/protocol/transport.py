@@ -36,9 +36,11 @@ def submit_message(
     state: StreamState,
     prompt: Sequence[int],
     sampling: SamplingParams,
-    priority: int,
-    tenant: str,
-    arrived_ns: int | None,
+    *,
+    priority: int = 0,
+    tenant: str = "",
+    cache_salt: str = "",
+    arrived_ns: int | None = None,
 ) -> Submit:
     """The message that starts a stream's sequences."""
     return Submit(
@@ -48,4 +50,5 @@ def submit_message(
         arrived_ns=time.monotonic_ns() if arrived_ns is None else arrived_ns,
         priority=priority,
         tenant=tenant,
+        cache_salt=cache_salt,
     )

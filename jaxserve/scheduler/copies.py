@@ -1,7 +1,10 @@
 """One scheduler for each copy of the model, behind the interface of one.
 
-A request goes to the copy with the fewest sequences, all its choices together, since they share
-pages; there it stays. Each copy plans for itself, but all take part in each device call, so that
+A request goes to one copy, all its choices together, since they share pages; there it stays. It is
+the copy that has most of the prompt cached, of those that have at most a quarter of `max_rows` (at
+least one) more sequences than the least loaded; where that is equal, the one with the fewest
+sequences. So a hit is worth a short wait, and a prompt that all begin with is soon on every copy.
+Each copy plans for itself, but all take part in each device call, so that
 the call runs as many decode steps as every copy can take. With one copy this is that scheduler.
 """
 
@@ -11,7 +14,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Seq
 
-from jaxserve.config import SchedulerConfig
+from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.scheduler import Commit, Scheduler
 from jaxserve.scheduler.sequence import Sequence
@@ -23,7 +26,7 @@ class Schedulers:
 
     Args:
         copies: how many there are; every copy has the limits of `config` and a pool of `num_pages`.
-        config, model, page_size, num_pages, clock_ns: as `Scheduler` takes them.
+        config, model, page_size, num_pages, cache, clock_ns: as `Scheduler` takes them.
     """
 
     def __init__(
@@ -34,13 +37,22 @@ class Schedulers:
         page_size: int,
         num_pages: Iterable[int],
         copies: int = 1,
+        cache: CacheConfig | None = None,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         pages = tuple(num_pages)
         self._schedulers = [
-            Scheduler(config, model, page_size=page_size, num_pages=pages, clock_ns=clock_ns)
+            Scheduler(
+                config,
+                model,
+                page_size=page_size,
+                num_pages=pages,
+                cache=cache,
+                clock_ns=clock_ns,
+            )
             for _ in range(copies)
         ]
+        self._load_margin = max(config.max_rows // 4, 1)
         self._next_step_id = 0
 
     @property
@@ -69,6 +81,21 @@ class Schedulers:
         return sum(scheduler.pages.num_used for scheduler in self._schedulers)
 
     @property
+    def pages_cached(self) -> int:
+        """Pages that nobody holds and that can still be found."""
+        return sum(scheduler.pages.num_kept for scheduler in self._schedulers)
+
+    @property
+    def prefix_lookup_tokens(self) -> int:
+        """Known tokens of the sequences that joined, so far."""
+        return sum(scheduler.prefix.num_lookup_tokens for scheduler in self._schedulers)
+
+    @property
+    def prefix_hit_tokens(self) -> int:
+        """Of these, those found instead of computed."""
+        return sum(scheduler.prefix.num_hit_tokens for scheduler in self._schedulers)
+
+    @property
     def pages_total(self) -> int:
         """Pages that can be handed out."""
         return sum(scheduler.pages.capacity for scheduler in self._schedulers)
@@ -80,21 +107,38 @@ class Schedulers:
         sampling: SamplingParams,
         *,
         priority: int = 0,
+        tenant: str = "",
+        cache_salt: str = "",
         arrived_ns: int = 0,
     ) -> list[Sequence]:
-        """As `Scheduler.submit`, to the copy with the fewest sequences, then the fewest pages."""
-
-        def load(copy: int) -> tuple[int, int]:
-            scheduler = self._schedulers[copy]
-            return scheduler.num_waiting + scheduler.num_running, scheduler.pages.num_used
-
-        copy = min(range(len(self._schedulers)), key=load)
+        """As `Scheduler.submit`, to the copy that the module says."""
+        copy = self._choose(prompt, tenant, cache_salt)
         sequences = self._schedulers[copy].submit(
-            keys, prompt, sampling, priority=priority, arrived_ns=arrived_ns
+            keys,
+            prompt,
+            sampling,
+            priority=priority,
+            tenant=tenant,
+            cache_salt=cache_salt,
+            arrived_ns=arrived_ns,
         )
         for sequence in sequences:
             sequence.copy = copy
         return sequences
+
+    def _choose(self, prompt: list[int], tenant: str, cache_salt: str) -> int:
+        if len(self._schedulers) == 1:
+            return 0
+        loads = [scheduler.num_waiting + scheduler.num_running for scheduler in self._schedulers]
+        most = min(loads) + self._load_margin
+
+        def key(copy: int) -> tuple[int, int, int]:
+            scheduler = self._schedulers[copy]
+            root = scheduler.prefix.root(tenant, cache_salt)
+            cached = scheduler.prefix.num_cached(prompt, root)
+            return -cached, loads[copy], scheduler.pages.num_used
+
+        return min((copy for copy, load in enumerate(loads) if load <= most), key=key)
 
     def cancel(self, sequence: Sequence, reason: FinishReason) -> None:
         """As `Scheduler.cancel`."""

@@ -9,7 +9,9 @@ sequences whose known tokens are not all computed, best rank first, then to the 
 
 Invariants: a sequence of better rank is never preempted for one of worse rank, and what fits the
 pool alone is let in, so the best always comes to its end. Only rows that join, leave, open a page
-or end are visited by `plan`; how many wait makes no difference.
+or end are visited by `plan`; how many wait makes no difference. A decoding row's full page becomes
+findable (`scheduler.prefix`) when the step that opens its next one is read, so that nobody is
+visited for it.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import cast
 
-from jaxserve.config import SchedulerConfig
+from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.scheduler.admission import check_cache, check_context, check_queue
 from jaxserve.scheduler.choices import Choices
 from jaxserve.scheduler.decoding import DecodeSet
 from jaxserve.scheduler.pages import PageAllocator
 from jaxserve.scheduler.plan import Chunk, Join, PageCopy, PageEntry, Plan
+from jaxserve.scheduler.prefix import PrefixCache
 from jaxserve.scheduler.queue import WaitingQueue
 from jaxserve.scheduler.sequence import Sequence, SequenceState
 from jaxserve.scheduler.slots import Owners, SlotTable
@@ -51,10 +54,11 @@ class Commit:
 
 @dataclass(slots=True)
 class _Launched:
-    """A plan and who held which slot in it."""
+    """A plan, who held which slot in it, and which decoding rows opened a page."""
 
     plan: Plan
     owners: Owners
+    opened: list[Sequence]
 
 
 class Scheduler:
@@ -65,10 +69,12 @@ class Scheduler:
         model: its context, end tokens and cache groups.
         page_size: tokens a page.
         num_pages: pages of each cache group's pool, page 0 included.
+        cache: whether pages stay findable, and for whom; its defaults where None.
         clock_ns: CLOCK_MONOTONIC.
 
     Attributes:
         pages: the allocator.
+        prefix: the cache of pages by content.
         num_preemptions: so far.
     """
 
@@ -79,9 +85,11 @@ class Scheduler:
         *,
         page_size: int,
         num_pages: Iterable[int],
+        cache: CacheConfig | None = None,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.pages = PageAllocator(page_size, model.cache_groups, list(num_pages))
+        self.prefix = PrefixCache(self.pages, cache or CacheConfig(), model.name)
         self.num_preemptions = 0
         self._config = config
         self._model = model
@@ -119,9 +127,15 @@ class Scheduler:
         sampling: SamplingParams,
         *,
         priority: int = 0,
+        tenant: str = "",
+        cache_salt: str = "",
         arrived_ns: int = 0,
     ) -> list[Sequence]:
         """Lets a request in: one sequence a key, in choice order, all over one prompt.
+
+        Args:
+            tenant, cache_salt: only requests with the same salt (and tenant, unless
+                `cache.isolation` is "none") share cached pages.
 
         Raises:
             ContextTooLong: prompt and max_tokens exceed the model's context.
@@ -135,6 +149,7 @@ class Scheduler:
         stops = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             stops |= frozenset(self._model.eos_token_ids)
+        root = self.prefix.root(tenant, cache_salt)
         sequences = []
         for choice, key in enumerate(keys):
             self._num_arrived += 1
@@ -149,6 +164,7 @@ class Scheduler:
                     stop_token_ids=stops,
                     table=self.pages.new_table(),
                     arrived_ns=arrived_ns,
+                    root=root,
                     queued_ns=self._clock_ns(),
                 )
             )
@@ -172,7 +188,7 @@ class Scheduler:
         plan.decode_steps = self.decode_steps()
         if max_decode_steps is not None:
             plan.decode_steps = min(plan.decode_steps, max_decode_steps)
-        self._open_pages(plan)
+        opened = self._open_pages(plan)
         # Decoding rows come first; the budget is at least one token a row, so it is never negative.
         budget = self._config.max_step_tokens - len(self._decoding)
         budget = self._continue_prefills(plan, budget)
@@ -182,10 +198,12 @@ class Scheduler:
             return None
         self._next_step_id += 1
         self._decoding.tell(plan)
-        self._launched.append(_Launched(plan, self._slots.owners()))
+        self.prefix.tell(plan)
+        self._launched.append(_Launched(plan, self._slots.owners(), opened))
         for chunk in plan.chunks:
+            sequence = self._slots.owner(chunk.slot)
+            self.prefix.register(sequence, sequence.num_computed)
             if chunk.samples:
-                sequence = self._slots.owner(chunk.slot)
                 del self._prefilling[sequence]
                 self._decoding.add(sequence)
         self._choices.queue_forked()
@@ -225,6 +243,10 @@ class Scheduler:
             if sequence.reason is not None:
                 self._end(sequence)
                 commit.finished.append(sequence)
+        for sequence in launched.opened:
+            if sequence.state is SequenceState.DECODING:
+                known = min(len(sequence.token_ids), self._decoding.position(sequence))
+                self.prefix.register(sequence, known)
         return commit
 
     # ------------------------------------------------------------------ parts of a plan
@@ -232,7 +254,7 @@ class Scheduler:
     def decode_steps(self) -> int:
         """Decode steps of the next call: several only if nothing had to be done between them."""
         for sequence in self._decoding.done():
-            self._decoding.remove(sequence)
+            self._stop_decoding(sequence)
             self._leave_slot(sequence)
             sequence.state = SequenceState.RETIRED
         steps = self._config.decode_steps
@@ -245,9 +267,14 @@ class Scheduler:
             return 1
         return steps
 
-    def _open_pages(self, plan: Plan) -> None:
-        """Gives decoding rows that come to a new page one, preempting the worst if need be."""
-        for sequence, position in self._decoding.opening(plan.decode_steps):
+    def _open_pages(self, plan: Plan) -> list[Sequence]:
+        """Gives decoding rows that come to a new page one, preempting the worst if need be.
+
+        Returns:
+            These rows.
+        """
+        opening = self._decoding.opening(plan.decode_steps)
+        for sequence, position in opening:
             while sequence.state is SequenceState.DECODING:
                 # What a window has passed is given back as of the call's first step: the pages
                 # may go to rows of this very call.
@@ -257,6 +284,7 @@ class Scheduler:
                     self._enter(plan, sequence, entries)
                     break
                 self._make_room(None)
+        return [sequence for sequence, _ in opening]
 
     def _continue_prefills(self, plan: Plan, budget: int) -> int:
         """Chunks for sequences that hold a slot; returns the budget that is left."""
@@ -265,6 +293,7 @@ class Scheduler:
                 break
             if sequence.state is not SequenceState.PREFILLING:
                 continue  # preempted for a better one, just now
+            self._enter(plan, sequence, self.prefix.catch_up(sequence))
             end = min(sequence.num_computed + budget, len(sequence.token_ids))
             entries = self.pages.extend(sequence.table, sequence.num_computed, end)
             while entries is None and self._make_room(sequence):
@@ -285,6 +314,8 @@ class Scheduler:
             sequence = self._waiting.peek()
             if sequence is None or sequence.has_unread:
                 return  # nobody, or preempted a moment ago: its last tokens are still on their way
+            if self.prefix.find(sequence):
+                self._choices.hold(sequence)
             end = min(sequence.num_computed + budget, len(sequence.token_ids))
             if not self._has_room(sequence):
                 return
@@ -354,6 +385,8 @@ class Scheduler:
 
     def _take_slot(self, plan: Plan, sequence: Sequence) -> None:
         self._slots.take(sequence)
+        sequence.count_found()
+        self.prefix.joined(sequence)
         sequence.state = SequenceState.PREFILLING
         sequence.scheduled_ns = sequence.scheduled_ns or self._clock_ns()
         self._prefilling[sequence] = None
@@ -366,6 +399,11 @@ class Scheduler:
                 prefix=sequence.prefix_looked_back_at(),
             )
         )
+
+    def _stop_decoding(self, sequence: Sequence) -> None:
+        self._decoding.remove(sequence)
+        known = min(len(sequence.token_ids), sequence.num_computed)
+        self.prefix.register(sequence, known)
 
     def _leave_slot(self, sequence: Sequence) -> None:
         self.pages.release(sequence.table)
@@ -384,7 +422,7 @@ class Scheduler:
             del self._prefilling[sequence]
             self._leave_slot(sequence)
         elif state is SequenceState.DECODING:
-            self._decoding.remove(sequence)
+            self._stop_decoding(sequence)
             self._leave_slot(sequence)
         sequence.state = SequenceState.FINISHED
         stop_tokens = int(sequence.stop_token_id is not None)
@@ -409,7 +447,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue, at its old place; its known tokens will be computed again."""
         if sequence.state is SequenceState.DECODING:
-            self._decoding.remove(sequence)
+            self._stop_decoding(sequence)
         else:
             del self._prefilling[sequence]
         self._leave_slot(sequence)

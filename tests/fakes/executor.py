@@ -52,12 +52,14 @@ def _pick(history: int, seed: int, choice: int, prompt_len: int, vocab_size: int
     return _mix(keyed & _MASK) % vocab_size
 
 
-def _looks_back(sampling: SamplingParams) -> bool:
-    return sampling.repetition_penalty != 1 or any(len(word) > 1 for word in sampling.bad_words)
-
-
-def _seen_hash(tokens: Sequence[int]) -> int:
-    seen = np.asarray(tokens, np.int64)
+def _seen_hash(sampling: SamplingParams, tokens: Sequence[int], num_outputs: int) -> int:
+    """Of the tokens that sampling looks back at: all, the output's last `num_outputs`, or none."""
+    if sampling.repetition_penalty != 1 or any(len(word) > 1 for word in sampling.bad_words):
+        seen = np.asarray(tokens, np.int64)
+    elif sampling.presence_penalty or sampling.frequency_penalty:
+        seen = np.asarray(tokens[len(tokens) - num_outputs :], np.int64)
+    else:
+        return 0
     return _hash(seen, np.arange(len(seen)))
 
 
@@ -87,8 +89,7 @@ def oracle(
     history = list(prompt)
     while len(history) - len(prompt) < sampling.max_tokens:
         hashed = history_hash(history, groups)
-        if _looks_back(sampling):
-            hashed ^= _seen_hash(history)
+        hashed ^= _seen_hash(sampling, history, len(history) - len(prompt))
         token = _pick(hashed, sampling.seed, choice, len(prompt), vocab_size)
         if token in stops:
             break
@@ -199,8 +200,7 @@ class FakeExecutor:
             assert state is not None, f"slot {slot} was never joined"
             sampling, choice, prompt_len = state
             hashed = self._read(slot, end)
-            if _looks_back(sampling):
-                hashed ^= _seen_hash(self._seen[slot])
+            hashed ^= _seen_hash(sampling, self._seen[slot], max(end - prompt_len, 0))
             sampled[row] = _pick(hashed, sampling.seed, choice, prompt_len, self.vocab_size)
             hashes[row] = hashed
             self.num_sampled += 1

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-from jaxserve.config import SchedulerConfig
+from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.engine.loop import Batch
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.scheduler import Scheduler
@@ -31,6 +31,8 @@ class Rig:
     decode_steps: int = 4
     max_context: int = 256
     pipelined: bool = True
+    prefix: bool = True
+    isolation: str = "tenant"
     batch: Batch = field(default_factory=ExactBatch)
     sequences: list[Sequence] = field(default_factory=list)
     ends: Counter[Sequence] = field(default_factory=Counter)
@@ -56,6 +58,7 @@ class Rig:
             self.model,
             page_size=self.page_size,
             num_pages=num_pages,
+            cache=CacheConfig(prefix=self.prefix, isolation=self.isolation),
         )
         self.executor = FakeExecutor(
             self.groups,
@@ -67,11 +70,22 @@ class Rig:
         )
         self.in_flight = None
 
-    def submit(self, prompt: list[int], *, n: int = 1, priority: int = 0, **sampling) -> list:
+    def submit(
+        self,
+        prompt: list[int],
+        *,
+        n: int = 1,
+        priority: int = 0,
+        tenant: str = "",
+        cache_salt: str = "",
+        **sampling,
+    ) -> list:
         """A request; its sequences."""
         params = SamplingParams(**{"max_tokens": 8, "seed": 1} | sampling)
         keys = [("client", len(self.sequences) + i) for i in range(n)]
-        sequences = self.scheduler.submit(keys, prompt, params, priority=priority)
+        sequences = self.scheduler.submit(
+            keys, prompt, params, priority=priority, tenant=tenant, cache_salt=cache_salt
+        )
         self.sequences += sequences
         self.emitted |= {sequence: [] for sequence in sequences}
         return sequences

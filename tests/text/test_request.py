@@ -190,5 +190,5 @@ def test_any_json_is_planned_or_refused(options: dict[str, Any]) -> None:
     with contextlib.suppress(InvalidRequest):
         request = planned(**options)
         stream = StreamState(range(request.request.n))
-        message = submit_message(stream, request.token_ids, request.sampling, 0, "", None)
+        message = submit_message(stream, request.token_ids, request.sampling)
         assert check_submit(message, MODEL) == request.token_ids
