@@ -102,6 +102,8 @@ def test_a_conversation_and_its_variables() -> None:
         ({"prompt": [True]}, "prompt takes text or token ids, got True", "prompt"),
         ({"prompt": [10**9000]}, "prompt holds an integer of 29898 bits", "prompt"),
         ({"prompt": "a", "messages": USER}, "either a prompt or messages", "prompt"),
+        ({"cache_salt": 5}, "cache_salt takes a string of at most 256 characters", "cache_salt"),
+        ({"cache_salt": "a" * 257}, "cache_salt takes a string of at most 256", "cache_salt"),
         ({"n": "2"}, "n takes an integer, got '2'", "n"),
         ({"n": True}, "n takes an integer, got True", "n"),
         ({"n": 129}, "n must be between 1 and 128, got 129", "n"),
