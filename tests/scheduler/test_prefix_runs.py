@@ -116,6 +116,33 @@ def test_sampling_that_looks_back_is_told_what_was_found(sampling, told):
     assert all(join.prefix == young.token_ids[: len(join.prefix)] for join in joins)
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.2])
+def test_only_sampling_that_does_not_look_back_catches_up_in_its_slot(penalty):
+    rig = Rig(max_step_tokens=16)
+    sampling = STEADY | {"repetition_penalty": penalty}
+    first, second = (rig.submit([*STEM, number], **sampling)[0] for number in (1, 2))
+    while second.slot < 0:  # in the third step, with the tokens that the first one leaves
+        rig.turn()
+    at_joining = second.num_cached
+    assert at_joining == 32
+    rig.run()
+    rig.check()
+    # Its first chunk ended within a page; what the first has computed by then it may skip.
+    assert second.num_cached == (at_joining if penalty > 1 else 33)
+
+
+def test_a_last_holder_does_not_write_what_can_be_found():
+    """Choices one after the other: each copies the half-filled page that the first has filled."""
+    rig = Rig(max_rows=1, max_step_tokens=32)
+    leader, *_ = rig.submit(STEM[:6], n=3, max_tokens=6, ignore_eos=True)
+    rig.run()
+    assert sum(len(plan.page_copies) for plan in rig.plans) == 2
+    (after,) = rig.submit([*leader.token_ids[:9]], **STEADY)
+    rig.run()
+    rig.check()
+    assert after.num_cached == 8
+
+
 def test_a_prompt_whose_logprobs_are_wanted_is_run():
     rig = Rig(max_step_tokens=64)
     rig.submit(STEM, **STEADY)
