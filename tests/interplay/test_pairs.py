@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -42,6 +43,17 @@ def _seed(probe: Probe) -> None:
     probe.shape(seed=2**63 + len(probe.prompt), temperature=0.7)
 
 
+def _prompts_first(trial: Trial) -> None:
+    """Each probe's beginning has been computed for another request."""
+    for probe in trial.probes:
+        sampling = replace(probe.sampling, max_tokens=3, prompt_logprobs=None, stop_token_ids=())
+        trial.finish(trial.client.submit([*probe.prompt[:-2], 1], sampling))
+
+
+def _was_found(trial: Trial) -> bool:
+    return any(outcomes[0].record.cached_tokens >= 16 for outcomes in trial.outcomes)
+
+
 def _urgent(probe: Probe) -> None:
     probe.priority = -1
 
@@ -62,6 +74,12 @@ FEATURES = (
         shape=_urgent,
         background=3,
         acted=lambda trial: any(r.preemptions and r.recomputed_tokens for r in trial.records),
+    ),
+    Feature(
+        name="prefix hit",
+        settings=("cache.num_pages=45",),  # beside recomputation: some of what was found stays
+        before=_prompts_first,
+        acted=_was_found,
     ),
 )
 
