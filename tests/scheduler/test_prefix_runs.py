@@ -120,7 +120,7 @@ def test_sampling_that_looks_back_is_told_what_was_found(sampling, told):
 def test_only_sampling_that_does_not_look_back_catches_up_in_its_slot(penalty):
     rig = Rig(max_step_tokens=16)
     sampling = STEADY | {"repetition_penalty": penalty}
-    first, second = (rig.submit([*STEM, number], **sampling)[0] for number in (1, 2))
+    _, second = (rig.submit([*STEM, number], **sampling)[0] for number in (1, 2))
     while second.slot < 0:  # in the third step, with the tokens that the first one leaves
         rig.turn()
     at_joining = second.num_cached
