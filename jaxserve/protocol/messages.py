@@ -93,6 +93,7 @@ class SequenceRecord:
         computed_tokens: positions run through the model for the first time, prompt and output.
         cached_tokens: prompt tokens whose KV was found instead of computed.
         recomputed_tokens: positions run again after a preemption.
+        swapped_tokens: positions brought back from the host's memory instead, each time it was.
         drafted_tokens: proposed by speculation; discarded_tokens: sampled or drafted, not emitted.
         context_tokens: prompt plus emitted tokens at the end.
         *_ns: zero while it has not happened.
@@ -103,6 +104,7 @@ class SequenceRecord:
     computed_tokens: int = 0
     cached_tokens: int = 0
     recomputed_tokens: int = 0
+    swapped_tokens: int = 0
     drafted_tokens: int = 0
     discarded_tokens: int = 0
     preemptions: int = 0
@@ -170,6 +172,7 @@ class StepStats:
         pages_cached: pages that nobody holds and that can still be found by their content.
         preemptions, prefix_lookup_tokens, prefix_hit_tokens: since the statistics before these;
             known tokens of sequences that joined, and those of them found instead of computed.
+        pages_saved, pages_loaded: KV pages that this call copied to the host and from it.
     """
 
     step_id: int
@@ -192,6 +195,8 @@ class StepStats:
     prefix_lookup_tokens: int
     prefix_hit_tokens: int
     compiles_after_warmup: int
+    pages_saved: int = 0
+    pages_loaded: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -213,6 +218,8 @@ class EngineStatus:
         pages_cached: pages that nobody holds and that can still be found by their content.
         prefix_lookup_tokens: known tokens of the sequences that joined so far; prefix_hit_tokens:
             of these, those found instead of computed.
+        swapped: waiting sequences whose pages are in the host's memory.
+        host_pages_used, host_pages_total: pages there; 0 in all where there is no host store.
         error: the one sentence, for "failed".
     """
 
@@ -226,6 +233,9 @@ class EngineStatus:
     pages_cached: int = 0
     prefix_lookup_tokens: int = 0
     prefix_hit_tokens: int = 0
+    swapped: int = 0
+    host_pages_used: int = 0
+    host_pages_total: int = 0
     compiles_after_warmup: int = 0
     model: ModelInfo | None = None
     error: str = ""

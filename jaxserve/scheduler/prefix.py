@@ -85,6 +85,8 @@ class PrefixCache:
         limit = (len(sequence.token_ids) - 1) // size
         if not self._is_on or limit <= start or sequence.owes_prompt_logprobs:
             return []
+        if sequence.host_table is not None:
+            return []  # its pages come back from the host, and are written
         digests, table = sequence.digests, sequence.table
         end = self._reach(table, digests, sequence.root, sequence.token_ids, start, limit)
         if end <= start:
@@ -104,7 +106,8 @@ class PrefixCache:
 
     def joined(self, sequence: Sequence) -> None:
         """Counts what a sequence that takes a slot looked for and found."""
-        if self._is_on and not sequence.owes_prompt_logprobs:
+        looked = sequence.host_table is None and not sequence.owes_prompt_logprobs
+        if self._is_on and looked:
             self.num_lookup_tokens += len(sequence.token_ids)
             self.num_hit_tokens += sequence.num_computed
 

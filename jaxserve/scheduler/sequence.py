@@ -7,6 +7,7 @@ chunks, and when it has caught up the sequence decodes.
 Tokens of a sequence, so that the counts add up (all but the known tokens are settled at its end):
     sampled on the device = emitted + discarded + 1 if a stop token ended it
     positions run through the model = computed + recomputed
+A position that is set back with its page saved is neither run nor counted again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import enum
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+from jaxserve.scheduler.host_pages import HostTable
 from jaxserve.scheduler.pages import PageTable
 from jaxserve.types import FinishReason, SamplingParams
 
@@ -43,6 +45,7 @@ class Sequence:
         root: what the digests of its pages begin with; digests: of its first full pages, as far
             as they were needed.
         copy: of the model, that it lives on.
+        host_table: its pages on the host, while it waits with its cache saved.
         followers: choices that wait to share this one's prompt.
         num_computed: positions whose KV is launched; while decoding see `decode_base`.
         num_planned: output tokens launched, read back or not.
@@ -69,6 +72,7 @@ class Sequence:
     slot: int = -1
     copy: int = 0
     digests: list[bytes] = field(default_factory=list)
+    host_table: HostTable | None = None
     followers: list[Sequence] = field(default_factory=list)
     leader: Sequence | None = None
     num_computed: int = 0
@@ -83,6 +87,7 @@ class Sequence:
     stop_token_id: int | None = None
     num_cached: int = 0
     num_recomputed: int = 0
+    num_swapped: int = 0
     num_discarded: int = 0
     num_preemptions: int = 0
     queued_ns: int = 0

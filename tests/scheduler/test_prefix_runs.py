@@ -237,6 +237,7 @@ worlds = st.fixed_dictionaries(
         "max_step_tokens": st.integers(5, 40),
         "decode_steps": st.sampled_from([1, 2, 5]),
         "pipelined": st.booleans(),
+        "host_pages": st.sampled_from([0, 5, 100]),
         "isolation": st.sampled_from(["tenant", "none"]),
     }
 )
