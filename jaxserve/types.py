@@ -18,6 +18,9 @@ MAX_CHOICES = 128
 #: Characters of `cache_salt`.
 MAX_CACHE_SALT = 256
 
+#: Bounds of a tenant's share.
+MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0
+
 
 class FinishReason(enum.StrEnum):
     """Why a sequence ended, in OpenAI's words where it has them."""

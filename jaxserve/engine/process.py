@@ -143,6 +143,7 @@ def build_engine(config: Config, server: ServerTransport, parts: Parts) -> Engin
         preemption=config.cache.preemption,
         copies=parts.copies,
         cache=config.cache,
+        batch_invariant=config.engine.batch_invariant,
     )
     return Engine(parts.model, scheduler, parts.batch, parts.executor, server)
 

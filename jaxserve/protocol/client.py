@@ -194,6 +194,7 @@ class EngineClient:
         priority: int = 0,
         tenant: str = "",
         cache_salt: str = "",
+        weight: float = 1.0,
         arrived_ns: int | None = None,
     ) -> Stream:
         """Starts n sequences over one prompt and returns their stream at once.
@@ -202,9 +203,10 @@ class EngineClient:
             prompt: token ids, at least one.
             sampling: filled in completely, seed included.
             n: choices; the choice index keys their random bits.
-            priority: smaller is served first among waiting requests.
+            priority: smaller is served first, and preempts.
             tenant: who is charged; opaque here.
             cache_salt: only requests with the same one share cached pages.
+            weight: the tenant's share beside others'.
             arrived_ns: CLOCK_MONOTONIC when the request came in; now where None.
 
         Raises:
@@ -219,6 +221,7 @@ class EngineClient:
                 priority=priority,
                 tenant=tenant,
                 cache_salt=cache_salt,
+                weight=weight,
                 arrived_ns=arrived_ns,
             )
         )

@@ -33,9 +33,10 @@ class Submit:
         sequence_ids: one per choice, in choice order (the choice index keys the random bits).
         prompt: segments, in order; at least one token in all.
         arrived_ns: when the request reached the front end.
-        priority: smaller is served first among waiting requests.
+        priority: smaller is served first, and preempts.
         tenant: who is charged; opaque here.
         cache_salt: only requests with the same one share cached pages.
+        weight: the tenant's share beside others'; with twice the weight it is served twice as much.
     """
 
     sequence_ids: list[int]
@@ -45,6 +46,7 @@ class Submit:
     priority: int = 0
     tenant: str = ""
     cache_salt: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -218,6 +220,7 @@ class EngineStatus:
         pages_cached: pages that nobody holds and that can still be found by their content.
         prefix_lookup_tokens: known tokens of the sequences that joined so far; prefix_hit_tokens:
             of these, those found instead of computed.
+        shed: sequences that a full queue refused or pushed out since the start, by reason.
         swapped: waiting sequences whose pages are in the host's memory.
         host_pages_used, host_pages_total: pages there; 0 in all where there is no host store.
         error: the one sentence, for "failed".
@@ -238,6 +241,7 @@ class EngineStatus:
     host_pages_total: int = 0
     compiles_after_warmup: int = 0
     model: ModelInfo | None = None
+    shed: dict[str, int] = field(default_factory=dict)
     error: str = ""
 
 

@@ -112,6 +112,7 @@ class SyncClient:
         priority: int = 0,
         tenant: str = "",
         cache_salt: str = "",
+        weight: float = 1.0,
         arrived_ns: int | None = None,
     ) -> SyncStream:
         """As `EngineClient.submit`."""
@@ -124,6 +125,7 @@ class SyncClient:
                 priority=priority,
                 tenant=tenant,
                 cache_salt=cache_salt,
+                weight=weight,
                 arrived_ns=arrived_ns,
             )
         )

@@ -40,6 +40,7 @@ def submit_message(
     priority: int = 0,
     tenant: str = "",
     cache_salt: str = "",
+    weight: float = 1.0,
     arrived_ns: int | None = None,
 ) -> Submit:
     """The message that starts a stream's sequences."""
@@ -51,4 +52,5 @@ def submit_message(
         priority=priority,
         tenant=tenant,
         cache_salt=cache_salt,
+        weight=weight,
     )

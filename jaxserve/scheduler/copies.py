@@ -4,17 +4,27 @@ A request goes to one copy, all its choices together, since they share pages; th
 the copy that has most of the prompt cached, of those that have at most a quarter of `max_rows` (at
 least one) more sequences than the least loaded; where that is equal, the one with the fewest
 sequences. So a hit is worth a short wait, and a prompt that all begin with is soon on every copy.
-Each copy plans for itself, but all take part in each device call, so that
-the call runs as many decode steps as every copy can take. With one copy this is that scheduler.
+
+Tenants' counters are common to all copies: a tenant that one copy serves is behind in the others'
+queues, though each can only choose among those that wait with it, so the bound of fairness is one
+between tenants that wait at the same copy. Each copy plans for itself, but all take part in each
+device call, so that the call runs as many decode steps as every copy can take. With one copy this
+is that scheduler.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Seq
 
 from jaxserve.config import CacheConfig, SchedulerConfig
+from jaxserve.errors import Overloaded
+from jaxserve.scheduler.accounts import Accounts
+from jaxserve.scheduler.pace import Pacer
+from jaxserve.scheduler.phases import IN_TURN, Phase
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.scheduler import Commit, Scheduler
 from jaxserve.scheduler.sequence import Sequence
@@ -27,6 +37,8 @@ class Schedulers:
     Args:
         copies: how many there are; every copy has the limits of `config`, a pool of `num_pages` and
             `host_pages` on the host.
+        batch_invariant: steps are of one kind each, see `scheduler.phases`; there is no prefix
+            cache then, since a page may have been computed as prompt or as output.
         config, model, page_size, num_pages, host_pages, preemption, cache, clock_ns: as
             `Scheduler` takes them.
     """
@@ -42,8 +54,14 @@ class Schedulers:
         preemption: str = "auto",
         copies: int = 1,
         cache: CacheConfig | None = None,
+        batch_invariant: bool = False,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
+        cache = cache or CacheConfig()
+        if batch_invariant:
+            cache = dataclasses.replace(cache, prefix=False)
+        accounts = Accounts(config)
+        self._pacer = Pacer(config.max_step_ms, config.max_step_tokens)
         pages, on_host = tuple(num_pages), tuple(host_pages)
         self._schedulers = [
             Scheduler(
@@ -52,6 +70,8 @@ class Schedulers:
                 page_size=page_size,
                 num_pages=pages,
                 cache=cache,
+                accounts=accounts,
+                pacer=self._pacer,
                 host_pages=on_host,
                 preemption=preemption,
                 clock_ns=clock_ns,
@@ -60,6 +80,7 @@ class Schedulers:
         ]
         self._load_margin = max(config.max_rows // 4, 1)
         self._next_step_id = 0
+        self._last_phase = Phase.OUTPUTS if batch_invariant else Phase.MIXED
 
     @property
     def num_waiting(self) -> int:
@@ -107,6 +128,14 @@ class Schedulers:
         return sum(scheduler.pages.capacity for scheduler in self._schedulers)
 
     @property
+    def num_shed(self) -> dict[str, int]:
+        """Sequences that a full queue refused or pushed out so far, by reason."""
+        total: Counter[str] = Counter()
+        for scheduler in self._schedulers:
+            total += scheduler.shedding.counts
+        return dict(total)
+
+    @property
     def num_swapped(self) -> int:
         """Waiting sequences whose pages are on the host."""
         return sum(scheduler.swap.num_sequences for scheduler in self._schedulers)
@@ -130,6 +159,7 @@ class Schedulers:
         priority: int = 0,
         tenant: str = "",
         cache_salt: str = "",
+        weight: float = 1.0,
         arrived_ns: int = 0,
     ) -> list[Sequence]:
         """As `Scheduler.submit`, to the copy that the module says."""
@@ -141,6 +171,7 @@ class Schedulers:
             priority=priority,
             tenant=tenant,
             cache_salt=cache_salt,
+            weight=weight,
             arrived_ns=arrived_ns,
         )
         for sequence in sequences:
@@ -165,14 +196,21 @@ class Schedulers:
         """As `Scheduler.cancel`."""
         self._schedulers[sequence.copy].cancel(sequence, reason)
 
+    def take_shed(self) -> list[tuple[Sequence, Overloaded]]:
+        """Sequences that were ended for newcomers since the last call, and what they are told."""
+        return [shed for scheduler in self._schedulers for shed in scheduler.shedding.take()]
+
     def plan(self) -> list[Plan | None] | None:
         """The next device call: a plan for each copy, None where it has nothing to do.
 
         Returns:
             None if there is nothing to launch at all.
         """
-        steps = [s.decode_steps() for s in self._schedulers if s.num_running or s.num_waiting]
-        plans = [scheduler.plan(min(steps, default=1)) for scheduler in self._schedulers]
+        if self._last_phase is Phase.MIXED:
+            steps = [s.decode_steps() for s in self._schedulers if s.num_running or s.num_waiting]
+            plans = self._plans(min(steps, default=1), Phase.MIXED)
+        else:
+            plans = self._plans_in_turn()
         if all(plan is None for plan in plans):
             return None
         for plan in plans:
@@ -180,6 +218,36 @@ class Schedulers:
                 plan.step_id = self._next_step_id
         self._next_step_id += 1
         return plans
+
+    def _plans(self, decode_steps: int, phase: Phase) -> list[Plan | None]:
+        return [scheduler.plan(decode_steps, phase) for scheduler in self._schedulers]
+
+    def _plans_in_turn(self) -> list[Plan | None]:
+        """Plans of one kind, of the other if that comes to nothing."""
+        found = {phase for scheduler in self._schedulers for phase in scheduler.phases()}
+        plans: list[Plan | None] = []
+        for phase in (IN_TURN[self._last_phase], self._last_phase):
+            if phase in found:
+                plans = self._plans(1, phase)
+                if any(plan is not None for plan in plans):
+                    self._last_phase = phase
+                    break
+        return plans
+
+    def measured(self, plans: Seq[Plan | None], num_decode_rows: Seq[int], device_ns: int) -> None:
+        """A device call took so long: by it the pacer learns what a step may hold.
+
+        Args:
+            num_decode_rows: of each copy.
+            device_ns: 0 where it was not measured.
+        """
+        sizes = (
+            rows + sum(len(chunk.token_ids) for chunk in plan.chunks)
+            for plan, rows in zip(plans, num_decode_rows, strict=True)
+            if plan is not None
+        )
+        steps = max([1, *(plan.decode_steps for plan in plans if plan is not None)])
+        self._pacer.observe(max(sizes, default=0), device_ns / steps)
 
     def commit(
         self,

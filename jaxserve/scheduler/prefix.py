@@ -23,7 +23,7 @@ from collections.abc import Sequence as Seq
 from jaxserve.config import CacheConfig
 from jaxserve.scheduler.digests import extend_digests, root_digest
 from jaxserve.scheduler.pages import PageAllocator, PageTable
-from jaxserve.scheduler.plan import PageEntry, Plan
+from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.sequence import Sequence, SequenceState
 
 #: Pages hashed at a time while they are looked for: a prompt that is not there is not hashed whole.
@@ -71,6 +71,17 @@ class PrefixCache:
             self._pages.page_size
         )
 
+    def num_cached_of(self, sequence: Sequence) -> int:
+        """Known tokens of a waiting sequence that it has, or could find now."""
+        size = self._pages.page_size
+        start = sequence.num_computed // size
+        limit = (len(sequence.token_ids) - 1) // size
+        if not self._may_look(sequence) or limit <= start:
+            return sequence.num_computed
+        digests = sequence.digests
+        end = self._reach(sequence.table, digests, sequence.root, sequence.token_ids, start, limit)
+        return max(end * size, sequence.num_computed)
+
     def find(self, sequence: Sequence) -> list[tuple[int, int, int]]:
         """Has a sequence hold the cached pages that follow those it has computed.
 
@@ -83,10 +94,8 @@ class PrefixCache:
         size = self._pages.page_size
         start = sequence.num_computed // size
         limit = (len(sequence.token_ids) - 1) // size
-        if not self._is_on or limit <= start or sequence.owes_prompt_logprobs:
+        if not self._may_look(sequence) or limit <= start:
             return []
-        if sequence.host_table is not None:
-            return []  # its pages come back from the host, and are written
         digests, table = sequence.digests, sequence.table
         end = self._reach(table, digests, sequence.root, sequence.token_ids, start, limit)
         if end <= start:
@@ -106,8 +115,7 @@ class PrefixCache:
 
     def joined(self, sequence: Sequence) -> None:
         """Counts what a sequence that takes a slot looked for and found."""
-        looked = sequence.host_table is None and not sequence.owes_prompt_logprobs
-        if self._is_on and looked:
+        if self._may_look(sequence):
             self.num_lookup_tokens += len(sequence.token_ids)
             self.num_hit_tokens += sequence.num_computed
 
@@ -140,13 +148,20 @@ class PrefixCache:
 
         Those of the plan's own chunks are for the next one: this step still writes the old pages.
         """
+        if not self._moved:
+            return
+        joined = {join.slot for join in plan.joins}  # their whole tables are in the plan
         for sequence, group, index, page in self._moved:
             pages = sequence.table.pages[group]
-            if sequence.state in _IN_SLOT and index < len(pages) and pages[index] == page:
-                plan.page_entries.append(
-                    PageEntry(slot=sequence.slot, group=group, index=index, page=page)
-                )
+            if sequence.state not in _IN_SLOT or sequence.slot in joined:
+                continue
+            if index < len(pages) and pages[index] == page:
+                plan.enter(sequence.slot, [(group, index, page)])
         self._moved.clear()
+
+    def _may_look(self, sequence: Sequence) -> bool:
+        """Not for pages that come back from the host, which are written, or that must be run."""
+        return self._is_on and sequence.host_table is None and not sequence.owes_prompt_logprobs
 
     def _reach(
         self,

@@ -15,10 +15,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from jaxserve.scheduler.host_pages import HostTable
 from jaxserve.scheduler.pages import PageTable
 from jaxserve.types import FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from jaxserve.scheduler.accounts import Account
 
 
 class SequenceState(enum.Enum):
@@ -40,7 +44,12 @@ class Sequence:
         key: (client, the client's id of it); opaque here.
         token_ids: known tokens: the prompt, then what was read back from the device.
         max_len: tokens at which max_tokens are reached.
-        rank: (priority, arrival); smaller runs first, the largest is preempted first.
+        level: its priority, or `queue.AGED`; smaller runs first.
+        arrival: number among all that came; within a level the last is preempted first.
+        account: what is charged for it.
+        is_charged: whether its prompt has been.
+        has_begun: whether any sequence of its request has run.
+        waited_ns: in the queue, before this wait.
         stop_token_ids: end the sequence when sampled; the model's end tokens among them.
         root: what the digests of its pages begin with; digests: of its first full pages, as far
             as they were needed.
@@ -61,9 +70,11 @@ class Sequence:
     prompt_len: int
     sampling: SamplingParams
     choice: int
-    rank: tuple[int, int]
+    level: int
+    arrival: int
     stop_token_ids: frozenset[int]
     table: PageTable
+    account: Account | None = None
     arrived_ns: int = 0
     root: bytes = b""
     max_len: int = field(init=False)
@@ -83,6 +94,9 @@ class Sequence:
     num_prompt_logprobs_planned: int = 0
     num_prompt_logprobs: int = 0
 
+    is_charged: bool = False
+    has_begun: bool = False
+    waited_ns: int = 0
     reason: FinishReason | None = None
     stop_token_id: int | None = None
     num_cached: int = 0
@@ -96,6 +110,11 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.max_len = self.prompt_len + self.sampling.max_tokens
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """(level, arrival): the largest is preempted first."""
+        return self.level, self.arrival
 
     @property
     def num_outputs(self) -> int:

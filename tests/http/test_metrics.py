@@ -23,3 +23,10 @@ def test_hits_and_kept_pages_are_told():
     assert "jaxserve_prefix_lookup_tokens_total 120.0" in lines
     assert "jaxserve_prefix_hit_tokens_total 64.0" in lines
     assert "jaxserve_pages_cached 7.0" in lines
+
+
+def test_shed_sequences_are_told_by_reason():
+    status = EngineStatus(state="ready", pid=1, step_age_s=0, shed={"priority": 3, "queue_full": 7})
+    text = Metrics(lambda: status).render().decode()
+    assert 'jaxserve_shed_total{reason="priority"} 3.0' in text
+    assert 'jaxserve_shed_total{reason="queue_full"} 7.0' in text

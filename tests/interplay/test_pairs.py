@@ -52,6 +52,8 @@ def _prompts_first(trial: Trial) -> None:
 
 def _was_found(trial: Trial) -> bool:
     """Where pages run out they may have been taken before: tests/scheduler/test_prefix_runs.py."""
+    if trial.engine.scheduler.prefix_lookup_tokens == 0:  # none where output is batch-invariant
+        return any("engine.batch_invariant=true" in f.settings for f in trial.features)
     found = any(outcomes[0].record.cached_tokens >= 16 for outcomes in trial.outcomes)
     return found or any(record.preemptions for record in trial.records)
 
@@ -74,6 +76,11 @@ FEATURES = (
 )
 #: What becomes of a sequence that is set back: one or the other.
 PREEMPTION = (
+    Feature(
+        name="batch invariant",
+        settings=("engine.batch_invariant=true",),
+        acted=lambda trial: trial.num_mixed == 0,
+    ),
     Feature(
         name="recompute",
         settings=("cache.num_pages=31", "cache.preemption=recompute"),

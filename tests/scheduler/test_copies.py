@@ -1,96 +1,43 @@
-"""Which copy of the model a request goes to: its cached prefix against the copies' load."""
+"""Several copies of the model: one account a tenant."""
 
 from __future__ import annotations
 
-from jaxserve.config import CacheConfig, SchedulerConfig
+from jaxserve.config import SchedulerConfig
 from jaxserve.scheduler.copies import Schedulers
-from jaxserve.types import FinishReason, ModelInfo, SamplingParams
-from tests.fakes.executor import FULL
-
-MODEL = ModelInfo(
-    name="fake", max_context=256, vocab_size=50, eos_token_ids=(0,), cache_groups=(FULL,)
-)
-STEM = list(range(1, 13))
+from jaxserve.scheduler.sequence import Sequence
+from jaxserve.types import SamplingParams
+from tests.scheduler.driver import MODEL, TOKEN
 
 
-class Copies:
-    """Three copies of eight rows; a step samples a 7 for every row."""
+def test_what_one_copy_serves_counts_in_the_other():
+    config = SchedulerConfig(max_rows=1, max_step_tokens=64, decode_steps=1)
+    schedulers = Schedulers(config, MODEL, page_size=4, num_pages=[200], copies=2)
+    sent: list[Sequence] = []
 
-    def __init__(self, **cache) -> None:
-        self.schedulers = Schedulers(
-            SchedulerConfig(max_rows=8, max_step_tokens=64, decode_steps=1, max_waiting=100),
-            MODEL,
-            page_size=4,
-            num_pages=[100],
-            copies=3,
-            cache=CacheConfig(**cache),
+    def submit(copy: int, tenant: str, prompt_len: int, max_tokens: int = 1) -> None:
+        sent.extend(
+            schedulers._schedulers[copy].submit(
+                [("client", len(sent))],
+                [TOKEN] * prompt_len,
+                SamplingParams(max_tokens=max_tokens, seed=0),
+                tenant=tenant,
+            )
         )
-        self._slots: list[list[int]] = [[] for _ in range(3)]
-        self._number = 0
+        sent[-1].copy = copy
 
-    def submit(self, prompt: list[int], **who):
-        self._number += 1
-        sampling = SamplingParams(max_tokens=50, seed=0, ignore_eos=True)
-        (sequence,) = self.schedulers.submit([("client", self._number)], prompt, sampling, **who)
-        return sequence
-
-    def run(self) -> None:
-        """One step."""
-        plans = self.schedulers.plan()
-        assert plans is not None
-        for copy, plan in enumerate(plans):
-            if plan is None:
-                continue
-            decoding = [s for s in self._slots[copy] if s not in plan.decode_leaves]
-            self._slots[copy] = decoding + plan.decode_joins
-            rows = self._slots[copy] + [chunk.slot for chunk in plan.chunks]
-            self.schedulers.commit(copy, rows, [[7] for _ in rows])
-
-
-def test_a_request_goes_where_its_beginning_is_cached():
-    copies = Copies()
-    assert [copies.submit([20 + i] * 12).copy for i in range(3)] == [0, 1, 2]
-    first = copies.submit([*STEM, 20])
-    assert first.copy == 0
-    copies.run()
-    assert [copies.submit([*STEM, 21]).copy, copies.submit([*STEM[:8], 22]).copy] == [0, 0]
-    assert copies.schedulers.num_running == 4
-
-
-def test_not_where_the_load_is_much_higher():
-    """A quarter of eight rows is two sequences more than the least loaded copy has."""
-    copies = Copies()
-    copies.submit([*STEM, 20])
-    copies.run()
-    assert [copies.submit([*STEM, i]).copy for i in range(21, 24)] == [0, 0, 1]
-
-
-def test_whom_it_may_share_with_decides_too():
-    copies = Copies()
-    copies.submit([*STEM, 20], tenant="a", cache_salt="x")
-    copies.run()
-    assert copies.submit([*STEM, 21], tenant="b", cache_salt="x").copy == 1
-    assert copies.submit([*STEM, 22], tenant="a").copy == 2
-    assert copies.submit([*STEM, 23], tenant="a", cache_salt="x").copy == 0
-
-
-def test_without_a_cache_the_load_decides():
-    copies = Copies(prefix=False)
-    copies.submit([*STEM, 20])
-    copies.run()
-    assert [copies.submit([*STEM, i]).copy for i in (21, 22, 23)] == [1, 2, 1]
-
-
-def test_counts_are_those_of_all_copies():
-    copies = Copies()
-    sequences = [copies.submit([*STEM, 20])]
-    copies.run()
-    sequences += [copies.submit([*STEM, i]) for i in (21, 22, 23)]
-    copies.run()
-    copies.run()
-    assert [sequence.copy for sequence in sequences] == [0, 0, 0, 1]
-    schedulers = copies.schedulers
-    assert (schedulers.prefix_lookup_tokens, schedulers.prefix_hit_tokens) == (4 * 13, 2 * 12)
-    for sequence in sequences:
-        schedulers.cancel(sequence, FinishReason.CANCELLED)
-    assert (schedulers.pages_used, schedulers.pages_cached) == (0, 3 + 3)
+    submit(1, "runs", 3, max_tokens=5)
+    assert schedulers.plan() is not None
+    submit(1, "served elsewhere", 6)
+    submit(1, "other", 7)
+    submit(0, "served elsewhere", 50)
+    prompts = []
+    for _ in range(12):
+        plans = schedulers.plan()
+        if plans is not None and plans[1] is not None:
+            prompts += [len(chunk.token_ids) for chunk in plans[1].chunks]
+    assert prompts == [7, 6]  # though the other came later
+    _, first, _, elsewhere = sent
+    assert first.account is elsewhere.account is not None
+    # It ends where the tenants that it waited with began, by what it was served.
+    begun = 3 + 2
+    assert first.account.counter == begun + 50 + 6 + 2 * 2
