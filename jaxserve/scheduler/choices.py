@@ -66,7 +66,8 @@ class Choices:
             self._forked.append(follower)
             if num_shared > 0:
                 follower.table = self._pages.share(leader.table, num_shared)
-                follower.num_computed = follower.num_reached = follower.num_cached = num_shared
+                follower.num_computed = follower.num_cached = num_shared
+                follower.num_reached = max(num_shared, follower.num_resumed)
                 self._holders[follower] = None
         leader.followers = []
 
@@ -89,6 +90,7 @@ class Choices:
             if holder is not exempt:
                 del self._holders[holder]
                 self._pages.release(holder.table)
-                holder.num_computed = holder.num_reached = holder.num_cached = 0
+                holder.num_computed = holder.num_cached = 0
+                holder.num_reached = holder.num_resumed
                 return True
         return False

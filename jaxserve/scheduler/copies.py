@@ -14,7 +14,7 @@ from collections.abc import Sequence as Seq
 from jaxserve.config import SchedulerConfig
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.scheduler import Commit, Scheduler
-from jaxserve.scheduler.sequence import Sequence
+from jaxserve.scheduler.sequence import Resumed, Sequence
 from jaxserve.types import FinishReason, ModelInfo, SamplingParams
 
 
@@ -81,6 +81,8 @@ class Schedulers:
         *,
         priority: int = 0,
         arrived_ns: int = 0,
+        request: int = 0,
+        resumed: Resumed | None = None,
     ) -> list[Sequence]:
         """As `Scheduler.submit`, to the copy with the fewest sequences, then the fewest pages."""
 
@@ -90,7 +92,13 @@ class Schedulers:
 
         copy = min(range(len(self._schedulers)), key=load)
         sequences = self._schedulers[copy].submit(
-            keys, prompt, sampling, priority=priority, arrived_ns=arrived_ns
+            keys,
+            prompt,
+            sampling,
+            priority=priority,
+            arrived_ns=arrived_ns,
+            request=request,
+            resumed=resumed,
         )
         for sequence in sequences:
             sequence.copy = copy

@@ -20,6 +20,7 @@ class Join:
         choice: index among the request's n, keys the random bits.
         prefix: tokens at positions 0, 1, … whose KV was found instead of computed; given only
             where the sampling parameters look back at them.
+        request: whose sequence it is, for the flight recorder; the device does not see it.
     """
 
     slot: int
@@ -27,6 +28,7 @@ class Join:
     prompt_len: int
     choice: int
     prefix: list[int] = field(default_factory=list)
+    request: int = 0
 
 
 @dataclass(slots=True, kw_only=True)

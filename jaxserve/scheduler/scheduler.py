@@ -27,7 +27,7 @@ from jaxserve.scheduler.decoding import DecodeSet
 from jaxserve.scheduler.pages import PageAllocator
 from jaxserve.scheduler.plan import Chunk, Join, PageCopy, PageEntry, Plan
 from jaxserve.scheduler.queue import WaitingQueue
-from jaxserve.scheduler.sequence import Sequence, SequenceState
+from jaxserve.scheduler.sequence import Resumed, Sequence, SequenceState
 from jaxserve.scheduler.slots import Owners, SlotTable
 from jaxserve.types import FinishReason, ModelInfo, SamplingParams
 
@@ -120,8 +120,15 @@ class Scheduler:
         *,
         priority: int = 0,
         arrived_ns: int = 0,
+        request: int = 0,
+        resumed: Resumed | None = None,
     ) -> list[Sequence]:
         """Lets a request in: one sequence a key, in choice order, all over one prompt.
+
+        Args:
+            request: its number in the flight recorder.
+            resumed: how far an engine that ended had come with it, which had let it in: no queue
+                is too long for it.
 
         Raises:
             ContextTooLong: prompt and max_tokens exceed the model's context.
@@ -130,13 +137,15 @@ class Scheduler:
         """
         check_context(len(prompt), sampling.max_tokens, self._model.max_context)
         check_cache(len(prompt), sampling.max_tokens, self.pages)
-        limits = self._config.max_waiting, self._config.max_rows
-        check_queue(len(keys), self.num_waiting, self._slots.num_free, *limits)
+        if resumed is None:
+            limits = self._config.max_waiting, self._config.max_rows
+            check_queue(len(keys), self.num_waiting, self._slots.num_free, *limits)
         stops = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             stops |= frozenset(self._model.eos_token_ids)
         sequences = []
-        for choice, key in enumerate(keys):
+        choices = range(len(keys)) if resumed is None else resumed.choices
+        for choice, key in zip(choices, keys, strict=True):
             self._num_arrived += 1
             sequences.append(
                 Sequence(
@@ -150,8 +159,12 @@ class Scheduler:
                     table=self.pages.new_table(),
                     arrived_ns=arrived_ns,
                     queued_ns=self._clock_ns(),
+                    request=request,
                 )
             )
+        if resumed is not None:
+            for sequence, emitted in zip(sequences, resumed.emitted, strict=True):
+                sequence.resume(emitted, resumed.num_prompt_logprobs)
         self._choices.lead(sequences)
         return sequences
 
@@ -364,6 +377,7 @@ class Scheduler:
                 prompt_len=sequence.prompt_len,
                 choice=sequence.choice,
                 prefix=sequence.prefix_looked_back_at(),
+                request=sequence.request,
             )
         )
 

@@ -30,6 +30,21 @@ class SequenceState(enum.Enum):
     FINISHED = enum.auto()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """How far a request had come in an engine that ended.
+
+    Attributes:
+        choices: indexes of the choices that go on.
+        emitted: output tokens of each.
+        num_prompt_logprobs: prompt tokens after the first whose log-probabilities were reported.
+    """
+
+    choices: list[int]
+    emitted: list[list[int]]
+    num_prompt_logprobs: int = 0
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
     """State of one generation.
@@ -41,12 +56,14 @@ class Sequence:
         rank: (priority, arrival); smaller runs first, the largest is preempted first.
         stop_token_ids: end the sequence when sampled; the model's end tokens among them.
         copy: of the model, that it lives on.
+        request: number of its request in the flight recorder; 0: none.
         followers: choices that wait to share this one's prompt.
         num_computed: positions whose KV is launched; while decoding see `decode_base`.
         num_planned: output tokens launched, read back or not.
         decode_base: while decoding, the next position is this plus the scheduler's clock.
         end_clock: while decoding, the clock at which all its tokens are launched.
         num_reached: most positions ever launched; below it positions are recomputed.
+        num_resumed: positions that an engine which ended had computed, part of num_reached.
         num_prompt_logprobs_planned, num_prompt_logprobs: prompt tokens after the first whose
             log-probabilities are launched, and reported.
     """
@@ -65,6 +82,7 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     slot: int = -1
     copy: int = 0
+    request: int = 0
     followers: list[Sequence] = field(default_factory=list)
     leader: Sequence | None = None
     num_computed: int = 0
@@ -72,6 +90,7 @@ class Sequence:
     decode_base: int = 0
     end_clock: int = 0
     num_reached: int = 0
+    num_resumed: int = 0
     num_prompt_logprobs_planned: int = 0
     num_prompt_logprobs: int = 0
 
@@ -87,6 +106,17 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.max_len = self.prompt_len + self.sampling.max_tokens
+
+    def resume(self, emitted: list[int], num_prompt_logprobs: int) -> None:
+        """Goes on from what an engine that ended had emitted: those tokens are known.
+
+        Its positions count as reached, so that what it computes of them is recomputed.
+        """
+        self.token_ids += emitted
+        if emitted:
+            self.num_resumed = self.num_reached = len(self.token_ids) - 1
+        if self.choice == 0:
+            self.num_prompt_logprobs = self.num_prompt_logprobs_planned = num_prompt_logprobs
 
     @property
     def num_outputs(self) -> int:

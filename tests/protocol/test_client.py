@@ -288,7 +288,7 @@ def test_a_step_that_fails_ends_all_sequences_and_the_process():
                 [event async for event in stream]
 
     with_client(ZmqClient(process.address), body)
-    assert process.stop() == 1
+    assert process.stop() == 5
 
 
 def test_a_model_that_does_not_load_is_one_sentence_and_exit_1(capfd):
