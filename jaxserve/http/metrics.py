@@ -48,6 +48,9 @@ _COUNTERS = {
     "step_decode_tokens": "Decoded tokens run on the device",
     "step_padding_tokens": "Padding run on the device",
     "preemptions": "Sequences set back to make room",
+    "engine_restarts": "Starts of the engine after its death",
+    "requests_replayed": "Requests that went on in another engine",
+    "requests_quarantined": "Requests not run any more since they ended the engine alone",
 }
 _HISTOGRAMS = {
     "time_to_first_token_seconds": "From arrival to the first token",
@@ -145,6 +148,15 @@ class Metrics:
         own[_COUNTER["step_decode_tokens"]] += stats.decode_tokens
         own[_COUNTER["step_padding_tokens"]] += stats.padded_tokens - stats.tokens
         own[_COUNTER["preemptions"]] += stats.preemptions
+
+    def restarted(self) -> None:
+        """The engine has been started again; of all workers one says so."""
+        self._own[_COUNTER["engine_restarts"]] += 1
+
+    def replays(self, num_replayed: int, num_quarantined: int) -> None:
+        """How many requests of this worker have gone on in another engine, or not, so far."""
+        self._own[_COUNTER["requests_replayed"]] = num_replayed
+        self._own[_COUNTER["requests_quarantined"]] = num_quarantined
 
     def _observe(self, base: int, seconds: float) -> None:
         self._own[base + bisect_left(_BOUNDS, seconds)] += 1

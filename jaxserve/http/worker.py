@@ -95,6 +95,7 @@ async def _serve(
         ZmqClient(settings.engine_address),
         on_stats=metrics.step if settings.index == 0 else None,
         supervised=True,
+        on_replay=metrics.replays,
     )
 
     def on_news(news: News) -> None:
@@ -102,6 +103,8 @@ async def _serve(
             case "down":
                 client.down()
             case "started":
+                if settings.index == 0:
+                    metrics.restarted()
                 client.reconnect(ZmqClient(news.address))
             case "failed":
                 client.fail(DeviceFailure(news.error))

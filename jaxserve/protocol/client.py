@@ -145,9 +145,8 @@ class EngineClient:
         silence_s: an engine not heard of for so long counts as dead; longer than its longest step.
         supervised: somebody else watches the engine's process, and says `down` and `reconnect`, or
             `fail`; silence and the process's end are nothing to this client then.
-
-    Attributes:
-        num_replayed: requests submitted again so far.
+        on_replay: called, each time they change, with the requests that went on in another engine
+            so far, and with those that were refused for ending it each time.
     """
 
     def __init__(
@@ -158,8 +157,10 @@ class EngineClient:
         on_progress: Callable[[Progress], None] | None = None,
         silence_s: float = 150.0,
         supervised: bool = False,
+        on_replay: Callable[[int, int], None] = lambda replayed, quarantined: None,
     ) -> None:
-        self.num_replayed = 0
+        self._on_replay = on_replay
+        self._num_replayed = 0
         self._transport: ClientTransport | None = transport  # None: between two lives
         self._dispatcher = Dispatcher(on_stats, on_progress, journal=supervised)
         self._silence_s = silence_s
@@ -210,11 +211,6 @@ class EngineClient:
     def down_s(self) -> float:
         """For how long the engine that serves this client has been dead; 0 while one does."""
         return (time.monotonic_ns() - self._down_ns) / 1e9 if self._restarting else 0.0
-
-    @property
-    def num_quarantined(self) -> int:
-        """Requests that were refused for ending the engine each time, so far."""
-        return self._dispatcher.num_quarantined
 
     @property
     def num_streams(self) -> int:
@@ -382,8 +378,11 @@ class EngineClient:
 
     def _receive(self, message: EngineMessage) -> None:
         self._heard_ns = time.monotonic_ns()
+        num_quarantined = self._dispatcher.num_quarantined
         if self._dispatcher.dispatch(message):
             self._changed.set()
+            if self._dispatcher.num_quarantined != num_quarantined:
+                self._on_replay(self._num_replayed, self._dispatcher.num_quarantined)
             if isinstance(message, EngineStatus):
                 if self._restarting and message.state in _SERVING:
                     self._go_on()
@@ -399,7 +398,8 @@ class EngineClient:
         messages = self._dispatcher.replay()
         for message in messages:
             self.send(message)
-        self.num_replayed += len(messages)
+        self._num_replayed += len(messages)
+        self._on_replay(self._num_replayed, self._dispatcher.num_quarantined)
         if self._draining:  # after the requests, which were let in before it
             self.send(Drain())
 
