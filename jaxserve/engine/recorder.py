@@ -101,7 +101,7 @@ class FlightRecorder:
         self._config = config
         self._owners = np.zeros((copies, max_rows + 1), np.uint64)  # by slot: the request's number
         self._longest_ns: dict[Program, float] = {}
-        self._running: deque[tuple[Program, int, int]] = deque()  # program, launched, allowed
+        self._running: deque[tuple[Program, int]] = deque()  # program, when launched
         self._before = int(self._cells[Cell.LARGEST_TOKENS]), float(self._cells[Cell.LARGEST_NS])
         self._num_launched = 0
         self._free_ns = 0  # since when the device has nothing older to do
@@ -141,14 +141,13 @@ class FlightRecorder:
         now_ns = time.monotonic_ns()
         program = inputs[0].program
         now_ns = time.monotonic_ns()
-        allowed_ns = self._allowed_ns(program)
         if not self._running:
-            self._cells[Cell.DEADLINE_NS] = now_ns + allowed_ns
-        self._running.append((program, now_ns, allowed_ns))
+            self._cells[Cell.DEADLINE_NS] = now_ns + self._allowed_ns(program)
+        self._running.append((program, now_ns))
 
     def collected(self) -> None:
         """See `Recorder`."""
-        program, launched_ns, _ = self._running.popleft()
+        program, launched_ns = self._running.popleft()
         now_ns = time.monotonic_ns()
         took_ns = now_ns - max(launched_ns, self._free_ns)
         self._free_ns = now_ns
@@ -157,7 +156,9 @@ class FlightRecorder:
         if _tokens(program) >= self._cells[Cell.LARGEST_TOKENS]:
             self._cells[Cell.LARGEST_TOKENS] = _tokens(program)
             self._cells[Cell.LARGEST_NS] = int(longest_ns)
-        self._cells[Cell.DEADLINE_NS] = now_ns + self._running[0][2] if self._running else 0
+        self._cells[Cell.DEADLINE_NS] = (
+            now_ns + self._allowed_ns(self._running[0][0]) if self._running else 0
+        )
 
     def _allowed_ns(self, program: Program) -> int:
         """How long a step of this program may take."""
