@@ -1,13 +1,13 @@
 """Do streams survive the engine's deaths, against the real server and the real openai client?
 
 Method: the server as a user starts it, with two HTTP workers. First, in peace, every prompt is run
-once: the reference. Then, for --minutes, --streams clients stream without pause, each the reference's
-prompts in a random order; some leave in the middle (--leave), and --kills times the engine is struck,
-by SIGKILL and SIGSTOP in turn, spread over the time, each time it serves again. At the end all
-streams finish, and:
+once: the reference. Then, for --minutes, --streams clients stream without pause, each the
+reference's prompts in a random order; some leave in the middle (--leave), and --kills times the
+engine is struck, by SIGKILL and SIGSTOP in turn, spread over the time, each time it serves again.
+At the end all streams finish, and:
 
-    tokens      each complete stream has exactly as many as it asked for, by its usage, its token ids
-                and its log-probabilities, and ended with a finish reason and [DONE]
+    tokens      each complete stream has exactly as many as it asked for, by its usage, its token
+                ids and its log-probabilities, and ended with a finish reason
     equal       its token ids are the reference's. Where they part, the reference's margin between
                 the two best tokens tells a tie in floating point (below --tie) from a mistake
     failed      no stream was refused or ended with an error

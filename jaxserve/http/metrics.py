@@ -51,6 +51,8 @@ _COUNTERS = {
     "engine_restarts": "Starts of the engine after its death",
     "requests_replayed": "Requests that went on in another engine",
     "requests_quarantined": "Requests not run any more since they ended the engine alone",
+    "pages_saved": "KV pages copied to the host",
+    "pages_loaded": "KV pages copied back from the host",
 }
 _HISTOGRAMS = {
     "time_to_first_token_seconds": "From arrival to the first token",
@@ -148,6 +150,8 @@ class Metrics:
         own[_COUNTER["step_decode_tokens"]] += stats.decode_tokens
         own[_COUNTER["step_padding_tokens"]] += stats.padded_tokens - stats.tokens
         own[_COUNTER["preemptions"]] += stats.preemptions
+        own[_COUNTER["pages_saved"]] += stats.pages_saved
+        own[_COUNTER["pages_loaded"]] += stats.pages_loaded
 
     def restarted(self) -> None:
         """The engine has been started again; of all workers one says so."""
@@ -217,6 +221,9 @@ def _engine(status: EngineStatus | None) -> Iterator[Metric]:
         ("waiting", "Sequences that wait", status.waiting),
         ("pages_used", "KV pages in use", status.pages_used),
         ("pages_total", "KV pages of the pool", status.pages_total),
+        ("swapped", "Waiting sequences whose KV pages are on the host", status.swapped),
+        ("host_pages_used", "KV pages in use on the host", status.host_pages_used),
+        ("host_pages_total", "KV pages that the host has room for", status.host_pages_total),
         ("compiles_after_warmup", "Compilations since ready", status.compiles_after_warmup),
         ("step_age_seconds", "Since the step loop last turned", status.step_age_s),
     ):
