@@ -35,7 +35,7 @@ from jaxserve.errors import HostLost, JaxserveError
 from jaxserve.protocol.flight import NUM_STEPS
 from jaxserve.protocol.parent import follow_parent
 from jaxserve.protocol.server import ServerTransport
-from jaxserve.protocol.spawn import EngineSettings
+from jaxserve.protocol.spawn import EngineSettings, fingerprint
 from jaxserve.scheduler.copies import Schedulers
 
 logger = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ def main(factory: Factory | None = None) -> int:
     settings: EngineSettings = pickle.load(sys.stdin.buffer)  # from our parent, through its pipe
     config = settings.config
     logging.basicConfig(level=config.logging.level.upper(), stream=sys.stderr)
+    if settings.messages != fingerprint():
+        return _tell("the code on the disk has changed since the server was started: start it anew")
     if config.parallel.host:
         _leave(follow(config, factory or _load_parts))
     from jaxserve.protocol.zmq import ZmqServer  # the bare accelerator image has no zmq

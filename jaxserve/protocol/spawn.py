@@ -7,15 +7,18 @@ directory that only this user may enter. The child dies with its parent.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import os
 import pickle
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 from jaxserve.config import Config
+from jaxserve.protocol import messages
 from jaxserve.protocol.scratch import ScratchDirectory
 
 
@@ -27,12 +30,26 @@ class EngineSettings:
         flight: file of its flight recorder (`protocol.flight`), where the parent watches it.
         trials: groups of request keys that are to run apart (`engine.probation`).
         quarantined: keys of requests that it refuses.
+        messages: what the parent's messages look like (`fingerprint`). An engine that is started
+            again hours later may find newer code on the disk, which its clients do not speak.
     """
 
     config: Config
     flight: Path | None = None
     trials: tuple[tuple[str, ...], ...] = ()
     quarantined: tuple[str, ...] = ()
+    messages: str = field(default_factory=lambda: fingerprint())
+
+
+def fingerprint() -> str:
+    """The fields of all messages in their order, which is how they are encoded, as a hash."""
+    kinds = [kind for kind in vars(messages).values() if isinstance(kind, type)]
+    layout = [
+        (kind.__name__, [(key.name, str(key.type)) for key in dataclasses.fields(kind)])
+        for kind in kinds
+        if dataclasses.is_dataclass(kind)
+    ]
+    return hashlib.sha256(repr(layout).encode()).hexdigest()
 
 
 class EngineProcess:
