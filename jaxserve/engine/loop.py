@@ -182,6 +182,8 @@ class Engine:
         outputs = self.executor.collect(step.launched)
         self._recorder.collected()
         now_ns = time.monotonic_ns()
+        rows = [inputs.num_decode_rows for inputs in step.inputs]
+        self.scheduler.measured(step.plans, rows, outputs[0].device_ns)
         for copy, (plan, own, brought) in enumerate(
             zip(step.plans, step.inputs, outputs, strict=True)
         ):
@@ -265,6 +267,8 @@ class Engine:
                 prompt,
                 message.sampling,
                 priority=message.priority,
+                tenant=message.tenant,
+                weight=message.weight,
                 arrived_ns=message.arrived_ns,
                 request=request,
                 resumed=resumed(message),
@@ -275,6 +279,9 @@ class Engine:
             live.update(zip(message.sequence_ids, sequences, strict=True))
             self._probation.watch(message, sequences)
         self._recorder.arriving(0)
+        now_ns = time.monotonic_ns()
+        for sequence, error in self.scheduler.take_shed():
+            self._finish(sequence, now_ns, error)
 
     def cancel(self, client: Hashable, sequence_ids: list[int], reason: FinishReason) -> None:
         """Ends those of a client's sequences that still live."""
@@ -308,6 +315,7 @@ class Engine:
             host_pages_total=self.scheduler.host_pages_total,
             compiles_after_warmup=self.executor.compiles_after_warmup,
             model=self._model,
+            shed=self.scheduler.num_shed,
             error=self._error,
         )
 

@@ -6,6 +6,7 @@ rows that just go on are visited by nobody. On several hosts this is what would 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from jaxserve.types import SamplingParams
@@ -104,7 +105,7 @@ class Plan:
             that samples; its position goes on from there.
         chunks: prefill work.
         decode_steps: > 1 runs several decode steps in this one call; then there are no chunks,
-            and page tables already cover the positions.
+            and page tables already cover the positions. 0: the decoding rows sit this call out.
     """
 
     step_id: int
@@ -117,3 +118,14 @@ class Plan:
     decode_leaves: list[int] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     decode_steps: int = 1
+
+    def enter(self, slot: int, entries: Iterable[tuple[int, int, int]]) -> None:
+        """Adds page-table entries of a slot: (group, index, page)."""
+        self.page_entries += [
+            PageEntry(slot=slot, group=group, index=index, page=page)
+            for group, index, page in entries
+        ]
+
+    def forget_entries(self, slot: int) -> None:
+        """Drops a slot's entries: it changes hands within the plan, which may name each once."""
+        self.page_entries = [entry for entry in self.page_entries if entry.slot != slot]

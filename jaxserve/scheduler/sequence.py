@@ -15,10 +15,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from jaxserve.scheduler.host_pages import HostTable
 from jaxserve.scheduler.pages import PageTable
 from jaxserve.types import FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from jaxserve.scheduler.accounts import Account
 
 
 class SequenceState(enum.Enum):
@@ -55,7 +59,12 @@ class Sequence:
         key: (client, the client's id of it); opaque here.
         token_ids: known tokens: the prompt, then what was read back from the device.
         max_len: tokens at which max_tokens are reached.
-        rank: (priority, arrival); smaller runs first, the largest is preempted first.
+        level: its priority, or `queue.AGED`; smaller runs first.
+        arrival: number among all that came; within a level the last is preempted first.
+        account: what is charged for it.
+        is_charged: whether its prompt has been.
+        has_begun: whether any sequence of its request has run.
+        waited_ns: in the queue, before this wait.
         stop_token_ids: end the sequence when sampled; the model's end tokens among them.
         copy: of the model, that it lives on.
         request: number of its request in the flight recorder; 0: none.
@@ -76,9 +85,11 @@ class Sequence:
     prompt_len: int
     sampling: SamplingParams
     choice: int
-    rank: tuple[int, int]
+    level: int
+    arrival: int
     stop_token_ids: frozenset[int]
     table: PageTable
+    account: Account | None = None
     arrived_ns: int = 0
     max_len: int = field(init=False)
 
@@ -98,6 +109,9 @@ class Sequence:
     num_prompt_logprobs_planned: int = 0
     num_prompt_logprobs: int = 0
 
+    is_charged: bool = False
+    has_begun: bool = False
+    waited_ns: int = 0
     reason: FinishReason | None = None
     stop_token_id: int | None = None
     num_cached: int = 0
@@ -115,13 +129,20 @@ class Sequence:
     def resume(self, emitted: list[int], num_prompt_logprobs: int) -> None:
         """Goes on from what an engine that ended had emitted: those tokens are known.
 
-        Its positions count as reached, so that what it computes of them is recomputed.
+        Its positions count as reached, so that what it computes of them is recomputed. Its tenant
+        was charged for the prompt, and it is not shed.
         """
+        self.is_charged = self.has_begun = True
         self.token_ids += emitted
         if emitted:
             self.num_resumed = self.num_reached = len(self.token_ids) - 1
         if self.choice == 0:
             self.num_prompt_logprobs = self.num_prompt_logprobs_planned = num_prompt_logprobs
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """(level, arrival): the largest is preempted first."""
+        return self.level, self.arrival
 
     @property
     def num_outputs(self) -> int:

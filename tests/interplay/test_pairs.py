@@ -60,6 +60,11 @@ FEATURES = (
 #: What becomes of a sequence that is set back: one or the other.
 PREEMPTION = (
     Feature(
+        name="batch invariant",
+        settings=("engine.batch_invariant=true",),
+        acted=lambda trial: trial.num_mixed == 0,
+    ),
+    Feature(
         name="recompute",
         settings=("cache.num_pages=31", "cache.preemption=recompute"),
         shape=_urgent,

@@ -1,0 +1,43 @@
+"""What a plan says of one sequence: that it takes a slot, and the tokens that it runs."""
+
+from __future__ import annotations
+
+from jaxserve.scheduler.plan import Chunk, Join
+from jaxserve.scheduler.sequence import Sequence
+
+
+def join_of(sequence: Sequence) -> Join:
+    """A sequence takes the slot it was given."""
+    return Join(
+        slot=sequence.slot,
+        sampling=sequence.sampling,
+        prompt_len=sequence.prompt_len,
+        choice=sequence.choice,
+        prefix=sequence.prefix_looked_back_at(),
+        request=sequence.request,
+    )
+
+
+def chunk_of(sequence: Sequence, end: int, *, again: bool = False) -> Chunk:
+    """A sequence's known tokens from the first that is not computed up to `end`.
+
+    Prompt log-probabilities that come due are noted as planned.
+
+    Args:
+        again: they are computed also where they were before.
+    """
+    start, known = sequence.num_computed, sequence.token_ids
+    samples = end == len(known)
+    due = min(end, sequence.prompt_len - 1)
+    wanted = sequence.sampling.prompt_logprobs if sequence.choice == 0 else None
+    if due <= sequence.num_prompt_logprobs_planned and not again:
+        wanted = None
+    sequence.num_prompt_logprobs_planned = max(due, sequence.num_prompt_logprobs_planned)
+    return Chunk(
+        slot=sequence.slot,
+        start=start,
+        token_ids=known[start:end],
+        samples=samples,
+        prompt_logprobs=wanted,
+        next_token_id=None if samples else known[end],
+    )
