@@ -56,6 +56,12 @@ FEATURES = (
     Feature(name="cancel", shape=_cancel),
     Feature(name="chunked prefill", settings=("scheduler.max_step_tokens=8",)),
     Feature(name="several decode steps", settings=("scheduler.decode_steps=4",)),
+    Feature(
+        name="replay",
+        lives=3,
+        # What was cancelled ends with the engine, or before it does.
+        acted=lambda trial: any(r.replays for r in trial.records) or bool(trial.probes[0].cut),
+    ),
 )
 #: What becomes of a sequence that is set back: one or the other.
 PREEMPTION = (
