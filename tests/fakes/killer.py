@@ -25,12 +25,17 @@ SURVIVES = 6
 class DeadlyExecutor(FakeExecutor):
     """See the module."""
 
+    _first: dict[int, int]  # by slot: the first token of what runs there
+
     def _run(self, inputs: StepInputs) -> StepOutputs:
-        for slot in inputs.rows[: inputs.num_live_rows].tolist():
-            seen = self._seen[slot]
-            if seen and len(seen) > SURVIVES and seen[0] in (KILLER, HANGER):
-                if seen[0] == KILLER:
-                    os._exit(70)
+        starts = inputs.query_starts
+        for row in range(inputs.num_live_rows):
+            slot, length = int(inputs.rows[row]), int(inputs.context_lens[row])
+            if row >= inputs.num_decode_rows and length == starts[row + 1] - starts[row]:
+                self._first[slot] = int(inputs.token_ids[starts[row]])
+            if length > SURVIVES and self._first.get(slot) == KILLER:
+                os._exit(70)
+            if length > SURVIVES and self._first.get(slot) == HANGER:
                 signal.pause()
         return super()._run(inputs)
 
@@ -40,6 +45,7 @@ def deadly_parts(config: Config, progress: Progressing) -> Parts:
     parts = engine.fake_parts(config, progress)
     assert isinstance(parts.executor, FakeExecutor)
     parts.executor.__class__ = DeadlyExecutor
+    parts.executor._first = {}
     return parts
 
 

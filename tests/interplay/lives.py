@@ -10,7 +10,10 @@ from jaxserve.protocol.streams import Dispatcher
 
 
 class ReplayingClient(SyncClient):
-    """`again` stands for the engine's death and the next one's start."""
+    """`again` stands for the engine's death and the next one's start.
+
+    It takes one message in at a time, so that there is something left that a death can take.
+    """
 
     def __init__(self, transport: ClientTransport) -> None:
         super().__init__(transport)
@@ -23,6 +26,10 @@ class ReplayingClient(SyncClient):
                 state = self._dispatcher._streams[sequence_id]
                 state.cancelling([sequence_id], message.reason)
         super().send(message)
+
+    def wait(self) -> None:
+        """Takes in the engine's next message."""
+        self._dispatcher.dispatch(self._inbox.get(timeout=60))
 
     def again(self, transport: ClientTransport) -> None:
         """Goes on over another road; what was under way on the old one is lost."""
