@@ -225,6 +225,7 @@ class EngineClient:
         n: int = 1,
         priority: int = 0,
         tenant: str = "",
+        cache_salt: str = "",
         weight: float = 1.0,
         arrived_ns: int | None = None,
     ) -> Stream:
@@ -236,6 +237,7 @@ class EngineClient:
             n: choices; the choice index keys their random bits.
             priority: smaller is served first, and preempts.
             tenant: who is charged; opaque here.
+            cache_salt: only requests with the same one share cached pages.
             weight: the tenant's share beside others'.
             arrived_ns: CLOCK_MONOTONIC when the request came in; now where None.
 
@@ -243,7 +245,16 @@ class EngineClient:
             DeviceFailure: the engine is known to be dead. All else is raised by the stream.
         """
         state = self._dispatcher.open(n)
-        message = submit_message(state, prompt, sampling, priority, tenant, weight, arrived_ns)
+        message = submit_message(
+            state,
+            prompt,
+            sampling,
+            priority=priority,
+            tenant=tenant,
+            cache_salt=cache_salt,
+            weight=weight,
+            arrived_ns=arrived_ns,
+        )
         serving = not self._restarting
         message = self._dispatcher.begin(state, message, sent=serving)
         if serving:

@@ -175,7 +175,7 @@ def test_whatever_runs_when_the_engine_dies_goes_on_as_if_it_had_not(
 
 def test_positions_of_the_lost_life_count_once_as_computed() -> None:
     async def body(lives: Lives) -> None:
-        reader = Reader(lives.client.submit(PROMPT, sampling(), n=2), 2)
+        reader = Reader(lives.client.submit(PROMPT, sampling(max_tokens=200), n=2), 2)
         while not all(reader.tokens):
             await reader.some(1)
         emitted = [len(tokens) for tokens in reader.tokens]
@@ -183,11 +183,12 @@ def test_positions_of_the_lost_life_count_once_as_computed() -> None:
         await reader.rest()
         for choice, finished in reader.finished.items():
             record = finished.record
-            assert record.replays == 1 and record.output_tokens == 30
-            # All but the last token's position, less what a further choice shares.
-            assert record.computed_tokens + record.cached_tokens == len(PROMPT) + 29
+            assert record.replays == 1 and record.output_tokens == 200
+            # All positions but the last token's; a further choice shares the prompt's.
+            assert record.computed_tokens + record.cached_tokens == len(PROMPT) + 199
             known = len(PROMPT) + emitted[choice]
-            assert known - 1 - record.cached_tokens <= record.recomputed_tokens < 35
+            shared = len(PROMPT) - 1 if choice else 0
+            assert record.recomputed_tokens == known - 1 - shared
         assert lives.replays == [(1, 0)]
 
     with_lives(body)
