@@ -314,7 +314,7 @@ def test_pages_computed_twice_are_held_once_and_the_row_is_told():
     assert pages.num_used == 4
     plan = Plan(step_id=0)
     cache.tell(plan)
-    told = [(entry.slot, entry.index, entry.page) for entry in plan.page_entries]
+    told = [(slot, index, page) for _, slot, index, page in plan.page_entries]
     assert told == [(5, 0, first.table.pages[0][0]), (5, 1, first.table.pages[0][1])]
     cache.tell(plan)
     assert len(plan.page_entries) == 2  # once

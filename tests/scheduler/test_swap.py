@@ -56,7 +56,7 @@ def test_its_pages_are_free_in_the_plan_that_saves_them() -> None:
     rig = crowded()
     until_swapped(rig)
     plan = rig.plans[-1]
-    assert {save.page for save in plan.page_saves} & {entry.page for entry in plan.page_entries}
+    assert {save.page for save in plan.page_saves} & {page for _, _, _, page in plan.page_entries}
     rig.run()
     rig.check()
 
