@@ -22,9 +22,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from types import TracebackType
-from typing import Self
+from collections.abc import Callable, Sequence
 
 from jaxserve.errors import DeviceFailure, JaxserveError
 from jaxserve.protocol.mailbox import Mailbox
@@ -39,6 +37,7 @@ from jaxserve.protocol.messages import (
     Progress,
     StepStats,
 )
+from jaxserve.protocol.stream import Stream
 from jaxserve.protocol.streams import RESTARTING, Dispatcher, SequenceEvent, StreamState
 from jaxserve.protocol.sync_client import SyncClient, SyncStream
 from jaxserve.protocol.transport import (
@@ -53,83 +52,6 @@ __all__ = ["ClientTransport", "EngineClient", "SequenceEvent", "Stream", "SyncCl
 
 #: States of an engine that takes requests, or finishes those that it has.
 _SERVING = ("ready", "draining")
-
-
-class Stream:
-    """The events of one request: `async for event in stream`, ends after the last choice's end.
-
-    Raises, from the iteration: the typed error the engine refused the request with
-    (`ContextTooLong`, `OutOfPages`, `Overloaded`, `InvalidRequest`, `RequestQuarantined`), or
-    `DeviceFailure`.
-    Left early (`async with client.submit(…) as stream`), it cancels what still runs.
-    """
-
-    def __init__(self, client: EngineClient, state: StreamState) -> None:
-        self._client = client
-        self._state = state
-        self._state.wake = self._on_event
-        self._waiter: asyncio.Future[None] | None = None
-
-    @property
-    def sequence_ids(self) -> range:
-        """Of the choices, in order; others once the request goes on in another engine."""
-        return self._state.sequence_ids
-
-    @property
-    def done(self) -> bool:
-        """Whether every choice has ended (its events may still be unread)."""
-        return self._state.done
-
-    def cancel(
-        self, choice: int | None = None, reason: FinishReason = FinishReason.CANCELLED
-    ) -> None:
-        """Ends one choice, or all that still run; each still delivers its `finished`.
-
-        `reason` STOP tells the engine that a stop string matched.
-        """
-        self._client.cancel(self._state, choice, reason)
-
-    def take(self) -> SequenceEvent | None:
-        """The next event that is already here; None if there is none. Raises as iteration does."""
-        return self._state.take()
-
-    def watch(self, wake: Callable[[], None]) -> None:
-        """Has `wake` called when there is something to take: for readers of several streams.
-
-        Replaces iteration: such a reader uses `take` and `done`.
-        """
-        self._state.wake = wake
-
-    def __aiter__(self) -> AsyncIterator[SequenceEvent]:
-        return self
-
-    async def __anext__(self) -> SequenceEvent:
-        while True:
-            event = self._state.take()
-            if event is not None:
-                return event
-            if self._state.done:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.cancel()
-
-    def _on_event(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
 
 class EngineClient:

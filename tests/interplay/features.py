@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from jaxserve.engine.loop import Engine
 from jaxserve.engine.thread import EngineThread
 from jaxserve.protocol.client import SyncStream
 from jaxserve.protocol.messages import SequenceRecord
@@ -91,6 +92,7 @@ class Trial:
         num_mixed: device calls that held decoding rows and chunks.
         probes, outcomes: parallel; an outcome for each choice.
         records: of all sequences, background too.
+        engines: one a life.
     """
 
     def __init__(self, features: tuple[Feature, ...]) -> None:
@@ -107,6 +109,7 @@ class Trial:
                 feature.shape(probe)
         self.outcomes = [[Outcome() for _ in range(probe.n)] for probe in self.probes]
         self.records: list[SequenceRecord] = []
+        self.engines: list[Engine] = []
         self.num_mixed = -1
 
     def run(self) -> None:
@@ -118,6 +121,7 @@ class Trial:
             def launch() -> ThreadClient:
                 thread = threads.enter_context(EngineThread(config, fake_parts))
                 self.engine = thread.engine
+                self.engines.append(thread.engine)
                 return thread.connect()
 
             self._again = lambda: self.client.again(launch())

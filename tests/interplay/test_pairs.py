@@ -54,6 +54,8 @@ def _was_found(trial: Trial) -> bool:
     """Where pages run out they may have been taken before: tests/scheduler/test_prefix_runs.py."""
     if trial.engine.scheduler.prefix_lookup_tokens == 0:  # none where output is batch-invariant
         return any("engine.batch_invariant=true" in f.settings for f in trial.features)
+    if len(trial.engines) > 1:  # the last one's cache began empty
+        return trial.engines[0].scheduler.prefix_hit_tokens > 0
     found = any(outcomes[0].record.cached_tokens >= 16 for outcomes in trial.outcomes)
     return found or any(record.preemptions for record in trial.records)
 
