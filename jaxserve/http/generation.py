@@ -125,6 +125,7 @@ class Generation:
                 priority=options.priority,
                 tenant=tenant,
                 weight=weight,
+                cache_salt=options.cache_salt,
                 arrived_ns=arrived_ns,
             )
             stream.watch(self._wake)

@@ -49,6 +49,11 @@ _COUNTERS = {
     "step_decode_tokens": "Decoded tokens run on the device",
     "step_padding_tokens": "Padding run on the device",
     "preemptions": "Sequences set back to make room",
+    "engine_restarts": "Starts of the engine after its death",
+    "requests_replayed": "Requests that went on in another engine",
+    "requests_quarantined": "Requests not run any more since they ended the engine alone",
+    "prefix_lookup_tokens": "Known tokens of sequences when they took a row",
+    "prefix_hit_tokens": "Of these, tokens whose KV was found in the cache",
     "pages_saved": "KV pages copied to the host",
     "pages_loaded": "KV pages copied back from the host",
 }
@@ -155,8 +160,19 @@ class Metrics:
         own[_COUNTER["step_decode_tokens"]] += stats.decode_tokens
         own[_COUNTER["step_padding_tokens"]] += stats.padded_tokens - stats.tokens
         own[_COUNTER["preemptions"]] += stats.preemptions
+        own[_COUNTER["prefix_lookup_tokens"]] += stats.prefix_lookup_tokens
+        own[_COUNTER["prefix_hit_tokens"]] += stats.prefix_hit_tokens
         own[_COUNTER["pages_saved"]] += stats.pages_saved
         own[_COUNTER["pages_loaded"]] += stats.pages_loaded
+
+    def restarted(self) -> None:
+        """The engine has been started again; of all workers one says so."""
+        self._own[_COUNTER["engine_restarts"]] += 1
+
+    def replays(self, num_replayed: int, num_quarantined: int) -> None:
+        """How many requests of this worker have gone on in another engine, or not, so far."""
+        self._own[_COUNTER["requests_replayed"]] = num_replayed
+        self._own[_COUNTER["requests_quarantined"]] = num_quarantined
 
     def limited(self, scope: str, kind: str) -> None:
         """A rate limit refused a request."""
@@ -270,6 +286,7 @@ def _engine(status: EngineStatus | None) -> Iterator[Metric]:
         ("waiting", "Sequences that wait", status.waiting),
         ("pages_used", "KV pages in use", status.pages_used),
         ("pages_total", "KV pages of the pool", status.pages_total),
+        ("pages_cached", "KV pages not in use that can still be found", status.pages_cached),
         ("swapped", "Waiting sequences whose KV pages are on the host", status.swapped),
         ("host_pages_used", "KV pages in use on the host", status.host_pages_used),
         ("host_pages_total", "KV pages that the host has room for", status.host_pages_total),

@@ -35,7 +35,15 @@ class Submit:
         arrived_ns: when the request reached the front end.
         priority: smaller is served first, and preempts.
         tenant: who is charged; opaque here.
+        cache_salt: only requests with the same one share cached pages.
         weight: the tenant's share beside others'; with twice the weight it is served twice as much.
+        request_key: 16 hexadecimal digits, unique over all clients and the engine's lives; by it
+            the flight recorder names a request. Empty: it is in no record.
+        attempt: earlier lives of the engine that had taken it in. Above 0, what follows says how
+            far it had come; it has been let in once, and is not refused for a queue or a drain.
+        choices: indexes of the sequences among the request's choices; 0, 1, … where empty.
+        emitted: of each sequence, output tokens that its client has; none where empty.
+        prompt_logprobs_done: prompt log-probabilities that its client has.
     """
 
     sequence_ids: list[int]
@@ -44,7 +52,13 @@ class Submit:
     arrived_ns: int
     priority: int = 0
     tenant: str = ""
+    cache_salt: str = ""
     weight: float = 1.0
+    request_key: str = ""
+    attempt: int = 0
+    choices: list[int] = field(default_factory=list)
+    emitted: list[list[int]] = field(default_factory=list)
+    prompt_logprobs_done: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,10 +106,11 @@ class SequenceRecord:
     Attributes:
         computed_tokens: positions run through the model for the first time, prompt and output.
         cached_tokens: prompt tokens whose KV was found instead of computed.
-        recomputed_tokens: positions run again after a preemption.
+        recomputed_tokens: positions run again after a preemption, or after the engine's end.
         swapped_tokens: positions brought back from the host's memory instead, each time it was.
         drafted_tokens: proposed by speculation; discarded_tokens: sampled or drafted, not emitted.
         context_tokens: prompt plus emitted tokens at the end.
+        replays: how often the engine ended under it and it went on in another.
         *_ns: zero while it has not happened.
     """
 
@@ -109,6 +124,7 @@ class SequenceRecord:
     discarded_tokens: int = 0
     preemptions: int = 0
     context_tokens: int = 0
+    replays: int = 0
     arrived_ns: int = 0
     queued_ns: int = 0
     scheduled_ns: int = 0
@@ -169,7 +185,9 @@ class StepStats:
         rows, tokens, padded_tokens: sequences, tokens of work, and tokens with the padding.
         decode_tokens, prefill_tokens: tokens of work by kind.
         flops, bytes: counted from shapes (models declare them), not measured.
-        preemptions: since the statistics before these.
+        pages_cached: pages that nobody holds and that can still be found by their content.
+        preemptions, prefix_lookup_tokens, prefix_hit_tokens: since the statistics before these;
+            known tokens of sequences that joined, and those of them found instead of computed.
         pages_saved, pages_loaded: KV pages that this call copied to the host and from it.
     """
 
@@ -189,6 +207,9 @@ class StepStats:
     pages_used: int
     pages_total: int
     preemptions: int
+    pages_cached: int
+    prefix_lookup_tokens: int
+    prefix_hit_tokens: int
     compiles_after_warmup: int
     pages_saved: int = 0
     pages_loaded: int = 0
@@ -225,9 +246,14 @@ class ClassLoad:
 class EngineStatus:
     """The engine's state: "loading", "compiling", "ready", "draining" or "failed".
 
+    A client that knows that it is started again calls it "restarting" until it is ready.
+
     Attributes:
         model: set once the model is loaded.
         step_age_s: seconds since the step loop last turned.
+        pages_cached: pages that nobody holds and that can still be found by their content.
+        prefix_lookup_tokens: known tokens of the sequences that joined so far; prefix_hit_tokens:
+            of these, those found instead of computed.
         shed: sequences that a full queue refused or pushed out since the start, by reason.
         swapped: waiting sequences whose pages are in the host's memory.
         host_pages_used, host_pages_total: pages there; 0 in all where there is no host store.
@@ -248,6 +274,9 @@ class EngineStatus:
     waiting: int = 0
     pages_used: int = 0
     pages_total: int = 0
+    pages_cached: int = 0
+    prefix_lookup_tokens: int = 0
+    prefix_hit_tokens: int = 0
     swapped: int = 0
     host_pages_used: int = 0
     host_pages_total: int = 0

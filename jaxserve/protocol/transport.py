@@ -31,6 +31,10 @@ class ClientTransport(Protocol):
         """Sends what is queued, within a moment, and lets go of the road."""
         ...
 
+    def abandon(self) -> None:
+        """Lets go of the road at once: the engine at its end has died."""
+        ...
+
 
 def submit_message(
     state: StreamState,
@@ -39,6 +43,7 @@ def submit_message(
     *,
     priority: int = 0,
     tenant: str = "",
+    cache_salt: str = "",
     weight: float = 1.0,
     arrived_ns: int | None = None,
 ) -> Submit:
@@ -50,5 +55,6 @@ def submit_message(
         arrived_ns=time.monotonic_ns() if arrived_ns is None else arrived_ns,
         priority=priority,
         tenant=tenant,
+        cache_salt=cache_salt,
         weight=weight,
     )

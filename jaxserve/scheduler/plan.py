@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 
 from jaxserve.types import SamplingParams
 
+#: (group, slot, index, page): slot's logical page `index` of a cache group is now page `page`. A
+#: plain tuple, as `StepInputs` has it: a plan may hold hundreds.
+PageEntry = tuple[int, int, int, int]
+
 
 @dataclass(slots=True, kw_only=True)
 class Join:
@@ -22,6 +26,7 @@ class Join:
         prefix: tokens at positions 0, 1, … whose KV was found instead of computed, be it shared
             or brought back from the host; given only where the sampling parameters look back at
             them.
+        request: whose sequence it is, for the flight recorder; the device does not see it.
     """
 
     slot: int
@@ -29,6 +34,7 @@ class Join:
     prompt_len: int
     choice: int
     prefix: list[int] = field(default_factory=list)
+    request: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,16 +56,6 @@ class Chunk:
     samples: bool
     prompt_logprobs: int | None = None
     next_token_id: int | None = None
-
-
-@dataclass(slots=True, kw_only=True)
-class PageEntry:
-    """Page-table delta: slot's logical page `index` of cache group `group` is now page `page`."""
-
-    slot: int
-    group: int
-    index: int
-    page: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -119,11 +115,8 @@ class Plan:
 
     def enter(self, slot: int, entries: Iterable[tuple[int, int, int]]) -> None:
         """Adds page-table entries of a slot: (group, index, page)."""
-        self.page_entries += [
-            PageEntry(slot=slot, group=group, index=index, page=page)
-            for group, index, page in entries
-        ]
+        self.page_entries += [(group, slot, index, page) for group, index, page in entries]
 
     def forget_entries(self, slot: int) -> None:
         """Drops a slot's entries: it changes hands within the plan, which may name each once."""
-        self.page_entries = [entry for entry in self.page_entries if entry.slot != slot]
+        self.page_entries = [entry for entry in self.page_entries if entry[1] != slot]

@@ -36,6 +36,21 @@ class SequenceState(enum.Enum):
     FINISHED = enum.auto()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """How far a request had come in an engine that ended.
+
+    Attributes:
+        choices: indexes of the choices that go on.
+        emitted: output tokens of each.
+        num_prompt_logprobs: prompt tokens after the first whose log-probabilities were reported.
+    """
+
+    choices: list[int]
+    emitted: list[list[int]]
+    num_prompt_logprobs: int = 0
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
     """State of one generation.
@@ -51,7 +66,10 @@ class Sequence:
         has_begun: whether any sequence of its request has run.
         waited_ns: in the queue, before this wait.
         stop_token_ids: end the sequence when sampled; the model's end tokens among them.
+        root: what the digests of its pages begin with; digests: of its first full pages, as far
+            as they were needed.
         copy: of the model, that it lives on.
+        request: number of its request in the flight recorder; 0: none.
         host_table: its pages on the host, while it waits with its cache saved.
         followers: choices that wait to share this one's prompt.
         num_computed: positions whose KV is launched; while decoding see `decode_base`.
@@ -74,11 +92,14 @@ class Sequence:
     table: PageTable
     account: Account | None = None
     arrived_ns: int = 0
+    root: bytes = b""
     max_len: int = field(init=False)
 
     state: SequenceState = SequenceState.WAITING
     slot: int = -1
     copy: int = 0
+    request: int = 0
+    digests: list[bytes] = field(default_factory=list)
     host_table: HostTable | None = None
     followers: list[Sequence] = field(default_factory=list)
     leader: Sequence | None = None
@@ -107,6 +128,19 @@ class Sequence:
     def __post_init__(self) -> None:
         self.max_len = self.prompt_len + self.sampling.max_tokens
 
+    def resume(self, emitted: list[int], num_prompt_logprobs: int) -> None:
+        """Goes on from what an engine that ended had emitted: those tokens are known.
+
+        Its positions count as reached, so that what it computes of them is recomputed. Its tenant
+        was charged for the prompt, and it is not shed.
+        """
+        self.is_charged = self.has_begun = True
+        self.token_ids += emitted
+        if emitted:
+            self.num_reached = len(self.token_ids) - 1
+        if self.choice == 0:
+            self.num_prompt_logprobs = self.num_prompt_logprobs_planned = num_prompt_logprobs
+
     @property
     def rank(self) -> tuple[int, int]:
         """(level, arrival): the largest is preempted first."""
@@ -127,19 +161,44 @@ class Sequence:
         """Positions that it ran through the model for the first time."""
         return self.num_reached - self.num_cached
 
-    def prefix_looked_back_at(self) -> list[int]:
-        """The tokens already computed elsewhere, if its sampling depends on tokens before them.
+    @property
+    def owes_prompt_logprobs(self) -> bool:
+        """Whether prompt tokens must be run for their log-probabilities."""
+        return (
+            self.sampling.prompt_logprobs is not None
+            and self.choice == 0
+            and self.num_prompt_logprobs_planned < self.prompt_len - 1
+        )
 
-        Presence and frequency penalties count output tokens only: of those it has some when its
-        pages come back from the host, never when it shares a prompt. Single bad words need no
-        history.
+    @property
+    def looks_back(self) -> bool:
+        """Whether its sampling depends on which tokens came before."""
+        sampling = self.sampling
+        return (
+            sampling.repetition_penalty != 1
+            or sampling.presence_penalty != 0
+            or sampling.frequency_penalty != 0
+            or any(len(word) > 1 for word in sampling.bad_words)
+        )
+
+    def prefix_looked_back_at(self) -> list[int]:
+        """The tokens that its slot will not see, if its sampling depends on them.
+
+        Presence and frequency penalties count output tokens only; single bad words need no history.
         """
         sampling = self.sampling
-        looks_back = sampling.repetition_penalty != 1
-        looks_back |= any(len(word) > 1 for word in sampling.bad_words)
-        if self.num_computed > self.prompt_len:
-            looks_back |= sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
-        return self.token_ids[: self.num_computed] if looks_back else []
+        if not self.looks_back or (
+            self.num_computed <= self.prompt_len
+            and sampling.repetition_penalty == 1
+            and all(len(word) == 1 for word in sampling.bad_words)
+        ):
+            return []
+        return self.token_ids[: self.num_computed]
+
+    def count_found(self) -> None:
+        """Positions up to `num_computed` that were never launched for it count as cached."""
+        self.num_cached += max(self.num_computed - self.num_reached, 0)
+        self.num_reached = max(self.num_reached, self.num_computed)
 
     def reach(self, start: int, end: int) -> None:
         """Counts positions start … end - 1 as launched, once more or for the first time."""

@@ -18,7 +18,7 @@ from jaxserve.engine.thread import EngineThread
 from jaxserve.errors import ContextTooLong, DeviceFailure, InvalidRequest, OutOfPages, Overloaded
 from jaxserve.protocol.client import ClientTransport, EngineClient, SyncClient
 from jaxserve.protocol.messages import StepStats
-from jaxserve.protocol.spawn import EngineProcess
+from jaxserve.protocol.spawn import EngineProcess, EngineSettings
 from jaxserve.protocol.zmq import ZmqClient
 from jaxserve.types import FinishReason, SamplingParams
 from tests.fakes.engine import fake_parts, oracle
@@ -101,7 +101,8 @@ def test_choices_equal_the_oracle(connect):
 
 def test_records_and_times_are_in_order(connect):
     async def body(client: EngineClient) -> None:
-        events = [event async for event in client.submit(PROMPT, sampling(max_tokens=9))]
+        stream = client.submit(PROMPT, sampling(max_tokens=9), cache_salt="records")
+        events = [event async for event in stream]
         finished = events[-1].finished
         assert finished is not None and finished.reason is FinishReason.LENGTH
         r = finished.record
@@ -220,10 +221,16 @@ def test_step_statistics_go_to_those_that_ask(connect):
     stats: list[StepStats] = []
 
     async def body(client: EngineClient) -> None:
-        await collect(client.submit(PROMPT, sampling(max_tokens=10)))
-        await client.get_status()
-        assert sum(s.prefill_tokens for s in stats) == len(PROMPT)
-        assert sum(s.decode_tokens for s in stats) == 9
+        before = await client.get_status()
+        for _ in range(2):
+            await collect(client.submit(PROMPT, sampling(max_tokens=10), cache_salt="stats"))
+        status = await client.get_status()
+        assert sum(s.prefill_tokens for s in stats) == len(PROMPT) + 2
+        assert status.prefix_lookup_tokens - before.prefix_lookup_tokens == 2 * len(PROMPT)
+        assert status.prefix_hit_tokens - before.prefix_hit_tokens == 4
+        assert sum(s.prefix_hit_tokens for s in stats) == status.prefix_hit_tokens  # all that was
+        assert stats[-1].pages_cached == status.pages_cached >= 3
+        assert sum(s.decode_tokens for s in stats) == 2 * 9
         assert stats[0].rows == 1 and stats[-1].pages_total == 199
         assert [s.step_id for s in stats] == sorted(s.step_id for s in stats)
 
@@ -288,7 +295,7 @@ def test_a_step_that_fails_ends_all_sequences_and_the_process():
                 [event async for event in stream]
 
     with_client(ZmqClient(process.address), body)
-    assert process.stop() == 1
+    assert process.stop() == 5
 
 
 def test_a_model_that_does_not_load_is_one_sentence_and_exit_1(capfd):
@@ -305,6 +312,15 @@ def test_a_model_that_does_not_load_is_one_sentence_and_exit_1(capfd):
     asyncio.run(asyncio.wait_for(run(), 60))
     assert process.stop() == 1
     assert capfd.readouterr().err == "jaxserve: /no/such/model does not exist\n"
+
+
+def test_an_engine_of_other_code_than_its_parents_does_not_start(capfd):
+    settings = EngineSettings(config=CONFIG, messages="as they were when the server was started")
+    process = EngineProcess.start(settings, module="tests.fakes.engine")
+    with os.fdopen(os.pidfd_open(process.pid)) as end:
+        assert select.select([end], [], [], 60)[0]
+    assert process.stop() == 1
+    assert "the code on the disk has changed" in capfd.readouterr().err
 
 
 def test_the_engine_ends_with_its_parent():

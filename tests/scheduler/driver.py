@@ -11,7 +11,7 @@ import random
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 
-from jaxserve.config import SchedulerConfig
+from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequence import Sequence, SequenceState
@@ -64,6 +64,7 @@ class Driver:
             MODEL,
             page_size=self.page_size,
             num_pages=[self.num_pages],
+            cache=CacheConfig(prefix=False),  # all prompts are of the same token
             clock_ns=lambda: self.now_ns,
         )
         self.random = random.Random(self.seed)
@@ -167,7 +168,7 @@ class Driver:
             del self._decoding[slot]
         self._decoding |= dict.fromkeys(plan.decode_joins)
         assert not set(self._decoding) & {chunk.slot for chunk in plan.chunks}
-        entries = [(entry.slot, entry.group, entry.index) for entry in plan.page_entries]
+        entries = [(slot, group, index) for group, slot, index, _ in plan.page_entries]
         assert len(set(entries)) == len(entries), "a page-table entry is written twice in a step"
         num_tokens = len(self._decoding) + sum(len(chunk.token_ids) for chunk in plan.chunks)
         assert num_tokens <= self.config.max_step_tokens
