@@ -2,8 +2,9 @@
 
     python -m tests.limits.hammer redis URL PREFIX NUM      or      … owner SOCKET NUM
 
-Requests of 1 to 200 tokens, under a limit of requests and one of tokens; output is settled in part,
-as real requests do. Prints the tokens and requests that were let in and kept, as JSON.
+Requests of 1 to 200 tokens, under a limit of requests and one of tokens that hardly fill while it
+runs; half of the processes use only a part of what they reserve. Prints the tokens and requests that
+were let in and kept, as JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jaxserve.limits.redis_store import RedisStore
 from jaxserve.limits.store import Store
 
 LIMITS = Limits(
-    requests_per_minute=6000, burst_requests=900, tokens_per_minute=600_000, burst_tokens=60_000
+    requests_per_minute=60, burst_requests=900, tokens_per_minute=6000, burst_tokens=60_000
 )
 QUOTA = Quota(fixed=LIMITS.buckets("tenant", "acme"), tenant="acme")
 CONCURRENT = 16
@@ -46,7 +47,7 @@ async def hammer(store: Store, num_requests: int, seed: int) -> dict[str, int]:
             except RateLimited:
                 total["refused"] += 1
                 continue
-            used = rng.randint(0, tokens)
+            used = tokens if seed % 2 else rng.randint(tokens // 2, tokens)
             reservation.follow(lambda used=used: used)
             reservation.settle()
             total["requests"] += 1
