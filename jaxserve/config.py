@@ -84,12 +84,24 @@ class SchedulerConfig:
         max_step_tokens: tokens of one step, decode rows and prefill chunks together.
         max_waiting: sequences that may wait; one more is refused.
         decode_steps: decode steps in one device call when nothing on the host is needed.
+        draft_tokens: next tokens of a row that are guessed from its earlier text and verified in
+            one step, at most; 0 switches speculation off. Output is the same.
+        draft_rows: with more rows than this in a step nothing is guessed.
     """
 
     max_rows: int = 64
     max_step_tokens: int = 512
     max_waiting: int = 4096
     decode_steps: int = 4
+    draft_tokens: int = 7
+    draft_rows: int = 8
+
+    @property
+    def max_verify_rows(self) -> int:
+        """Rows of a step that verifies drafts, at most; 0 where there is no speculation."""
+        if not self.draft_tokens:
+            return 0
+        return min(self.draft_rows, self.max_rows, self.max_step_tokens // (1 + self.draft_tokens))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +241,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "scheduler.max_step_tokens": (1, 65536),
     "scheduler.max_waiting": (0, 10_000_000),
     "scheduler.decode_steps": (1, 64),
+    "scheduler.draft_tokens": (0, 64),
+    "scheduler.draft_rows": (1, 64),
     "parallel.data": (1, 4096),
     "parallel.expert": (1, 4096),
     "parallel.model": (0, 4096),

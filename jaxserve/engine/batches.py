@@ -38,6 +38,7 @@ class Batches:
             num_tokens,
             max(s.decode_steps for s in sizes),
             any(s.prompt_logprobs for s in sizes),
+            any(s.drafts for s in sizes),
         )
         return [
             empty_inputs(program, self._max_rows) if plan is None else builder.build(plan, program)

@@ -85,6 +85,7 @@ class DecodeSet:
     def tell(self, plan: Plan) -> None:
         """Moves who joined and left since the last plan into this one, and advances the clock."""
         plan.decode_joins = [sequence.slot for sequence in self._joins]
+        plan.decode_starts = [sequence.num_computed for sequence in self._joins]
         plan.decode_leaves = self._leaves
         self._joins = {}
         self._leaves = []
