@@ -47,6 +47,8 @@ _COUNTERS = {
     "step_prefill_tokens": "Prompt tokens run on the device",
     "step_decode_tokens": "Decoded tokens run on the device",
     "step_padding_tokens": "Padding run on the device",
+    "draft_tokens": "Next tokens guessed and verified",
+    "draft_accepted_tokens": "Guessed tokens that were right",
     "preemptions": "Sequences set back to make room",
 }
 _HISTOGRAMS = {
@@ -144,6 +146,8 @@ class Metrics:
         own[_COUNTER["step_prefill_tokens"]] += stats.prefill_tokens
         own[_COUNTER["step_decode_tokens"]] += stats.decode_tokens
         own[_COUNTER["step_padding_tokens"]] += stats.padded_tokens - stats.tokens
+        own[_COUNTER["draft_tokens"]] += stats.draft_tokens
+        own[_COUNTER["draft_accepted_tokens"]] += stats.draft_accepted_tokens
         own[_COUNTER["preemptions"]] += stats.preemptions
 
     def _observe(self, base: int, seconds: float) -> None:

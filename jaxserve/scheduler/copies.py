@@ -106,6 +106,9 @@ class Schedulers:
         Returns:
             None if there is nothing to launch at all.
         """
+        may_draft = all(scheduler.may_draft for scheduler in self._schedulers)
+        for scheduler in self._schedulers:
+            scheduler.regroup(may_draft)
         steps = [s.decode_steps() for s in self._schedulers if s.num_running or s.num_waiting]
         plans = [scheduler.plan(min(steps, default=1)) for scheduler in self._schedulers]
         if all(plan is None for plan in plans):
@@ -115,6 +118,31 @@ class Schedulers:
                 plan.step_id = self._next_step_id
         self._next_step_id += 1
         return plans
+
+    def measured(
+        self,
+        plans: Seq[Plan | None],
+        num_decode_rows: Seq[int],
+        device_ns: int,
+        idle_ns: int,
+    ) -> None:
+        """A device call took so long: from it is learned what pays.
+
+        Args:
+            num_decode_rows: of each copy.
+            device_ns, idle_ns: as `StepOutputs`; 0 where not measured.
+        """
+        sizes, num_steps, num_drafts = [], 1, 0
+        for plan, rows in zip(plans, num_decode_rows, strict=True):
+            if plan is not None:
+                sizes.append(rows + sum(len(chunk.token_ids) for chunk in plan.chunks))
+                num_steps = plan.decode_steps
+                num_drafts += sum(chunk.num_drafts for chunk in plan.chunks)
+                if plan.chunks and not plan.chunks[0].num_drafts:
+                    return
+        ns = device_ns / num_steps + (min(idle_ns, device_ns) if num_drafts else 0)
+        for scheduler in self._schedulers:
+            scheduler.measured(max(sizes), ns, verifies=num_drafts > 0)
 
     def commit(self, copy: int, rows: list[int], token_ids: Seq[list[int]]) -> Commit:
         """As `Scheduler.commit`, of one copy's plan."""

@@ -40,8 +40,12 @@ class DecodeSet:
         """The position that a member's next decode step computes."""
         return sequence.decode_base + self.clock
 
+    def num_unread(self, sequence: Sequence) -> int:
+        """A member's tokens that are launched and not read."""
+        return self.position(sequence) + 1 - len(sequence.token_ids)
+
     def add(self, sequence: Sequence) -> None:
-        """A sequence whose known tokens are all launched, the next one sampled, joins."""
+        """A sequence joins whose next input is the token sampled last, read back or not."""
         sequence.state = SequenceState.DECODING
         sequence.decode_base = sequence.num_computed - self.clock
         sequence.end_clock = self.clock + sequence.sampling.max_tokens - sequence.num_planned

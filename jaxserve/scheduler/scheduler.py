@@ -24,6 +24,7 @@ from jaxserve.config import SchedulerConfig
 from jaxserve.scheduler.admission import check_cache, check_context, check_queue
 from jaxserve.scheduler.choices import Choices
 from jaxserve.scheduler.decoding import DecodeSet
+from jaxserve.scheduler.drafting import Drafted, DraftSet
 from jaxserve.scheduler.pages import PageAllocator
 from jaxserve.scheduler.plan import Chunk, Join, PageCopy, PageEntry, Plan
 from jaxserve.scheduler.queue import WaitingQueue
@@ -40,6 +41,7 @@ class Commit:
         sequences, token_ids, rows: parallel: who got tokens, which, and its row in the step.
         chunks: (sequence, chunk, row) of each chunk whose prompt log-probabilities are due.
         finished: sequences that ended in this step.
+        num_drafted, num_accepted: drafts that it verified, and those that were right.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
@@ -47,6 +49,8 @@ class Commit:
     rows: list[int] = field(default_factory=list)
     chunks: list[tuple[Sequence, Chunk, int]] = field(default_factory=list)
     finished: list[Sequence] = field(default_factory=list)
+    num_drafted: int = 0
+    num_accepted: int = 0
 
 
 @dataclass(slots=True)
@@ -90,6 +94,7 @@ class Scheduler:
         self._choices = Choices(self.pages, self._waiting)
         self._prefilling: dict[Sequence, None] = {}
         self._decoding = DecodeSet(page_size)
+        self._drafting = DraftSet(config, self._decoding, self.pages)
         self._slots = SlotTable(config.max_rows)
         self._launched: deque[_Launched] = deque()
         self._next_step_id = 0
@@ -103,7 +108,7 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Sequences that hold a slot."""
-        return len(self._prefilling) + len(self._decoding)
+        return len(self._prefilling) + len(self._decoding) + len(self._drafting)
 
     @property
     def has_work(self) -> bool:
@@ -165,26 +170,32 @@ class Scheduler:
         """The next device call; None if there is nothing to launch.
 
         Args:
-            max_decode_steps: in one call; what `decode_steps` says where None.
+            max_decode_steps: in one call. None where there is no other copy of the model: then
+                what comes before, `regroup`, is done too.
         """
+        if max_decode_steps is None:
+            self.regroup(self.may_draft)
         plan = Plan(step_id=self._next_step_id)
         preemptions = self.num_preemptions
         plan.decode_steps = self.decode_steps()
         if max_decode_steps is not None:
             plan.decode_steps = min(plan.decode_steps, max_decode_steps)
         self._open_pages(plan)
-        # Decoding rows come first; the budget is at least one token a row, so it is never negative.
-        budget = self._config.max_step_tokens - len(self._decoding)
-        budget = self._continue_prefills(plan, budget)
-        if self.num_preemptions == preemptions:  # else what was preempted would come right back
-            self._admit(plan, budget)
+        for drafted in self._drafting.take_drafted():
+            self._add_drafts(plan, drafted)
+        if not plan.chunks:
+            # Decoding rows come first, one token a row, so that the budget is never negative.
+            budget = self._config.max_step_tokens - len(self._decoding) - len(self._drafting)
+            budget = self._continue_prefills(plan, budget)
+            if self.num_preemptions == preemptions:  # else what was preempted would come right back
+                self._admit(plan, budget)
         if not plan.chunks and not len(self._decoding):
             return None
         self._next_step_id += 1
         self._decoding.tell(plan)
         self._launched.append(_Launched(plan, self._slots.owners()))
         for chunk in plan.chunks:
-            if chunk.samples:
+            if chunk.samples and not chunk.num_drafts:
                 sequence = self._slots.owner(chunk.slot)
                 del self._prefilling[sequence]
                 self._decoding.add(sequence)
@@ -196,13 +207,16 @@ class Scheduler:
 
         Args:
             rows: slot of each live row: the decoding rows, then the plan's chunks in order.
-            token_ids: the tokens of each live row, one a decode step.
+            token_ids: the tokens of each live row, one a decode step; as `StepOutputs` where
+                drafts were verified.
         """
         launched = self._launched.popleft()
         owners = cast(list[Sequence], launched.owners)  # a live row's slot has an owner
         chunks = launched.plan.chunks
         num_decode_rows = len(rows) - len(chunks)
         commit = Commit()
+        if token_ids and len(token_ids[0]) > launched.plan.decode_steps:
+            token_ids = [_standing(sampled) for sampled in token_ids]
         for row, chunk in enumerate(chunks, num_decode_rows):
             sequence = owners[chunk.slot]
             assert chunk.slot == rows[row], "the step's chunk rows are not in the plan's order"
@@ -225,18 +239,43 @@ class Scheduler:
             if sequence.reason is not None:
                 self._end(sequence)
                 commit.finished.append(sequence)
+        for row, chunk in enumerate(chunks, num_decode_rows):
+            if chunk.num_drafts:
+                self._verified(commit, owners[chunk.slot], chunk.num_drafts, len(token_ids[row]))
+        if self.num_running <= self._drafting.max_rows:
+            self._drafting.take_in(commit.sequences)
         return commit
 
     # ------------------------------------------------------------------ parts of a plan
 
-    def decode_steps(self) -> int:
-        """Decode steps of the next call: several only if nothing had to be done between them."""
+    @property
+    def may_draft(self) -> bool:
+        """Whether the next call may verify drafts: it holds no chunk of a prompt, and few rows."""
+        quiet = not self._prefilling and not self.num_waiting
+        return quiet and self.num_running <= self._drafting.max_rows
+
+    def regroup(self, may_draft: bool) -> None:
+        """Lets go of rows whose last token is launched, and decides who drafts in the next plan.
+
+        Args:
+            may_draft: whether all copies of the model `may_draft`.
+        """
         for sequence in self._decoding.done():
             self._decoding.remove(sequence)
             self._leave_slot(sequence)
             sequence.state = SequenceState.RETIRED
+        self._drafting.regroup(may_draft)
+
+    def measured(self, num_tokens: int, ns: float, *, verifies: bool) -> None:
+        """As `DraftCosts.measure`."""
+        self._drafting.costs.measure(num_tokens, ns, verifies=verifies)
+
+    def decode_steps(self) -> int:
+        """Decode steps of the next call: several only if nothing had to be done between them."""
         steps = self._config.decode_steps
         if steps == 1 or self.num_waiting or self._prefilling or not len(self._decoding):
+            return 1
+        if len(self._drafting):
             return 1
         if self._decoding.any_done_within(steps):
             return 1
@@ -352,6 +391,31 @@ class Scheduler:
             self._choices.fork(sequence)
         return end - start
 
+    def _add_drafts(self, plan: Plan, drafted: Drafted) -> None:
+        """Plans the last known token of a row, and drafts of what follows."""
+        sequence, draft, entries = drafted
+        start = sequence.num_computed
+        self._enter(plan, sequence, entries)
+        plan.chunks.append(
+            Chunk(
+                slot=sequence.slot,
+                start=start,
+                token_ids=[sequence.token_ids[start], *draft],
+                samples=True,
+                num_drafts=len(draft),
+            )
+        )
+        sequence.reach(start, start + 1)
+        sequence.num_planned = sequence.num_outputs + 1 + len(draft)
+        sequence.num_drafted += len(draft)
+
+    def _verified(self, commit: Commit, sequence: Sequence, num_drafts: int, num: int) -> None:
+        """Takes note of the tokens of a row that a step with drafts brought."""
+        commit.num_drafted += num_drafts
+        commit.num_accepted += num - 1
+        if sequence.reason is None:
+            self._drafting.verified(sequence, num_drafts, num)
+
     def _take_slot(self, plan: Plan, sequence: Sequence) -> None:
         self._slots.take(sequence)
         sequence.state = SequenceState.PREFILLING
@@ -386,9 +450,12 @@ class Scheduler:
         elif state is SequenceState.DECODING:
             self._decoding.remove(sequence)
             self._leave_slot(sequence)
+        elif state is SequenceState.DRAFTING:
+            self._drafting.remove(sequence)
+            self._leave_slot(sequence)
         sequence.state = SequenceState.FINISHED
         stop_tokens = int(sequence.stop_token_id is not None)
-        sequence.num_discarded = max(sequence.num_planned - sequence.num_outputs - stop_tokens, 0)
+        sequence.num_discarded += max(sequence.num_planned - sequence.num_outputs - stop_tokens, 0)
         self._choices.lead(sequence.followers)
 
     def _make_room(self, needy: Sequence | None) -> bool:
@@ -399,7 +466,11 @@ class Scheduler:
         """
         if self._choices.reclaim():
             return True
-        running = [*self._decoding, *self._prefilling]  # pages ran out: rare enough to visit all
+        running = [
+            *self._decoding,
+            *self._drafting,
+            *self._prefilling,
+        ]  # pages ran out: rare enough to visit all
         victim = max(running, key=_rank)
         if needy is not None and victim.rank <= needy.rank:
             return False
@@ -410,6 +481,8 @@ class Scheduler:
         """Back to the queue, at its old place; its known tokens will be computed again."""
         if sequence.state is SequenceState.DECODING:
             self._decoding.remove(sequence)
+        elif sequence.state is SequenceState.DRAFTING:
+            self._drafting.remove(sequence)
         else:
             del self._prefilling[sequence]
         self._leave_slot(sequence)
@@ -426,6 +499,11 @@ class Scheduler:
             PageEntry(slot=sequence.slot, group=group, index=index, page=page)
             for group, index, page in entries
         ]
+
+
+def _standing(sampled: list[int]) -> list[int]:
+    """The tokens of a row before the first that is none."""
+    return sampled[: sampled.index(-1)] if sampled[-1] < 0 else sampled
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:
