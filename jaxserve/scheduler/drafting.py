@@ -1,17 +1,17 @@
 """The drafting rows: sequences whose next tokens are guessed, and verified several at a time.
 
 A drafting row is none of the decoding rows. Its drafts can only be made when its last token has
-been read, so it waits until nothing of it is unread, is planned with drafts, and waits again. All
-drafting rows are planned together. In detail:
+been read: it waits until nothing of it is unread, is planned with drafts, and waits again. All
+drafting rows are planned together.
 
-- A decoding row leaves for here when what is known of it foretells the next tokens (`drafts`) and
-  drafting promises more tokens a second for all rows together (`draft_costs`): what is still
-  unread must be as foretold too, which is priced in. Free text seldom comes so far.
-- Where nothing is foretold any more, or it stopped paying, or anybody has a prompt to compute or
-  waits, drafting rows go back to decoding. So speculation ends by itself as the load grows: it also
-  needs no more rows than `scheduler.draft_rows`.
-- With other rows decoding, they go on while a verification is read, so that a drafting row has a
-  step in every other call only. Alone, or with drafting rows only, none is lost but the host's time.
+- A decoding row comes here when its text foretells the next tokens (`drafts`) and drafting promises
+  more tokens a second of all rows together (`draft_costs`). What is launched and unread must come
+  as foretold, too, which is priced in; so free text seldom gets here.
+- Drafting rows go back to decoding when nothing is foretold any more, when it does not pay, and
+  when anybody waits or has a prompt to compute. So speculation ends by itself as the load grows;
+  and it is never done with more rows than `scheduler.draft_rows`.
+- Decoding rows beside go on while a verification is read, so that a drafting row then has a step in
+  every other call only. Without any, nothing is lost but the host's time.
 
 Rows whose sampling looks back at the tokens before do not draft: the device would have to take
 rejected drafts out of what it remembers.

@@ -5,12 +5,12 @@ piece of code. `Drafts` knows where each run of GRAM tokens stood last. If the s
 earlier too, what followed there is foretold to follow again, and is followed on for as long as it
 does. Looking costs O(1) a token.
 
-Every token that comes is held against what was foretold, drafted or not, so how often such guesses
-hold is known before one is tried, and again when a sequence has stopped drafting. It depends
-most on how many tokens in a row have agreed with the earlier place, so it is counted by that.
+Every token that comes is held against what was foretold, drafted or not: so how often guesses hold
+is known before one is tried, and while a sequence does not draft. It depends most on how many
+tokens in a row have agreed with the earlier place, so it is counted by that.
 
 Invariants: nothing is foretold before all known tokens have been taken in. Whether a guess is right
-is decided by the device (`device.acceptance`); here it only costs or saves time.
+is decided on the device (`device.acceptance`); a wrong one costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from bisect import bisect_right
 GRAM = 3
 #: Runs of agreement at least so long are told apart.
 RUNS = (GRAM, 5, 9, 17)
-#: By class of run: how many of the guesses are taken to hold as long as nothing is known.
-PRIOR = (0.5, 0.7, 0.85, 0.95)
-#: So many guesses the prior weighs, and so many of the latest ones are remembered.
-PRIOR_WEIGHT, MEMORY = 4.0, 32.0
-#: Tokens taken in at a time: a long prompt must not hold up the step loop.
+#: By class of run: the share of guesses that are taken to hold as long as nothing is known.
+PRIOR = (0.4, 0.65, 0.85, 0.95)
+#: So many guesses the prior weighs; and about so many of the latest are remembered.
+PRIOR_WEIGHT, MEMORY = 4.0, 32
+#: Tokens taken in at a time, of prompt and output: a long text must not hold up the step loop.
 PROMPT_SLICE, OUTPUT_SLICE = 2048, 256
 
 
@@ -34,7 +34,7 @@ class Drafts:
 
     Args:
         token_ids: the sequence's known tokens, which only grow.
-        prompt_len: of them, those that were not generated: they are only looked up in.
+        prompt_len: how many of them were not generated: those are only looked up.
     """
 
     __slots__ = (
@@ -51,11 +51,11 @@ class Drafts:
     def __init__(self, token_ids: list[int], prompt_len: int) -> None:
         self._tokens = token_ids
         self._prompt_len = prompt_len
-        self._places: dict[tuple[int, ...], int] = {}  # run of GRAM tokens → what followed it last
+        self._places: dict[tuple[int, ...], int] = {}  # GRAM tokens → the place after them, at last
         self._num_taken = 0
         self._next = 0  # the place whose token is foretold; 0: none
         self._run = 0  # tokens before it that agree with the sequence's last ones
-        self._held = [prior * PRIOR_WEIGHT for prior in PRIOR]
+        self._held = [share * PRIOR_WEIGHT for share in PRIOR]
         self._made = [PRIOR_WEIGHT] * len(PRIOR)
 
     @property
@@ -63,67 +63,62 @@ class Drafts:
         """Whether there is a guess of the next token."""
         return self._next > 0 and self._num_taken == len(self._tokens)
 
-    def take_in(self) -> None:
-        """Takes note of tokens that have come, at most a slice of them."""
-        if self._num_taken < self._prompt_len - 1:
-            self._take_prompt(min(self._num_taken + PROMPT_SLICE, self._prompt_len - 1))
-        if self._num_taken >= self._prompt_len - 1:
-            start = self._num_taken
-            for place in range(start, min(start + OUTPUT_SLICE, len(self._tokens))):
-                self._take(place)
-
     def accuracy(self, ahead: int = 0) -> float:
-        """How likely the guess after `ahead` right ones holds too."""
-        length = bisect_right(RUNS, self._run + ahead) - 1
-        return self._held[length] / self._made[length]
+        """How likely a guess holds after `ahead` others that did."""
+        kind = bisect_right(RUNS, self._run + ahead) - 1
+        return self._held[kind] / self._made[kind]
 
     def guess(self, num: int) -> list[int]:
-        """The next tokens, as many as are asked for. Only while `foretells`."""
-        tokens, place = self._tokens, self._next
-        guess = tokens[place : place + num]
-        while len(guess) < num:  # it repeats itself
-            guess.append(guess[len(guess) - (len(tokens) - place)])
+        """So many next tokens. Only while it `foretells`."""
+        tokens = self._tokens
+        guess = tokens[self._next : self._next + num]
+        period = len(tokens) - self._next
+        while len(guess) < num:  # what followed there is what comes next here: it goes round
+            guess.append(guess[-period])
         return guess
 
+    def take_in(self) -> None:
+        """Takes note of tokens that have come, at most a slice of them."""
+        num_before = self._prompt_len - 1  # of the prompt, but its last token
+        if self._num_taken < num_before:
+            self._take_prompt(min(self._num_taken + PROMPT_SLICE, num_before))
+        if self._num_taken >= num_before:
+            end = min(self._num_taken + OUTPUT_SLICE, len(self._tokens))
+            for place in range(self._num_taken, end):
+                self._take(place)
+
     def _take_prompt(self, end: int) -> None:
-        """Notes where each run up to a token of the prompt ends; its last token is left to `_take`."""
+        """Notes the runs that end before `end`."""
         first = max(self._num_taken, GRAM - 1)
-        if end > first:
-            parts = (self._tokens[first - i : end - i] for i in range(GRAM - 1, -1, -1))
-            self._places.update(
-                zip(zip(*parts, strict=True), range(first + 1, end + 1), strict=True)
-            )
+        if first < end:
+            parts = (self._tokens[first - back : end - back] for back in range(GRAM - 1, -1, -1))
+            grams = zip(*parts, strict=True)
+            self._places.update(zip(grams, range(first + 1, end + 1), strict=True))
         self._num_taken = end
 
     def _take(self, place: int) -> None:
+        """Holds the token at a place against what was foretold, and notes the run it ends."""
         tokens = self._tokens
         if self._next:
-            held = tokens[self._next] == tokens[place]
-            length = bisect_right(RUNS, self._run) - 1
-            forget = 1 - 1 / MEMORY
-            self._held[length] = self._held[length] * forget + held
-            self._made[length] = self._made[length] * forget + 1
-            if held:
-                self._next += 1
-                self._run += 1
-            else:
-                self._next = self._run = 0
+            holds = tokens[self._next] == tokens[place]
+            kind = bisect_right(RUNS, self._run) - 1
+            self._held[kind] += holds - self._held[kind] / MEMORY
+            self._made[kind] += 1 - self._made[kind] / MEMORY
+            self._next = self._next + 1 if holds else 0
+            self._run = self._run + 1 if holds else 0
         self._num_taken = place + 1
-        if place >= GRAM - 1:
-            self._look_up(tuple(tokens[place - GRAM + 1 : place + 1]), place + 1)
-
-    def _look_up(self, gram: tuple[int, ...], after: int) -> None:
-        """Notes where a run ends, having looked where it stood before if nothing is foretold."""
-        earlier = self._places.get(gram)
-        self._places[gram] = after
-        if earlier is None or self._next:
+        if place < GRAM - 1:
             return
-        tokens = self._tokens
-        run = GRAM
-        while (
-            run < RUNS[-1]
-            and run < earlier
-            and tokens[earlier - 1 - run] == tokens[after - 1 - run]
-        ):
+        gram = tuple(tokens[place - GRAM + 1 : place + 1])
+        earlier = self._places.get(gram)
+        self._places[gram] = place + 1
+        if earlier is not None and not self._next:
+            self._next, self._run = earlier, self._agreeing(earlier, place + 1)
+
+    def _agreeing(self, earlier: int, later: int) -> int:
+        """How many tokens before two places agree, as far as it matters."""
+        tokens, run = self._tokens, GRAM
+        most = min(RUNS[-1], earlier)
+        while run < most and tokens[earlier - run - 1] == tokens[later - run - 1]:
             run += 1
-        self._next, self._run = earlier, run
+        return run
