@@ -169,7 +169,10 @@ def main() -> None:
     for name, draft_tokens in (("on", config.scheduler.draft_tokens), ("off", 0)):
         own = dataclasses.replace(parts, batch=Batches(buckets, config.scheduler.max_rows))
         arms[name] = Arm(config, own, draft_tokens)
-    prompts = {"extractive": [chat(REPEAT + text) for text in passages()], "free": list(map(chat, FREE))}
+    prompts = {
+        "extractive": [chat(REPEAT + text) for text in passages()],
+        "free": list(map(chat, FREE)),
+    }
     all_pairs = {kind: Pairs(kind=kind) for kind in prompts}
     for number in range(-1, arguments.pairs):  # the first warms up
         for kind, pairs in all_pairs.items():
@@ -195,7 +198,15 @@ def passages() -> list[str]:
 def report(config: Config, all_pairs: list[Pairs]) -> None:
     """The table, and the line."""
     records = [pairs.record() for pairs in all_pairs]
-    header = ["prompts", "drafts on / off", "95% interval", "target", "tokens/s on", "off", "accepted"]
+    header = [
+        "prompts",
+        "drafts on / off",
+        "95% interval",
+        "target",
+        "tokens/s on",
+        "off",
+        "accepted",
+    ]
     rows = [
         [
             str(r["kind"]),
@@ -209,7 +220,9 @@ def report(config: Config, all_pairs: list[Pairs]) -> None:
         for r in records
     ]
     print(table(header, rows))
-    print(json_line({"benchmark": "speculation", **environment(), "config": config, "cases": records}))
+    print(
+        json_line({"benchmark": "speculation", **environment(), "config": config, "cases": records})
+    )
 
 
 if __name__ == "__main__":

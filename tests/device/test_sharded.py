@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from jaxserve.models.options import ModelOptions
 from jaxserve.models.registry import model_class
-from tests.device.sharded import PROMPT_LENS
+from tests.device.sharded import DRAFTING, PROMPT_LENS
 from tests.models.loading import ORACLE, config_of
 
 SCANNED = "kernels.layers=scanned"
@@ -45,6 +45,11 @@ def assert_equal(found: dict[str, Any], tolerance: float) -> None:
                 assert ours[:, 0].tolist() == theirs[:, 0].tolist()
                 np.testing.assert_allclose(ours[:, 2], theirs[:, 2], atol=tolerance, rtol=0)
     assert told > 50
+    for found_on in (mesh, one):
+        with_drafts = found_on["with_drafts"]
+        assert with_drafts["drafted"] > 10
+        for number in map(str, range(DRAFTING)):
+            assert with_drafts[number]["tokens"] == found_on[number]["tokens"]
 
 
 @pytest.fixture(scope="module")
