@@ -2,6 +2,7 @@
 
     scripts/compile_check [PATTERN ...]      rows whose names hold one of the patterns; all without
     scripts/compile_check --part 2/7         every seventh row, from the second on
+    scripts/compile_check --changed 24       rows that the commits of the last 24 hours concern
     scripts/compile_check --table            writes the table into docs/performance.md
     scripts/compile_check --list             names only
 
@@ -13,8 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import Any
 
 from benchmarks.compile_check import targets
+from benchmarks.compile_check.changed import files_changed, patterns
 
 
 def main() -> int:
@@ -22,6 +25,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/compile_check", description=__doc__)
     parser.add_argument("patterns", nargs="*", metavar="PATTERN")
     parser.add_argument("--part", default="1/1", metavar="I/N")
+    parser.add_argument("--changed", type=float, metavar="HOURS")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
@@ -33,11 +37,11 @@ def main() -> int:
     from jaxserve.device.chips import parse_slice
 
     first, parts = map(int, given.part.split("/"))
-    rows = [
-        row
-        for row in (*ROWS_OF_KERNELS, *ROWS_OF_STEPS)
-        if not given.patterns or any(pattern in row.name for pattern in given.patterns)
-    ][first - 1 :: parts]
+    rows = _named([*ROWS_OF_KERNELS, *ROWS_OF_STEPS], given.patterns)
+    if given.changed is not None:
+        concerned = patterns(files_changed(given.changed))
+        rows = _named(rows, concerned) if concerned else []
+    rows = rows[first - 1 :: parts]
     if given.list:
         print("\n".join(row.name for row in rows))
         return 0
@@ -56,6 +60,11 @@ def main() -> int:
     if given.table:
         write_table(results)
     return 1 if wrong or not results else 0
+
+
+def _named(rows: list[Any], patterns: list[str]) -> list[Any]:
+    """The rows whose names hold one of the patterns; all without patterns."""
+    return [row for row in rows if not patterns or any(p in row.name for p in patterns)]
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ from pallas_kernels import quant_matmul
 Path = tuple[str | int, ...]
 #: Parameters that belong to a quantized matrix, beside it.
 _BESIDE = ("scale", "minimum")
+#: Input axes that devices share: each has a part of the sum, and they exchange it.
+SPLIT_INPUTS = ("heads", "mlp")
 
 
 def exact_param(value: Float[Array, "..."], axes: tuple[str | None, ...]) -> nnx.Param:
@@ -156,6 +158,8 @@ class Linear(nnx.Module):
         """
         self.out_dims = out_dims
         self.options = options
+        summed = options.tensor_parallel > 1 and axes[0] in SPLIT_INPUTS
+        self.sums = options.activations if summed else "float32"
         shape = (in_features, *out_dims)
         matrix = random_matrix(shape, 0, axes, options.quantization, options, rngs)
         self.weight, self.scale, self.minimum = matrix
@@ -184,9 +188,9 @@ class Linear(nnx.Module):
             return jax.lax.dot_general(x, weight, (((1,), (0,)), ((), ())), precision=exactly)
         scale = self.scale[...]
         if self.options.quantization == "fp8":
-            return quant_matmul.fp8_matmul(x, weight, scale)
+            return quant_matmul.fp8_matmul(x, weight, scale, self.sums)
         if self.minimum is None:
-            return quant_matmul.int8_matmul(x, weight, scale, exactly)
+            return quant_matmul.int8_matmul(x, weight, scale, exactly, self.sums)
         return quant_matmul.int4_matmul(x, weight, scale, self.minimum[...], exactly)
 
     def _multiply_packed(

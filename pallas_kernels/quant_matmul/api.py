@@ -27,8 +27,13 @@ def int8_matmul(
     codes: Int8[Array, "K *out"],
     scale: Float[Array, "*out"],
     precision: jax.lax.Precision = jax.lax.Precision.DEFAULT,
+    sums: str = "float32",
 ) -> Float[Array, "T *out"]:
     """x @ (codes * scale), accumulated in float32, in x's dtype.
+
+    Args:
+        sums: dtype of the matmul's result before it is scaled. Where devices share K they exchange
+            that result: bfloat16 halves the bytes.
 
     Raises:
         ValueError: shapes that contradict each other.
@@ -36,13 +41,19 @@ def int8_matmul(
     if codes.shape[0] != x.shape[-1] or codes.shape[1:] != scale.shape:
         raise ValueError(f"x {x.shape}, codes {codes.shape}, scale {scale.shape}")
     with jax.named_scope("int8_matmul"):
-        return xla.int8_matmul(x, codes, scale, precision)
+        return xla.int8_matmul(x, codes, scale, precision, sums)
 
 
 def fp8_matmul(
-    x: Float[Array, "T K"], codes: Float[Array, "K *out"], scale: Float[Array, "*out"]
+    x: Float[Array, "T K"],
+    codes: Float[Array, "K *out"],
+    scale: Float[Array, "*out"],
+    sums: str = "float32",
 ) -> Float[Array, "T *out"]:
     """x @ (codes * scale), with x rounded to float8_e4m3fn, accumulated in float32, in x's dtype.
+
+    Args:
+        sums: as for `int8_matmul`.
 
     Raises:
         ValueError: shapes that contradict each other.
@@ -50,7 +61,7 @@ def fp8_matmul(
     if codes.shape[0] != x.shape[-1] or codes.shape[1:] != scale.shape:
         raise ValueError(f"x {x.shape}, codes {codes.shape}, scale {scale.shape}")
     with jax.named_scope("fp8_matmul"):
-        return xla.fp8_matmul(x, codes, scale)
+        return xla.fp8_matmul(x, codes, scale, sums)
 
 
 def int4_matmul(

@@ -9,7 +9,8 @@ so many tokens that this is the smaller cost.
 On an H100, 4-bit codes are no gain: XLA writes their products group by group to memory, or the
 whole weight.
 
-Numerics: codes are exact in bfloat16; sums and scaling in float32. With many tokens an int4
+Numerics: codes are exact in bfloat16; sums and scaling in float32, but int8's and fp8's sums are
+handed from the matmul to the scaling in the dtype that is asked for. With many tokens an int4
 weight is rounded to x's dtype. fp8: a token's largest element becomes the largest code, 448.
 """
 
@@ -34,6 +35,7 @@ def int8_matmul(
     codes: Int8[Array, "K *out"],
     scale: Float[Array, "*out"],
     precision: jax.lax.Precision,
+    sums: str,
 ) -> Float[Array, "T *out"]:
     """See `api.int8_matmul`."""
     y = jax.lax.dot_general(
@@ -41,13 +43,13 @@ def int8_matmul(
         codes.astype(x.dtype),
         (((1,), (0,)), ((), ())),
         precision=precision,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=jnp.dtype(sums),
     )
     return (y * scale).astype(x.dtype)
 
 
 def fp8_matmul(
-    x: Float[Array, "T K"], codes: Float[Array, "K *out"], scale: Float[Array, "*out"]
+    x: Float[Array, "T K"], codes: Float[Array, "K *out"], scale: Float[Array, "*out"], sums: str
 ) -> Float[Array, "T *out"]:
     """See `api.fp8_matmul`."""
     wide = x.astype(jnp.float32)
@@ -57,7 +59,7 @@ def fp8_matmul(
         (wide / x_scale).astype(codes.dtype),
         codes,
         (((1,), (0,)), ((), ())),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=jnp.dtype(sums),
     )
     return (y * x_scale.reshape(-1, *(1,) * scale.ndim) * scale).astype(x.dtype)
 

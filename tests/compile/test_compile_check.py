@@ -15,11 +15,14 @@ from typing import Any
 import pytest
 
 from benchmarks.compile_check import targets
+from benchmarks.compile_check.changed import patterns
 from benchmarks.compile_check.hlo import Collective, collectives
 
 ROOT = Path(__file__).parents[2]
 #: Parts that all rows are in; one is compiled a day.
 PARTS = 100
+#: Of the rows that the last day's commits concern, about so many are compiled.
+MOST_CHANGED = 5
 
 
 def compile_rows(*words: str) -> list[dict[str, Any]]:
@@ -58,6 +61,8 @@ def test_a_step_over_pages_of_codes_updates_them_in_place() -> None:
     (result,) = compile_rows("llama-3-8b-int8-fp8-cache/v5e:2x2/decode")
     assert result["attention"] == "tpu"
     assert result["cache_bytes"] > 8e9 and result["temp_bytes"] < 0.1e9
+    # Weights of int8 too: what the devices exchange is bfloat16 all the same.
+    assert result["in_layer"] == [f"all-reduce {64 * 4096 * 2}"] * 2
 
 
 @needs("gpu")
@@ -84,6 +89,26 @@ def test_what_does_not_fit_is_refused_with_its_bytes() -> None:
 def test_this_day_s_part_of_all_rows() -> None:
     day = datetime.date.today().toordinal()
     compile_rows("--part", f"{1 + day % PARTS}/{PARTS}")
+
+
+@pytest.mark.slow
+@needs("tpu", "gpu")
+def test_some_of_the_rows_that_the_last_day_s_commits_concern() -> None:
+    words = [sys.executable, "-m", "benchmarks.compile_check", "--list", "--changed", "24"]
+    listed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    names = [name for name in listed.stdout.split() if name]
+    if names:
+        parts = max(1, len(names) // MOST_CHANGED)
+        day = datetime.date.today().toordinal()
+        compile_rows("--changed", "24", "--part", f"{1 + day % parts}/{parts}")
+
+
+def test_files_that_changed_name_the_rows_that_compile_them() -> None:
+    assert patterns(["docs/kernels.md", "jaxserve/http/app.py"]) == []
+    assert patterns(["pallas_kernels/quant_matmul/xla.py"]) == ["-int8"]
+    assert patterns(["pallas_kernels/kv_update/tpu.py", "jaxserve/models/llama.py"]) == [
+        *("kv_update/", "/decode", "/prefill")
+    ]
 
 
 def test_exchanges_are_read_from_a_program_s_text() -> None:

@@ -54,6 +54,19 @@ def test_fp8_matches_reference(dtype, bound: float, num_tokens: int, out_dims) -
     assert not fp8_matmul(0 * x, jnp.asarray(codes), jnp.asarray(scale)).any()
 
 
+def test_sums_that_devices_exchange_are_rounded_once_more() -> None:
+    rng = np.random.default_rng(5)
+    x = jnp.asarray(rng.standard_normal((70, 96)), jnp.bfloat16)
+    codes, scale = rng.integers(-127, 128, (96, 7), np.int8), rng.random(7, np.float32)
+    weight = reference.int8_weight(codes, scale)
+    wide, narrow = (
+        int8_matmul(x, jnp.asarray(codes), jnp.asarray(scale), sums=sums)
+        for sums in ("float32", "bfloat16")
+    )
+    assert not np.array_equal(wide, narrow)
+    assert error(narrow, reference.matmul(np.asarray(x), weight)) < 1e-2
+
+
 def test_contradictions_are_refused() -> None:
     x, codes = jnp.zeros((1, 64)), jnp.zeros((64, 3), jnp.int8)
     with pytest.raises(ValueError, match=r"\(64, 3\).*\(4,\)"):

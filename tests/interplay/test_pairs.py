@@ -1,0 +1,81 @@
+"""Every feature with every other, over the fake engine: tokens equal the oracle, whatever acts."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+
+from jaxserve.types import FinishReason
+from tests.fakes.engine import oracle
+from tests.interplay.features import Feature, Probe, Trial
+
+
+def _choices(probe: Probe) -> None:
+    probe.n = 3
+
+
+def _logprobs(probe: Probe) -> None:
+    probe.shape(logprobs=2)
+
+
+def _penalties(probe: Probe) -> None:
+    probe.shape(repetition_penalty=1.2, presence_penalty=0.5, bad_words=((3, 4),))
+
+
+def _stop_token(probe: Probe) -> None:
+    """Stops at its ninth token, which its own run without a stop token tells."""
+    token = oracle(probe.prompt, probe.sampling, 0)[8]
+    probe.shape(stop_token_ids=(token,))
+
+
+def _stop_string(probe: Probe) -> None:
+    """The front end ends the first choice when it has matched one."""
+    probe.cut, probe.cut_reason = {0: 5}, FinishReason.STOP
+
+
+def _cancel(probe: Probe) -> None:
+    probe.cut = {probe.n - 1: 3}
+
+
+def _seed(probe: Probe) -> None:
+    probe.shape(seed=2**63 + len(probe.prompt), temperature=0.7)
+
+
+def _urgent(probe: Probe) -> None:
+    probe.priority = -1
+
+
+FEATURES = (
+    Feature(name="choices", shape=_choices),
+    Feature(name="logprobs", shape=_logprobs),
+    Feature(name="penalties", shape=_penalties),
+    Feature(name="seed", shape=_seed),
+    Feature(name="stop token", shape=_stop_token),
+    Feature(name="stop string", shape=_stop_string),
+    Feature(name="cancel", shape=_cancel),
+    Feature(name="chunked prefill", settings=("scheduler.max_step_tokens=8",)),
+    Feature(name="several decode steps", settings=("scheduler.decode_steps=4",)),
+    Feature(
+        name="recompute",
+        settings=("cache.num_pages=31",),
+        shape=_urgent,
+        background=3,
+        acted=lambda trial: any(r.preemptions and r.recomputed_tokens for r in trial.records),
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    "pair", list(combinations(FEATURES, 2)), ids=lambda pair: " + ".join(f.name for f in pair)
+)
+def test_pair(pair: tuple[Feature, Feature]) -> None:
+    trial = Trial(pair)
+    trial.run()
+    trial.check()
+
+
+def test_all_together() -> None:
+    trial = Trial(FEATURES)
+    trial.run()
+    trial.check()
