@@ -68,7 +68,12 @@ class PowerShapes:
     """Programs of every power of two."""
 
     def choose(
-        self, num_rows: int, num_tokens: int, decode_steps: int, prompt_logprobs: bool
+        self,
+        num_rows: int,
+        num_tokens: int,
+        decode_steps: int,
+        prompt_logprobs: bool,
+        drafts: bool,
     ) -> Program:
         """See `engine.batch.Shapes`."""
         rows = 1 << (num_rows - 1).bit_length()

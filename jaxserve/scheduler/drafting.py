@@ -137,12 +137,11 @@ class DraftSet:
         """Takes decoding rows out, if it pays: they draft when their tokens have been read."""
         wanted = [s for s in self._decoding if s.drafts is not None and s.drafts.foretells]
         while wanted:
-            members = [s for s in self._members if not s.has_unread]
             unread = [self._decoding.num_unread(sequence) for sequence in wanted]
             lengths = self._lengths(
                 len(self._decoding) - len(wanted),
-                [*wanted, *members],
-                [*unread, *[0] * len(members)],
+                [*wanted, *self._members],
+                [*unread, *[0] * len(self._members)],
             )
             drafting = [s for s, length in zip(wanted, lengths, strict=False) if length]
             if len(drafting) == len(wanted):

@@ -1,4 +1,4 @@
-"""Drafts verified by a real model: the tokens that it gives without, and their log-probabilities."""
+"""Drafts verified by a real model: tokens and log-probabilities are those that come without."""
 
 from __future__ import annotations
 

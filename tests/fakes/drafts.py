@@ -1,4 +1,4 @@
-"""Drafts that know what will come, but for some: so that any sequence drafts as often as a test likes."""
+"""Drafts that know what will come: so that any sequence drafts, as well as a test wants it to."""
 
 from __future__ import annotations
 

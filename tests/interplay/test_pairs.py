@@ -6,8 +6,9 @@ from itertools import combinations
 
 import pytest
 
-from jaxserve.types import FinishReason
+from jaxserve.types import FinishReason, SamplingParams
 from tests.fakes.engine import oracle
+from tests.fakes.executor import ECHO
 from tests.interplay.features import Feature, Probe, Trial
 
 
@@ -42,12 +43,29 @@ def _seed(probe: Probe) -> None:
     probe.shape(seed=2**63 + len(probe.prompt), temperature=0.7)
 
 
+def _echo(probe: Probe) -> None:
+    probe.shape(top_k=ECHO, max_tokens=probe.sampling.max_tokens + 30)
+
+
+def _draft_alone(trial: Trial) -> None:
+    """Drafts for sure; the probes do when few others run beside them."""
+    sampling = SamplingParams(max_tokens=60, seed=5, ignore_eos=True, top_k=ECHO)
+    trial.finish(trial.client.submit([1, 2, 3, 4, 5], sampling))
+
+
 def _urgent(probe: Probe) -> None:
     probe.priority = -1
 
 
 FEATURES = (
     Feature(name="choices", shape=_choices),
+    Feature(
+        name="speculation",
+        settings=("scheduler.draft_tokens=5",),
+        shape=_echo,
+        before=_draft_alone,
+        acted=lambda trial: any(r.drafted_tokens for r in trial.records),
+    ),
     Feature(name="logprobs", shape=_logprobs),
     Feature(name="penalties", shape=_penalties),
     Feature(name="seed", shape=_seed),
