@@ -64,6 +64,12 @@ class CacheConfig:
             full contexts need.
         memory_fraction: share of the device's memory (the host's on CPU) for the pool; halved
             until that much is free.
+        host_bytes: memory of the host for pages of preempted sequences, which come back instead of
+            being computed again; 0 for none. -1 takes 4 GiB, but at most an eighth of what is
+            free and as much as the pool itself; none where the model is on several hosts. Memory
+            is taken when it is first used.
+        preemption: "auto" saves a preempted sequence's pages where that is measured to be faster
+            than computing its tokens again, "swap" wherever host_bytes has room, "recompute" never.
         dtype: "auto" (as the activations), "float32", "bfloat16" or "float16"; or "int8" or "fp8"
             (e4m3), with a scale for each position's key and value of each head.
     """
@@ -72,6 +78,8 @@ class CacheConfig:
     num_pages: int = 0
     memory_bytes: int = 0
     memory_fraction: float = 0.5
+    host_bytes: int = -1
+    preemption: str = "auto"
     dtype: str = "auto"
 
 
@@ -225,6 +233,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "weights.dtype": ("auto", "float32", "bfloat16", "float16"),
     "weights.quantization": ("none", "int8", "int4", "fp8"),
     "cache.dtype": ("auto", "float32", "bfloat16", "float16", "int8", "fp8"),
+    "cache.preemption": ("auto", "swap", "recompute"),
     "kernels.attention": ("auto", "xla", "cpu", "tpu", "gpu"),
     "kernels.matmul": ("auto", "xla", "cpu"),
     "kernels.layers": ("auto", "unrolled", "scanned"),
@@ -237,6 +246,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "cache.num_pages": (0, 2**31 - 1),
     "cache.memory_bytes": (0, 2**50),
     "cache.memory_fraction": (0.01, 0.95),
+    "cache.host_bytes": (-1, 2**50),
     "scheduler.max_rows": (1, 4096),
     "scheduler.max_step_tokens": (1, 65536),
     "scheduler.max_waiting": (0, 10_000_000),

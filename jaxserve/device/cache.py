@@ -29,6 +29,8 @@ from jaxserve.types import CacheGroup
 from pallas_kernels.kv_update import empty_pages, page_width, scales_width
 from pallas_kernels.quantized_pages import SCALE_BYTES, is_quantized
 
+#: Of the host's memory, for pages, where cache.host_bytes does not say it.
+HOST_BYTES = 4 << 30
 #: Share of the free memory that the pool may take; the rest is for the step's own arrays.
 USABLE = 0.9
 
@@ -146,6 +148,56 @@ def _budget(config: CacheConfig, memory: Memory, least: int) -> tuple[int, str]:
     while budget > usable:
         budget //= 2
     return max(budget, min(least, usable, share)), f"{source} gives"
+
+
+def host_pool_sizes(
+    groups: Sequence[CacheGroup],
+    config: CacheConfig,
+    num_pages: Sequence[int],
+    *,
+    dtype: str,
+    copies: int,
+    free_bytes: int | None,
+    several_hosts: bool = False,
+    backend: str = "xla",
+) -> tuple[int, ...]:
+    """Pages of each group in the host's memory, for each copy; shared out as the pools are.
+
+    Args:
+        num_pages: of each group's pool on the device, in each copy.
+        dtype: of the pages.
+        free_bytes: of the host's memory; None where it cannot be told.
+        backend: of `kv_update`, which decides how wide a page's rows are.
+
+    Raises:
+        ConfigError: cache.host_bytes is more than there is, or less than a page of each group; or
+            the model is on several hosts.
+    """
+    asked = config.host_bytes
+    if asked > 0 and several_hosts:
+        raise ConfigError(
+            f"cache.host_bytes={asked}: pages of a model on several hosts cannot be kept in the "
+            "host's memory: set cache.host_bytes=0"
+        )
+    if asked == 0 or several_hosts or config.preemption == "recompute":
+        return tuple(0 for _ in groups)
+    if asked > 0 and free_bytes is not None and asked > free_bytes:
+        raise ConfigError(
+            f"cache.host_bytes={asked} ({_mib(asked)}) is more than the {_mib(free_bytes)} of the "
+            "host's memory that are free: set it lower, or to 0"
+        )
+    page_bytes = [bytes_of_page(group, config.page_size, dtype, backend) for group in groups]
+    pool = sum((n - 1) * size for n, size in zip(num_pages, page_bytes, strict=True))
+    budget = asked if asked > 0 else min(HOST_BYTES, (free_bytes or 0) // 8, pool * copies)
+    sizes = tuple((pages - 1) * (budget // copies) // pool for pages in num_pages)
+    if min(sizes) > 0:
+        return sizes
+    if asked > 0:
+        raise ConfigError(
+            f"cache.host_bytes={asked} does not hold a page of each of {len(groups)} cache groups "
+            f"in each of {copies} copies of the model ({copies * sum(page_bytes)} bytes at least)"
+        )
+    return tuple(0 for _ in groups)
 
 
 def init_cache(

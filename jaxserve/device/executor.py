@@ -33,6 +33,7 @@ from jax.stages import Lowered
 
 from jaxserve.device import programs
 from jaxserve.device.compiles import compile_counter
+from jaxserve.device.host_store import HostStore
 from jaxserve.device.hosts import Hosts
 from jaxserve.device.lowering import Lowering, Wanted, integers, shapes
 from jaxserve.device.packing import NO_GROUP, StepLayout
@@ -78,6 +79,8 @@ class Executor:
         page_size: tokens a page.
         mesh: that the model and the state are on.
         hosts: that the mesh spans, where it is more than this one.
+        host_pages: of each cache group, in the host's memory, for each copy of the model; none
+            where there is no host store, nor on several hosts.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class Executor:
         page_size: int,
         mesh: Mesh,
         hosts: Hosts | None = None,
+        host_pages: Sequence[int] = (),
     ) -> None:
         self._model = model
         self._params, self._structure = jax.tree.flatten(model)
@@ -97,6 +101,8 @@ class Executor:
         self._hosts = hosts
         self._calls: list[Call] | None = None  # of the next step, where they are broadcast
         self._copies = mesh.shape["data"]
+        assert hosts is None or not any(host_pages)
+        self._store = HostStore(state.cache, host_pages, mesh) if any(host_pages) else None
         self._lowering = Lowering(mesh, self._params, state, shared=hosts is not None)
         self._cache_dtype_bytes = state.cache.groups[0].kv.dtype.itemsize
         self._max_rows = state.last_tokens.shape[0] // self._copies - 1
@@ -143,6 +149,11 @@ class Executor:
         """Programs compiled while serving; stays 0."""
         return self._counter.count - self._compiles_at_warmup
 
+    @property
+    def page_ns(self) -> tuple[float, ...]:
+        """As `StepOutputs.page_ns`."""
+        return self._store.page_ns if self._store is not None else ()
+
     def _wanted(self) -> dict[Hashable, Wanted]:
         """Every program, by the key it is found under."""
         wanted: dict[Hashable, Wanted] = {}
@@ -161,6 +172,8 @@ class Executor:
         for group in range(len(self._state.page_tables)):
             copies = shapes(programs.packed_copies(()))
             wanted["copy", group] = Wanted(programs.make_copy(group), copies)
+        if self._store is not None:
+            wanted |= self._store.wanted()
         return wanted
 
     def lower(self, program: Program, platforms: tuple[str, ...] | None = None) -> Lowered:
@@ -201,6 +214,8 @@ class Executor:
         self._write_prefix(0, self._max_rows, [0])
         for group in range(len(self._state.page_tables)):
             self._copy_pages(0, [(group, 0, 0)])
+        if self._store is not None:
+            self._store.warm_up(self._move_pages, lambda: jax.block_until_ready(self._state))
         jax.block_until_ready(self._state)
 
     def _padding_writes(self) -> list[SlotArrays]:
@@ -217,11 +232,15 @@ class Executor:
         program = inputs[0].program
         layout = self._layouts[program]
         for copy, own in enumerate(inputs):
+            if own.page_saves and self._store is not None:
+                self._store.save(copy, own.page_saves, self._move_pages)
             if own.slot_writes:
                 self._write_slots(copy, own.slot_writes)
             if own.page_copies:
                 self._copy_pages(copy, own.page_copies)
             self._write_entries(copy, layout.overflow(own))
+            if own.page_loads and self._store is not None:
+                self._store.load(copy, own.page_loads, self._move_pages)
         logprobs = any(own.logprobs for own in inputs)
         packed = [layout.pack(own, logprobs=logprobs) for own in inputs]
         launched_ns = time.monotonic_ns()
@@ -242,7 +261,7 @@ class Executor:
             logprobs = np.asarray(results.logprobs)
         if results.prompt_logprobs is not None:
             of_prompt = np.asarray(results.prompt_logprobs)
-        outputs = []
+        outputs, page_ns = [], self.page_ns
         for copy, own in enumerate(inputs):
             place = ... if self._mesh.size == 1 else copy
             outputs.append(
@@ -256,6 +275,7 @@ class Executor:
                     else programs.unpack_logprobs(of_prompt[place]),
                     device_ns=device_ns,
                     idle_ns=idle_ns,
+                    page_ns=page_ns,
                 )
             )
         return outputs
@@ -365,6 +385,13 @@ class Executor:
             for first in range(0, len(pairs), size):
                 packed = programs.packed_copies(pairs[first : first + size])
                 self._change(("copy", group), copy, packed, programs.packed_copies(()))
+
+    def _move_pages(self, key: Hashable, inputs: Any) -> Any:
+        """Runs a program of the host store: it reads the state, or changes it."""
+        results = self._compiled[key](self._state, inputs)
+        if isinstance(results, DeviceState):
+            self._state = results
+        return results
 
 
 def _slots_key(writes: SlotArrays) -> tuple[str, int, bool]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
 from jaxserve.device.sharding import by_data, per_data_shard, replicated
@@ -24,13 +24,17 @@ class Wanted:
     """A program to compile: a step over parameters, state and inputs, or a change of the state.
 
     Attributes:
-        inputs: from the host, of one copy of the model.
+        inputs: from the host, of one copy of the model; where one names a sharding, it is that of
+            all copies' together.
         cost: relative time to compile; 0 for changes of state.
+        reads: the program leaves the state as it is and returns what it reads of it, which lies
+            like this where there are several devices.
     """
 
     function: Callable[..., Any]
     inputs: Any
     cost: int = 0
+    reads: NamedSharding | None = None
 
 
 class Lowering:
@@ -63,15 +67,16 @@ class Lowering:
             arguments = (*arguments[:-1], self.for_copies(wanted.inputs))
             held = jax.tree.map(lambda x: x.sharding, self._state)
             read = replicated(self._mesh) if self._shared else by_data(self._mesh)
-            shardings = (held, read) if results else held
-        jitted = jax.jit(function, donate_argnums=len(arguments) - 2, out_shardings=shardings)
+            shardings = wanted.reads or ((held, read) if results else held)
+        donated = () if wanted.reads else len(arguments) - 2
+        jitted = jax.jit(function, donate_argnums=donated, out_shardings=shardings)
         return jitted.trace(*arguments).lower(lowering_platforms=platforms)
 
     def for_copies(self, inputs: Any) -> Any:
         """Shapes of what the host gives to all copies."""
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
-                (self._copies, *x.shape), x.dtype, sharding=by_data(self._mesh)
+                (self._copies, *x.shape), x.dtype, sharding=x.sharding or by_data(self._mesh)
             ),
             inputs,
         )
@@ -84,12 +89,17 @@ class Lowering:
             state, results = wanted.function(params, state, _first(inputs))
             return state, jax.tree.map(lambda x: x[None], results)
 
+        def read(state: DeviceState, inputs: Any) -> Any:
+            return jax.tree.map(lambda x: x[None], wanted.function(state, _first(inputs)))
+
         def change(state: DeviceState, inputs: Any) -> DeviceState:
             return wanted.function(state, _first(inputs))
 
         if wanted.cost:
             specs = (PartitionSpec(), states, every)
             return per_data_shard(self._mesh, step, specs, (states, every))
+        if wanted.reads:
+            return per_data_shard(self._mesh, read, (states, every), every)
         return per_data_shard(self._mesh, change, (states, every), states)
 
 

@@ -139,6 +139,11 @@ def pages_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, "data", TENSOR_AXES))
 
 
+def moved_sharding(mesh: Mesh) -> NamedSharding:
+    """Of pages on their way to the host or from it, [copies, C, L, K, …]: as `pages_sharding`."""
+    return NamedSharding(mesh, PartitionSpec("data", None, None, TENSOR_AXES))
+
+
 def per_data_shard(
     mesh: Mesh, function: Callable[..., Any], in_specs: tuple[Any, ...], out_specs: Any
 ) -> Callable[..., Any]:

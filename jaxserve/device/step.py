@@ -87,9 +87,12 @@ class StepInputs:
         next_token_ids: at each chunk token, the token that follows it in its sequence (prompt
             log-probabilities are of these); 0 for decode rows, padding and where none is known.
         samples: rows whose next token is sampled and kept as the slot's last token.
-        slot_writes: applied first.
+        page_saves: (group, page, host page), applied first: they read the pages as of all steps
+            launched before.
+        slot_writes: applied next.
         page_copies: (group, source, target), applied before the step writes.
         page_entries: (group, slot, index, page) page-table deltas, applied before the step.
+        page_loads: (group, host page, page), applied last before the step.
         logprobs: whether any sampling row asked for log-probabilities.
     """
 
@@ -105,6 +108,8 @@ class StepInputs:
     slot_writes: list[SlotWrite] = field(default_factory=list)
     page_copies: list[tuple[int, int, int]] = field(default_factory=list)
     page_entries: list[tuple[int, int, int, int]] = field(default_factory=list)
+    page_saves: list[tuple[int, int, int]] = field(default_factory=list)
+    page_loads: list[tuple[int, int, int]] = field(default_factory=list)
     logprobs: bool = False
 
 
@@ -155,6 +160,8 @@ class StepOutputs:
         prompt_logprobs: [T]: of `next_token_ids[t]` given the tokens of the row up to t; None
             unless the program has them.
         device_ns, idle_ns: as `StepStats`.
+        page_ns: by cache group, what it takes to save a page to the host and to load it again;
+            empty where there is no host store.
     """
 
     token_ids: Int[np.ndarray, "steps R"]
@@ -162,3 +169,4 @@ class StepOutputs:
     prompt_logprobs: LogprobArrays | None = None
     device_ns: int = 0
     idle_ns: int = 0
+    page_ns: tuple[float, ...] = ()

@@ -108,6 +108,8 @@ class BatchBuilder:
             page_entries=[
                 (entry.group, entry.slot, entry.index, entry.page) for entry in plan.page_entries
             ],
+            page_saves=[(save.group, save.page, save.host_page) for save in plan.page_saves],
+            page_loads=[(load.group, load.host_page, load.page) for load in plan.page_loads],
             logprobs=rows.logprobs,
         )
 

@@ -14,12 +14,17 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxserve.config import CacheConfig, Config, KernelsConfig, SchedulerConfig, WeightsConfig
 from jaxserve.device.buckets import Buckets
-from jaxserve.device.cache import init_cache, pages_per_sequence, pool_sizes
+from jaxserve.device.cache import (
+    host_pool_sizes,
+    init_cache,
+    pages_per_sequence,
+    pool_sizes,
+)
 from jaxserve.device.compiles import compile_counter, use_persistent_cache
 from jaxserve.device.executor import Executor
 from jaxserve.device.hosts import Hosts
 from jaxserve.device.meeting import connect
-from jaxserve.device.memory import Memory, least_memory
+from jaxserve.device.memory import Memory, host_memory, least_memory
 from jaxserve.device.sharding import make_mesh, param_sharding, tensor_parallel, undivided
 from jaxserve.device.state import init_device_state
 from jaxserve.engine.batches import Batches
@@ -128,7 +133,8 @@ def parts_of(
         pools = zip(*hosts.gather("pages", num_pages), strict=True)
         num_pages = tuple(min(pages) for pages in pools)
     buckets = buckets_for(config.scheduler, model.options, mesh.devices.flat[0].platform)
-    executor = _executor(config, model, info, num_pages, mesh, buckets, hosts)
+    host_pages = _host_pages(config, model, info, num_pages, mesh.shape["data"])
+    executor = _executor(config, model, info, num_pages, host_pages, mesh, buckets, hosts)
     executor.warm_up(progress, config.engine.compile_threads)
     return Parts(
         model=info,
@@ -137,6 +143,7 @@ def parts_of(
         executor=executor,
         page_size=config.cache.page_size,
         num_pages=num_pages,
+        host_pages=host_pages,
         hosts=hosts,
         follow=executor.follow if config.parallel.host else None,
     )
@@ -360,6 +367,29 @@ def size_cache(
     )
 
 
+def _host_pages(
+    config: Config, model: Decoder, info: ModelInfo, num_pages: tuple[int, ...], copies: int
+) -> tuple[int, ...]:
+    """Pages of each cache group in the host's memory, for each copy of the model."""
+    try:
+        free_bytes = host_memory().free_bytes
+    except ConfigError as error:
+        logger.warning("how much memory the host has is not known: %s", error.message)
+        free_bytes = None
+    sizes = host_pool_sizes(
+        info.cache_groups,
+        config.cache,
+        num_pages,
+        dtype=cache_dtype(config.cache, model.options),
+        copies=copies,
+        free_bytes=free_bytes,
+        several_hosts=config.parallel.hosts > 1,
+        backend=model.options.attention,
+    )
+    logger.info("pages in the host's memory: %s", sizes if any(sizes) else "none")
+    return sizes
+
+
 def cache_dtype(cache: CacheConfig, options: ModelOptions) -> str:
     """Dtype of the pages."""
     return {"auto": options.activations, "fp8": "float8_e4m3fn"}.get(cache.dtype, cache.dtype)
@@ -379,6 +409,7 @@ def _executor(
     model: Decoder,
     info: ModelInfo,
     num_pages: tuple[int, ...],
+    host_pages: tuple[int, ...],
     mesh: Mesh,
     buckets: Buckets,
     hosts: Hosts | None,
@@ -400,4 +431,4 @@ def _executor(
         pages_per_sequence=pages_per_sequence(info.max_context, page_size),
         mesh=mesh,
     )
-    return Executor(model, state, buckets.programs, page_size, mesh, hosts)
+    return Executor(model, state, buckets.programs, page_size, mesh, hosts, host_pages)

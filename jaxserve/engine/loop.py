@@ -16,7 +16,8 @@ What one step of delay means:
   one before returned, so the new owner's writes come after. Within one call no row reads a page
   that the call's other rows were given (see `scheduler.pages`).
 - *Preemption.* A preempted sequence's launched tokens are still read and sent. It is let in again
-  only when they have been, since its recomputation starts from the known tokens.
+  only when they have been, since it goes on from the known tokens, be its pages loaded from the
+  host or computed again. They are saved before the plan's step, so after all launched ones.
 - *Several decode steps* in one call happen only when nobody waits, no prompt is being computed and
   no row ends within them; stop tokens then cost up to two calls' worth of discarded tokens.
 
@@ -190,7 +191,9 @@ class Engine:
             num_rows = own.num_live_rows
             rows = own.rows[:num_rows].tolist()
             sampled = brought.token_ids[:, :num_rows].T.tolist()
-            commit = self.scheduler.commit(copy, rows, sampled)
+            commit = self.scheduler.commit(
+                copy, rows, sampled, device_ns=brought.device_ns, page_ns=brought.page_ns
+            )
             step.drafted += commit.num_drafted
             step.accepted += commit.num_accepted
             self._outbox.add_step(plan.step_id, now_ns, commit, own, brought)
@@ -282,6 +285,9 @@ class Engine:
             waiting=self.scheduler.num_waiting,
             pages_used=self.scheduler.pages_used,
             pages_total=self.scheduler.pages_total,
+            swapped=self.scheduler.num_swapped,
+            host_pages_used=self.scheduler.host_pages_used,
+            host_pages_total=self.scheduler.host_pages_total,
             compiles_after_warmup=self.executor.compiles_after_warmup,
             model=self._model,
             error=self._error,
@@ -363,6 +369,8 @@ class Engine:
             pages_used=self.scheduler.pages_used,
             pages_total=self.scheduler.pages_total,
             preemptions=preemptions,
+            pages_saved=sum(len(plan.page_saves) for plan in plans),
+            pages_loaded=sum(len(plan.page_loads) for plan in plans),
             compiles_after_warmup=self.executor.compiles_after_warmup,
         )
 
@@ -375,6 +383,7 @@ def _record(sequence: Sequence, now_ns: int) -> SequenceRecord:
         cached_tokens=sequence.num_cached,
         recomputed_tokens=sequence.num_recomputed,
         drafted_tokens=sequence.num_drafted,
+        swapped_tokens=sequence.num_swapped,
         discarded_tokens=sequence.num_discarded,
         preemptions=sequence.num_preemptions,
         context_tokens=len(sequence.token_ids),

@@ -21,6 +21,7 @@ class Parts:
     Attributes:
         page_size: tokens a page.
         num_pages: pages of each cache group's pool, page 0 included, in each copy of the model.
+        host_pages: of each cache group, that each copy may have in the host's memory.
         copies: of the model.
         hosts: that share it, where there are several.
         follow: on another host than number 0, makes the device calls that host 0 broadcasts, for
@@ -32,6 +33,7 @@ class Parts:
     executor: Executor
     page_size: int
     num_pages: tuple[int, ...]
+    host_pages: tuple[int, ...] = ()
     copies: int = 1
     hosts: Hosts | None = None
     follow: Callable[[], None] | None = None

@@ -139,6 +139,8 @@ def build_engine(config: Config, server: ServerTransport, parts: Parts) -> Engin
         parts.model,
         page_size=parts.page_size,
         num_pages=parts.num_pages,
+        host_pages=parts.host_pages,
+        preemption=config.cache.preemption,
         copies=parts.copies,
     )
     return Engine(parts.model, scheduler, parts.batch, parts.executor, server)

@@ -50,6 +50,8 @@ _COUNTERS = {
     "draft_tokens": "Next tokens guessed and verified",
     "draft_accepted_tokens": "Guessed tokens that were right",
     "preemptions": "Sequences set back to make room",
+    "pages_saved": "KV pages copied to the host",
+    "pages_loaded": "KV pages copied back from the host",
 }
 _HISTOGRAMS = {
     "time_to_first_token_seconds": "From arrival to the first token",
@@ -149,6 +151,8 @@ class Metrics:
         own[_COUNTER["draft_tokens"]] += stats.draft_tokens
         own[_COUNTER["draft_accepted_tokens"]] += stats.draft_accepted_tokens
         own[_COUNTER["preemptions"]] += stats.preemptions
+        own[_COUNTER["pages_saved"]] += stats.pages_saved
+        own[_COUNTER["pages_loaded"]] += stats.pages_loaded
 
     def _observe(self, base: int, seconds: float) -> None:
         self._own[base + bisect_left(_BOUNDS, seconds)] += 1
@@ -209,6 +213,9 @@ def _engine(status: EngineStatus | None) -> Iterator[Metric]:
         ("waiting", "Sequences that wait", status.waiting),
         ("pages_used", "KV pages in use", status.pages_used),
         ("pages_total", "KV pages of the pool", status.pages_total),
+        ("swapped", "Waiting sequences whose KV pages are on the host", status.swapped),
+        ("host_pages_used", "KV pages in use on the host", status.host_pages_used),
+        ("host_pages_total", "KV pages that the host has room for", status.host_pages_total),
         ("compiles_after_warmup", "Compilations since ready", status.compiles_after_warmup),
         ("step_age_seconds", "Since the step loop last turned", status.step_age_s),
     ):

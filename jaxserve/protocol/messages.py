@@ -91,6 +91,7 @@ class SequenceRecord:
         computed_tokens: positions run through the model for the first time, prompt and output.
         cached_tokens: prompt tokens whose KV was found instead of computed.
         recomputed_tokens: positions run again after a preemption.
+        swapped_tokens: positions brought back from the host's memory instead, each time it was.
         drafted_tokens: proposed by speculation; discarded_tokens: sampled or drafted, not emitted.
         context_tokens: prompt plus emitted tokens at the end.
         *_ns: zero while it has not happened.
@@ -101,6 +102,7 @@ class SequenceRecord:
     computed_tokens: int = 0
     cached_tokens: int = 0
     recomputed_tokens: int = 0
+    swapped_tokens: int = 0
     drafted_tokens: int = 0
     discarded_tokens: int = 0
     preemptions: int = 0
@@ -167,6 +169,7 @@ class StepStats:
         draft_tokens, draft_accepted_tokens: drafts verified, and those that were right.
         flops, bytes: counted from shapes (models declare them), not measured.
         preemptions: since the statistics before these.
+        pages_saved, pages_loaded: KV pages that this call copied to the host and from it.
     """
 
     step_id: int
@@ -188,6 +191,8 @@ class StepStats:
     pages_total: int
     preemptions: int
     compiles_after_warmup: int
+    pages_saved: int = 0
+    pages_loaded: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -206,6 +211,8 @@ class EngineStatus:
     Attributes:
         model: set once the model is loaded.
         step_age_s: seconds since the step loop last turned.
+        swapped: waiting sequences whose pages are in the host's memory.
+        host_pages_used, host_pages_total: pages there; 0 in all where there is no host store.
         error: the one sentence, for "failed".
     """
 
@@ -216,6 +223,9 @@ class EngineStatus:
     waiting: int = 0
     pages_used: int = 0
     pages_total: int = 0
+    swapped: int = 0
+    host_pages_used: int = 0
+    host_pages_total: int = 0
     compiles_after_warmup: int = 0
     model: ModelInfo | None = None
     error: str = ""

@@ -22,8 +22,10 @@ class Schedulers:
     """Decides what runs on each copy; see the module.
 
     Args:
-        copies: how many there are; every copy has the limits of `config` and a pool of `num_pages`.
-        config, model, page_size, num_pages, clock_ns: as `Scheduler` takes them.
+        copies: how many there are; every copy has the limits of `config`, a pool of `num_pages` and
+            `host_pages` on the host.
+        config, model, page_size, num_pages, host_pages, preemption, clock_ns: as `Scheduler` takes
+            them.
     """
 
     def __init__(
@@ -33,12 +35,22 @@ class Schedulers:
         *,
         page_size: int,
         num_pages: Iterable[int],
+        host_pages: Iterable[int] = (),
+        preemption: str = "auto",
         copies: int = 1,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        pages = tuple(num_pages)
+        pages, on_host = tuple(num_pages), tuple(host_pages)
         self._schedulers = [
-            Scheduler(config, model, page_size=page_size, num_pages=pages, clock_ns=clock_ns)
+            Scheduler(
+                config,
+                model,
+                page_size=page_size,
+                num_pages=pages,
+                host_pages=on_host,
+                preemption=preemption,
+                clock_ns=clock_ns,
+            )
             for _ in range(copies)
         ]
         self._next_step_id = 0
@@ -72,6 +84,21 @@ class Schedulers:
     def pages_total(self) -> int:
         """Pages that can be handed out."""
         return sum(scheduler.pages.capacity for scheduler in self._schedulers)
+
+    @property
+    def num_swapped(self) -> int:
+        """Waiting sequences whose pages are on the host."""
+        return sum(scheduler.swap.num_sequences for scheduler in self._schedulers)
+
+    @property
+    def host_pages_used(self) -> int:
+        """Pages on the host that somebody holds."""
+        return sum(scheduler.swap.num_used for scheduler in self._schedulers)
+
+    @property
+    def host_pages_total(self) -> int:
+        """Pages on the host that can be held."""
+        return sum(scheduler.swap.capacity for scheduler in self._schedulers)
 
     def submit(
         self,
@@ -144,6 +171,16 @@ class Schedulers:
         for scheduler in self._schedulers:
             scheduler.measured(max(sizes), ns, verifies=num_drafts > 0)
 
-    def commit(self, copy: int, rows: list[int], token_ids: Seq[list[int]]) -> Commit:
+    def commit(
+        self,
+        copy: int,
+        rows: list[int],
+        token_ids: Seq[list[int]],
+        *,
+        device_ns: int = 0,
+        page_ns: Seq[float] = (),
+    ) -> Commit:
         """As `Scheduler.commit`, of one copy's plan."""
-        return self._schedulers[copy].commit(rows, list(token_ids))
+        return self._schedulers[copy].commit(
+            rows, list(token_ids), device_ns=device_ns, page_ns=page_ns
+        )

@@ -18,8 +18,9 @@ class Join:
     Attributes:
         prompt_len: tokens before it are prompt, from it on output (also when recomputed).
         choice: index among the request's n, keys the random bits.
-        prefix: tokens at positions 0, 1, … whose KV was found instead of computed; given only
-            where the sampling parameters look back at them.
+        prefix: tokens at positions 0, 1, … whose KV was found instead of computed, be it shared
+            or brought back from the host; given only where the sampling parameters look back at
+            them.
     """
 
     slot: int
@@ -73,12 +74,30 @@ class PageCopy:
 
 
 @dataclass(slots=True, kw_only=True)
+class PageSave:
+    """Copy a page of group `group` to the host, as of all steps launched before this plan's."""
+
+    group: int
+    page: int
+    host_page: int
+
+
+@dataclass(slots=True, kw_only=True)
+class PageLoad:
+    """Copy a page of group `group` from the host, before the step."""
+
+    group: int
+    host_page: int
+    page: int
+
+
+@dataclass(slots=True, kw_only=True)
 class Plan:
     """One device call.
 
     Attributes:
-        joins, page_entries, page_copies: changes of device state, applied in this order before
-            the step's work.
+        page_saves, joins, page_entries, page_copies, page_loads: changes of device state, applied
+            in this order before the step's work.
         decode_joins, decode_leaves: slots that enter or leave the set of decoding rows; every
             decoding row brings one token a decode step, its input being the token the device
             sampled last for that slot. Leaves come first: a slot that one sequence leaves may be
@@ -91,9 +110,11 @@ class Plan:
     """
 
     step_id: int
+    page_saves: list[PageSave] = field(default_factory=list)
     joins: list[Join] = field(default_factory=list)
     page_entries: list[PageEntry] = field(default_factory=list)
     page_copies: list[PageCopy] = field(default_factory=list)
+    page_loads: list[PageLoad] = field(default_factory=list)
     decode_joins: list[int] = field(default_factory=list)
     decode_starts: list[int] = field(default_factory=list)
     decode_leaves: list[int] = field(default_factory=list)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -30,6 +31,7 @@ from jaxserve.scheduler.plan import Chunk, Join, PageCopy, PageEntry, Plan
 from jaxserve.scheduler.queue import WaitingQueue
 from jaxserve.scheduler.sequence import Sequence, SequenceState
 from jaxserve.scheduler.slots import Owners, SlotTable
+from jaxserve.scheduler.swap import Swap
 from jaxserve.types import FinishReason, ModelInfo, SamplingParams
 
 
@@ -69,10 +71,13 @@ class Scheduler:
         model: its context, end tokens and cache groups.
         page_size: tokens a page.
         num_pages: pages of each cache group's pool, page 0 included.
+        host_pages: pages of each group on the host; none where preempted sequences are recomputed.
+        preemption: as `CacheConfig.preemption`.
         clock_ns: CLOCK_MONOTONIC.
 
     Attributes:
         pages: the allocator.
+        swap: what preempted sequences have on the host.
         num_preemptions: so far.
     """
 
@@ -83,9 +88,13 @@ class Scheduler:
         *,
         page_size: int,
         num_pages: Iterable[int],
+        host_pages: Iterable[int] = (),
+        preemption: str = "auto",
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.pages = PageAllocator(page_size, model.cache_groups, list(num_pages))
+        windows = [group.window for group in model.cache_groups]
+        self.swap = Swap(self.pages, windows, list(host_pages), preemption)
         self.num_preemptions = 0
         self._config = config
         self._model = model
@@ -193,6 +202,7 @@ class Scheduler:
             return None
         self._next_step_id += 1
         self._decoding.tell(plan)
+        self.swap.tell(plan)
         self._launched.append(_Launched(plan, self._slots.owners()))
         for chunk in plan.chunks:
             if chunk.samples and not chunk.num_drafts:
@@ -202,15 +212,24 @@ class Scheduler:
         self._choices.queue_forked()
         return plan
 
-    def commit(self, rows: list[int], token_ids: list[list[int]]) -> Commit:
+    def commit(
+        self,
+        rows: list[int],
+        token_ids: list[list[int]],
+        *,
+        device_ns: int = 0,
+        page_ns: Seq[float] = (),
+    ) -> Commit:
         """Takes in the tokens of the oldest launched plan.
 
         Args:
             rows: slot of each live row: the decoding rows, then the plan's chunks in order.
             token_ids: the tokens of each live row, one a decode step; as `StepOutputs` where
                 drafts were verified.
+            device_ns, page_ns: as `StepOutputs` has them; 0 and empty where not measured.
         """
         launched = self._launched.popleft()
+        self.swap.costs.observe(launched.plan, len(rows), device_ns, page_ns)
         owners = cast(list[Sequence], launched.owners)  # a live row's slot has an owner
         chunks = launched.plan.chunks
         num_decode_rows = len(rows) - len(chunks)
@@ -341,6 +360,7 @@ class Scheduler:
             self._choices.leaves_queue(sequence)
             self._take_slot(plan, sequence)
             plan.page_copies += [PageCopy(group=g, source=s, target=t) for g, s, t in copies]
+            self.swap.restore(plan, sequence)
             self._enter(plan, sequence, self.pages.entries(sequence.table))
             budget -= self._add_chunk(plan, sequence, end)
 
@@ -444,6 +464,7 @@ class Scheduler:
             self._waiting.remove(sequence)
             self._choices.leaves_queue(sequence)
             self.pages.release(sequence.table)
+            self.swap.drop(sequence)
         elif state is SequenceState.PREFILLING:
             del self._prefilling[sequence]
             self._leave_slot(sequence)
@@ -478,15 +499,15 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the queue, at its old place; its known tokens will be computed again."""
+        """Back to the queue, at its old place; its pages go to the host or are computed again."""
         if sequence.state is SequenceState.DECODING:
             self._decoding.remove(sequence)
         elif sequence.state is SequenceState.DRAFTING:
             self._drafting.remove(sequence)
         else:
             del self._prefilling[sequence]
-        self._leave_slot(sequence)
-        sequence.num_computed = 0
+        self.swap.set_back(sequence)
+        self._slots.leave(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         sequence.state = SequenceState.WAITING

@@ -7,6 +7,7 @@ chunks, and when it has caught up the sequence decodes.
 Tokens of a sequence, so that the counts add up (all but the known tokens are settled at its end):
     sampled on the device = emitted + discarded + 1 if a stop token ended it
     positions run through the model = computed + recomputed + drafted - kept
+A position that is set back with its page saved is neither run nor counted again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from jaxserve.scheduler.drafts import Drafts
+from jaxserve.scheduler.host_pages import HostTable
 from jaxserve.scheduler.pages import PageTable
 from jaxserve.types import FinishReason, SamplingParams
 
@@ -43,6 +45,7 @@ class Sequence:
         rank: (priority, arrival); smaller runs first, the largest is preempted first.
         stop_token_ids: end the sequence when sampled; the model's end tokens among them.
         copy: of the model, that it lives on.
+        host_table: its pages on the host, while it waits with its cache saved.
         followers: choices that wait to share this one's prompt.
         num_computed: positions whose KV is launched; while decoding see `decode_base`.
         num_planned: output tokens launched, read back or not; drafts among them.
@@ -69,6 +72,7 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     slot: int = -1
     copy: int = 0
+    host_table: HostTable | None = None
     followers: list[Sequence] = field(default_factory=list)
     leader: Sequence | None = None
     drafts: Drafts | None = None
@@ -86,6 +90,7 @@ class Sequence:
     num_recomputed: int = 0
     num_drafted: int = 0
     num_kept: int = 0
+    num_swapped: int = 0
     num_discarded: int = 0
     num_preemptions: int = 0
     queued_ns: int = 0
@@ -124,13 +129,16 @@ class Sequence:
     def prefix_looked_back_at(self) -> list[int]:
         """The tokens already computed elsewhere, if its sampling depends on tokens before them.
 
-        Presence and frequency penalties count output tokens only, which nobody shares; single bad
-        words need no history.
+        Presence and frequency penalties count output tokens only: of those it has some when its
+        pages come back from the host, never when it shares a prompt. Single bad words need no
+        history.
         """
         sampling = self.sampling
-        if sampling.repetition_penalty != 1 or any(len(word) > 1 for word in sampling.bad_words):
-            return self.token_ids[: self.num_computed]
-        return []
+        looks_back = sampling.repetition_penalty != 1
+        looks_back |= any(len(word) > 1 for word in sampling.bad_words)
+        if self.num_computed > self.prompt_len:
+            looks_back |= sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+        return self.token_ids[: self.num_computed] if looks_back else []
 
     def reach(self, start: int, end: int) -> None:
         """Counts positions start … end - 1 as launched, once more or for the first time."""

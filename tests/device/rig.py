@@ -34,6 +34,7 @@ from tests.models.driver import Driver
 PAGE_SIZE = 4
 MAX_CONTEXT = 192
 NUM_PAGES = 201
+NUM_HOST_PAGES = 40
 LIMITS = SchedulerConfig(
     max_rows=4, max_step_tokens=16, decode_steps=4, max_waiting=100, draft_tokens=0
 )
@@ -88,7 +89,14 @@ class Warm:
 def warm(model: Decoder, limits: SchedulerConfig = LIMITS) -> Warm:
     """Compiles all programs of a model."""
     buckets = Buckets(limits, row_growth=4)
-    executor = Executor(model, fresh_state(model, limits), buckets.programs, PAGE_SIZE, MESH)
+    executor = Executor(
+        model,
+        fresh_state(model, limits),
+        buckets.programs,
+        PAGE_SIZE,
+        MESH,
+        host_pages=[NUM_HOST_PAGES] * len(model.cache_groups()),
+    )
     progress: list[tuple[str, int, int]] = []
     executor.warm_up(lambda *told: progress.append(told))
     return Warm(model, limits, buckets, executor, progress)
@@ -158,13 +166,14 @@ class Rig:
 
     Args:
         pages: that the scheduler may hand out, at most as many as there are.
+        host_pages: likewise, in the host's memory.
 
     Attributes:
         programs: names of the programs that ran; outputs: what they brought.
         copies, prefixes: page copies and shared prefixes that were sent.
     """
 
-    def __init__(self, warm: Warm, pages: int = NUM_PAGES - 1) -> None:
+    def __init__(self, warm: Warm, pages: int = NUM_PAGES - 1, host_pages: int = 0) -> None:
         self.warm = warm
         self.executor = warm.executor
         assert pages < self.executor._state.cache.groups[0].kv.shape[1]
@@ -177,8 +186,14 @@ class Rig:
             eos_token_ids=spec.eos_token_ids,
             cache_groups=groups,
         )
+        assert host_pages <= NUM_HOST_PAGES
         self.scheduler = Scheduler(
-            warm.limits, info, page_size=PAGE_SIZE, num_pages=[pages + 1] * len(groups)
+            warm.limits,
+            info,
+            page_size=PAGE_SIZE,
+            num_pages=[pages + 1] * len(groups),
+            host_pages=[host_pages] * len(groups),
+            preemption="swap",
         )
         self.batch = Batches(warm.buckets, warm.limits.max_rows)
         warm.poison()
@@ -221,7 +236,7 @@ class Rig:
         for _ in range(limit):
             if not self.scheduler.has_work:
                 assert self.executor.compiles_after_warmup == compiled
-                assert self.scheduler.pages.num_used == 0
+                assert self.scheduler.pages.num_used == self.scheduler.swap.num_used == 0
                 return
             self.turn()
         raise AssertionError("the scheduler does not come to an end")

@@ -102,7 +102,10 @@ def answers(engine: Engine, pocket: Any) -> dict[str, Any]:
         for name in ("logprobs", "prompt_logprobs"):
             for number, entries in getattr(events, name).items():
                 found[str(number)][name] += [[e.token_id, e.rank, e.logprob] for e in entries]
-    found["pages_used"] = engine.scheduler.pages_used
+    found["pages_used"] = engine.scheduler.pages_used + engine.scheduler.host_pages_used
+    found["swapped_tokens"] = sum(
+        end.record.swapped_tokens for events in pocket.events for end in events.finished
+    )
     return found
 
 

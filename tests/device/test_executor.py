@@ -69,8 +69,9 @@ def decoding(program: Program, context_lens: list[int]) -> StepInputs:
 
 def test_progress_is_told_for_every_program(llama: Warm) -> None:
     num = len(llama.progress)
-    # the steps; slots with and without lists, page tables, prefixes, copies in one group
-    assert num == len(llama.buckets.programs) + 5
+    # the steps; slots with and without lists, page tables, prefixes, copies in one group; saves
+    # and loads of two sizes
+    assert num == len(llama.buckets.programs) + 5 + 4
     assert llama.progress == [("compiling", done, num) for done in range(1, num + 1)]
 
 

@@ -86,6 +86,14 @@ def test_quantized_weights(even: Path) -> None:
     assert_equal(found, 2e-5)
 
 
+def test_pages_of_the_host(even: Path) -> None:
+    """Few pages: sequences are set back and come again, on the mesh and on one device."""
+    settings = "cache.num_pages=20", "cache.preemption=swap", "cache.host_bytes=4000000"
+    found = serve_on_both(even, (2, 1, 4), SCANNED, *settings)
+    assert_equal(found, 2e-5)
+    assert found["mesh"]["swapped_tokens"] > 10 and found["one"]["swapped_tokens"] > 30
+
+
 @pytest.mark.parametrize(
     ("case", "mesh", "heads"),
     [

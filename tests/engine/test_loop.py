@@ -27,7 +27,7 @@ from jaxserve.protocol.messages import (
 )
 from jaxserve.protocol.server import Arrival
 from jaxserve.types import FinishReason, SamplingParams
-from tests.fakes.engine import fake_parts, oracle
+from tests.fakes.engine import PAGE_BYTES, fake_parts, oracle
 from tests.fakes.executor import FakeExecutor
 
 CONFIG = Config(
@@ -200,6 +200,46 @@ def test_step_statistics_add_up(server):
     assert sum(step.tokens for step in stats) == positions
     assert all(step.tokens == step.decode_tokens + step.prefill_tokens for step in stats)
     assert stats[-1].pages_total == 11 and stats[-1].pages_used == 0
+
+
+def test_what_the_host_keeps_is_told(server):
+    """Few pages and a host store: nothing is computed twice, and each page's way is counted."""
+    cache = CacheConfig(page_size=4, num_pages=12, host_bytes=20 * PAGE_BYTES, preemption="swap")
+    config = dataclasses.replace(CONFIG, cache=cache)
+    engine = build_engine(config, server, fake_parts(config, lambda *_: None))
+    requests = [submit([i], [5 + i] * 6, max_tokens=20) for i in range(4)]
+    turn(engine, "a", GetStatus(stats=True), *requests)
+    assert engine.status().host_pages_total == 20
+    swapped = 0
+    while engine.scheduler.has_work:
+        turn(engine)
+        status = engine.status()
+        swapped = max(swapped, status.swapped)
+        assert (status.host_pages_used > 0) is (status.swapped > 0)
+    stats = [message for _, message in server.sent if isinstance(message, StepStats)]
+    records = [end.record for end in server.ends("a")]
+    assert swapped > 0 and sum(record.recomputed_tokens for record in records) == 0
+    assert sum(record.swapped_tokens for record in records) > 10
+    saved = sum(step.pages_saved for step in stats)
+    assert saved == sum(step.pages_loaded for step in stats) > 4
+    for i, request in enumerate(requests):
+        assert server.tokens("a", i) == oracle([5 + i] * 6, request.sampling)
+
+
+def test_a_client_that_leaves_frees_its_pages_on_the_host(server):
+    cache = CacheConfig(page_size=4, num_pages=12, host_bytes=20 * PAGE_BYTES, preemption="swap")
+    config = dataclasses.replace(CONFIG, cache=cache)
+    engine = build_engine(config, server, fake_parts(config, lambda *_: None))
+    turn(engine, "a", submit([0], [5] * 6, max_tokens=30))
+    turn(engine, "b", submit([0, 1], [6] * 6, max_tokens=30))
+    while not engine.scheduler.num_swapped:
+        assert engine.scheduler.has_work
+        turn(engine)
+    turn(engine, "b", Goodbye())
+    assert engine.scheduler.num_swapped == engine.scheduler.host_pages_used == 0
+    while engine.scheduler.has_work:
+        turn(engine)
+    assert server.tokens("a", 0) == oracle([5] * 6, submit([0], [5], max_tokens=30).sampling)
 
 
 def test_a_refusal_names_the_field(engine, server):

@@ -83,6 +83,8 @@ class ExactBatch:
             ],
             page_copies=[(c.group, c.source, c.target) for c in plan.page_copies],
             page_entries=[(e.group, e.slot, e.index, e.page) for e in plan.page_entries],
+            page_saves=[(s.group, s.page, s.host_page) for s in plan.page_saves],
+            page_loads=[(load.group, load.host_page, load.page) for load in plan.page_loads],
             logprobs=any(
                 self._wants[slot]
                 for slot in self._decoding + [c.slot for c in plan.chunks if c.samples]
@@ -152,7 +154,8 @@ class ComparedBatch:
             assert array.dtype == (np.bool_ if array is built.samples else np.int32)
             assert array[:live].tolist() == expected.tolist()
             assert (array[live:] == padding).all()
-        for name in ("slot_writes", "page_copies", "page_entries", "logprobs"):
+        changes = ("page_saves", "slot_writes", "page_copies", "page_entries", "page_loads")
+        for name in (*changes, "logprobs"):
             assert getattr(built, name) == getattr(exact, name)
         self.check()
         self._kept.append((built, [array.copy() for array in _arrays(built)]))

@@ -19,6 +19,8 @@ from tests.fakes.executor import FULL, FakeExecutor
 VOCAB_SIZE = 512
 EOS = 2
 MAX_CONTEXT = 4096
+#: What a page of the fake takes of `cache.host_bytes`.
+PAGE_BYTES = 1024
 GROUPS: tuple[CacheGroup, ...] = (FULL,)
 
 
@@ -27,6 +29,7 @@ def fake_parts(config: Config, progress: Progressing) -> Parts:
     max_context = config.model.max_context or MAX_CONTEXT
     progress("loading", 1, 1)
     num_pages = config.cache.num_pages or 1 + 64 * max_context // config.cache.page_size
+    host_pages = (max(config.cache.host_bytes, 0) // PAGE_BYTES,)
     device = FakeExecutor(
         GROUPS,
         page_size=config.cache.page_size,
@@ -34,6 +37,7 @@ def fake_parts(config: Config, progress: Progressing) -> Parts:
         max_rows=config.scheduler.max_rows,
         vocab_size=VOCAB_SIZE,
         max_context=max_context,
+        host_pages=host_pages,
     )
     for done in range(3):
         progress("compiling", done + 1, 3)
@@ -49,6 +53,7 @@ def fake_parts(config: Config, progress: Progressing) -> Parts:
         executor=device,
         page_size=config.cache.page_size,
         num_pages=(num_pages,),
+        host_pages=host_pages,
     )
 
 

@@ -7,13 +7,14 @@ repeats itself, with surprises: work for speculation.
 the letter: every token is written through the page table and the whole history is read back
 through it, so a wrong page, position, slot, order or sampling parameter gives a wrong token. Rows
 whose sampling looks back at their tokens also depend on the tokens that were seen entering the
-model in their slot, as the device's history of tokens does.
+model in their slot, as the device's history of tokens does. Pages that are saved lie in a paged
+host memory, where a page that was not saved, or saved for somebody else, gives a wrong token too.
 `oracle` computes what must come out from the plain token list.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -73,9 +74,15 @@ def _looks_back(sampling: SamplingParams) -> bool:
     return sampling.repetition_penalty != 1 or any(len(word) > 1 for word in sampling.bad_words)
 
 
-def _seen_hash(tokens: Sequence[int]) -> int:
-    seen = np.asarray(tokens, np.int64)
-    return _hash(seen, np.arange(len(seen)))
+def _counts_outputs(sampling: SamplingParams) -> bool:
+    return sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+
+
+def _seen_hash(seen: Iterable[tuple[int, int]], start: int) -> int:
+    """Of (position, token) from a position on; a token seen twice counts twice."""
+    pairs = [pair for pair in seen if pair[0] >= start]
+    positions, tokens = np.asarray(pairs, np.int64).reshape(-1, 2).T
+    return _hash(tokens, positions)
 
 
 def _logprob(history: int, token: int) -> float:
@@ -111,7 +118,9 @@ def oracle(
         seen = _see(history, groups)
         hashed = _history_hash(seen)
         if _looks_back(sampling):
-            hashed ^= _seen_hash(history)
+            hashed ^= _seen_hash(enumerate(history), 0)
+        elif _counts_outputs(sampling):
+            hashed ^= _seen_hash(enumerate(history), len(prompt))
         token = _pick(hashed, seen, sampling, choice, len(prompt), vocab_size)
         if token in stops:
             break
@@ -131,6 +140,7 @@ class FakeExecutor:
         num_positions: positions run so far; num_sampled: tokens sampled so far.
         num_accepted: drafts so far that were what was sampled in their places.
         calls: device calls so far, by decode steps a call.
+        device_ns, page_ns: what each step tells (see `StepOutputs`).
         fail_at: step number at which `launch` raises, if set.
     """
 
@@ -143,6 +153,7 @@ class FakeExecutor:
         max_rows: int,
         vocab_size: int,
         max_context: int,
+        host_pages: Sequence[int] = (),
     ) -> None:
         self.groups = groups
         self.page_size = page_size
@@ -153,13 +164,16 @@ class FakeExecutor:
         self.calls: list[int] = []
         self.fail_at: int | None = None
         self.compiles_after_warmup = 0
+        self.device_ns = 0
+        self.page_ns: tuple[float, ...] = ()
         max_pages = -(-max_context // page_size) + 1
         self._tokens = [np.full((pages, page_size), 10**6, np.int64) for pages in num_pages]
         self._positions = [np.full((pages, page_size), 1, np.int64) for pages in num_pages]
+        self._host = [np.full((pages, 2, page_size), 10**6, np.int64) for pages in host_pages]
         self._tables = [np.zeros((max_rows + 1, max_pages), np.int64) for _ in groups]
         self._last = np.zeros(max_rows + 1, np.int64)
         self._slots: list[tuple[SamplingParams, int, int] | None] = [None] * (max_rows + 1)
-        self._seen: list[list[int]] = [[] for _ in range(max_rows + 1)]
+        self._seen: list[list[tuple[int, int]]] = [[] for _ in range(max_rows + 1)]
 
     def launch(self, inputs: Sequence[StepInputs]) -> list[StepOutputs]:
         """Runs the step of one copy at once; the results wait for `collect`."""
@@ -173,7 +187,7 @@ class FakeExecutor:
         self._change_state(inputs)
         steps = [self._decode_step(inputs, i) for i in range(inputs.program.decode_steps)]
         tokens = np.concatenate([tokens for tokens, _ in steps])
-        outputs = StepOutputs(token_ids=tokens)
+        outputs = StepOutputs(token_ids=tokens, device_ns=self.device_ns, page_ns=self.page_ns)
         if inputs.logprobs:
             hashes = np.concatenate([hashes for _, hashes in steps])
             outputs.logprobs = _arrays(hashes, tokens, self.vocab_size)
@@ -190,16 +204,22 @@ class FakeExecutor:
         return 0, 0
 
     def _change_state(self, inputs: StepInputs) -> None:
+        for group, page, host_page in inputs.page_saves:
+            assert page > 0, "page 0 holds nothing"
+            self._host[group][host_page] = self._tokens[group][page], self._positions[group][page]
         for write in inputs.slot_writes:
             self._slots[write.slot] = (write.sampling, write.choice, write.prompt_len)
             self._last[write.slot] = 10**6
-            self._seen[write.slot] = list(write.prefix)
+            self._seen[write.slot] = list(enumerate(write.prefix))
         for group, slot, index, page in inputs.page_entries:
             assert 0 < page < len(self._tokens[group]), "page 0 is never handed out"
             self._tables[group][slot, index] = page
         for group, source, target in inputs.page_copies:
             for cache in (self._tokens[group], self._positions[group]):
                 cache[target] = cache[source]
+        for group, host_page, page in inputs.page_loads:
+            assert page > 0, "page 0 is never handed out"
+            self._tokens[group][page], self._positions[group][page] = self._host[group][host_page]
 
     def _decode_step(self, inputs: StepInputs, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and hashes, [1 + draft_tokens, R]."""
@@ -213,7 +233,7 @@ class FakeExecutor:
             if row < inputs.num_decode_rows:
                 tokens = self._last[slot : slot + 1]
             self._write(slot, np.arange(end - num, end), tokens)
-            self._seen[slot] += tokens.tolist()
+            self._seen[slot] += zip(range(end - num, end), tokens.tolist(), strict=True)
             num_drafts = num - 1 if inputs.program.draft_tokens else 0
             spans.append((slot, end - num_drafts, tokens[num - num_drafts :]))
             self.num_positions += num
@@ -241,7 +261,9 @@ class FakeExecutor:
         seen = self._read(slot, end)
         hashed = _history_hash(seen)
         if _looks_back(sampling):
-            hashed ^= _seen_hash(self._seen[slot])
+            hashed ^= _seen_hash(self._seen[slot], 0)
+        elif _counts_outputs(sampling):
+            hashed ^= _seen_hash(self._seen[slot], prompt_len)
         return _pick(hashed, seen, sampling, choice, prompt_len, self.vocab_size), hashed
 
     def _write(self, slot: int, positions: np.ndarray, tokens: np.ndarray) -> None:

@@ -26,6 +26,8 @@ class Rig:
     groups: Seq[CacheGroup] = (FULL,)
     page_size: int = 4
     pages: int = 40
+    host_pages: int = 0
+    preemption: str = "swap"
     max_rows: int = 4
     max_step_tokens: int = 16
     decode_steps: int = 4
@@ -60,6 +62,8 @@ class Rig:
             self.model,
             page_size=self.page_size,
             num_pages=num_pages,
+            host_pages=[self.host_pages] * len(self.groups),
+            preemption=self.preemption,
         )
         self.executor = FakeExecutor(
             self.groups,
@@ -68,6 +72,7 @@ class Rig:
             max_rows=self.max_rows,
             vocab_size=VOCAB,
             max_context=self.max_context,
+            host_pages=[self.host_pages] * len(self.groups),
         )
         self.in_flight = None
 
@@ -109,7 +114,12 @@ class Rig:
         inputs, outputs = step
         num_rows = inputs.num_live_rows
         rows = inputs.rows[:num_rows].tolist()
-        commit = self.scheduler.commit(rows, outputs.token_ids[:, :num_rows].T.tolist())
+        commit = self.scheduler.commit(
+            rows,
+            outputs.token_ids[:, :num_rows].T.tolist(),
+            device_ns=outputs.device_ns,
+            page_ns=outputs.page_ns,
+        )
         for sequence, tokens in zip(commit.sequences, commit.token_ids, strict=True):
             self.emitted[sequence] += tokens
         for sequence in commit.finished:
@@ -137,6 +147,7 @@ class Rig:
     def check(self) -> None:
         """All that must hold once everything has ended."""
         assert self.scheduler.pages.num_used == 0
+        assert self.scheduler.swap.num_used == self.scheduler.swap.num_sequences == 0
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
         assert self.ends == Counter(self.sequences)
         sampled = positions = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 
@@ -74,18 +74,30 @@ FEATURES = (
     Feature(name="cancel", shape=_cancel),
     Feature(name="chunked prefill", settings=("scheduler.max_step_tokens=8",)),
     Feature(name="several decode steps", settings=("scheduler.decode_steps=4",)),
+)
+#: What becomes of a sequence that is set back: one or the other.
+PREEMPTION = (
     Feature(
         name="recompute",
-        settings=("cache.num_pages=31",),
+        settings=("cache.num_pages=31", "cache.preemption=recompute"),
         shape=_urgent,
         background=3,
         acted=lambda trial: any(r.preemptions and r.recomputed_tokens for r in trial.records),
+    ),
+    Feature(
+        name="swap",
+        settings=("cache.num_pages=31", "cache.preemption=swap", "cache.host_bytes=1000000"),
+        shape=_urgent,
+        background=3,
+        acted=lambda trial: any(r.preemptions and r.swapped_tokens for r in trial.records),
     ),
 )
 
 
 @pytest.mark.parametrize(
-    "pair", list(combinations(FEATURES, 2)), ids=lambda pair: " + ".join(f.name for f in pair)
+    "pair",
+    [*combinations(FEATURES, 2), *product(FEATURES, PREEMPTION)],
+    ids=lambda pair: " + ".join(f.name for f in pair),
 )
 def test_pair(pair: tuple[Feature, Feature]) -> None:
     trial = Trial(pair)
@@ -93,7 +105,8 @@ def test_pair(pair: tuple[Feature, Feature]) -> None:
     trial.check()
 
 
-def test_all_together() -> None:
-    trial = Trial(FEATURES)
+@pytest.mark.parametrize("preemption", PREEMPTION, ids=lambda feature: feature.name)
+def test_all_together(preemption: Feature) -> None:
+    trial = Trial((*FEATURES, preemption))
     trial.run()
     trial.check()

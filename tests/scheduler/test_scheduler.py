@@ -222,6 +222,7 @@ requests = st.fixed_dictionaries(
         "seed": st.integers(0, 3),
         "ignore_eos": st.booleans(),
         "repetition_penalty": st.sampled_from([1.0, 1.3]),
+        "presence_penalty": st.sampled_from([0.0, 0.5]),
         "bad_words": st.sampled_from([(), ((3,),), ((3, 4),)]),
         "stop_token_ids": st.lists(st.integers(0, VOCAB - 1), max_size=3).map(tuple),
     }
@@ -240,6 +241,7 @@ worlds = st.fixed_dictionaries(
         "max_step_tokens": st.integers(5, 40),
         "decode_steps": st.sampled_from([1, 2, 5]),
         "pipelined": st.booleans(),
+        "host_pages": st.sampled_from([0, 5, 100]),
     }
 )
 
