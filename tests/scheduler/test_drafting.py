@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxserve.scheduler.sequence import Sequence, SequenceState
 from jaxserve.types import FinishReason
+from tests.fakes.batch import ComparedBatch, DoublingShapes, ExactBatch
 from tests.fakes.executor import ECHO, FULL, sliding
 from tests.fakes.rig import VOCAB, Rig
 
@@ -138,8 +141,9 @@ def test_a_drafting_row_is_cancelled_at_once_and_what_it_drafted_is_discarded():
     assert sequence.num_outputs == num_outputs and sequence.num_discarded > 1
 
 
-def test_a_drafting_row_is_set_back_and_its_verified_tokens_are_kept():
-    rig = Rig(draft_tokens=7)
+@pytest.mark.parametrize("host_pages", [0, 100])
+def test_a_drafting_row_is_set_back_and_its_verified_tokens_are_kept(host_pages):
+    rig = Rig(draft_tokens=7, host_pages=host_pages)
     sequence = drafting(rig)
     num_outputs = sequence.num_outputs
     rig.scheduler._preempt(sequence)
@@ -181,6 +185,7 @@ requests = st.fixed_dictionaries(
 actions = st.one_of(
     st.tuples(st.just("submit"), requests),
     st.tuples(st.just("cancel"), st.integers(0, 30)),
+    st.tuples(st.just("set back"), st.integers(0, 30)),
     st.tuples(st.just("turn"), st.integers(1, 30)),
 )
 worlds = st.fixed_dictionaries(
@@ -188,6 +193,7 @@ worlds = st.fixed_dictionaries(
         "groups": st.sampled_from([(FULL,), (sliding(6),), (FULL, sliding(9))]),
         "page_size": st.sampled_from([1, 3, 4, 16]),
         "pages": st.sampled_from([0, 12, 400]),  # beyond what the longest sequence needs alone
+        "host_pages": st.sampled_from([0, 200]),
         "max_rows": st.integers(1, 5),
         "max_step_tokens": st.integers(8, 60),
         "decode_steps": st.sampled_from([1, 2, 5]),
@@ -208,6 +214,10 @@ def test_tokens_always_equal_the_oracle(world, script, times):
             rig.submit(**value)
         elif action == "cancel" and rig.sequences:
             rig.cancel(rig.sequences[value % len(rig.sequences)])
+        elif action == "set back" and rig.sequences:
+            sequence = rig.sequences[value % len(rig.sequences)]
+            if sequence.state in (SequenceState.DECODING, SequenceState.DRAFTING):
+                rig.scheduler._preempt(sequence)
         elif action == "turn":
             for _ in range(value):
                 rig.turn()
@@ -216,3 +226,56 @@ def test_tokens_always_equal_the_oracle(world, script, times):
         rig.scheduler.measured(2 + times, 100.0 * times, verifies=True)
     rig.run()
     rig.check()
+
+
+def run_script(rng: random.Random) -> Rig:
+    """A crowded engine: requests of all kinds, cancels, rows set back, steps that take any time."""
+    page_size = rng.choice([1, 3, 4, 16])
+    rig = Rig(
+        groups=rng.choice([(FULL,), (sliding(6),), (FULL, sliding(9))]),
+        page_size=page_size,
+        pages=-(-90 // page_size) + rng.choice([2, 12, 300]),
+        host_pages=rng.choice([0, 200]),
+        max_rows=rng.randint(1, 5),
+        max_step_tokens=rng.randint(8, 60),
+        decode_steps=rng.choice([1, 2, 5]),
+        draft_tokens=rng.choice([1, 3, 7]),
+        draft_rows=rng.randint(1, 5),
+        pipelined=rng.random() < 0.8,
+        batch=rng.choice([ExactBatch(), ComparedBatch(DoublingShapes(), 5)]),
+    )
+    for _ in range(rng.randint(1, 8)):
+        period = rng.randint(3, 8)
+        rig.submit(
+            [rng.randint(1, VOCAB - 1) for _ in range(period)] * rng.randint(1, 3),
+            n=rng.choice([1, 1, 1, 3]),
+            priority=rng.randint(0, 2),
+            max_tokens=rng.randint(1, 60),
+            seed=rng.randint(0, 3),
+            top_k=rng.choice([0, ECHO, ECHO, ECHO]),
+            ignore_eos=rng.random() < 0.8,
+            repetition_penalty=rng.choice([1.0, 1.0, 1.0, 1.3]),
+            stop_token_ids=tuple(rng.sample(range(VOCAB), rng.choice([0, 0, 1]))),
+        )
+        for _ in range(rng.randint(0, 25)):
+            rig.turn()
+            rig.scheduler.measured(rng.randint(1, 8), rng.randint(50, 150), verifies=False)
+            rig.scheduler.measured(rng.randint(2, 20), rng.randint(50, 300), verifies=True)
+            sequence = rng.choice(rig.sequences)
+            if rng.random() < 0.04:
+                rig.cancel(sequence)
+            elif sequence.state is SequenceState.DRAFTING and rng.random() < 0.1:
+                rig.scheduler._preempt(sequence)
+    rig.run()
+    rig.check()
+    return rig
+
+
+def test_tokens_always_equal_the_oracle_in_a_thousand_crowds():
+    drafted = kept = set_back = 0
+    for seed in range(1000):
+        rig = run_script(random.Random(seed))
+        drafted += sum(sequence.num_drafted for sequence in rig.sequences)
+        kept += sum(sequence.num_kept for sequence in rig.sequences)
+        set_back += sum(s.num_preemptions for s in rig.sequences if s.num_drafted)
+    assert drafted > kept > 5000 and set_back > 200  # else this would test nothing
