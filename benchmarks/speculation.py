@@ -164,6 +164,11 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     arguments = parser.parse_args()
     config = load_config(settings=["scheduler.max_rows=8", *arguments.set])
+    report(config, measure(config, arguments.pairs, arguments.tokens))
+
+
+def measure(config: Config, num_pairs: int, max_tokens: int) -> list[Pairs]:
+    """Runs the pairs, those of all kinds in turns."""
     path = resolve(config.model, config.weights, lambda *_: None)
     tokenizer, template = load_tokenizer(path), load_chat_template(path)
     assert template is not None, f"{path} has no chat template"
@@ -184,18 +189,18 @@ def main() -> None:
         "free": [chat(question) for question in FREE],
     }
     all_pairs = {kind: Pairs(kind=kind) for kind in prompts}
-    for number in range(-1, arguments.pairs):  # the first warms up
+    for number in range(-1, num_pairs):  # the first warms up
         for kind, pairs in all_pairs.items():
             prompt = prompts[kind][number % len(prompts[kind])]
             sampled = kind == "free" and number % 2
             sampling = SamplingParams(
-                max_tokens=arguments.tokens, temperature=0.8 if sampled else 0.0, seed=number + 1
+                max_tokens=max_tokens, temperature=0.8 if sampled else 0.0, seed=number + 1
             )
             for name in ("on", "off") if number % 2 else ("off", "on"):
                 run = arms[name].run(prompt, sampling)
                 if number >= 0:
                     getattr(pairs, name).append(run)
-    report(config, list(all_pairs.values()))
+    return list(all_pairs.values())
 
 
 def passages() -> list[str]:
