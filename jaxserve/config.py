@@ -90,19 +90,36 @@ class SchedulerConfig:
     Attributes:
         max_rows: sequences that run at once.
         max_step_tokens: tokens of one step, decode rows and prefill chunks together.
-        max_waiting: sequences that may wait; one more is refused.
+        max_waiting: sequences that may wait; one more is refused, or pushes a worse one out.
+        max_waiting_tokens: known tokens of those that may wait, likewise; 0 sets no bound.
         decode_steps: decode steps in one device call when nothing on the host is needed.
         draft_tokens: next tokens of a row that are guessed from its earlier text and verified in
             one step, at most; 0 switches speculation off. Output is the same.
         draft_rows: with more rows than this in a step nothing is guessed.
+        max_step_ms: what a step that decodes should take at most; chunks of prompts are cut to it.
+            0 sets no bound.
+        longest_wait_s: a sequence that has waited so long is served before all that have not,
+            whatever their priority; 0 for never.
+        fairness: within a priority: "vtc" (the tenant that got least comes first), "locality" (the
+            same within a quantum, in which cached prompts come first), or "fcfs" (by arrival).
+        input_token_price, output_token_price: what a computed prompt token and a generated token
+            count for.
+        locality_quantum_tokens: what "locality" lets tenants be served out of turn, priced.
     """
 
     max_rows: int = 64
     max_step_tokens: int = 512
     max_waiting: int = 4096
+    max_waiting_tokens: int = 0
     decode_steps: int = 4
     draft_tokens: int = 7
     draft_rows: int = 8
+    max_step_ms: float = 0.0
+    longest_wait_s: float = 0.0
+    fairness: str = "vtc"
+    input_token_price: float = 1.0
+    output_token_price: float = 2.0
+    locality_quantum_tokens: int = 8192
 
     @property
     def max_verify_rows(self) -> int:
@@ -232,6 +249,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.format": ("auto", "hf", "gguf", "orbax"),
     "weights.dtype": ("auto", "float32", "bfloat16", "float16"),
     "weights.quantization": ("none", "int8", "int4", "fp8"),
+    "scheduler.fairness": ("vtc", "locality", "fcfs"),
     "cache.dtype": ("auto", "float32", "bfloat16", "float16", "int8", "fp8"),
     "cache.preemption": ("auto", "swap", "recompute"),
     "kernels.attention": ("auto", "xla", "cpu", "tpu", "gpu"),
@@ -250,9 +268,15 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "scheduler.max_rows": (1, 4096),
     "scheduler.max_step_tokens": (1, 65536),
     "scheduler.max_waiting": (0, 10_000_000),
+    "scheduler.max_waiting_tokens": (0, 2**53),
     "scheduler.decode_steps": (1, 64),
     "scheduler.draft_tokens": (0, 64),
     "scheduler.draft_rows": (1, 64),
+    "scheduler.max_step_ms": (0, 86_400_000),
+    "scheduler.longest_wait_s": (0, 31_536_000),
+    "scheduler.input_token_price": (0, 1_000_000),
+    "scheduler.output_token_price": (0, 1_000_000),
+    "scheduler.locality_quantum_tokens": (1, 2**53),
     "parallel.data": (1, 4096),
     "parallel.expert": (1, 4096),
     "parallel.model": (0, 4096),

@@ -183,6 +183,12 @@ def _check(config: Config) -> None:
             f"scheduler.max_step_tokens ({config.scheduler.max_step_tokens}) must be at least "
             f"scheduler.max_rows ({config.scheduler.max_rows}): each decoding row needs a token"
         )
+    if config.scheduler.input_token_price > config.scheduler.output_token_price:
+        raise ConfigError(
+            f"scheduler.input_token_price ({config.scheduler.input_token_price}) must not be above "
+            f"scheduler.output_token_price ({config.scheduler.output_token_price}): the bound of "
+            "fairness would not hold"
+        )
 
 
 def _check_hosts(config: ParallelConfig) -> None:

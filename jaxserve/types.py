@@ -16,6 +16,9 @@ MAX_BAD_WORDS = 64
 MAX_BAD_WORD_TOKENS = 8
 MAX_CHOICES = 128
 
+#: Bounds of a tenant's share.
+MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0
+
 
 class FinishReason(enum.StrEnum):
     """Why a sequence ended, in OpenAI's words where it has them."""

@@ -31,6 +31,7 @@ def check_submit(message: Submit, model: ModelInfo) -> list[int]:
     _check_sampling(message.sampling, model)
     if not -(2**31) <= message.priority < 2**31:
         raise InvalidRequest(f"priority {message.priority} is not a 32-bit integer")
+    _check_range("weight", message.weight, types.MIN_WEIGHT, types.MAX_WEIGHT)
     return prompt
 
 

@@ -177,12 +177,8 @@ class Engine:
         """Reads a step's tokens and sends each client its own."""
         outputs = self.executor.collect(step.launched)
         now_ns = time.monotonic_ns()
-        self.scheduler.measured(
-            step.plans,
-            [inputs.num_decode_rows for inputs in step.inputs],
-            outputs[0].device_ns,
-            outputs[0].idle_ns,
-        )
+        rows = [inputs.num_decode_rows for inputs in step.inputs]
+        self.scheduler.measured(step.plans, rows, outputs[0].device_ns, outputs[0].idle_ns)
         for copy, (plan, own, brought) in enumerate(
             zip(step.plans, step.inputs, outputs, strict=True)
         ):
@@ -253,12 +249,17 @@ class Engine:
                 prompt,
                 message.sampling,
                 priority=message.priority,
+                tenant=message.tenant,
+                weight=message.weight,
                 arrived_ns=message.arrived_ns,
             )
         except JaxserveError as error:
             self._refuse(client, message, error)
         else:
             live.update(zip(message.sequence_ids, sequences, strict=True))
+        now_ns = time.monotonic_ns()
+        for sequence, error in self.scheduler.take_shed():
+            self._finish(sequence, now_ns, error)
 
     def cancel(self, client: Hashable, sequence_ids: list[int], reason: FinishReason) -> None:
         """Ends those of a client's sequences that still live."""
@@ -290,6 +291,7 @@ class Engine:
             host_pages_total=self.scheduler.host_pages_total,
             compiles_after_warmup=self.executor.compiles_after_warmup,
             model=self._model,
+            shed=self.scheduler.num_shed,
             error=self._error,
         )
 

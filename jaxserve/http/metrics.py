@@ -220,3 +220,9 @@ def _engine(status: EngineStatus | None) -> Iterator[Metric]:
         ("step_age_seconds", "Since the step loop last turned", status.step_age_s),
     ):
         yield GaugeMetricFamily(f"jaxserve_{name}", documentation, value)
+    shed = CounterMetricFamily(
+        "jaxserve_shed", "Sequences that a full queue refused or pushed out", labels=["reason"]
+    )
+    for reason, count in sorted(status.shed.items()):
+        shed.add_metric([reason], count)
+    yield shed

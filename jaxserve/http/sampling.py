@@ -21,6 +21,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_BAD_WORD_LENGTH = 256
 MAX_TEMPERATURE = 2.0
+#: Words for priorities; any integer between will do as well, smaller ones are served first.
+PRIORITIES = {"high": -10, "normal": 0, "low": 10}
 
 
 @dataclass(kw_only=True)
@@ -251,7 +253,14 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
 
 
 def _priority(fields: Fields, identity: Identity) -> int:
-    priority = fields.integer("priority", identity.priority, -MAX_PRIORITY, MAX_PRIORITY)
+    value = fields.take("priority")
+    if isinstance(value, str):
+        if value not in PRIORITIES:
+            wanted = f"an integer, or one of {', '.join(PRIORITIES)}"
+            raise fields.wrong("priority", wanted, value)
+        priority = PRIORITIES[value]
+    else:
+        priority = fields.integer("priority", identity.priority, -MAX_PRIORITY, MAX_PRIORITY)
     if priority < identity.priority_ceiling:
         raise Forbidden(
             f"priority {priority} is above this key's ceiling of {identity.priority_ceiling} "

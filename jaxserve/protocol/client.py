@@ -193,6 +193,7 @@ class EngineClient:
         n: int = 1,
         priority: int = 0,
         tenant: str = "",
+        weight: float = 1.0,
         arrived_ns: int | None = None,
     ) -> Stream:
         """Starts n sequences over one prompt and returns their stream at once.
@@ -201,15 +202,16 @@ class EngineClient:
             prompt: token ids, at least one.
             sampling: filled in completely, seed included.
             n: choices; the choice index keys their random bits.
-            priority: smaller is served first among waiting requests.
+            priority: smaller is served first, and preempts.
             tenant: who is charged; opaque here.
+            weight: the tenant's share beside others'.
             arrived_ns: CLOCK_MONOTONIC when the request came in; now where None.
 
         Raises:
             DeviceFailure: the engine is known to be dead. All else is raised by the stream.
         """
         state = self._dispatcher.open(n)
-        self.send(submit_message(state, prompt, sampling, priority, tenant, arrived_ns))
+        self.send(submit_message(state, prompt, sampling, priority, tenant, weight, arrived_ns))
         return Stream(self, state)
 
     def send(self, message: ClientMessage) -> None:

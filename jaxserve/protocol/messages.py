@@ -33,8 +33,9 @@ class Submit:
         sequence_ids: one per choice, in choice order (the choice index keys the random bits).
         prompt: segments, in order; at least one token in all.
         arrived_ns: when the request reached the front end.
-        priority: smaller is served first among waiting requests.
+        priority: smaller is served first, and preempts.
         tenant: who is charged; opaque here.
+        weight: the tenant's share beside others'; with twice the weight it is served twice as much.
     """
 
     sequence_ids: list[int]
@@ -43,6 +44,7 @@ class Submit:
     arrived_ns: int
     priority: int = 0
     tenant: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +213,7 @@ class EngineStatus:
     Attributes:
         model: set once the model is loaded.
         step_age_s: seconds since the step loop last turned.
+        shed: sequences that a full queue refused or pushed out since the start, by reason.
         swapped: waiting sequences whose pages are in the host's memory.
         host_pages_used, host_pages_total: pages there; 0 in all where there is no host store.
         error: the one sentence, for "failed".
@@ -228,6 +231,7 @@ class EngineStatus:
     host_pages_total: int = 0
     compiles_after_warmup: int = 0
     model: ModelInfo | None = None
+    shed: dict[str, int] = field(default_factory=dict)
     error: str = ""
 
 

@@ -38,6 +38,7 @@ def submit_message(
     sampling: SamplingParams,
     priority: int,
     tenant: str,
+    weight: float,
     arrived_ns: int | None,
 ) -> Submit:
     """The message that starts a stream's sequences."""
@@ -48,4 +49,5 @@ def submit_message(
         arrived_ns=time.monotonic_ns() if arrived_ns is None else arrived_ns,
         priority=priority,
         tenant=tenant,
+        weight=weight,
     )

@@ -1,8 +1,8 @@
-"""What a request must satisfy to be let in at all: it fits the context, the cache, the queue."""
+"""What a request must satisfy to be let in at all: it fits the context and the cache."""
 
 from __future__ import annotations
 
-from jaxserve.errors import ContextTooLong, InvalidRequest, OutOfPages, Overloaded
+from jaxserve.errors import ContextTooLong, OutOfPages
 from jaxserve.scheduler.pages import PageAllocator
 
 
@@ -35,26 +35,4 @@ def check_cache(prompt_len: int, max_tokens: int, pages: PageAllocator) -> None:
             f"pages of {pages.page_size}; shorten the prompt, lower max_tokens, or raise "
             "cache.memory_bytes",
             param="max_tokens",
-        )
-
-
-def check_queue(
-    num_new: int, num_waiting: int, num_free_slots: int, max_waiting: int, max_rows: int
-) -> None:
-    """There is room in the queue, beside what the next plans can take out of it.
-
-    Raises:
-        InvalidRequest: there would be none even if nobody else were there.
-        Overloaded: too many wait.
-    """
-    if num_new > max_waiting + max_rows:
-        raise InvalidRequest(
-            f"{num_new} sequences are more than may ever run and wait here, "
-            f"{max_rows} + {max_waiting}: lower n, or raise scheduler.max_waiting",
-            param="n",
-        )
-    if num_waiting + num_new > max_waiting + num_free_slots:
-        raise Overloaded(
-            f"{num_waiting} sequences wait and {num_new} more came, the limit is "
-            f"{max_waiting}; try again later, or raise scheduler.max_waiting"
         )

@@ -61,6 +61,7 @@ class Choices:
         num_shared = leader.prompt_len - 1
         for follower in leader.followers:
             follower.leader = None
+            follower.has_begun = True
             follower.state = SequenceState.WAITING
             self.num_held -= 1
             self._forked.append(follower)
@@ -80,13 +81,16 @@ class Choices:
         """A sequence is not in the queue any more; its pages are its own affair."""
         self._holders.pop(sequence, None)
 
-    def reclaim(self, exempt: Sequence | None = None) -> bool:
+    def reclaim(self, exempt: Sequence | None = None, above: float = float("-inf")) -> bool:
         """Takes the shared pages from a waiting sequence; whether there was one.
 
         The one that came last loses them first.
+
+        Args:
+            above: only one of a worse level than this.
         """
         for holder in reversed(self._holders):
-            if holder is not exempt:
+            if holder is not exempt and holder.level > above:
                 del self._holders[holder]
                 self._pages.release(holder.table)
                 holder.num_computed = holder.num_reached = holder.num_cached = 0

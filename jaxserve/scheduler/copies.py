@@ -1,17 +1,24 @@
 """One scheduler for each copy of the model, behind the interface of one.
 
 A request goes to the copy with the fewest sequences, all its choices together, since they share
-pages; there it stays. Each copy plans for itself, but all take part in each device call, so that
-the call runs as many decode steps as every copy can take. With one copy this is that scheduler.
+pages; there it stays. Tenants' counters are common to all copies: a tenant that one copy serves is
+behind in the others' queues, though each can only choose among those that wait with it, so the
+bound of fairness is one between tenants that wait at the same copy. Each copy plans for itself,
+but all take part in each device call, so that the call runs as many decode steps as every copy can
+take. With one copy this is that scheduler.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Seq
 
 from jaxserve.config import SchedulerConfig
+from jaxserve.errors import Overloaded
+from jaxserve.scheduler.accounts import Accounts
+from jaxserve.scheduler.pace import Pacer
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.scheduler import Commit, Scheduler
 from jaxserve.scheduler.sequence import Sequence
@@ -40,6 +47,8 @@ class Schedulers:
         copies: int = 1,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
+        accounts = Accounts(config)
+        self._pacer = Pacer(config.max_step_ms, config.max_step_tokens)
         pages, on_host = tuple(num_pages), tuple(host_pages)
         self._schedulers = [
             Scheduler(
@@ -47,6 +56,8 @@ class Schedulers:
                 model,
                 page_size=page_size,
                 num_pages=pages,
+                accounts=accounts,
+                pacer=self._pacer,
                 host_pages=on_host,
                 preemption=preemption,
                 clock_ns=clock_ns,
@@ -86,6 +97,14 @@ class Schedulers:
         return sum(scheduler.pages.capacity for scheduler in self._schedulers)
 
     @property
+    def num_shed(self) -> dict[str, int]:
+        """Sequences that a full queue refused or pushed out so far, by reason."""
+        total: Counter[str] = Counter()
+        for scheduler in self._schedulers:
+            total += scheduler.shedding.counts
+        return dict(total)
+
+    @property
     def num_swapped(self) -> int:
         """Waiting sequences whose pages are on the host."""
         return sum(scheduler.swap.num_sequences for scheduler in self._schedulers)
@@ -107,6 +126,8 @@ class Schedulers:
         sampling: SamplingParams,
         *,
         priority: int = 0,
+        tenant: str = "",
+        weight: float = 1.0,
         arrived_ns: int = 0,
     ) -> list[Sequence]:
         """As `Scheduler.submit`, to the copy with the fewest sequences, then the fewest pages."""
@@ -117,7 +138,13 @@ class Schedulers:
 
         copy = min(range(len(self._schedulers)), key=load)
         sequences = self._schedulers[copy].submit(
-            keys, prompt, sampling, priority=priority, arrived_ns=arrived_ns
+            keys,
+            prompt,
+            sampling,
+            priority=priority,
+            tenant=tenant,
+            weight=weight,
+            arrived_ns=arrived_ns,
         )
         for sequence in sequences:
             sequence.copy = copy
@@ -126,6 +153,10 @@ class Schedulers:
     def cancel(self, sequence: Sequence, reason: FinishReason) -> None:
         """As `Scheduler.cancel`."""
         self._schedulers[sequence.copy].cancel(sequence, reason)
+
+    def take_shed(self) -> list[tuple[Sequence, Overloaded]]:
+        """Sequences that were ended for newcomers since the last call, and what they are told."""
+        return [shed for scheduler in self._schedulers for shed in scheduler.shedding.take()]
 
     def plan(self) -> list[Plan | None] | None:
         """The next device call: a plan for each copy, None where it has nothing to do.
@@ -151,25 +182,26 @@ class Schedulers:
         plans: Seq[Plan | None],
         num_decode_rows: Seq[int],
         device_ns: int,
-        idle_ns: int,
+        idle_ns: int = 0,
     ) -> None:
-        """A device call took so long: from it is learned what pays.
+        """A device call took so long: from it is learned what a step may hold, and what pays.
 
         Args:
             num_decode_rows: of each copy.
             device_ns, idle_ns: as `StepOutputs`; 0 where not measured.
         """
-        sizes, num_steps, num_drafts = [], 1, 0
-        for plan, rows in zip(plans, num_decode_rows, strict=True):
-            if plan is not None:
-                sizes.append(rows + sum(len(chunk.token_ids) for chunk in plan.chunks))
-                num_steps = plan.decode_steps
-                num_drafts += sum(chunk.num_drafts for chunk in plan.chunks)
-                if plan.chunks and not plan.chunks[0].num_drafts:
-                    return
-        ns = device_ns / num_steps + (min(idle_ns, device_ns) if num_drafts else 0)
-        for scheduler in self._schedulers:
-            scheduler.measured(max(sizes), ns, verifies=num_drafts > 0)
+        pairs = [(p, rows) for p, rows in zip(plans, num_decode_rows, strict=True) if p is not None]
+        steps = max((plan.decode_steps for plan, _ in pairs), default=1)
+        sizes = (rows + sum(len(c.token_ids) for c in plan.chunks) for plan, rows in pairs)
+        num_tokens, ns = max(sizes, default=0), device_ns / steps
+        chunks = [chunk for plan, _ in pairs for chunk in plan.chunks]
+        verifies = any(chunk.num_drafts for chunk in chunks)
+        if not verifies:
+            self._pacer.observe(num_tokens, ns)
+        if verifies or not chunks:
+            ns += min(idle_ns, device_ns) if verifies else 0
+            for scheduler in self._schedulers:
+                scheduler.measured(num_tokens, ns, verifies=verifies)
 
     def commit(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from jaxserve.scheduler.accounts import Meter
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.sequence import Sequence, SequenceState
 
@@ -17,12 +18,17 @@ from jaxserve.scheduler.sequence import Sequence, SequenceState
 class DecodeSet:
     """Sequences in state DECODING, in the order they joined.
 
+    Args:
+        page_size: tokens a page.
+        meter: charges tenants for them.
+
     Attributes:
         clock: decode steps launched so far.
     """
 
-    def __init__(self, page_size: int) -> None:
+    def __init__(self, page_size: int, meter: Meter) -> None:
         self.clock = 0
+        self._meter = meter
         self._page_size = page_size
         self._members: dict[Sequence, None] = {}
         self._opening: list[dict[Sequence, None]] = [{} for _ in range(page_size)]
@@ -53,9 +59,11 @@ class DecodeSet:
         self._opening[-sequence.decode_base % self._page_size][sequence] = None
         self._ending.setdefault(sequence.end_clock, {})[sequence] = None
         self._joins[sequence] = None
+        self._meter.begin(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """A member leaves; its counts are brought up to what has been launched."""
+        self._meter.end(sequence)
         del self._members[sequence]
         del self._opening[-sequence.decode_base % self._page_size][sequence]
         ending = self._ending[sequence.end_clock]
@@ -94,3 +102,4 @@ class DecodeSet:
         self._joins = {}
         self._leaves = []
         self.clock += plan.decode_steps
+        self._meter.clock = self.clock

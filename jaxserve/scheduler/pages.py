@@ -106,6 +106,11 @@ class PageAllocator:
         """Pages that can be held, of all groups."""
         return sum(pool.capacity for pool in self.pools)
 
+    @property
+    def capacity_tokens(self) -> int:
+        """Positions that the largest pool can hold."""
+        return max((pool.capacity for pool in self.pools), default=0) * self.page_size
+
     def new_table(self) -> PageTable:
         """A table without pages."""
         return PageTable([[] for _ in self.pools], [0] * len(self.pools))

@@ -6,6 +6,7 @@ rows that just go on are visited by nobody. On several hosts this is what would 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from jaxserve.types import SamplingParams
@@ -120,3 +121,14 @@ class Plan:
     decode_leaves: list[int] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     decode_steps: int = 1
+
+    def enter(self, slot: int, entries: Iterable[tuple[int, int, int]]) -> None:
+        """Adds page-table entries of a slot: (group, index, page)."""
+        self.page_entries += [
+            PageEntry(slot=slot, group=group, index=index, page=page)
+            for group, index, page in entries
+        ]
+
+    def forget_entries(self, slot: int) -> None:
+        """Drops a slot's entries: it changes hands within the plan, which may name each once."""
+        self.page_entries = [entry for entry in self.page_entries if entry.slot != slot]

@@ -5,62 +5,43 @@ engine's loop calls them so that plan n + 1 is made before the tokens of plan n 
 delay means is written in `engine.loop`. Integers only: no arrays, no device.
 
 One budget, no phases: decoding rows bring a token each, the rest of `max_step_tokens` goes to
-sequences whose known tokens are not all computed, best rank first, then to the waiting queue.
+sequences whose known tokens are not all computed and to those that wait, better levels first.
+Those that wait are let in in the queue's order (`scheduler.queue`); one of a better level takes
+slots and pages from worse ones (`scheduler.room`), but only if they are enough to run it at once.
 
 Invariants: a sequence of better rank is never preempted for one of worse rank, and what fits the
-pool alone is let in, so the best always comes to its end. Only rows that join, leave, open a page
-or end are visited by `plan`; how many wait makes no difference.
+pool alone is let in, so the best always comes to its end; the one exception are rows whose tenant
+is at the bound of fairness (`scheduler.accounts`). Who is preempted does not come back in the same
+plan. Only rows that join, leave, open a page or end are visited by `plan`; how many wait makes no
+difference.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
-from typing import cast
 
 from jaxserve.config import SchedulerConfig
-from jaxserve.scheduler.admission import check_cache, check_context, check_queue
+from jaxserve.scheduler.accounts import Accounts, Meter
+from jaxserve.scheduler.admission import check_cache, check_context
 from jaxserve.scheduler.choices import Choices
+from jaxserve.scheduler.chunks import chunk_of, drafts_of, join_of
+from jaxserve.scheduler.commit import Commit, Launched
 from jaxserve.scheduler.decoding import DecodeSet
 from jaxserve.scheduler.drafting import Drafted, DraftSet
+from jaxserve.scheduler.pace import Pacer
 from jaxserve.scheduler.pages import PageAllocator
-from jaxserve.scheduler.plan import Chunk, Join, PageCopy, PageEntry, Plan
-from jaxserve.scheduler.queue import WaitingQueue
+from jaxserve.scheduler.plan import PageCopy, Plan
+from jaxserve.scheduler.queue import WaitingQueue, no_cache
+from jaxserve.scheduler.room import Room, worst_first
 from jaxserve.scheduler.sequence import Sequence, SequenceState
-from jaxserve.scheduler.slots import Owners, SlotTable
+from jaxserve.scheduler.shedding import Shedding
+from jaxserve.scheduler.slots import SlotTable
 from jaxserve.scheduler.swap import Swap
 from jaxserve.types import FinishReason, ModelInfo, SamplingParams
-
-
-@dataclass(slots=True)
-class Commit:
-    """What one step brought, once read back.
-
-    Attributes:
-        sequences, token_ids, rows: parallel: who got tokens, which, and its row in the step.
-        chunks: (sequence, chunk, row) of each chunk whose prompt log-probabilities are due.
-        finished: sequences that ended in this step.
-        num_drafted, num_accepted: drafts that it verified, and those that were right.
-    """
-
-    sequences: list[Sequence] = field(default_factory=list)
-    token_ids: list[list[int]] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    chunks: list[tuple[Sequence, Chunk, int]] = field(default_factory=list)
-    finished: list[Sequence] = field(default_factory=list)
-    num_drafted: int = 0
-    num_accepted: int = 0
-
-
-@dataclass(slots=True)
-class _Launched:
-    """A plan and who held which slot in it."""
-
-    plan: Plan
-    owners: Owners
 
 
 class Scheduler:
@@ -71,12 +52,16 @@ class Scheduler:
         model: its context, end tokens and cache groups.
         page_size: tokens a page.
         num_pages: pages of each cache group's pool, page 0 included.
+        accounts: the tenants' counters, shared with other copies' schedulers; own ones where None.
+        pacer: likewise.
+        cached_tokens: how many of a waiting sequence's known tokens need not be computed.
         host_pages: pages of each group on the host; none where preempted sequences are recomputed.
         preemption: as `CacheConfig.preemption`.
         clock_ns: CLOCK_MONOTONIC.
 
     Attributes:
         pages: the allocator.
+        shedding: of the queue; counts who was refused or shed.
         swap: what preempted sequences have on the host.
         num_preemptions: so far.
     """
@@ -88,6 +73,9 @@ class Scheduler:
         *,
         page_size: int,
         num_pages: Iterable[int],
+        accounts: Accounts | None = None,
+        pacer: Pacer | None = None,
+        cached_tokens: Callable[[Sequence], int] = no_cache,
         host_pages: Iterable[int] = (),
         preemption: str = "auto",
         clock_ns: Callable[[], int] = time.monotonic_ns,
@@ -99,13 +87,22 @@ class Scheduler:
         self._config = config
         self._model = model
         self._clock_ns = clock_ns
-        self._waiting = WaitingQueue()
+        self._accounts = accounts or Accounts(config)
+        self._pacer = pacer or Pacer(config.max_step_ms, config.max_step_tokens)
+        self._meter = Meter(self._accounts, self.pages.capacity_tokens)
+        self._waiting = WaitingQueue(
+            config, self._accounts, self._meter, cached_tokens=cached_tokens, clock_ns=clock_ns
+        )
+        self.shedding = Shedding(config, self._waiting)
         self._choices = Choices(self.pages, self._waiting)
+        self._room = Room(self.pages, self._choices, config.max_step_tokens)
         self._prefilling: dict[Sequence, None] = {}
-        self._decoding = DecodeSet(page_size)
+        self._decoding = DecodeSet(page_size, self._meter)
         self._drafting = DraftSet(config, self._decoding, self.pages)
-        self._slots = SlotTable(config.max_rows)
-        self._launched: deque[_Launched] = deque()
+        self._slots = SlotTable(config.max_rows, self._meter)
+        self._planned: set[Sequence] = set()  # have a chunk in the plan that is being made
+        self._set_back_level: float = math.inf  # the best one preempted in it
+        self._launched: deque[Launched] = deque()
         self._next_step_id = 0
         self._num_arrived = 0
 
@@ -133,9 +130,17 @@ class Scheduler:
         sampling: SamplingParams,
         *,
         priority: int = 0,
+        tenant: str = "",
+        weight: float = 1.0,
         arrived_ns: int = 0,
     ) -> list[Sequence]:
         """Lets a request in: one sequence a key, in choice order, all over one prompt.
+
+        Those that must leave a full queue for it are what `shedding.take` gives then.
+
+        Args:
+            priority: smaller is served first, and preempts.
+            tenant, weight: who is charged, and its share beside others'.
 
         Raises:
             ContextTooLong: prompt and max_tokens exceed the model's context.
@@ -144,8 +149,13 @@ class Scheduler:
         """
         check_context(len(prompt), sampling.max_tokens, self._model.max_context)
         check_cache(len(prompt), sampling.max_tokens, self.pages)
-        limits = self._config.max_waiting, self._config.max_rows
-        check_queue(len(keys), self.num_waiting, self._slots.num_free, *limits)
+        account = self._accounts.account(priority, tenant, weight)
+        self.shedding.make_way(
+            *(len(keys), len(prompt), priority, account),
+            num_waiting=self.num_waiting,
+            num_free_slots=self._slots.num_free,
+            end=self.cancel,
+        )
         stops = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             stops |= frozenset(self._model.eos_token_ids)
@@ -159,9 +169,11 @@ class Scheduler:
                     prompt_len=len(prompt),
                     sampling=sampling,
                     choice=choice,
-                    rank=(priority, self._num_arrived),
+                    level=priority,
+                    arrival=self._num_arrived,
                     stop_token_ids=stops,
                     table=self.pages.new_table(),
+                    account=account,
                     arrived_ns=arrived_ns,
                     queued_ns=self._clock_ns(),
                 )
@@ -185,25 +197,29 @@ class Scheduler:
         if max_decode_steps is None:
             self.regroup(self.may_draft)
         plan = Plan(step_id=self._next_step_id)
-        preemptions = self.num_preemptions
+        self._planned.clear()
+        self._set_back_level = math.inf
+        self._waiting.refresh()
         plan.decode_steps = self.decode_steps()
         if max_decode_steps is not None:
             plan.decode_steps = min(plan.decode_steps, max_decode_steps)
+        for sequence in self._meter.over_bound(self._waiting):
+            self._preempt(sequence)
         self._open_pages(plan)
         for drafted in self._drafting.take_drafted():
             self._add_drafts(plan, drafted)
         if not plan.chunks:
             # Decoding rows come first, one token a row, so that the budget is never negative.
-            budget = self._config.max_step_tokens - len(self._decoding) - len(self._drafting)
+            budget = self._config.max_step_tokens - len(self._decoding)
+            budget = self._pacer.budget(len(self._decoding), budget)
             budget = self._continue_prefills(plan, budget)
-            if self.num_preemptions == preemptions:  # else what was preempted would come right back
-                self._admit(plan, budget)
+            self._admit(plan, budget)
         if not plan.chunks and not len(self._decoding):
             return None
         self._next_step_id += 1
         self._decoding.tell(plan)
         self.swap.tell(plan)
-        self._launched.append(_Launched(plan, self._slots.owners()))
+        self._launched.append(Launched(plan, self._slots.owners()))
         for chunk in plan.chunks:
             if chunk.samples and not chunk.num_drafts:
                 sequence = self._slots.owner(chunk.slot)
@@ -230,37 +246,13 @@ class Scheduler:
         """
         launched = self._launched.popleft()
         self.swap.costs.observe(launched.plan, len(rows), device_ns, page_ns)
-        owners = cast(list[Sequence], launched.owners)  # a live row's slot has an owner
-        chunks = launched.plan.chunks
-        num_decode_rows = len(rows) - len(chunks)
-        commit = Commit()
-        if token_ids and len(token_ids[0]) > launched.plan.decode_steps:
-            token_ids = [_standing(sampled) for sampled in token_ids]
-        for row, chunk in enumerate(chunks, num_decode_rows):
-            sequence = owners[chunk.slot]
-            assert chunk.slot == rows[row], "the step's chunk rows are not in the plan's order"
-            if chunk.prompt_logprobs is not None and sequence.reason is None:
-                commit.chunks.append((sequence, chunk, row))
-            if not chunk.samples:
-                token_ids[row] = []
-            elif sequence.first_token_ns == 0:
-                sequence.first_token_ns = self._clock_ns()
-        # The one loop over all rows: keep it small.
-        for row, (slot, sampled) in enumerate(zip(rows, token_ids, strict=True)):
-            sequence = owners[slot]
-            if sequence.reason is not None:
-                continue
-            tokens = sequence.accept(sampled)
-            if tokens:
-                commit.sequences.append(sequence)
-                commit.token_ids.append(tokens)
-                commit.rows.append(row)
-            if sequence.reason is not None:
-                self._end(sequence)
-                commit.finished.append(sequence)
-        for row, chunk in enumerate(chunks, num_decode_rows):
-            if chunk.num_drafts:
-                self._verified(commit, owners[chunk.slot], chunk.num_drafts, len(token_ids[row]))
+        commit = launched.read(rows, token_ids, self._clock_ns)
+        for sequence in commit.finished:
+            self._end(sequence)
+        for sequence, num_drafts, num_tokens in commit.verified:
+            self._meter.sampled(sequence, num_tokens)
+            if sequence.reason is None:
+                self._drafting.verified(sequence, num_drafts, num_tokens)
         if self.num_running <= self._drafting.max_rows:
             self._drafting.take_in(commit.sequences)
         return commit
@@ -312,15 +304,16 @@ class Scheduler:
                 first = self._decoding.position(sequence)
                 entries = self.pages.extend(sequence.table, first, position + 1)
                 if entries is not None:
-                    self._enter(plan, sequence, entries)
+                    plan.enter(sequence.slot, entries)
                     break
                 self._make_room(None)
 
     def _continue_prefills(self, plan: Plan, budget: int) -> int:
         """Chunks for sequences that hold a slot; returns the budget that is left."""
         for sequence in sorted(self._prefilling, key=_rank):
+            budget = self._admit(plan, budget, sequence.level)
             if budget == 0:
-                break
+                continue
             if sequence.state is not SequenceState.PREFILLING:
                 continue  # preempted for a better one, just now
             end = min(sequence.num_computed + budget, len(sequence.token_ids))
@@ -333,24 +326,47 @@ class Scheduler:
                     continue  # the worst-ranked of all, and no page is free: it waits a step
                 entries = self.pages.extend(sequence.table, sequence.num_computed, end)
                 assert entries is not None
-            self._enter(plan, sequence, entries)
+            plan.enter(sequence.slot, entries)
             budget -= self._add_chunk(plan, sequence, end)
         return budget
 
-    def _admit(self, plan: Plan, budget: int) -> None:
-        """Lets waiting sequences take free slots, in the queue's order without exception."""
-        while budget > 0 and self._slots.num_free:
+    def _admit(self, plan: Plan, budget: int, above: float = math.inf) -> int:
+        """Lets waiting sequences take slots, in the queue's order without exception.
+
+        Args:
+            above: only of better levels than this.
+
+        Returns:
+            The budget that is left.
+        """
+        while True:
+            level = self._waiting.best_level
+            # Who was preempted in this plan, and who stands behind it, would come right back.
+            if level is None or level >= above or level >= self._set_back_level:
+                return budget
+            if not (budget and self._slots.num_free) and self._slots.worst_level <= level:
+                return budget
             sequence = self._waiting.peek()
             if sequence is None or sequence.has_unread:
-                return  # nobody, or preempted a moment ago: its last tokens are still on their way
+                return budget  # preempted a moment ago: its last tokens are still on their way
+            if not self._slots.num_free or not self._room.is_for(sequence, self.num_running):
+                victims = self._room.victims(sequence, self._slots, self._planned)
+                gained = sum(victim.state is SequenceState.DECODING for victim in victims)
+                if not victims or budget + gained == 0:
+                    return budget
+                for victim in victims:
+                    self._preempt(victim)
+                budget += gained
+                if not self._room.is_for(sequence, self.num_running):
+                    return budget
+            if budget == 0:
+                return budget
             end = min(sequence.num_computed + budget, len(sequence.token_ids))
-            if not self._has_room(sequence):
-                return
             copies = self.pages.own(sequence.table, sequence.num_computed)
             if copies is None:
                 if not self.num_running and self._choices.reclaim(sequence):
                     continue
-                return
+                return budget
             entries = self.pages.extend(sequence.table, sequence.num_computed, end)
             if entries is None:  # alone, and a window group holds only a part of the budget
                 end = min(end, self.pages.reachable(sequence.table, sequence.num_computed))
@@ -361,52 +377,20 @@ class Scheduler:
             self._take_slot(plan, sequence)
             plan.page_copies += [PageCopy(group=g, source=s, target=t) for g, s, t in copies]
             self.swap.restore(plan, sequence)
-            self._enter(plan, sequence, self.pages.entries(sequence.table))
+            plan.enter(sequence.slot, self.pages.entries(sequence.table))
             budget -= self._add_chunk(plan, sequence, end)
-
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Whether all known tokens fit, with a page to spare for each running row.
-
-        The spare pages let the newcomer run about a page's worth of steps before pages run out;
-        without them it would be let in only to be preempted. Alone it needs no spare ones, and
-        what other waiting sequences hold is taken from them.
-        """
-        reserve = self.num_running
-        while True:
-            if self.pages.can_hold(
-                sequence.table, len(sequence.token_ids), self._config.max_step_tokens, reserve
-            ):
-                return True
-            if self.num_running:
-                return False
-            if not self._choices.reclaim(sequence):
-                return True  # nothing runs, nobody holds: it fits by the check at its submission
 
     # ------------------------------------------------------------------ changes of state
 
     def _add_chunk(self, plan: Plan, sequence: Sequence, end: int) -> int:
         """Plans the known tokens up to `end`; returns how many."""
-        start, known = sequence.num_computed, sequence.token_ids
-        samples = end == len(known)
-        due = min(end, sequence.prompt_len - 1)
-        wanted = sequence.sampling.prompt_logprobs if sequence.choice == 0 else None
-        if due <= sequence.num_prompt_logprobs_planned:
-            wanted = None
-        else:
-            sequence.num_prompt_logprobs_planned = due
-        plan.chunks.append(
-            Chunk(
-                slot=sequence.slot,
-                start=start,
-                token_ids=known[start:end],
-                samples=samples,
-                prompt_logprobs=wanted,
-                next_token_id=None if samples else known[end],
-            )
-        )
+        start = sequence.num_computed
+        plan.chunks.append(chunk_of(sequence, end))
+        self._planned.add(sequence)
         sequence.reach(start, end)
-        if samples:
+        if end == len(sequence.token_ids):
             sequence.num_planned = sequence.num_outputs + 1
+            self._meter.sampled(sequence)
         if sequence.followers and end >= sequence.prompt_len:
             self._choices.fork(sequence)
         return end - start
@@ -415,41 +399,22 @@ class Scheduler:
         """Plans the last known token of a row, and drafts of what follows."""
         sequence, draft, entries = drafted
         start = sequence.num_computed
-        self._enter(plan, sequence, entries)
-        plan.chunks.append(
-            Chunk(
-                slot=sequence.slot,
-                start=start,
-                token_ids=[sequence.token_ids[start], *draft],
-                samples=True,
-                num_drafts=len(draft),
-            )
-        )
+        plan.enter(sequence.slot, entries)
+        plan.chunks.append(drafts_of(sequence, draft))
+        self._planned.add(sequence)
         sequence.reach(start, start + 1)
         sequence.num_planned = sequence.num_outputs + 1 + len(draft)
         sequence.num_drafted += len(draft)
 
-    def _verified(self, commit: Commit, sequence: Sequence, num_drafts: int, num: int) -> None:
-        """Takes note of the tokens of a row that a step with drafts brought."""
-        commit.num_drafted += num_drafts
-        commit.num_accepted += num - 1
-        if sequence.reason is None:
-            self._drafting.verified(sequence, num_drafts, num)
-
     def _take_slot(self, plan: Plan, sequence: Sequence) -> None:
         self._slots.take(sequence)
+        if self._set_back_level < math.inf:
+            plan.forget_entries(sequence.slot)  # of whoever had the slot until now
         sequence.state = SequenceState.PREFILLING
+        sequence.has_begun = True
         sequence.scheduled_ns = sequence.scheduled_ns or self._clock_ns()
         self._prefilling[sequence] = None
-        plan.joins.append(
-            Join(
-                slot=sequence.slot,
-                sampling=sequence.sampling,
-                prompt_len=sequence.prompt_len,
-                choice=sequence.choice,
-                prefix=sequence.prefix_looked_back_at(),
-            )
-        )
+        plan.joins.append(join_of(sequence))
 
     def _leave_slot(self, sequence: Sequence) -> None:
         self.pages.release(sequence.table)
@@ -487,13 +452,8 @@ class Scheduler:
         """
         if self._choices.reclaim():
             return True
-        running = [
-            *self._decoding,
-            *self._drafting,
-            *self._prefilling,
-        ]  # pages ran out: rare enough to visit all
-        victim = max(running, key=_rank)
-        if needy is not None and victim.rank <= needy.rank:
+        victim = next(worst_first(self._slots.holders, self._planned), None)
+        if victim is None or (needy is not None and victim.rank <= needy.rank):
             return False
         self._preempt(victim)
         return True
@@ -510,21 +470,9 @@ class Scheduler:
         self._slots.leave(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
+        self._set_back_level = min(self._set_back_level, sequence.level)
         sequence.state = SequenceState.WAITING
         self._waiting.push(sequence)
-
-    def _enter(
-        self, plan: Plan, sequence: Sequence, entries: Iterable[tuple[int, int, int]]
-    ) -> None:
-        plan.page_entries += [
-            PageEntry(slot=sequence.slot, group=group, index=index, page=page)
-            for group, index, page in entries
-        ]
-
-
-def _standing(sampled: list[int]) -> list[int]:
-    """The tokens of a row before the first that is none."""
-    return sampled[: sampled.index(-1)] if sampled[-1] < 0 else sampled
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:

@@ -15,11 +15,15 @@ from __future__ import annotations
 import enum
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from jaxserve.scheduler.drafts import Drafts
 from jaxserve.scheduler.host_pages import HostTable
 from jaxserve.scheduler.pages import PageTable
 from jaxserve.types import FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from jaxserve.scheduler.accounts import Account
 
 
 class SequenceState(enum.Enum):
@@ -42,7 +46,12 @@ class Sequence:
         key: (client, the client's id of it); opaque here.
         token_ids: known tokens: the prompt, then what was read back from the device.
         max_len: tokens at which max_tokens are reached.
-        rank: (priority, arrival); smaller runs first, the largest is preempted first.
+        level: its priority, or `queue.AGED`; smaller runs first.
+        arrival: number among all that came; within a level the last is preempted first.
+        account: what is charged for it.
+        is_charged: whether its prompt has been.
+        has_begun: whether any sequence of its request has run.
+        waited_ns: in the queue, before this wait.
         stop_token_ids: end the sequence when sampled; the model's end tokens among them.
         copy: of the model, that it lives on.
         host_table: its pages on the host, while it waits with its cache saved.
@@ -63,9 +72,11 @@ class Sequence:
     prompt_len: int
     sampling: SamplingParams
     choice: int
-    rank: tuple[int, int]
+    level: int
+    arrival: int
     stop_token_ids: frozenset[int]
     table: PageTable
+    account: Account | None = None
     arrived_ns: int = 0
     max_len: int = field(init=False)
 
@@ -84,6 +95,9 @@ class Sequence:
     num_prompt_logprobs_planned: int = 0
     num_prompt_logprobs: int = 0
 
+    is_charged: bool = False
+    has_begun: bool = False
+    waited_ns: int = 0
     reason: FinishReason | None = None
     stop_token_id: int | None = None
     num_cached: int = 0
@@ -99,6 +113,11 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.max_len = self.prompt_len + self.sampling.max_tokens
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """(level, arrival): the largest is preempted first."""
+        return self.level, self.arrival
 
     @property
     def num_outputs(self) -> int:

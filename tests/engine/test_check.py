@@ -74,6 +74,8 @@ def test_bad_words_have_bounds(word: tuple[int, ...]) -> None:
         ({"sequence_ids": [1, 1]}, "2"),
         ({"sequence_ids": list(range(129))}, "129"),
         ({"priority": 2**31}, "32-bit"),
+        ({"weight": 0.0}, "weight must be between 0.001 and 1000.0, got 0.0"),
+        ({"weight": float("nan")}, "weight"),
     ],
 )
 def test_the_request_around_it(change: dict[str, Any], words: str) -> None:

@@ -104,6 +104,55 @@ def turn(engine: Engine, client: Hashable = "a", *messages: ClientMessage) -> No
     engine.step()
 
 
+def test_who_is_shed_is_told_why_and_it_is_counted(server):
+    config = dataclasses.replace(
+        CONFIG, scheduler=SchedulerConfig(max_rows=1, max_step_tokens=16, max_waiting=1)
+    )
+    engine = build_engine(config, server, fake_parts(config, lambda *_: None))
+    turn(engine, "a", submit([1], [5, 6]))
+    turn(engine, "b", dataclasses.replace(submit([1], [7, 8]), priority=10))
+    turn(engine, "c", submit([1], [9, 9]))
+    turn(engine, "d", submit([1], [9, 8]))
+    (shed,), (refused,) = server.ends("b"), server.ends("d")
+    assert (shed.reason, shed.error_code) == (FinishReason.ERROR, "overloaded")
+    assert "better priority" in shed.error and shed.record.output_tokens == 0
+    assert refused.error_code == "overloaded"
+    assert engine.status().shed == {"priority": 1, "queue_full": 1}
+    for _ in range(40):
+        turn(engine)
+    assert [server.ends(client)[0].reason for client in "ac"] == [FinishReason.LENGTH] * 2
+    assert not engine._live["b"]
+
+
+def test_measured_steps_pace_the_next(server):
+    scheduler = SchedulerConfig(max_rows=4, max_step_tokens=200, decode_steps=1, max_step_ms=10.0)
+    config = dataclasses.replace(CONFIG, scheduler=scheduler)
+    engine = build_engine(config, server, fake_parts(config, lambda *_: None))
+    collect = engine.executor.collect
+
+    def timed(launched):
+        outputs = collect(launched)
+        outputs[0].device_ns = 1_000_000 * len(outputs[0].token_ids[0])
+        return outputs
+
+    chunks = []
+    plan = engine.scheduler.plan
+
+    def watched():
+        plans = plan()
+        chunks.append(sum(len(c.token_ids) for p in plans or () if p for c in p.chunks))
+        return plans
+
+    engine.executor.collect = timed  # type: ignore[method-assign]
+    engine.scheduler.plan = watched  # type: ignore[method-assign]
+    turn(engine, "a", submit([1], [5, 6], max_tokens=300))
+    turn(engine, "a", submit([2], [7] * 190, max_tokens=5))
+    for _ in range(310):
+        turn(engine)
+    assert len(server.tokens("a", 1)) == 300 and len(server.tokens("a", 2)) == 5
+    assert sum(chunks) == 192 and max(chunks) < 100  # cut, though a step holds it whole
+
+
 def calls(engine: Engine) -> int:
     """Device calls so far."""
     assert isinstance(engine.executor, FakeExecutor)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxserve.config import SchedulerConfig
 from jaxserve.engine.loop import Batch
@@ -34,6 +37,8 @@ class Rig:
     draft_tokens: int = 0
     draft_rows: int = 4
     max_context: int = 256
+    limits: dict[str, Any] = field(default_factory=dict)  # further fields of SchedulerConfig
+    clock_ns: Callable[[], int] = time.monotonic_ns
     pipelined: bool = True
     batch: Batch = field(default_factory=ExactBatch)
     sequences: list[Sequence] = field(default_factory=list)
@@ -52,16 +57,20 @@ class Rig:
         num_pages = [self.pages] * len(self.groups)
         self.scheduler = Scheduler(
             SchedulerConfig(
-                max_rows=self.max_rows,
-                max_step_tokens=self.max_step_tokens,
-                decode_steps=self.decode_steps,
-                draft_tokens=self.draft_tokens,
-                draft_rows=self.draft_rows,
-                max_waiting=100,
+                **{
+                    "max_rows": self.max_rows,
+                    "max_step_tokens": self.max_step_tokens,
+                    "decode_steps": self.decode_steps,
+                    "draft_tokens": self.draft_tokens,
+                    "draft_rows": self.draft_rows,
+                    "max_waiting": 100,
+                }
+                | self.limits
             ),
             self.model,
             page_size=self.page_size,
             num_pages=num_pages,
+            clock_ns=self.clock_ns,
             host_pages=[self.host_pages] * len(self.groups),
             preemption=self.preemption,
         )
@@ -76,11 +85,24 @@ class Rig:
         )
         self.in_flight = None
 
-    def submit(self, prompt: list[int], *, n: int = 1, priority: int = 0, **sampling) -> list:
+    def submit(
+        self,
+        prompt: list[int],
+        *,
+        n: int = 1,
+        priority: int = 0,
+        tenant: str = "",
+        weight: float = 1.0,
+        **sampling,
+    ) -> list:
         """A request; its sequences."""
         params = SamplingParams(**{"max_tokens": 8, "seed": 1} | sampling)
         keys = [("client", len(self.sequences) + i) for i in range(n)]
-        sequences = self.scheduler.submit(keys, prompt, params, priority=priority)
+        sequences = self.scheduler.submit(
+            keys, prompt, params, priority=priority, tenant=tenant, weight=weight
+        )
+        for shed, _ in self.scheduler.shedding.take():
+            self.ends[shed] += 1
         self.sequences += sequences
         self.emitted |= {sequence: [] for sequence in sequences}
         return sequences
@@ -154,7 +176,9 @@ class Rig:
         for sequence in self.sequences:
             expected = self.expected(sequence)
             emitted = self.emitted[sequence]
-            if sequence.reason is FinishReason.CANCELLED:
+            if sequence.reason is FinishReason.ERROR:
+                assert emitted == []  # shed: it has never run
+            elif sequence.reason is FinishReason.CANCELLED:
                 assert emitted == expected[: len(emitted)]
             else:
                 assert emitted == expected

@@ -78,13 +78,20 @@ def test_priorities_have_a_ceiling(guarded: Front, monkeypatch):
     send = guarded.client.send
     watch = lambda message: (sent.append(message), send(message))  # noqa: E731
     monkeypatch.setattr(guarded.client, "send", watch)
-    for body in (BODY, BODY | {"priority": 2}, BODY | {"priority": 1}):
+    for body in (BODY, BODY | {"priority": 2}, BODY | {"priority": "low"}, BODY | {"priority": 1}):
         response = guarded.post(CHAT, body, headers=bearer("alice"))
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (403, "priority")
     assert "1" in error["message"] and "2" in error["message"]
     submits = [message for message in sent if hasattr(message, "prompt")]
-    assert [(s.priority, s.tenant) for s in submits] == [(5, "acme"), (2, "acme")]
+    assert [(s.priority, s.tenant) for s in submits] == [(5, "acme"), (2, "acme"), (10, "acme")]
+
+
+def test_priorities_have_words(guarded: Front):
+    for word, code in (("high", 403), ("normal", 403), ("urgent", 400)):
+        response = guarded.post(CHAT, BODY | {"priority": word}, headers=bearer("alice"))
+        assert (response.status_code, response.json()["error"]["param"]) == (code, "priority")
+    assert "high, normal, low" in response.json()["error"]["message"]
 
 
 def test_every_row_is_compared_whichever_matches(monkeypatch):

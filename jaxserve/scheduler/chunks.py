@@ -1,0 +1,52 @@
+"""What a plan says of one sequence: that it takes a slot, and the tokens that it runs."""
+
+from __future__ import annotations
+
+from jaxserve.scheduler.plan import Chunk, Join
+from jaxserve.scheduler.sequence import Sequence
+
+
+def join_of(sequence: Sequence) -> Join:
+    """A sequence takes the slot it was given."""
+    return Join(
+        slot=sequence.slot,
+        sampling=sequence.sampling,
+        prompt_len=sequence.prompt_len,
+        choice=sequence.choice,
+        prefix=sequence.prefix_looked_back_at(),
+    )
+
+
+def chunk_of(sequence: Sequence, end: int) -> Chunk:
+    """A sequence's known tokens from the first that is not computed up to `end`.
+
+    Prompt log-probabilities that come due are noted as planned.
+    """
+    start, known = sequence.num_computed, sequence.token_ids
+    samples = end == len(known)
+    due = min(end, sequence.prompt_len - 1)
+    wanted = sequence.sampling.prompt_logprobs if sequence.choice == 0 else None
+    if due <= sequence.num_prompt_logprobs_planned:
+        wanted = None
+    else:
+        sequence.num_prompt_logprobs_planned = due
+    return Chunk(
+        slot=sequence.slot,
+        start=start,
+        token_ids=known[start:end],
+        samples=samples,
+        prompt_logprobs=wanted,
+        next_token_id=None if samples else known[end],
+    )
+
+
+def drafts_of(sequence: Sequence, draft: list[int]) -> Chunk:
+    """A sequence's last known token, and what is guessed to follow it."""
+    start = sequence.num_computed
+    return Chunk(
+        slot=sequence.slot,
+        start=start,
+        token_ids=[sequence.token_ids[start], *draft],
+        samples=True,
+        num_drafts=len(draft),
+    )

@@ -1,0 +1,178 @@
+"""Fair share: the bound of the gap over random traces, throughput, and what a flood does."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from jaxserve.config import SchedulerConfig
+from tests.scheduler.driver import Driver
+
+NUM_TRACES = 1000
+
+
+def trace(seed: int, fairness: str = "vtc") -> Driver:
+    """A random trace, run to its end: weights, bursts, priorities, choices, stops and cancels."""
+    draw = random.Random(seed)
+    page_size = draw.choice([1, 4, 8])
+    longest = draw.choice([12, 40])
+    num_pages = 1 + math.ceil(2 * longest / page_size) + draw.choice([0, 3, 40])
+    driver = Driver(
+        SchedulerConfig(
+            max_rows=draw.randint(1, 6),
+            max_step_tokens=draw.choice([6, 16, 64]),
+            decode_steps=draw.choice([1, 3]),
+            fairness=fairness,
+            input_token_price=draw.choice([0.0, 0.5, 1.0, 1.0]),
+            output_token_price=draw.choice([1.0, 2.0]),
+            locality_quantum_tokens=draw.choice([1, 50]),
+        ),
+        num_pages=num_pages,
+        page_size=page_size,
+        stop_chance=draw.choice([0.0, 0.05]),
+        seed=seed,
+    )
+    tenants = [f"tenant {number}" for number in range(draw.randint(2, 5))]
+    weights = {tenant: draw.choice([1.0, 1.0, 0.5, 3.0]) for tenant in tenants}
+    priorities = draw.choice([[0], [0, 0, 0, 1, -1]])
+    for _ in range(draw.randint(5, 25)):
+        tenant = draw.choice(tenants)
+        for _ in range(draw.choice([1, 1, 4, 12])):
+            driver.submit(
+                draw.randint(1, longest),
+                draw.randint(1, longest),
+                tenant=tenant,
+                weight=weights[tenant],
+                priority=draw.choice(priorities),
+                n=draw.choice([1, 1, 1, 3]),
+            )
+        for _ in range(draw.randint(0, 8)):
+            driver.turn()
+        if draw.random() < 0.2:
+            driver.cancel(draw.choice(driver.sequences))
+    driver.check_accounts()
+    driver.run()
+    return driver
+
+
+def bound(driver: Driver, one: str, other: str) -> float:
+    """2·max(w_in·longest prompt, w_out·M) for weights of 1; each weight divides its half."""
+    config = driver.config
+    longest = max(sequence.prompt_len for sequence in driver.sequences)
+    capacity = (driver.num_pages - 1) * driver.page_size
+    served = max(config.input_token_price * longest, config.output_token_price * capacity)
+    if config.fairness == "locality":
+        served += config.locality_quantum_tokens
+    return served / driver.weights[one] + served / driver.weights[other]
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_the_gap_between_tenants_that_wait_never_exceeds_the_bound(part):
+    widest = 0.0
+    for seed in range(part, NUM_TRACES, 4):
+        driver = trace(seed)
+        for (_, one, other), gap in driver.widest.items():
+            assert gap <= bound(driver, one, other) + 1e-6, (seed, one, other)
+            widest = max(widest, gap / bound(driver, one, other))
+    assert widest > 0.3  # the traces come near enough to mean something
+
+
+def test_without_counters_the_same_traces_break_the_bound():
+    broken = 0
+    for seed in range(0, 120, 3):
+        driver = trace(seed, "fcfs")
+        broken += any(
+            gap > bound(driver, one, other) for (_, one, other), gap in driver.widest.items()
+        )
+    assert broken >= 3
+
+
+def test_locality_keeps_the_bound_widened_by_its_quantum():
+    for seed in range(0, NUM_TRACES, 10):
+        driver = trace(seed, "locality")
+        for (_, one, other), gap in driver.widest.items():
+            assert gap <= bound(driver, one, other) + 1e-6, (seed, one, other)
+
+
+def saturated(seed: int, fairness: str) -> int:
+    """Device calls for a long trace of four tenants, with more work than fits at any time."""
+    draw = random.Random(seed)
+    config = SchedulerConfig(max_rows=8, max_step_tokens=32, decode_steps=1, fairness=fairness)
+    driver = Driver(config, num_pages=8 * 12 + 1, seed=seed)
+    for _ in range(200):
+        tenant = draw.choice(["a", "a", "a", "b", "c", "d"])
+        driver.submit(
+            draw.choice([4, 8, 30]),
+            draw.choice([2, 10, 40]),
+            tenant=tenant,
+            weight={"a": 1.0, "b": 2.0, "c": 1.0, "d": 0.5}[tenant],
+            priority=draw.choice([0, 0, 0, 0, 5]),
+        )
+        for _ in range(draw.randint(0, 3)):
+            driver.turn()
+    driver.run()
+    return driver.num_calls
+
+
+def test_throughput_is_that_of_first_come_first_served():
+    for seed in range(6):
+        fcfs = saturated(seed, "fcfs")
+        assert fcfs > 300
+        for fairness in ("vtc", "locality"):
+            assert saturated(seed, fairness) <= fcfs / 0.95, (seed, fairness)
+
+
+def waits_beside(flood: int) -> list[int]:
+    """Calls to the first token of each of a tenant's requests, beside a neighbour.
+
+    The neighbour saturates the server: at 1 it sends as much as it is served, so that a few of its
+    requests always wait; else it sends `flood` requests a call, of which its share would be 0.2
+    (the server does about 0.4).
+    """
+    config = SchedulerConfig(max_rows=8, max_step_tokens=32, decode_steps=1, max_waiting=10**6)
+    driver = Driver(config, num_pages=8 * 16 + 1)
+    draw = random.Random(5)
+    own: list[Sequence] = []
+    for _ in range(2000):
+        missing = max(8 - len(driver.scheduler._waiting), 0)
+        for _ in range(missing if flood == 1 else flood):
+            driver.submit(12, 20, tenant="neighbour")
+        if draw.random() < 0.08:
+            own += driver.submit(12, 20, tenant="own")
+        driver.turn()
+    assert all(sequence in driver.first_token_at for sequence in own[:-5])
+    return sorted(driver.first_token_at[s] - driver.submitted_at[s] for s in own[:-5])
+
+
+def test_a_flood_does_not_delay_another_tenant():
+    saturating, flooding = waits_beside(1), waits_beside(20)
+    assert len(flooding) == len(saturating) > 130
+    p99 = [waits[int(0.99 * len(waits))] for waits in (saturating, flooding)]
+    assert p99[1] <= 1.2 * p99[0], p99
+
+
+def test_a_cancelled_request_stays_charged():
+    config = SchedulerConfig(max_rows=1, max_step_tokens=32, decode_steps=1)
+    driver = Driver(config)
+    driver.submit(30, 40, tenant="leaves", priority=0)
+    driver.submit(5, 5, tenant="waits")
+    for _ in range(6):
+        driver.turn()
+    driver.cancel(driver.sequences[0])
+    account = driver.scheduler._accounts.account(0, "leaves", 1.0)
+    assert account.counter == 30 * 1.0 + 6 * 2.0
+    driver.run()
+
+
+def test_recomputation_is_not_charged():
+    config = SchedulerConfig(max_rows=4, max_step_tokens=16, decode_steps=1)
+    driver = Driver(config, num_pages=12)
+    for _ in range(4):
+        driver.submit(6, 30, tenant="all")
+    driver.run()
+    assert driver.scheduler.num_preemptions > 0
+    assert sum(sequence.num_recomputed for sequence in driver.sequences) > 0
+    account = driver.scheduler._accounts.account(0, "all", 1.0)
+    assert account.counter == 4 * (6 * 1.0 + 30 * 2.0) == driver.served[0, "all"]
