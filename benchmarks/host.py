@@ -233,7 +233,11 @@ def start_arm(
 ) -> Arm:
     """An engine with its clients, connected."""
     config = SchedulerConfig(
-        max_rows=rows, max_step_tokens=1024, decode_steps=decode_steps, max_waiting=rows
+        max_rows=rows,
+        max_step_tokens=1024,
+        decode_steps=decode_steps,
+        max_waiting=rows,
+        draft_tokens=0,  # tokens repeat themselves here: any draft would be right
     )
     scheduler = Schedulers(config, MODEL, page_size=PAGE_SIZE, num_pages=[rows * 256])
     address = f"ipc://{directory}/{name}"
@@ -254,6 +258,7 @@ class Planner:
             max_step_tokens=1024,
             decode_steps=1,
             max_waiting=waiting + rows,
+            draft_tokens=0,
         )
         self.scheduler = Scheduler(config, MODEL, page_size=PAGE_SIZE, num_pages=[rows * 256])
         self.plan_us: list[float] = []

@@ -82,7 +82,7 @@ class Bench:
         self.parts: Parts = parts_of(config, self.model, mesh, _progress)
         assert isinstance(self.parts.executor, Executor)
         self.executor = self.parts.executor
-        self._buckets = buckets_for(config.scheduler, options, platform)
+        self._buckets = buckets_for(config, options, platform)
 
     def trace(self, num_requests: int, seed: int = 0) -> list[Submit]:
         """Requests of mixed lengths, an eighth of them long."""

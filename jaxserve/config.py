@@ -179,11 +179,15 @@ class EngineConfig:
         compile_cache_dir: JAX's persistent compilation cache; ~/.cache/jaxserve/xla where empty.
         compile_threads: programs compiled side by side at start-up; 0 takes the cores.
         step_timeout_s: a step that takes longer than this counts as hung.
+        batch_invariant: a request's output does not depend, to the last bit, on what else runs: one
+            size of decode step and one of prompt step, never both in one, and what is computed
+            again takes the way it took at first.
     """
 
     compile_cache_dir: str = ""
     compile_threads: int = 0
     step_timeout_s: float = 120.0
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

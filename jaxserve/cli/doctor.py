@@ -87,7 +87,7 @@ def _programs(config: Config) -> Iterator[tuple[str, str]]:
     from jaxserve.device.buckets import MAX_PROGRAMS
     from jaxserve.engine.load import buckets_for, devices
 
-    programs = buckets_for(config.scheduler, _options(config), devices()[0].platform).programs
+    programs = buckets_for(config, _options(config), devices()[0].platform).programs
     for program in programs:
         yield (
             f"{program.num_rows} rows",

@@ -32,19 +32,23 @@ class Buckets:
         config: limits of a step.
         row_growth: from one decode program to the next, 2 or 4. Each program costs time and
             memory at start-up, padding costs time in each step: 4 where dead rows are nearly free.
+        batch_invariant: one program of each kind, all of the largest size: sums over a row's own
+            numbers are then taken in the same order whatever stands in the other rows.
 
     Attributes:
         programs: all of them, ascending.
     """
 
-    def __init__(self, config: SchedulerConfig, row_growth: int = 2) -> None:
+    def __init__(
+        self, config: SchedulerConfig, row_growth: int = 2, *, batch_invariant: bool = False
+    ) -> None:
         self.config = config
-        decode = _decode(config, row_growth)
-        self.programs: tuple[Program, ...] = tuple(
-            sorted(
-                {*decode, *_several_steps(config, row_growth), *_mixed(config), *_verify(config)}
-            )
-        )
+        if batch_invariant:
+            programs = _one_of_each(config)
+        else:
+            decode, several = _decode(config, row_growth), _several_steps(config, row_growth)
+            programs = [*decode, *several, *_mixed(config), *_verify(config)]
+        self.programs: tuple[Program, ...] = tuple(sorted(set(programs)))
         assert len(self.programs) <= MAX_PROGRAMS
         self._by_padding = sorted(self.programs, key=lambda p: (p.num_tokens, p.num_rows))
 
@@ -84,6 +88,15 @@ class Buckets:
             f"{self.config.max_step_tokens}, scheduler.decode_steps {self.config.decode_steps}, "
             f"scheduler.draft_tokens {self.config.draft_tokens}"
         )
+
+
+def _one_of_each(config: SchedulerConfig) -> list[Program]:
+    rows, most = config.max_rows, max(config.max_step_tokens, config.max_rows + 1)
+    return [
+        Program(num_rows=rows, num_tokens=rows),
+        Program(num_rows=rows, num_tokens=most),
+        Program(num_rows=rows, num_tokens=most, prompt_logprobs=True),
+    ]
 
 
 def _decode(config: SchedulerConfig, row_growth: int) -> list[Program]:

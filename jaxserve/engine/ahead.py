@@ -77,7 +77,7 @@ class Ahead:
     def buckets(self) -> Buckets:
         """The step programs."""
         chip = self.slice.chip
-        return buckets_for(self.config.scheduler, self.model.options, chip.platform)
+        return buckets_for(self.config, self.model.options, chip.platform)
 
     def num_pages(self) -> tuple[int, ...]:
         """Pages of each cache group's pool, in each copy of the model.

@@ -37,7 +37,7 @@ class Shapes(Protocol):
 
 
 class StepSize(NamedTuple):
-    """What a program must hold."""
+    """What a program must hold; more tokens than rows where decoding rows sit out."""
 
     num_rows: int
     num_tokens: int
@@ -66,11 +66,13 @@ class BatchBuilder:
             self._logprobs[join.slot] = join.sampling.logprobs is not None
         if plan.decode_leaves or plan.decode_joins:
             self._change_rows(plan)
-        num_decode = len(self._slots)
+        num_decode = self._num_decode(plan)
+        num_rows = num_decode + len(plan.chunks)
+        num_tokens = num_decode + sum(len(chunk.token_ids) for chunk in plan.chunks)
         return StepSize(
-            num_decode + len(plan.chunks),
-            num_decode + sum(len(chunk.token_ids) for chunk in plan.chunks),
-            plan.decode_steps,
+            num_rows,
+            num_tokens if plan.decode_steps else max(num_tokens, num_rows + 1),
+            max(plan.decode_steps, 1),
             any(chunk.prompt_logprobs is not None for chunk in plan.chunks),
             any(chunk.num_drafts for chunk in plan.chunks),
         )
@@ -79,8 +81,8 @@ class BatchBuilder:
         """The inputs of the plan's device call, after `follow`."""
         rows = self._mixed_rows(plan, program) if plan.chunks else self._decode_rows(program)
         context_lens = np.zeros(rows.program.num_rows, np.int32)
-        num_decode = len(self._slots)
-        np.add(self._contexts, 1, out=context_lens[:num_decode])
+        num_decode = self._num_decode(plan)
+        np.add(self._contexts[:num_decode], 1, out=context_lens[:num_decode])
         self._contexts += plan.decode_steps
         for row, chunk in enumerate(plan.chunks, num_decode):
             context_lens[row] = chunk.start + len(chunk.token_ids)
@@ -113,6 +115,10 @@ class BatchBuilder:
             logprobs=rows.logprobs,
         )
 
+    def _num_decode(self, plan: Plan) -> int:
+        """Decoding rows that take part."""
+        return len(self._slots) if plan.decode_steps else 0
+
     def _change_rows(self, plan: Plan) -> None:
         """Cuts out who leaves, puts who joins behind."""
         self._quiet = None
@@ -139,9 +145,10 @@ class BatchBuilder:
 
     def _mixed_rows(self, plan: Plan, program: Program) -> _Rows:
         """Rows of a plan with chunks behind the decoding rows."""
-        num_decode = len(self._slots)
+        num_decode = self._num_decode(plan)
+        slots = self._slots[:num_decode]
         rows = _Rows(program, self._max_rows)
-        rows.fill_decode(self._slots, bool(self._logprobs[self._slots].any()))
+        rows.fill_decode(slots, bool(self._logprobs[slots].any()))
         start = num_decode
         for row, chunk in enumerate(plan.chunks, num_decode):
             end = start + len(chunk.token_ids)

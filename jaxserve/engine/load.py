@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from jaxserve.config import CacheConfig, Config, KernelsConfig, SchedulerConfig, WeightsConfig
+from jaxserve.config import CacheConfig, Config, KernelsConfig, WeightsConfig
 from jaxserve.device.buckets import Buckets
 from jaxserve.device.cache import (
     host_pool_sizes,
@@ -76,6 +76,7 @@ def must_agree(config: Config) -> dict[str, object]:
     """The settings that all hosts must have alike: what programs are compiled depends on them."""
     agreed: dict[str, object] = {
         "model.max_context": config.model.max_context,
+        "engine.batch_invariant": config.engine.batch_invariant,
         "jax": jax.__version__,
     }
     own = ("cache_dir", "hosts", "host", "coordinator", "connect_timeout_s")
@@ -132,7 +133,7 @@ def parts_of(
     if hosts is not None:  # as many as the host with the least memory has
         pools = zip(*hosts.gather("pages", num_pages), strict=True)
         num_pages = tuple(min(pages) for pages in pools)
-    buckets = buckets_for(config.scheduler, model.options, mesh.devices.flat[0].platform)
+    buckets = buckets_for(config, model.options, mesh.devices.flat[0].platform)
     host_pages = _host_pages(config, model, info, num_pages, mesh.shape["data"])
     executor = _executor(config, model, info, num_pages, host_pages, mesh, buckets, hosts)
     executor.warm_up(progress, config.engine.compile_threads)
@@ -395,13 +396,14 @@ def cache_dtype(cache: CacheConfig, options: ModelOptions) -> str:
     return {"auto": options.activations, "fp8": "float8_e4m3fn"}.get(cache.dtype, cache.dtype)
 
 
-def buckets_for(limits: SchedulerConfig, options: ModelOptions, platform: str) -> Buckets:
+def buckets_for(config: Config, options: ModelOptions, platform: str) -> Buckets:
     """The step programs: fewer where a padding row costs next to nothing.
 
     The native matmul skips dead rows, and an accelerator reads the weights for one row as for
     many; XLA's matmuls on the CPU compute every row.
     """
-    return Buckets(limits, 2 if platform == "cpu" and not options.packed else 4)
+    row_growth = 2 if platform == "cpu" and not options.packed else 4
+    return Buckets(config.scheduler, row_growth, batch_invariant=config.engine.batch_invariant)
 
 
 def _executor(

@@ -17,19 +17,21 @@ def join_of(sequence: Sequence) -> Join:
     )
 
 
-def chunk_of(sequence: Sequence, end: int) -> Chunk:
+def chunk_of(sequence: Sequence, end: int, *, again: bool = False) -> Chunk:
     """A sequence's known tokens from the first that is not computed up to `end`.
 
     Prompt log-probabilities that come due are noted as planned.
+
+    Args:
+        again: they are computed also where they were before.
     """
     start, known = sequence.num_computed, sequence.token_ids
     samples = end == len(known)
     due = min(end, sequence.prompt_len - 1)
     wanted = sequence.sampling.prompt_logprobs if sequence.choice == 0 else None
-    if due <= sequence.num_prompt_logprobs_planned:
+    if due <= sequence.num_prompt_logprobs_planned and not again:
         wanted = None
-    else:
-        sequence.num_prompt_logprobs_planned = due
+    sequence.num_prompt_logprobs_planned = max(due, sequence.num_prompt_logprobs_planned)
     return Chunk(
         slot=sequence.slot,
         start=start,

@@ -19,6 +19,7 @@ from jaxserve.config import SchedulerConfig
 from jaxserve.errors import Overloaded
 from jaxserve.scheduler.accounts import Accounts
 from jaxserve.scheduler.pace import Pacer
+from jaxserve.scheduler.phases import IN_TURN, Phase
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.scheduler import Commit, Scheduler
 from jaxserve.scheduler.sequence import Sequence
@@ -31,6 +32,7 @@ class Schedulers:
     Args:
         copies: how many there are; every copy has the limits of `config`, a pool of `num_pages` and
             `host_pages` on the host.
+        batch_invariant: steps are of one kind each, see `scheduler.phases`.
         config, model, page_size, num_pages, host_pages, preemption, clock_ns: as `Scheduler` takes
             them.
     """
@@ -45,6 +47,7 @@ class Schedulers:
         host_pages: Iterable[int] = (),
         preemption: str = "auto",
         copies: int = 1,
+        batch_invariant: bool = False,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         accounts = Accounts(config)
@@ -65,6 +68,7 @@ class Schedulers:
             for _ in range(copies)
         ]
         self._next_step_id = 0
+        self._last_phase = Phase.OUTPUTS if batch_invariant else Phase.MIXED
 
     @property
     def num_waiting(self) -> int:
@@ -164,17 +168,35 @@ class Schedulers:
         Returns:
             None if there is nothing to launch at all.
         """
-        may_draft = all(scheduler.may_draft for scheduler in self._schedulers)
-        for scheduler in self._schedulers:
-            scheduler.regroup(may_draft)
-        steps = [s.decode_steps() for s in self._schedulers if s.num_running or s.num_waiting]
-        plans = [scheduler.plan(min(steps, default=1)) for scheduler in self._schedulers]
+        if self._last_phase is Phase.MIXED:
+            may_draft = all(scheduler.may_draft for scheduler in self._schedulers)
+            for scheduler in self._schedulers:
+                scheduler.regroup(may_draft)
+            steps = [s.decode_steps() for s in self._schedulers if s.num_running or s.num_waiting]
+            plans = self._plans(min(steps, default=1), Phase.MIXED)
+        else:
+            plans = self._plans_in_turn()
         if all(plan is None for plan in plans):
             return None
         for plan in plans:
             if plan is not None:
                 plan.step_id = self._next_step_id
         self._next_step_id += 1
+        return plans
+
+    def _plans(self, decode_steps: int, phase: Phase) -> list[Plan | None]:
+        return [scheduler.plan(decode_steps, phase) for scheduler in self._schedulers]
+
+    def _plans_in_turn(self) -> list[Plan | None]:
+        """Plans of one kind, of the other if that comes to nothing."""
+        found = {phase for scheduler in self._schedulers for phase in scheduler.phases()}
+        plans: list[Plan | None] = []
+        for phase in (IN_TURN[self._last_phase], self._last_phase):
+            if phase in found:
+                plans = self._plans(1, phase)
+                if any(plan is not None for plan in plans):
+                    self._last_phase = phase
+                    break
         return plans
 
     def measured(
@@ -191,7 +213,7 @@ class Schedulers:
             device_ns, idle_ns: as `StepOutputs`; 0 where not measured.
         """
         pairs = [(p, rows) for p, rows in zip(plans, num_decode_rows, strict=True) if p is not None]
-        steps = max((plan.decode_steps for plan, _ in pairs), default=1)
+        steps = max([1, *(plan.decode_steps for plan, _ in pairs)])
         sizes = (rows + sum(len(c.token_ids) for c in plan.chunks) for plan, rows in pairs)
         num_tokens, ns = max(sizes, default=0), device_ns / steps
         chunks = [chunk for plan, _ in pairs for chunk in plan.chunks]

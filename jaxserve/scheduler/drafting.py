@@ -99,12 +99,12 @@ class DraftSet:
         if allowed and not waits:
             self._make_drafts()
         drafted = {drafted.sequence for drafted in self._drafted}
-        for sequence in list(self._members):
-            if not (waits or sequence.has_unread or sequence in drafted):
-                del self._members[sequence]
-                self._decoding.add(sequence)
+        back = {s for s in self._members if not (waits or s.has_unread or s in drafted)}
+        for sequence in [s for s in self._members if s in back]:
+            del self._members[sequence]
+            self._decoding.add(sequence)
         if allowed:
-            self._call_for_drafts()
+            self._call_for_drafts(back)
 
     def take_drafted(self) -> list[Drafted]:
         """Rows of the plan that is being made; not those that lost their slots in it."""
@@ -127,15 +127,21 @@ class DraftSet:
         members = list(self._members)
         lengths = self._lengths(len(self._decoding), members, [0] * len(members))
         for sequence, length in zip(members, lengths, strict=True):
-            if length:
-                start = sequence.num_computed
+            start = sequence.num_computed  # and as far as pages are free: nobody is set back
+            length = min(length, self._pages.reachable(sequence.table, start) - start - 1)
+            if length > 0:
                 entries = self._pages.extend(sequence.table, start, start + 1 + length)
-                if entries is not None:  # else nobody is set back for guesses
-                    self._drafted.append(Drafted(sequence, _guess(sequence, length), entries))
+                assert entries is not None
+                self._drafted.append(Drafted(sequence, _guess(sequence, length), entries))
 
-    def _call_for_drafts(self) -> None:
-        """Takes decoding rows out, if it pays: they draft when their tokens have been read."""
+    def _call_for_drafts(self, exempt: set[Sequence]) -> None:
+        """Takes decoding rows out, if it pays: they draft when their tokens have been read.
+
+        Args:
+            exempt: have just come back, and decode at least one step.
+        """
         wanted = [s for s in self._decoding if s.drafts is not None and s.drafts.foretells]
+        wanted = [sequence for sequence in wanted if sequence not in exempt]
         while wanted:
             unread = [self._decoding.num_unread(sequence) for sequence in wanted]
             lengths = self._lengths(

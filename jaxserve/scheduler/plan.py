@@ -107,7 +107,7 @@ class Plan:
         decode_starts: of each of `decode_joins`, the position of its next token.
         chunks: prefill work; or drafts to verify, of all chunks or of none.
         decode_steps: > 1 runs several decode steps in this one call; then there are no chunks,
-            and page tables already cover the positions.
+            and page tables already cover the positions. 0: the decoding rows sit this call out.
     """
 
     step_id: int

@@ -34,6 +34,7 @@ from jaxserve.scheduler.decoding import DecodeSet
 from jaxserve.scheduler.drafting import Drafted, DraftSet
 from jaxserve.scheduler.pace import Pacer
 from jaxserve.scheduler.pages import PageAllocator
+from jaxserve.scheduler.phases import Phase, chunk_end, phase_of
 from jaxserve.scheduler.plan import PageCopy, Plan
 from jaxserve.scheduler.queue import WaitingQueue, no_cache
 from jaxserve.scheduler.room import Room, worst_first
@@ -103,6 +104,7 @@ class Scheduler:
         self._planned: set[Sequence] = set()  # have a chunk in the plan that is being made
         self._set_back_level: float = math.inf  # the best one preempted in it
         self._launched: deque[Launched] = deque()
+        self._phase = Phase.MIXED
         self._next_step_id = 0
         self._num_arrived = 0
 
@@ -187,12 +189,23 @@ class Scheduler:
             sequence.reason = reason
             self._end(sequence)
 
-    def plan(self, max_decode_steps: int | None = None) -> Plan | None:
+    def phases(self) -> set[Phase]:
+        """The kinds of step that there is work for, where they take turns."""
+        found = {phase_of(sequence) for sequence in self._prefilling}
+        if len(self._decoding):
+            found.add(Phase.OUTPUTS)
+        waiting = self._waiting.peek()
+        if waiting is not None:
+            found.add(phase_of(waiting))
+        return found
+
+    def plan(self, max_decode_steps: int | None = None, phase: Phase = Phase.MIXED) -> Plan | None:
         """The next device call; None if there is nothing to launch.
 
         Args:
-            max_decode_steps: in one call. None where there is no other copy of the model: then
-                what comes before, `regroup`, is done too.
+            max_decode_steps: in one call. None where there is no other copy of the model: it is
+                then what `decode_steps` says, and what comes before, `regroup`, is done too.
+            phase: what the step may hold.
         """
         if max_decode_steps is None:
             self.regroup(self.may_draft)
@@ -205,16 +218,22 @@ class Scheduler:
             plan.decode_steps = min(plan.decode_steps, max_decode_steps)
         for sequence in self._meter.over_bound(self._waiting):
             self._preempt(sequence)
-        self._open_pages(plan)
-        for drafted in self._drafting.take_drafted():
-            self._add_drafts(plan, drafted)
-        if not plan.chunks:
-            # Decoding rows come first, one token a row, so that the budget is never negative.
-            budget = self._config.max_step_tokens - len(self._decoding)
+        self._phase = phase
+        budget = self._config.max_step_tokens
+        if phase is Phase.PROMPTS:
+            plan.decode_steps = 0
+        else:
+            self._open_pages(plan)
+            # Decoding rows come first: at least one token a row, so this is never negative.
+            budget -= len(self._decoding)
             budget = self._pacer.budget(len(self._decoding), budget)
+        drafted = self._drafting.take_drafted()
+        for row in drafted:
+            self._add_drafts(plan, row)
+        if not drafted:
             budget = self._continue_prefills(plan, budget)
             self._admit(plan, budget)
-        if not plan.chunks and not len(self._decoding):
+        if not plan.chunks and not (plan.decode_steps and len(self._decoding)):
             return None
         self._next_step_id += 1
         self._decoding.tell(plan)
@@ -266,15 +285,12 @@ class Scheduler:
         return quiet and self.num_running <= self._drafting.max_rows
 
     def regroup(self, may_draft: bool) -> None:
-        """Lets go of rows whose last token is launched, and decides who drafts in the next plan.
+        """Decides who drafts in the next plan; to be called before `decode_steps`.
 
         Args:
             may_draft: whether all copies of the model `may_draft`.
         """
-        for sequence in self._decoding.done():
-            self._decoding.remove(sequence)
-            self._leave_slot(sequence)
-            sequence.state = SequenceState.RETIRED
+        self._retire()
         self._drafting.regroup(may_draft)
 
     def measured(self, num_tokens: int, ns: float, *, verifies: bool) -> None:
@@ -283,6 +299,7 @@ class Scheduler:
 
     def decode_steps(self) -> int:
         """Decode steps of the next call: several only if nothing had to be done between them."""
+        self._retire()
         steps = self._config.decode_steps
         if steps == 1 or self.num_waiting or self._prefilling or not len(self._decoding):
             return 1
@@ -294,6 +311,13 @@ class Scheduler:
         if any(pool.num_free < num_opened for pool in self.pages.pools):
             return 1
         return steps
+
+    def _retire(self) -> None:
+        """Lets go of rows whose last token is launched."""
+        for sequence in self._decoding.done():
+            self._decoding.remove(sequence)
+            self._leave_slot(sequence)
+            sequence.state = SequenceState.RETIRED
 
     def _open_pages(self, plan: Plan) -> None:
         """Gives decoding rows that come to a new page one, preempting the worst if need be."""
@@ -316,18 +340,20 @@ class Scheduler:
                 continue
             if sequence.state is not SequenceState.PREFILLING:
                 continue  # preempted for a better one, just now
-            end = min(sequence.num_computed + budget, len(sequence.token_ids))
+            end = chunk_end(self._phase, sequence, budget)
+            if end == sequence.num_computed:
+                continue  # in a step of another kind
             entries = self.pages.extend(sequence.table, sequence.num_computed, end)
             while entries is None and self._make_room(sequence):
                 entries = self.pages.extend(sequence.table, sequence.num_computed, end)
             if entries is None:
                 end = min(end, self.pages.reachable(sequence.table, sequence.num_computed))
-                if end <= sequence.num_computed:
+                if end <= sequence.num_computed or self._phase is Phase.PROMPTS:
                     continue  # the worst-ranked of all, and no page is free: it waits a step
                 entries = self.pages.extend(sequence.table, sequence.num_computed, end)
                 assert entries is not None
             plan.enter(sequence.slot, entries)
-            budget -= self._add_chunk(plan, sequence, end)
+            budget = self._left(budget, self._add_chunk(plan, sequence, end))
         return budget
 
     def _admit(self, plan: Plan, budget: int, above: float = math.inf) -> int:
@@ -349,9 +375,12 @@ class Scheduler:
             sequence = self._waiting.peek()
             if sequence is None or sequence.has_unread:
                 return budget  # preempted a moment ago: its last tokens are still on their way
+            if chunk_end(self._phase, sequence, max(budget, 1)) == sequence.num_computed:
+                return budget  # its turn comes with a step of another kind
             if not self._slots.num_free or not self._room.is_for(sequence, self.num_running):
                 victims = self._room.victims(sequence, self._slots, self._planned)
                 gained = sum(victim.state is SequenceState.DECODING for victim in victims)
+                gained *= min(plan.decode_steps, 1)
                 if not victims or budget + gained == 0:
                     return budget
                 for victim in victims:
@@ -361,7 +390,7 @@ class Scheduler:
                     return budget
             if budget == 0:
                 return budget
-            end = min(sequence.num_computed + budget, len(sequence.token_ids))
+            end = chunk_end(self._phase, sequence, budget)
             copies = self.pages.own(sequence.table, sequence.num_computed)
             if copies is None:
                 if not self.num_running and self._choices.reclaim(sequence):
@@ -378,14 +407,18 @@ class Scheduler:
             plan.page_copies += [PageCopy(group=g, source=s, target=t) for g, s, t in copies]
             self.swap.restore(plan, sequence)
             plan.enter(sequence.slot, self.pages.entries(sequence.table))
-            budget -= self._add_chunk(plan, sequence, end)
+            budget = self._left(budget, self._add_chunk(plan, sequence, end))
+
+    def _left(self, budget: int, used: int) -> int:
+        """The step's tokens that are left; a step of a prompt holds no second chunk."""
+        return 0 if self._phase is Phase.PROMPTS else budget - used
 
     # ------------------------------------------------------------------ changes of state
 
     def _add_chunk(self, plan: Plan, sequence: Sequence, end: int) -> int:
         """Plans the known tokens up to `end`; returns how many."""
         start = sequence.num_computed
-        plan.chunks.append(chunk_of(sequence, end))
+        plan.chunks.append(chunk_of(sequence, end, again=self._phase is Phase.PROMPTS))
         self._planned.add(sequence)
         sequence.reach(start, end)
         if end == len(sequence.token_ids):

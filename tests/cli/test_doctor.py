@@ -124,7 +124,7 @@ def test_the_programs_are_those_that_a_start_compiles(run: Run) -> None:
     ended = run("doctor", "--model", "/no/model", "--set", "scheduler.max_rows=4")
     config, platform = Config(scheduler=SchedulerConfig(max_rows=4)), jax.devices()[0].platform
     options = model_options(config.weights, config.kernels, platform)
-    programs = buckets_for(config.scheduler, options, platform).programs
+    programs = buckets_for(config, options, platform).programs
     lines = [line for line in ended.out.splitlines() if " rows  " in line]
     assert len(lines) == len(programs)
     assert told(ended)["programs"]["compiled"].startswith(

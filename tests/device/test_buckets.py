@@ -122,6 +122,14 @@ def test_the_least_padding_is_chosen(step, name):
     assert Buckets(SchedulerConfig()).choose(*step).name == name
 
 
+def test_one_program_of_each_kind_where_batches_must_not_matter():
+    buckets = Buckets(SchedulerConfig(), batch_invariant=True)
+    names = ["decode_r64", "mixed_r64_t512", "mixed_r64_t512_plp"]
+    assert [program.name for program in buckets.programs] == names
+    sizes = [(1, 1), (64, 64), (1, 2), (7, 300), (64, 512)]
+    assert [buckets.choose(*size).name for size in sizes] == [names[i] for i in (0, 0, 1, 1, 1)]
+
+
 @pytest.mark.parametrize("step", [(65, 65), (1, 513), (4, 4, 2)])
 def test_a_step_beyond_the_limits_is_refused_with_the_limits(step):
     with pytest.raises(ConfigError, match=r"max_rows is 64, .*max_step_tokens 512"):

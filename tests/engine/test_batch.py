@@ -96,6 +96,18 @@ def test_several_decode_steps_move_the_rows_on_by_as_many():
     assert first.context_lens.tolist() == [5, 5] and second.context_lens.tolist() == [9, 9]
 
 
+def test_decoding_rows_sit_out_a_step_of_prompts():
+    builder = started(2)
+    prompts = Plan(step_id=2, decode_steps=0, joins=[join(4)], chunks=[chunk(4, 0, [9])])
+    inputs = builder.build(prompts)
+    assert (inputs.num_decode_rows, inputs.num_live_rows) == (0, 1)
+    assert not inputs.program.is_decode  # one row of one token, but a prompt's
+    assert inputs.rows[:1].tolist() == [4] and inputs.context_lens[:1].tolist() == [1]
+    inputs = builder.build(Plan(step_id=3, decode_joins=[4], decode_starts=[1]))
+    assert inputs.rows[:3].tolist() == [0, 1, 4]
+    assert inputs.context_lens[:3].tolist() == [5, 5, 2]
+
+
 def test_quiet_steps_repeat_the_arrays_and_nobody_can_write_them():
     builder = started(3)
     first, second = (builder.build(Plan(step_id=step)) for step in (2, 3))

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import pytest
 
-from jaxserve.config import Config, KernelsConfig, SchedulerConfig, WeightsConfig
+from jaxserve.config import Config, KernelsConfig, WeightsConfig
 from jaxserve.device.executor import Executor
 from jaxserve.device.memory import Memory
 from jaxserve.engine import load
@@ -211,10 +211,8 @@ def test_the_cache_has_the_dtype_of_the_activations_or_its_own() -> None:
 
 
 def test_fewer_programs_where_padding_rows_are_nearly_free() -> None:
-    limits = SchedulerConfig()
-
     def num_programs(options: ModelOptions, platform: str) -> int:
-        return len(buckets_for(limits, options, platform).programs)
+        return len(buckets_for(Config(), options, platform).programs)
 
     dense, packed = ModelOptions(), ModelOptions(matmul="cpu")
     assert num_programs(packed, "cpu") == num_programs(dense, "gpu") < num_programs(dense, "cpu")

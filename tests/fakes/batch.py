@@ -39,10 +39,11 @@ class ExactBatch:
         chunk_slots = [chunk.slot for chunk in plan.chunks]
         assert not set(chunk_slots) & set(self._decoding)
         assert len(set(chunk_slots)) == len(chunk_slots)
-        assert plan.decode_steps == 1 or not plan.chunks
-        for slot in self._decoding:
+        assert plan.decode_steps <= 1 or not plan.chunks
+        decoding = self._decoding if plan.decode_steps else []
+        for slot in decoding:
             self._lengths[slot] += 1
-        tokens, successors = [0] * len(self._decoding), [0] * len(self._decoding)
+        tokens, successors = [0] * len(decoding), [0] * len(decoding)
         num_drafts = max((chunk.num_drafts for chunk in plan.chunks), default=0)
         for chunk in plan.chunks:
             assert len(chunk.token_ids) > chunk.num_drafts
@@ -51,26 +52,26 @@ class ExactBatch:
                 assert plan.decode_steps == 1
             tokens += chunk.token_ids
             successors += [*chunk.token_ids[1:], chunk.next_token_id or 0]
-        rows = self._decoding + chunk_slots
-        sizes = [1] * len(self._decoding) + [len(chunk.token_ids) for chunk in plan.chunks]
-        lengths = [self._lengths[slot] for slot in self._decoding]
+        rows = decoding + chunk_slots
+        sizes = [1] * len(decoding) + [len(chunk.token_ids) for chunk in plan.chunks]
+        lengths = [self._lengths[slot] for slot in decoding]
         lengths += [chunk.start + len(chunk.token_ids) for chunk in plan.chunks]
         inputs = StepInputs(
             program=Program(
                 num_rows=len(rows),
                 num_tokens=len(tokens),
-                decode_steps=plan.decode_steps,
+                decode_steps=max(plan.decode_steps, 1),
                 prompt_logprobs=any(c.prompt_logprobs is not None for c in plan.chunks),
                 draft_tokens=num_drafts,
             ),
             rows=np.asarray(rows, np.int32),
             num_live_rows=len(rows),
-            num_decode_rows=len(self._decoding),
+            num_decode_rows=len(decoding),
             query_starts=np.cumsum([0, *sizes]),
             context_lens=np.asarray(lengths),
             token_ids=np.asarray(tokens),
             next_token_ids=np.asarray(successors),
-            samples=np.asarray([True] * len(self._decoding) + [c.samples for c in plan.chunks]),
+            samples=np.asarray([True] * len(decoding) + [c.samples for c in plan.chunks]),
             slot_writes=[
                 SlotWrite(
                     slot=j.slot,
@@ -86,11 +87,10 @@ class ExactBatch:
             page_saves=[(s.group, s.page, s.host_page) for s in plan.page_saves],
             page_loads=[(load.group, load.host_page, load.page) for load in plan.page_loads],
             logprobs=any(
-                self._wants[slot]
-                for slot in self._decoding + [c.slot for c in plan.chunks if c.samples]
+                self._wants[slot] for slot in decoding + [c.slot for c in plan.chunks if c.samples]
             ),
         )
-        for slot in self._decoding:
+        for slot in decoding:
             self._lengths[slot] += plan.decode_steps - 1
         return [inputs]
 
@@ -138,7 +138,7 @@ class ComparedBatch:
         rows, tokens = exact.program.num_rows, exact.program.num_tokens
         program = built.program
         assert (built.num_live_rows, built.num_decode_rows) == (rows, exact.num_decode_rows)
-        assert program.decode_steps == plan.decode_steps
+        assert program.decode_steps == max(plan.decode_steps, 1)
         assert program.prompt_logprobs >= exact.program.prompt_logprobs
         assert bool(program.draft_tokens) == bool(exact.program.draft_tokens)
         for array, expected, size, padding in (

@@ -140,6 +140,7 @@ class FakeExecutor:
         num_positions: positions run so far; num_sampled: tokens sampled so far.
         num_accepted: drafts so far that were what was sampled in their places.
         calls: device calls so far, by decode steps a call.
+        num_mixed: of these, calls in which decoding rows stood beside chunks of several tokens.
         device_ns, page_ns: what each step tells (see `StepOutputs`).
         fail_at: step number at which `launch` raises, if set.
     """
@@ -162,6 +163,7 @@ class FakeExecutor:
         self.num_sampled = 0
         self.num_accepted = 0
         self.calls: list[int] = []
+        self.num_mixed = 0
         self.fail_at: int | None = None
         self.compiles_after_warmup = 0
         self.device_ns = 0
@@ -184,6 +186,9 @@ class FakeExecutor:
         if self.fail_at == len(self.calls):
             raise RuntimeError("the fake device was told to fail")
         self.calls.append(inputs.program.decode_steps)
+        chunk_tokens = int(inputs.query_starts[inputs.num_live_rows]) - inputs.num_decode_rows
+        num_chunks = inputs.num_live_rows - inputs.num_decode_rows
+        self.num_mixed += bool(inputs.num_decode_rows) and chunk_tokens > num_chunks
         self._change_state(inputs)
         steps = [self._decode_step(inputs, i) for i in range(inputs.program.decode_steps)]
         tokens = np.concatenate([tokens for tokens, _ in steps])

@@ -16,7 +16,7 @@ from jaxserve.protocol.streams import SequenceEvent
 from jaxserve.settings import load_config
 from jaxserve.types import FinishReason, SamplingParams, TokenLogprobs
 from tests.fakes.engine import GROUPS, fake_parts, oracle
-from tests.fakes.executor import oracle_logprob
+from tests.fakes.executor import FakeExecutor, oracle_logprob
 
 #: A small engine, that fills up and chunks: features change it.
 SETTINGS = (
@@ -83,6 +83,7 @@ class Trial:
     """Some features together, run once.
 
     Attributes:
+        num_mixed: device calls that held decoding rows and chunks.
         probes, outcomes: parallel; an outcome for each choice.
         records: of all sequences, background too.
     """
@@ -101,6 +102,7 @@ class Trial:
                 feature.shape(probe)
         self.outcomes = [[Outcome() for _ in range(probe.n)] for probe in self.probes]
         self.records: list[SequenceRecord] = []
+        self.num_mixed = -1
 
     def run(self) -> None:
         """Runs it to the end; the engine must have nothing left then."""
@@ -115,6 +117,8 @@ class Trial:
             self._run_probes()
             status = self.client.get_status()
             assert (status.running, status.waiting) == (0, 0)
+            assert isinstance(thread.engine.executor, FakeExecutor)
+            self.num_mixed = thread.engine.executor.num_mixed
             self.client.close()
 
     def finish(self, stream: SyncStream) -> list[SequenceEvent]:

@@ -53,6 +53,13 @@ def _draft_alone(trial: Trial) -> None:
     trial.finish(trial.client.submit([1, 2, 3, 4, 5], sampling))
 
 
+def _drafted_if_it_may(trial: Trial) -> bool:
+    """Beside batch invariance nothing is drafted."""
+    settings = [setting for feature in trial.features for setting in feature.settings]
+    may_draft = "engine.batch_invariant=true" not in settings
+    return any(record.drafted_tokens for record in trial.records) == may_draft
+
+
 def _urgent(probe: Probe) -> None:
     probe.priority = -1
 
@@ -64,7 +71,7 @@ FEATURES = (
         settings=("scheduler.draft_tokens=5",),
         shape=_echo,
         before=_draft_alone,
-        acted=lambda trial: any(r.drafted_tokens for r in trial.records),
+        acted=_drafted_if_it_may,
     ),
     Feature(name="logprobs", shape=_logprobs),
     Feature(name="penalties", shape=_penalties),
@@ -77,6 +84,11 @@ FEATURES = (
 )
 #: What becomes of a sequence that is set back: one or the other.
 PREEMPTION = (
+    Feature(
+        name="batch invariant",
+        settings=("engine.batch_invariant=true",),
+        acted=lambda trial: trial.num_mixed == 0,
+    ),
     Feature(
         name="recompute",
         settings=("cache.num_pages=31", "cache.preemption=recompute"),

@@ -165,6 +165,17 @@ def test_drafts_do_not_set_others_back():
     assert all(sequence.num_drafted for sequence in rig.sequences)
 
 
+def test_rows_go_on_decoding_where_no_page_is_free_for_drafts():
+    """Each position is a page, and those that are free are not enough for both rows."""
+    rig = Rig(draft_tokens=7, pages=75, page_size=1, max_rows=2, decode_steps=1)
+    for seed in range(2):
+        rig.submit([5, 6, 7, 8, 9] * 2, max_tokens=27, seed=seed, **ECHOING)
+    rig.run(limit=100)
+    rig.check()
+    drafted = [c.num_drafts for plan in rig.plans for c in plan.chunks if c.num_drafts]
+    assert 0 < min(drafted) < 7
+
+
 requests = st.fixed_dictionaries(
     {
         "prompt": st.one_of(
