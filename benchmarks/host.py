@@ -161,7 +161,8 @@ async def client(address: str) -> None:
         began_ns = time.process_time_ns()
         sampling = SamplingParams(max_tokens=max_tokens, seed=1, ignore_eos=True)
         streams = [
-            engine.submit(range(100, 100 + PROMPT_LEN), sampling) for _ in range(num_sequences)
+            engine.submit(range(first, first + PROMPT_LEN), sampling)  # no two begin alike
+            for first in range(100, 100 + num_sequences)
         ]
         counts = await asyncio.gather(*map(read, streams))
         assert all(tokens == max_tokens for _, tokens in counts)
@@ -291,7 +292,8 @@ class Planner:
         sampling = SamplingParams(max_tokens=max_tokens, seed=1, ignore_eos=True)
         for _ in range(number):
             self._number += 1
-            prompt = list(range(100, 100 + PROMPT_LEN))
+            first = 100 + self._number % 40_000  # no two begin alike
+            prompt = list(range(first, first + PROMPT_LEN))
             self.scheduler.submit([("bench", self._number)], prompt, sampling)
 
 

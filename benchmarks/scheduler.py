@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no ins
 
 from benchmarks.plot import grouped_bars
 from jaxserve.bench.stats import environment, json_line, percentile, table
-from jaxserve.config import SchedulerConfig
+from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequence import Sequence
@@ -85,6 +85,7 @@ class Simulation:
             MODEL,
             page_size=PAGE_SIZE,
             num_pages=[1 + args.rows * args.context // PAGE_SIZE],
+            cache=CacheConfig(prefix=False),  # all prompts are of the same token
             clock_ns=lambda: self.now_ns,
         )
         self.draw = random.Random(1)

@@ -168,7 +168,12 @@ def main() -> None:
 
 
 def measure(config: Config, num_pairs: int, max_tokens: int) -> list[Pairs]:
-    """Runs the pairs, those of all kinds in turns."""
+    """Runs the pairs, those of all kinds in turns.
+
+    Without a prefix cache: each engine would find pages that the other has written over.
+    """
+    cache = dataclasses.replace(config.cache, prefix=False)
+    config = dataclasses.replace(config, cache=cache)
     path = resolve(config.model, config.weights, lambda *_: None)
     tokenizer, template = load_tokenizer(path), load_chat_template(path)
     assert template is not None, f"{path} has no chat template"

@@ -72,6 +72,11 @@ class CacheConfig:
             than computing its tokens again, "swap" wherever host_bytes has room, "recompute" never.
         dtype: "auto" (as the activations), "float32", "bfloat16" or "float16"; or "int8" or "fp8"
             (e4m3), with a scale for each position's key and value of each head.
+        prefix: whether full pages stay findable by their content, so that a prompt that begins like
+            an earlier one, or a sequence that was set back, does not compute them again. Never with
+            engine.batch_invariant.
+        isolation: who shares such pages: "tenant" (each tenant with itself only) or "none" (all
+            with all, so that a tenant can tell by the time to its first token what others sent).
     """
 
     page_size: int = 16
@@ -81,6 +86,8 @@ class CacheConfig:
     host_bytes: int = -1
     preemption: str = "auto"
     dtype: str = "auto"
+    prefix: bool = True
+    isolation: str = "tenant"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,6 +262,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "weights.quantization": ("none", "int8", "int4", "fp8"),
     "scheduler.fairness": ("vtc", "locality", "fcfs"),
     "cache.dtype": ("auto", "float32", "bfloat16", "float16", "int8", "fp8"),
+    "cache.isolation": ("tenant", "none"),
     "cache.preemption": ("auto", "swap", "recompute"),
     "kernels.attention": ("auto", "xla", "cpu", "tpu", "gpu"),
     "kernels.matmul": ("auto", "xla", "cpu"),

@@ -15,6 +15,8 @@ MAX_STOP_TOKEN_IDS = 32
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_TOKENS = 8
 MAX_CHOICES = 128
+#: Characters of `cache_salt`.
+MAX_CACHE_SALT = 256
 
 #: Bounds of a tenant's share.
 MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0

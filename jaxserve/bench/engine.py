@@ -109,7 +109,7 @@ class BenchServer:
 
 
 class EngineBench:
-    """Runs cases on a loaded engine.
+    """Runs cases on a loaded engine, without a prefix cache: every token is to be computed.
 
     Args:
         factory: loads the model (`engine.load.load_parts`, or a fake).
@@ -119,6 +119,8 @@ class EngineBench:
         scheduler = dataclasses.replace(config.scheduler, draft_tokens=0)
         config = dataclasses.replace(config, scheduler=scheduler)
         self.server = BenchServer()
+        config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, prefix=False))
+        self.config = config
         parts = factory(config, _print_progress)
         self.model = parts.model
         self.engine: Engine = build_engine(config, self.server, parts)
@@ -242,7 +244,7 @@ def measure(config: Config, factory: Factory, cases: list[Case], steps: int, rep
         "jax": jax.__version__,
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "model": bench.model.name,
-        "config": config,
+        "config": bench.config,
         "load_and_compile_s": load_s,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "read_bytes_per_s": bandwidth,

@@ -29,6 +29,11 @@ def check_submit(message: Submit, model: ModelInfo) -> list[int]:
         raise InvalidRequest("the prompt is empty; it needs at least one token", param="prompt")
     _check_tokens("prompt", prompt, model)
     _check_sampling(message.sampling, model)
+    if len(message.cache_salt) > types.MAX_CACHE_SALT:
+        raise InvalidRequest(
+            f"cache_salt has {len(message.cache_salt)} characters, at most {types.MAX_CACHE_SALT}",
+            param="cache_salt",
+        )
     if not -(2**31) <= message.priority < 2**31:
         raise InvalidRequest(f"priority {message.priority} is not a 32-bit integer")
     _check_range("weight", message.weight, types.MIN_WEIGHT, types.MAX_WEIGHT)

@@ -30,6 +30,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Hashable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ class Engine:
         self._server = server
         self._outbox = Outbox(server)
         self._live: dict[Hashable, dict[int, Sequence]] = {}
-        self._told_preemptions = 0
+        self._told: Counter[str] = Counter()
         self._stopping = False
         self._error = ""
 
@@ -250,6 +251,7 @@ class Engine:
                 message.sampling,
                 priority=message.priority,
                 tenant=message.tenant,
+                cache_salt=message.cache_salt,
                 weight=message.weight,
                 arrived_ns=message.arrived_ns,
             )
@@ -286,6 +288,9 @@ class Engine:
             waiting=self.scheduler.num_waiting,
             pages_used=self.scheduler.pages_used,
             pages_total=self.scheduler.pages_total,
+            pages_cached=self.scheduler.pages_cached,
+            prefix_lookup_tokens=self.scheduler.prefix_lookup_tokens,
+            prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
             swapped=self.scheduler.num_swapped,
             host_pages_used=self.scheduler.host_pages_used,
             host_pages_total=self.scheduler.host_pages_total,
@@ -350,8 +355,6 @@ class Engine:
         num_decode_rows = sum(inputs.num_decode_rows for inputs in step.inputs)
         decode_tokens = num_decode_rows * program.decode_steps + chunk_tokens - prefill_tokens
         work = [self.executor.count_work(inputs) for inputs in step.inputs]
-        preemptions = self.scheduler.num_preemptions - self._told_preemptions
-        self._told_preemptions += preemptions
         return StepStats(
             step_id=plans[0].step_id,
             program=program.name,
@@ -370,11 +373,20 @@ class Engine:
             waiting=self.scheduler.num_waiting,
             pages_used=self.scheduler.pages_used,
             pages_total=self.scheduler.pages_total,
-            preemptions=preemptions,
+            pages_cached=self.scheduler.pages_cached,
+            preemptions=self._since_told("preemptions", self.scheduler.num_preemptions),
+            prefix_lookup_tokens=self._since_told("lookup", self.scheduler.prefix_lookup_tokens),
+            prefix_hit_tokens=self._since_told("hit", self.scheduler.prefix_hit_tokens),
             pages_saved=sum(len(plan.page_saves) for plan in plans),
             pages_loaded=sum(len(plan.page_loads) for plan in plans),
             compiles_after_warmup=self.executor.compiles_after_warmup,
         )
+
+    def _since_told(self, name: str, total: int) -> int:
+        """What a count has grown by since the statistics before."""
+        grown = total - self._told[name]
+        self._told[name] = total
+        return grown
 
 
 def _record(sequence: Sequence, now_ns: int) -> SequenceRecord:

@@ -142,6 +142,7 @@ def build_engine(config: Config, server: ServerTransport, parts: Parts) -> Engin
         host_pages=parts.host_pages,
         preemption=config.cache.preemption,
         copies=parts.copies,
+        cache=config.cache,
         batch_invariant=config.engine.batch_invariant,
     )
     return Engine(parts.model, scheduler, parts.batch, parts.executor, server)

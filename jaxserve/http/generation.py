@@ -119,6 +119,7 @@ class Generation:
                 n=options.candidates,
                 priority=options.priority,
                 tenant=tenant,
+                cache_salt=options.cache_salt,
                 arrived_ns=arrived_ns,
             )
             stream.watch(self._wake)

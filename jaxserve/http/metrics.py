@@ -50,6 +50,8 @@ _COUNTERS = {
     "draft_tokens": "Next tokens guessed and verified",
     "draft_accepted_tokens": "Guessed tokens that were right",
     "preemptions": "Sequences set back to make room",
+    "prefix_lookup_tokens": "Known tokens of sequences when they took a row",
+    "prefix_hit_tokens": "Of these, tokens whose KV was found in the cache",
     "pages_saved": "KV pages copied to the host",
     "pages_loaded": "KV pages copied back from the host",
 }
@@ -151,6 +153,8 @@ class Metrics:
         own[_COUNTER["draft_tokens"]] += stats.draft_tokens
         own[_COUNTER["draft_accepted_tokens"]] += stats.draft_accepted_tokens
         own[_COUNTER["preemptions"]] += stats.preemptions
+        own[_COUNTER["prefix_lookup_tokens"]] += stats.prefix_lookup_tokens
+        own[_COUNTER["prefix_hit_tokens"]] += stats.prefix_hit_tokens
         own[_COUNTER["pages_saved"]] += stats.pages_saved
         own[_COUNTER["pages_loaded"]] += stats.pages_loaded
 
@@ -213,6 +217,7 @@ def _engine(status: EngineStatus | None) -> Iterator[Metric]:
         ("waiting", "Sequences that wait", status.waiting),
         ("pages_used", "KV pages in use", status.pages_used),
         ("pages_total", "KV pages of the pool", status.pages_total),
+        ("pages_cached", "KV pages not in use that can still be found", status.pages_cached),
         ("swapped", "Waiting sequences whose KV pages are on the host", status.swapped),
         ("host_pages_used", "KV pages in use on the host", status.host_pages_used),
         ("host_pages_total", "KV pages that the host has room for", status.host_pages_total),

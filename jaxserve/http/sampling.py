@@ -33,6 +33,7 @@ class Options:
         n: choices to answer with; candidates (best_of): sequences to generate for each prompt.
         max_tokens: None for the endpoint's default; max_tokens_field: which parameter said so.
         sampling: fields of `SamplingParams` that do not depend on the prompt.
+        cache_salt: only requests with the same one share cached pages.
         discard: run the prompt only, and drop the one token the engine must generate.
     """
 
@@ -46,6 +47,7 @@ class Options:
     return_token_ids: bool
     priority: int
     sampling: dict[str, Any]
+    cache_salt: str = ""
     max_tokens: int | None = None
     max_tokens_field: str = "max_tokens"
     discard: bool = False
@@ -85,6 +87,7 @@ def read_options(
         skip_special_tokens=fields.flag("skip_special_tokens", True),
         return_token_ids=fields.flag("return_token_ids", False),
         priority=_priority(fields, identity),
+        cache_salt=_cache_salt(fields),
         sampling=_sampling(fields, model, tokenizer),
     )
 
@@ -102,7 +105,6 @@ def refuse_unsupported(fields: Fields) -> None:
     fields.neutral("structured_outputs")
     for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar"):
         fields.neutral(name)
-    fields.neutral("cache_salt")
     fields.neutral("use_beam_search", False)
     fields.neutral("length_penalty", 1.0, 1)
     fields.neutral("truncate_prompt_tokens")
@@ -250,6 +252,13 @@ def _include_usage(fields: Fields, stream: bool) -> bool:
     options.neutral("continuous_usage_stats", False)
     options.finish()
     return include_usage
+
+
+def _cache_salt(fields: Fields) -> str:
+    salt = fields.text("cache_salt", "")
+    if len(salt) > types.MAX_CACHE_SALT:
+        raise fields.wrong("cache_salt", f"at most {types.MAX_CACHE_SALT} characters", salt)
+    return salt
 
 
 def _priority(fields: Fields, identity: Identity) -> int:

@@ -193,6 +193,7 @@ class EngineClient:
         n: int = 1,
         priority: int = 0,
         tenant: str = "",
+        cache_salt: str = "",
         weight: float = 1.0,
         arrived_ns: int | None = None,
     ) -> Stream:
@@ -204,6 +205,7 @@ class EngineClient:
             n: choices; the choice index keys their random bits.
             priority: smaller is served first, and preempts.
             tenant: who is charged; opaque here.
+            cache_salt: only requests with the same one share cached pages.
             weight: the tenant's share beside others'.
             arrived_ns: CLOCK_MONOTONIC when the request came in; now where None.
 
@@ -211,7 +213,18 @@ class EngineClient:
             DeviceFailure: the engine is known to be dead. All else is raised by the stream.
         """
         state = self._dispatcher.open(n)
-        self.send(submit_message(state, prompt, sampling, priority, tenant, weight, arrived_ns))
+        self.send(
+            submit_message(
+                state,
+                prompt,
+                sampling,
+                priority=priority,
+                tenant=tenant,
+                cache_salt=cache_salt,
+                weight=weight,
+                arrived_ns=arrived_ns,
+            )
+        )
         return Stream(self, state)
 
     def send(self, message: ClientMessage) -> None:

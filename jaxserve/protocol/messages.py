@@ -35,6 +35,7 @@ class Submit:
         arrived_ns: when the request reached the front end.
         priority: smaller is served first, and preempts.
         tenant: who is charged; opaque here.
+        cache_salt: only requests with the same one share cached pages.
         weight: the tenant's share beside others'; with twice the weight it is served twice as much.
     """
 
@@ -44,6 +45,7 @@ class Submit:
     arrived_ns: int
     priority: int = 0
     tenant: str = ""
+    cache_salt: str = ""
     weight: float = 1.0
 
 
@@ -170,7 +172,9 @@ class StepStats:
         decode_tokens, prefill_tokens: tokens of work by kind; drafts count as decoded.
         draft_tokens, draft_accepted_tokens: drafts verified, and those that were right.
         flops, bytes: counted from shapes (models declare them), not measured.
-        preemptions: since the statistics before these.
+        pages_cached: pages that nobody holds and that can still be found by their content.
+        preemptions, prefix_lookup_tokens, prefix_hit_tokens: since the statistics before these;
+            known tokens of sequences that joined, and those of them found instead of computed.
         pages_saved, pages_loaded: KV pages that this call copied to the host and from it.
     """
 
@@ -192,6 +196,9 @@ class StepStats:
     pages_used: int
     pages_total: int
     preemptions: int
+    pages_cached: int
+    prefix_lookup_tokens: int
+    prefix_hit_tokens: int
     compiles_after_warmup: int
     pages_saved: int = 0
     pages_loaded: int = 0
@@ -213,6 +220,9 @@ class EngineStatus:
     Attributes:
         model: set once the model is loaded.
         step_age_s: seconds since the step loop last turned.
+        pages_cached: pages that nobody holds and that can still be found by their content.
+        prefix_lookup_tokens: known tokens of the sequences that joined so far; prefix_hit_tokens:
+            of these, those found instead of computed.
         shed: sequences that a full queue refused or pushed out since the start, by reason.
         swapped: waiting sequences whose pages are in the host's memory.
         host_pages_used, host_pages_total: pages there; 0 in all where there is no host store.
@@ -226,6 +236,9 @@ class EngineStatus:
     waiting: int = 0
     pages_used: int = 0
     pages_total: int = 0
+    pages_cached: int = 0
+    prefix_lookup_tokens: int = 0
+    prefix_hit_tokens: int = 0
     swapped: int = 0
     host_pages_used: int = 0
     host_pages_total: int = 0

@@ -111,12 +111,24 @@ class SyncClient:
         n: int = 1,
         priority: int = 0,
         tenant: str = "",
+        cache_salt: str = "",
         weight: float = 1.0,
         arrived_ns: int | None = None,
     ) -> SyncStream:
         """As `EngineClient.submit`."""
         state = self._dispatcher.open(n)
-        self.send(submit_message(state, prompt, sampling, priority, tenant, weight, arrived_ns))
+        self.send(
+            submit_message(
+                state,
+                prompt,
+                sampling,
+                priority=priority,
+                tenant=tenant,
+                cache_salt=cache_salt,
+                weight=weight,
+                arrived_ns=arrived_ns,
+            )
+        )
         return SyncStream(self, state)
 
     def send(self, message: ClientMessage) -> None:

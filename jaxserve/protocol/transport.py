@@ -36,10 +36,12 @@ def submit_message(
     state: StreamState,
     prompt: Sequence[int],
     sampling: SamplingParams,
-    priority: int,
-    tenant: str,
-    weight: float,
-    arrived_ns: int | None,
+    *,
+    priority: int = 0,
+    tenant: str = "",
+    cache_salt: str = "",
+    weight: float = 1.0,
+    arrived_ns: int | None = None,
 ) -> Submit:
     """The message that starts a stream's sequences."""
     return Submit(
@@ -49,5 +51,6 @@ def submit_message(
         arrived_ns=time.monotonic_ns() if arrived_ns is None else arrived_ns,
         priority=priority,
         tenant=tenant,
+        cache_salt=cache_salt,
         weight=weight,
     )

@@ -2,7 +2,8 @@
 
 The first choice (the leader) goes to the queue, the others (its followers) are held back. When the
 leader's prompt is launched they join the queue, each with the prompt's pages. A waiting sequence
-that holds such pages may lose them again when pages run out; it then computes its prompt itself.
+that holds pages, these or cached ones, may lose them again when pages run out; it then computes
+its prompt itself.
 
 Invariant: a follower is HELD exactly while it stands in its leader's `followers`.
 """
@@ -67,7 +68,8 @@ class Choices:
             self._forked.append(follower)
             if num_shared > 0:
                 follower.table = self._pages.share(leader.table, num_shared)
-                follower.num_computed = follower.num_reached = follower.num_cached = num_shared
+                follower.num_computed = num_shared
+                follower.digests = leader.digests[: num_shared // self._pages.page_size]
                 self._holders[follower] = None
         leader.followers = []
 
@@ -77,12 +79,16 @@ class Choices:
             self._waiting.push(sequence)
         self._forked = []
 
+    def hold(self, sequence: Sequence) -> None:
+        """A sequence in the queue has found cached pages, and holds them while it waits."""
+        self._holders[sequence] = None
+
     def leaves_queue(self, sequence: Sequence) -> None:
         """A sequence is not in the queue any more; its pages are its own affair."""
         self._holders.pop(sequence, None)
 
     def reclaim(self, exempt: Sequence | None = None, above: float = float("-inf")) -> bool:
-        """Takes the shared pages from a waiting sequence; whether there was one.
+        """Takes the pages from a waiting sequence that holds some; whether there was one.
 
         The one that came last loses them first.
 
@@ -93,6 +99,6 @@ class Choices:
             if holder is not exempt and holder.level > above:
                 del self._holders[holder]
                 self._pages.release(holder.table)
-                holder.num_computed = holder.num_reached = holder.num_cached = 0
+                holder.num_computed = 0
                 return True
         return False

@@ -43,10 +43,11 @@ class Commit:
 
 @dataclass(slots=True)
 class Launched:
-    """A plan and who held which slot in it."""
+    """A plan, who held which slot in it, and which decoding rows opened a page."""
 
     plan: Plan
     owners: Owners
+    opened: list[Sequence]
 
     def read(
         self, rows: list[int], token_ids: list[list[int]], clock_ns: Callable[[], int]

@@ -1,21 +1,26 @@
 """One scheduler for each copy of the model, behind the interface of one.
 
-A request goes to the copy with the fewest sequences, all its choices together, since they share
-pages; there it stays. Tenants' counters are common to all copies: a tenant that one copy serves is
-behind in the others' queues, though each can only choose among those that wait with it, so the
-bound of fairness is one between tenants that wait at the same copy. Each copy plans for itself,
-but all take part in each device call, so that the call runs as many decode steps as every copy can
-take. With one copy this is that scheduler.
+A request goes to one copy, all its choices together, since they share pages; there it stays. It is
+the copy that has most of the prompt cached, of those that have at most a quarter of `max_rows` (at
+least one) more sequences than the least loaded; where that is equal, the one with the fewest
+sequences. So a hit is worth a short wait, and a prompt that all begin with is soon on every copy.
+
+Tenants' counters are common to all copies: a tenant that one copy serves is behind in the others'
+queues, though each can only choose among those that wait with it, so the bound of fairness is one
+between tenants that wait at the same copy. Each copy plans for itself, but all take part in each
+device call, so that the call runs as many decode steps as every copy can take. With one copy this
+is that scheduler.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Seq
 
-from jaxserve.config import SchedulerConfig
+from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.errors import Overloaded
 from jaxserve.scheduler.accounts import Accounts
 from jaxserve.scheduler.pace import Pacer
@@ -32,9 +37,10 @@ class Schedulers:
     Args:
         copies: how many there are; every copy has the limits of `config`, a pool of `num_pages` and
             `host_pages` on the host.
-        batch_invariant: steps are of one kind each, see `scheduler.phases`.
-        config, model, page_size, num_pages, host_pages, preemption, clock_ns: as `Scheduler` takes
-            them.
+        batch_invariant: steps are of one kind each, see `scheduler.phases`; there is no prefix
+            cache then, since a page may have been computed as prompt or as output.
+        config, model, page_size, num_pages, host_pages, preemption, cache, clock_ns: as
+            `Scheduler` takes them.
     """
 
     def __init__(
@@ -47,9 +53,13 @@ class Schedulers:
         host_pages: Iterable[int] = (),
         preemption: str = "auto",
         copies: int = 1,
+        cache: CacheConfig | None = None,
         batch_invariant: bool = False,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
+        cache = cache or CacheConfig()
+        if batch_invariant:
+            cache = dataclasses.replace(cache, prefix=False)
         accounts = Accounts(config)
         self._pacer = Pacer(config.max_step_ms, config.max_step_tokens)
         pages, on_host = tuple(num_pages), tuple(host_pages)
@@ -59,6 +69,7 @@ class Schedulers:
                 model,
                 page_size=page_size,
                 num_pages=pages,
+                cache=cache,
                 accounts=accounts,
                 pacer=self._pacer,
                 host_pages=on_host,
@@ -67,6 +78,7 @@ class Schedulers:
             )
             for _ in range(copies)
         ]
+        self._load_margin = max(config.max_rows // 4, 1)
         self._next_step_id = 0
         self._last_phase = Phase.OUTPUTS if batch_invariant else Phase.MIXED
 
@@ -94,6 +106,21 @@ class Schedulers:
     def pages_used(self) -> int:
         """Pages that somebody holds."""
         return sum(scheduler.pages.num_used for scheduler in self._schedulers)
+
+    @property
+    def pages_cached(self) -> int:
+        """Pages that nobody holds and that can still be found."""
+        return sum(scheduler.pages.num_kept for scheduler in self._schedulers)
+
+    @property
+    def prefix_lookup_tokens(self) -> int:
+        """Known tokens of the sequences that joined, so far."""
+        return sum(scheduler.prefix.num_lookup_tokens for scheduler in self._schedulers)
+
+    @property
+    def prefix_hit_tokens(self) -> int:
+        """Of these, those found instead of computed."""
+        return sum(scheduler.prefix.num_hit_tokens for scheduler in self._schedulers)
 
     @property
     def pages_total(self) -> int:
@@ -131,28 +158,39 @@ class Schedulers:
         *,
         priority: int = 0,
         tenant: str = "",
+        cache_salt: str = "",
         weight: float = 1.0,
         arrived_ns: int = 0,
     ) -> list[Sequence]:
-        """As `Scheduler.submit`, to the copy with the fewest sequences, then the fewest pages."""
-
-        def load(copy: int) -> tuple[int, int]:
-            scheduler = self._schedulers[copy]
-            return scheduler.num_waiting + scheduler.num_running, scheduler.pages.num_used
-
-        copy = min(range(len(self._schedulers)), key=load)
+        """As `Scheduler.submit`, to the copy that the module says."""
+        copy = self._choose(prompt, tenant, cache_salt)
         sequences = self._schedulers[copy].submit(
             keys,
             prompt,
             sampling,
             priority=priority,
             tenant=tenant,
+            cache_salt=cache_salt,
             weight=weight,
             arrived_ns=arrived_ns,
         )
         for sequence in sequences:
             sequence.copy = copy
         return sequences
+
+    def _choose(self, prompt: list[int], tenant: str, cache_salt: str) -> int:
+        if len(self._schedulers) == 1:
+            return 0
+        loads = [scheduler.num_waiting + scheduler.num_running for scheduler in self._schedulers]
+        most = min(loads) + self._load_margin
+
+        def key(copy: int) -> tuple[int, int, int]:
+            scheduler = self._schedulers[copy]
+            root = scheduler.prefix.root(tenant, cache_salt)
+            cached = scheduler.prefix.num_cached(prompt, root)
+            return -cached, loads[copy], scheduler.pages.num_used
+
+        return min((copy for copy, load in enumerate(loads) if load <= most), key=key)
 
     def cancel(self, sequence: Sequence, reason: FinishReason) -> None:
         """As `Scheduler.cancel`."""

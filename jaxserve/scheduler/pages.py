@@ -3,9 +3,13 @@
 The scheduler asks here for the pages a step's tokens are written to; the answers travel to the
 device as page-table deltas. All integers, no device memory.
 
-Invariants: page 0 is never handed out (padding writes go there). A page is free exactly when its
-reference count is 0. Tables of full-attention groups only grow; a sliding-window group gives back
-the pages that lie wholly behind the window, leaving 0 in their places.
+Invariants: page 0 is never handed out (padding writes go there). A page can be taken exactly when
+its reference count is 0. Tables of full-attention groups only grow; a sliding-window group gives
+back the pages that lie wholly behind the window, leaving 0 in their places.
+
+A full page may be registered under a digest of its content (`scheduler.prefix`). It is then
+findable, never written again, and kept when its last holder leaves, until it is the least recently
+used one and a page is needed.
 
 A page may be handed out while an earlier, already launched step still reads or writes it: device
 calls form one chain (each takes the cache the one before returned), so the new owner's writes come
@@ -14,57 +18,123 @@ later, and a row reads only positions that it wrote itself or shares.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from jaxserve.types import CacheGroup
 
+#: Told of a page that is about to lose its content: its number and its digest.
+OnEvict = Callable[[int, bytes], None]
+
 
 class PagePool:
-    """Reference counts and free list of one group's pages.
+    """Reference counts, free list and digests of one group's pages.
 
     Attributes:
         capacity: pages that can be handed out; page 0 is not among them.
+        num_evicted: findable pages that were taken for other content so far.
+        on_evict: called before a findable page is handed out for other content.
     """
 
-    __slots__ = ("_free", "_references", "capacity")
+    __slots__ = (
+        "_digests",
+        "_free",
+        "_kept",
+        "_references",
+        "_registered",
+        "capacity",
+        "num_evicted",
+        "on_evict",
+    )
 
-    def __init__(self, num_pages: int) -> None:
+    def __init__(self, num_pages: int, on_evict: OnEvict | None = None) -> None:
         self.capacity = num_pages - 1
+        self.num_evicted = 0
+        self.on_evict = on_evict
         self._free = list(range(num_pages - 1, 0, -1))
         self._references = [0] * num_pages
+        self._digests: dict[int, bytes] = {}  # of the registered pages
+        self._registered: dict[bytes, int] = {}
+        # Registered and held by nobody, least recently used first. A plain dict would search for
+        # its first entry over all that were deleted before it.
+        self._kept: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_free(self) -> int:
         """Pages that can be taken now."""
-        return len(self._free)
+        return len(self._free) + len(self._kept)
 
     @property
     def num_used(self) -> int:
         """Pages that somebody holds."""
-        return self.capacity - len(self._free)
+        return self.capacity - len(self._free) - len(self._kept)
+
+    @property
+    def num_kept(self) -> int:
+        """Pages that nobody holds and that can still be found."""
+        return len(self._kept)
 
     def take(self) -> int:
-        """A free page, held once. The caller has looked at `num_free`."""
-        page = self._free.pop()
+        """A page without content, held once. The caller has looked at `num_free`."""
+        page = self._free.pop() if self._free else self._evict()
         self._references[page] = 1
         return page
 
     def share(self, page: int) -> None:
-        """One more holder of a page that is held."""
-        assert self._references[page] > 0, f"page {page} is free"
+        """One more holder of a page that is held or can be found."""
+        if self._references[page] == 0:
+            assert page in self._kept, f"page {page} is free"
+            del self._kept[page]
         self._references[page] += 1
 
     def release(self, page: int) -> None:
-        """One holder less; the last one frees it."""
+        """One holder less; the last one frees it, or leaves it to be found."""
         assert self._references[page] > 0, f"page {page} is free"
         self._references[page] -= 1
         if self._references[page] == 0:
-            self._free.append(page)
+            if page in self._digests:
+                self._kept[page] = None
+            else:
+                self._free.append(page)
 
     def num_holders(self, page: int) -> int:
         """How often the page is held."""
         return self._references[page]
+
+    def find(self, digest: bytes) -> int | None:
+        """The page of this content, held or kept."""
+        return self._registered.get(digest)
+
+    def register(self, page: int, digest: bytes) -> int:
+        """Makes a held page findable, unless another has the same content.
+
+        Returns:
+            The page that is found under the digest from now on.
+        """
+        found = self._registered.setdefault(digest, page)
+        if found == page:
+            known = self._digests.setdefault(page, digest)
+            assert known == digest, f"page {page} has two contents"
+        return found
+
+    def is_registered(self, page: int) -> bool:
+        """Whether the page can be found, and so must not be written."""
+        return page in self._digests
+
+    def forget(self, page: int) -> None:
+        """A registered page that is held can be found no more, and may be written."""
+        del self._registered[self._digests.pop(page)]
+
+    def _evict(self) -> int:
+        page, _ = self._kept.popitem(last=False)
+        digest = self._digests.pop(page)
+        del self._registered[digest]
+        self.num_evicted += 1
+        if self.on_evict is not None:
+            self.on_evict(page, digest)
+        return page
 
 
 @dataclass(slots=True)
@@ -74,10 +144,12 @@ class PageTable:
     Attributes:
         pages: by group; entry i holds positions i × page size and on; 0 where given back.
         num_behind: by group, entries given back because the window has passed them.
+        num_registered: entries, from the first one on, whose pages can be found by others.
     """
 
     pages: list[list[int]]
     num_behind: list[int]
+    num_registered: int = 0
 
 
 class PageAllocator:
@@ -87,6 +159,9 @@ class PageAllocator:
         page_size: tokens a page.
         groups: the model's cache groups.
         num_pages: pages of each group's pool, page 0 included.
+
+    Attributes:
+        windows: by group; None where it sees all positions.
     """
 
     def __init__(
@@ -94,7 +169,7 @@ class PageAllocator:
     ) -> None:
         self.page_size = page_size
         self.pools = [PagePool(pages) for pages in num_pages]
-        self._windows = [group.window for group in groups]
+        self.windows = [group.window for group in groups]
 
     @property
     def num_used(self) -> int:
@@ -102,9 +177,27 @@ class PageAllocator:
         return sum(pool.num_used for pool in self.pools)
 
     @property
+    def num_kept(self) -> int:
+        """Pages that nobody holds and that can still be found, of all groups."""
+        return sum(pool.num_kept for pool in self.pools)
+
+    @property
+    def num_evicted(self) -> int:
+        """Findable pages that were taken for other content so far, of all groups."""
+        return sum(pool.num_evicted for pool in self.pools)
+
+    @property
     def capacity(self) -> int:
         """Pages that can be held, of all groups."""
         return sum(pool.capacity for pool in self.pools)
+
+    def watch_evictions(self, on_evict: Callable[[int, int, bytes], None]) -> None:
+        """Has `on_evict(group, page, digest)` called before a findable page loses its content.
+
+        It is called in the middle of a plan: the page holds its content until that plan's step.
+        """
+        for group, pool in enumerate(self.pools):
+            pool.on_evict = partial(on_evict, group)
 
     @property
     def capacity_tokens(self) -> int:
@@ -117,7 +210,7 @@ class PageAllocator:
 
     def fits_alone(self, num_positions: int) -> bool:
         """Whether a sequence of so many positions can ever run, alone, in small enough chunks."""
-        for pool, window in zip(self.pools, self._windows, strict=True):
+        for pool, window in zip(self.pools, self.windows, strict=True):
             pages = self._num_pages(num_positions)
             if window is not None:
                 pages = min(pages, self._num_pages(window) + 1)
@@ -133,7 +226,7 @@ class PageAllocator:
         Args:
             chunk_tokens: tokens that one step may bring; they all lie in a window group at once.
         """
-        for group, (pool, window) in enumerate(zip(self.pools, self._windows, strict=True)):
+        for group, (pool, window) in enumerate(zip(self.pools, self.windows, strict=True)):
             pages = self._num_pages(num_positions)
             if window is not None:
                 pages = min(pages, self._num_pages(window + chunk_tokens) + 1)
@@ -150,7 +243,7 @@ class PageAllocator:
         Returns:
             (group, index, page) of each new entry; None, and no page taken, if there are too few.
         """
-        self._release_behind(table, start)
+        self.release_behind(table, start)
         num_pages = self._num_pages(end)
         for pool, pages in zip(self.pools, table.pages, strict=True):
             if num_pages - len(pages) > pool.num_free:
@@ -165,7 +258,7 @@ class PageAllocator:
 
     def reachable(self, table: PageTable, start: int) -> int:
         """The largest `end` that `extend(table, start, end)` could serve now."""
-        self._release_behind(table, start)
+        self.release_behind(table, start)
         return min(
             (len(pages) + pool.num_free) * self.page_size
             for pool, pages in zip(self.pools, table.pages, strict=True)
@@ -185,18 +278,25 @@ class PageAllocator:
 
         Returns:
             (group, source, target) of each page to copy; None, and nothing changed, if there are
-            too few free pages. A page that nobody else holds stays as it is.
+            too few free pages. A page that nobody else holds or can find stays as it is; so does a
+            findable one when no page is free, but it can be found no more then.
         """
         index = position // self.page_size
-        shared = [
-            group
-            for group, pages in enumerate(table.pages)
-            if index < len(pages) and self.pools[group].num_holders(pages[index]) > 1
-        ]
-        if any(self.pools[group].num_free == 0 for group in shared):
-            return None
+        to_copy = []
+        to_forget = []
+        for group, (pool, pages) in enumerate(zip(self.pools, table.pages, strict=True)):
+            if index >= len(pages):
+                continue
+            if pool.num_holders(pages[index]) > 1:
+                if pool.num_free == 0:
+                    return None
+                to_copy.append(group)
+            elif pool.is_registered(pages[index]):
+                (to_copy if pool.num_free else to_forget).append(group)
+        for group in to_forget:
+            self.pools[group].forget(table.pages[group][index])
         copies = []
-        for group in shared:
+        for group in to_copy:
             pool, pages = self.pools[group], table.pages[group]
             target = pool.take()
             copies.append((group, pages[index], target))
@@ -211,24 +311,34 @@ class PageAllocator:
                 yield group, index, pages[index]
 
     def release(self, table: PageTable) -> None:
-        """Gives all pages back; the table is empty then."""
+        """Gives all pages back; the table is empty then.
+
+        The last ones first: a page that can be found is of use only with those before it.
+        """
         for group, pages in enumerate(table.pages):
             pool = self.pools[group]
-            for page in pages[table.num_behind[group] :]:
+            for page in reversed(pages[table.num_behind[group] :]):
                 pool.release(page)
             pages.clear()
             table.num_behind[group] = 0
+        table.num_registered = 0
 
-    def _release_behind(self, table: PageTable, query: int) -> None:
-        for group, window in enumerate(self._windows):
+    def release_behind(self, table: PageTable, query: int) -> None:
+        """Gives back the pages that a query at this position, and later ones, cannot see."""
+        for group, window in enumerate(self.windows):
             if window is None:
                 continue
             pages = table.pages[group]
-            num_behind = min(max(query - window + 1, 0) // self.page_size, len(pages))
+            num_behind = min(self.num_behind(group, query), len(pages))
             for index in range(table.num_behind[group], num_behind):
                 self.pools[group].release(pages[index])
                 pages[index] = 0
             table.num_behind[group] = max(table.num_behind[group], num_behind)
+
+    def num_behind(self, group: int, query: int) -> int:
+        """Pages of a sequence that lie wholly behind the group's window for a query."""
+        window = self.windows[group]
+        return 0 if window is None else max(query - window + 1, 0) // self.page_size
 
     def _num_pages(self, num_positions: int) -> int:
         return -(-num_positions // self.page_size)

@@ -13,7 +13,8 @@ Invariants: a sequence of better rank is never preempted for one of worse rank, 
 pool alone is let in, so the best always comes to its end; the one exception are rows whose tenant
 is at the bound of fairness (`scheduler.accounts`). Who is preempted does not come back in the same
 plan. Only rows that join, leave, open a page or end are visited by `plan`; how many wait makes no
-difference.
+difference. A decoding row's full page becomes findable (`scheduler.prefix`) when the step that
+opens its next one is read, so that nobody is visited for it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Seq
 
-from jaxserve.config import SchedulerConfig
+from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.scheduler.accounts import Accounts, Meter
 from jaxserve.scheduler.admission import check_cache, check_context
 from jaxserve.scheduler.choices import Choices
@@ -36,7 +37,8 @@ from jaxserve.scheduler.pace import Pacer
 from jaxserve.scheduler.pages import PageAllocator
 from jaxserve.scheduler.phases import Phase, chunk_end, phase_of
 from jaxserve.scheduler.plan import PageCopy, Plan
-from jaxserve.scheduler.queue import WaitingQueue, no_cache
+from jaxserve.scheduler.prefix import PrefixCache
+from jaxserve.scheduler.queue import WaitingQueue
 from jaxserve.scheduler.room import Room, worst_first
 from jaxserve.scheduler.sequence import Sequence, SequenceState
 from jaxserve.scheduler.shedding import Shedding
@@ -53,15 +55,18 @@ class Scheduler:
         model: its context, end tokens and cache groups.
         page_size: tokens a page.
         num_pages: pages of each cache group's pool, page 0 included.
+        cache: whether pages stay findable, and for whom; its defaults where None.
         accounts: the tenants' counters, shared with other copies' schedulers; own ones where None.
         pacer: likewise.
-        cached_tokens: how many of a waiting sequence's known tokens need not be computed.
+        cached_tokens: how many of a waiting sequence's known tokens need not be computed; what the
+            prefix cache says where None.
         host_pages: pages of each group on the host; none where preempted sequences are recomputed.
         preemption: as `CacheConfig.preemption`.
         clock_ns: CLOCK_MONOTONIC.
 
     Attributes:
         pages: the allocator.
+        prefix: the cache of pages by content.
         shedding: of the queue; counts who was refused or shed.
         swap: what preempted sequences have on the host.
         num_preemptions: so far.
@@ -74,15 +79,17 @@ class Scheduler:
         *,
         page_size: int,
         num_pages: Iterable[int],
+        cache: CacheConfig | None = None,
         accounts: Accounts | None = None,
         pacer: Pacer | None = None,
-        cached_tokens: Callable[[Sequence], int] = no_cache,
+        cached_tokens: Callable[[Sequence], int] | None = None,
         host_pages: Iterable[int] = (),
         preemption: str = "auto",
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.pages = PageAllocator(page_size, model.cache_groups, list(num_pages))
         windows = [group.window for group in model.cache_groups]
+        self.prefix = PrefixCache(self.pages, cache or CacheConfig(), model.name)
         self.swap = Swap(self.pages, windows, list(host_pages), preemption)
         self.num_preemptions = 0
         self._config = config
@@ -92,7 +99,11 @@ class Scheduler:
         self._pacer = pacer or Pacer(config.max_step_ms, config.max_step_tokens)
         self._meter = Meter(self._accounts, self.pages.capacity_tokens)
         self._waiting = WaitingQueue(
-            config, self._accounts, self._meter, cached_tokens=cached_tokens, clock_ns=clock_ns
+            config,
+            self._accounts,
+            self._meter,
+            cached_tokens=cached_tokens or self.prefix.num_cached_of,
+            clock_ns=clock_ns,
         )
         self.shedding = Shedding(config, self._waiting)
         self._choices = Choices(self.pages, self._waiting)
@@ -133,6 +144,7 @@ class Scheduler:
         *,
         priority: int = 0,
         tenant: str = "",
+        cache_salt: str = "",
         weight: float = 1.0,
         arrived_ns: int = 0,
     ) -> list[Sequence]:
@@ -143,6 +155,8 @@ class Scheduler:
         Args:
             priority: smaller is served first, and preempts.
             tenant, weight: who is charged, and its share beside others'.
+            cache_salt: only requests with the same one (and of the same tenant, unless
+                `cache.isolation` is "none") share cached pages.
 
         Raises:
             ContextTooLong: prompt and max_tokens exceed the model's context.
@@ -161,6 +175,7 @@ class Scheduler:
         stops = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             stops |= frozenset(self._model.eos_token_ids)
+        root = self.prefix.root(tenant, cache_salt)
         sequences = []
         for choice, key in enumerate(keys):
             self._num_arrived += 1
@@ -177,6 +192,7 @@ class Scheduler:
                     table=self.pages.new_table(),
                     account=account,
                     arrived_ns=arrived_ns,
+                    root=root,
                     queued_ns=self._clock_ns(),
                 )
             )
@@ -222,8 +238,9 @@ class Scheduler:
         budget = self._config.max_step_tokens
         if phase is Phase.PROMPTS:
             plan.decode_steps = 0
+            opened = []
         else:
-            self._open_pages(plan)
+            opened = self._open_pages(plan)
             # Decoding rows come first: at least one token a row, so this is never negative.
             budget -= len(self._decoding)
             budget = self._pacer.budget(len(self._decoding), budget)
@@ -237,11 +254,13 @@ class Scheduler:
             return None
         self._next_step_id += 1
         self._decoding.tell(plan)
+        self.prefix.tell(plan)
         self.swap.tell(plan)
-        self._launched.append(Launched(plan, self._slots.owners()))
+        self._launched.append(Launched(plan, self._slots.owners(), opened))
         for chunk in plan.chunks:
+            sequence = self._slots.owner(chunk.slot)
+            self.prefix.register(sequence, sequence.num_computed)
             if chunk.samples and not chunk.num_drafts:
-                sequence = self._slots.owner(chunk.slot)
                 del self._prefilling[sequence]
                 self._decoding.add(sequence)
         self._choices.queue_forked()
@@ -274,6 +293,10 @@ class Scheduler:
                 self._drafting.verified(sequence, num_drafts, num_tokens)
         if self.num_running <= self._drafting.max_rows:
             self._drafting.take_in(commit.sequences)
+        for sequence in launched.opened:
+            if sequence.state is SequenceState.DECODING:
+                known = min(len(sequence.token_ids), self._decoding.position(sequence))
+                self.prefix.register(sequence, known)
         return commit
 
     # ------------------------------------------------------------------ parts of a plan
@@ -315,13 +338,18 @@ class Scheduler:
     def _retire(self) -> None:
         """Lets go of rows whose last token is launched."""
         for sequence in self._decoding.done():
-            self._decoding.remove(sequence)
+            self._stop_decoding(sequence)
             self._leave_slot(sequence)
             sequence.state = SequenceState.RETIRED
 
-    def _open_pages(self, plan: Plan) -> None:
-        """Gives decoding rows that come to a new page one, preempting the worst if need be."""
-        for sequence, position in self._decoding.opening(plan.decode_steps):
+    def _open_pages(self, plan: Plan) -> list[Sequence]:
+        """Gives decoding rows that come to a new page one, preempting the worst if need be.
+
+        Returns:
+            These rows.
+        """
+        opening = self._decoding.opening(plan.decode_steps)
+        for sequence, position in opening:
             while sequence.state is SequenceState.DECODING:
                 # What a window has passed is given back as of the call's first step: the pages
                 # may go to rows of this very call.
@@ -331,6 +359,7 @@ class Scheduler:
                     plan.enter(sequence.slot, entries)
                     break
                 self._make_room(None)
+        return [sequence for sequence, _ in opening]
 
     def _continue_prefills(self, plan: Plan, budget: int) -> int:
         """Chunks for sequences that hold a slot; returns the budget that is left."""
@@ -340,6 +369,7 @@ class Scheduler:
                 continue
             if sequence.state is not SequenceState.PREFILLING:
                 continue  # preempted for a better one, just now
+            plan.enter(sequence.slot, self.prefix.catch_up(sequence))
             end = chunk_end(self._phase, sequence, budget)
             if end == sequence.num_computed:
                 continue  # in a step of another kind
@@ -375,6 +405,8 @@ class Scheduler:
             sequence = self._waiting.peek()
             if sequence is None or sequence.has_unread:
                 return budget  # preempted a moment ago: its last tokens are still on their way
+            if self.prefix.find(sequence):
+                self._choices.hold(sequence)
             if chunk_end(self._phase, sequence, max(budget, 1)) == sequence.num_computed:
                 return budget  # its turn comes with a step of another kind
             if not self._slots.num_free or not self._room.is_for(sequence, self.num_running):
@@ -441,6 +473,8 @@ class Scheduler:
 
     def _take_slot(self, plan: Plan, sequence: Sequence) -> None:
         self._slots.take(sequence)
+        sequence.count_found()
+        self.prefix.joined(sequence)
         if self._set_back_level < math.inf:
             plan.forget_entries(sequence.slot)  # of whoever had the slot until now
         sequence.state = SequenceState.PREFILLING
@@ -448,6 +482,13 @@ class Scheduler:
         sequence.scheduled_ns = sequence.scheduled_ns or self._clock_ns()
         self._prefilling[sequence] = None
         plan.joins.append(join_of(sequence))
+
+    def _stop_decoding(self, sequence: Sequence) -> None:
+        """Takes out a row whose known tokens are launched: one that decodes or drafts."""
+        decodes = sequence.state is SequenceState.DECODING
+        (self._decoding if decodes else self._drafting).remove(sequence)
+        known = min(len(sequence.token_ids), sequence.num_computed)
+        self.prefix.register(sequence, known)
 
     def _leave_slot(self, sequence: Sequence) -> None:
         self.pages.release(sequence.table)
@@ -466,11 +507,8 @@ class Scheduler:
         elif state is SequenceState.PREFILLING:
             del self._prefilling[sequence]
             self._leave_slot(sequence)
-        elif state is SequenceState.DECODING:
-            self._decoding.remove(sequence)
-            self._leave_slot(sequence)
-        elif state is SequenceState.DRAFTING:
-            self._drafting.remove(sequence)
+        elif state in (SequenceState.DECODING, SequenceState.DRAFTING):
+            self._stop_decoding(sequence)
             self._leave_slot(sequence)
         sequence.state = SequenceState.FINISHED
         stop_tokens = int(sequence.stop_token_id is not None)
@@ -493,12 +531,10 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue, at its old place; its pages go to the host or are computed again."""
-        if sequence.state is SequenceState.DECODING:
-            self._decoding.remove(sequence)
-        elif sequence.state is SequenceState.DRAFTING:
-            self._drafting.remove(sequence)
-        else:
+        if sequence.state is SequenceState.PREFILLING:
             del self._prefilling[sequence]
+        else:
+            self._stop_decoding(sequence)
         self.swap.set_back(sequence)
         self._slots.leave(sequence)
         sequence.num_preemptions += 1

@@ -53,6 +53,8 @@ class Sequence:
         has_begun: whether any sequence of its request has run.
         waited_ns: in the queue, before this wait.
         stop_token_ids: end the sequence when sampled; the model's end tokens among them.
+        root: what the digests of its pages begin with; digests: of its first full pages, as far
+            as they were needed.
         copy: of the model, that it lives on.
         host_table: its pages on the host, while it waits with its cache saved.
         followers: choices that wait to share this one's prompt.
@@ -78,11 +80,13 @@ class Sequence:
     table: PageTable
     account: Account | None = None
     arrived_ns: int = 0
+    root: bytes = b""
     max_len: int = field(init=False)
 
     state: SequenceState = SequenceState.WAITING
     slot: int = -1
     copy: int = 0
+    digests: list[bytes] = field(default_factory=list)
     host_table: HostTable | None = None
     followers: list[Sequence] = field(default_factory=list)
     leader: Sequence | None = None
@@ -135,6 +139,15 @@ class Sequence:
         return self.num_reached - self.num_cached
 
     @property
+    def owes_prompt_logprobs(self) -> bool:
+        """Whether prompt tokens must be run for their log-probabilities."""
+        return (
+            self.sampling.prompt_logprobs is not None
+            and self.choice == 0
+            and self.num_prompt_logprobs_planned < self.prompt_len - 1
+        )
+
+    @property
     def looks_back(self) -> bool:
         """Whether its sampling depends on which tokens came before."""
         sampling = self.sampling
@@ -146,18 +159,23 @@ class Sequence:
         )
 
     def prefix_looked_back_at(self) -> list[int]:
-        """The tokens already computed elsewhere, if its sampling depends on tokens before them.
+        """The tokens that its slot will not see, if its sampling depends on them.
 
-        Presence and frequency penalties count output tokens only: of those it has some when its
-        pages come back from the host, never when it shares a prompt. Single bad words need no
-        history.
+        Presence and frequency penalties count output tokens only; single bad words need no history.
         """
         sampling = self.sampling
-        looks_back = sampling.repetition_penalty != 1
-        looks_back |= any(len(word) > 1 for word in sampling.bad_words)
-        if self.num_computed > self.prompt_len:
-            looks_back |= sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
-        return self.token_ids[: self.num_computed] if looks_back else []
+        if not self.looks_back or (
+            self.num_computed <= self.prompt_len
+            and sampling.repetition_penalty == 1
+            and all(len(word) == 1 for word in sampling.bad_words)
+        ):
+            return []
+        return self.token_ids[: self.num_computed]
+
+    def count_found(self) -> None:
+        """Positions up to `num_computed` that were never launched for it count as cached."""
+        self.num_cached += max(self.num_computed - self.num_reached, 0)
+        self.num_reached = max(self.num_reached, self.num_computed)
 
     def reach(self, start: int, end: int) -> None:
         """Counts positions start … end - 1 as launched, once more or for the first time."""

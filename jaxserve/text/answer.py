@@ -109,7 +109,9 @@ class Answer:
             )
             for _ in range(request.n)
         ]
-        self._stream = client.submit(planned.token_ids, planned.sampling, n=request.n)
+        self._stream = client.submit(
+            planned.token_ids, planned.sampling, n=request.n, cache_salt=request.cache_salt
+        )
 
     def advance(self) -> bool:
         """Takes in what has come; whether the request is done.

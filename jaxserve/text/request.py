@@ -39,6 +39,7 @@ class Request:
         stop: a string or several that end the output; include_stop keeps the one that did.
         skip_special_tokens: whether control tokens are left out of the text.
         seed: None draws one.
+        cache_salt: only requests with the same one share cached pages.
         temperature … prompt_logprobs: as in `SamplingParams`, with its defaults (temperature 1,
             nothing cut off, no penalties). Beyond it, logit_bias may be a mapping (its keys may be
             written as text, as JSON does) and bad_words may hold strings.
@@ -53,6 +54,7 @@ class Request:
     include_stop: bool = False
     skip_special_tokens: bool = True
     seed: int | None = None
+    cache_salt: str = ""
     min_tokens: int = 0
     temperature: float = 1.0
     top_k: int = 0
@@ -141,6 +143,9 @@ def plan(
     request.stops  # noqa: B018  (raises)
     for name in ("include_stop", "skip_special_tokens"):
         _flag(name, getattr(request, name))
+    if not isinstance(request.cache_salt, str) or len(request.cache_salt) > types.MAX_CACHE_SALT:
+        wanted = f"a string of at most {types.MAX_CACHE_SALT} characters"
+        raise _wrong("cache_salt", wanted, request.cache_salt)
     return PlannedRequest(
         request=request,
         text=text,

@@ -38,6 +38,16 @@ def test_the_engine_is_idle_and_empty_between_runs() -> None:
         assert bench.engine.scheduler.pages_used == 0
 
 
+def test_a_prompt_is_computed_again_each_time() -> None:
+    bench = EngineBench(CONFIG, fake_parts)
+    case, prompts = Case(kind="prefill", rows=1, context=100), [list(range(100))]
+    positions = []
+    for _ in range(2):
+        bench.run(case, 1, prompts)
+        positions.append(bench.engine.executor.num_positions)
+    assert positions[1] == 2 * positions[0]
+
+
 def test_a_prefill_case_is_the_time_to_the_first_token() -> None:
     bench = EngineBench(CONFIG, fake_parts)
     sample = bench.run(Case(kind="prefill", rows=1, context=100), steps=1)

@@ -22,6 +22,13 @@ REQUEST = Submit(
 )
 
 
+def test_a_long_cache_salt_is_refused() -> None:
+    check_submit(dataclasses.replace(REQUEST, cache_salt="a" * 256), MODEL)
+    with pytest.raises(InvalidRequest, match="257 characters, at most 256") as refused:
+        check_submit(dataclasses.replace(REQUEST, cache_salt="a" * 257), MODEL)
+    assert refused.value.param == "cache_salt"
+
+
 def test_segments_become_one_prompt() -> None:
     assert check_submit(REQUEST, MODEL) == [1, 2, 3]
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxserve.config import SchedulerConfig
+from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.engine.loop import Batch
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.scheduler import Scheduler
@@ -40,6 +40,8 @@ class Rig:
     limits: dict[str, Any] = field(default_factory=dict)  # further fields of SchedulerConfig
     clock_ns: Callable[[], int] = time.monotonic_ns
     pipelined: bool = True
+    prefix: bool = True
+    isolation: str = "tenant"
     batch: Batch = field(default_factory=ExactBatch)
     sequences: list[Sequence] = field(default_factory=list)
     ends: Counter[Sequence] = field(default_factory=Counter)
@@ -70,6 +72,7 @@ class Rig:
             self.model,
             page_size=self.page_size,
             num_pages=num_pages,
+            cache=CacheConfig(prefix=self.prefix, isolation=self.isolation),
             clock_ns=self.clock_ns,
             host_pages=[self.host_pages] * len(self.groups),
             preemption=self.preemption,
@@ -92,6 +95,7 @@ class Rig:
         n: int = 1,
         priority: int = 0,
         tenant: str = "",
+        cache_salt: str = "",
         weight: float = 1.0,
         **sampling,
     ) -> list:
@@ -99,7 +103,13 @@ class Rig:
         params = SamplingParams(**{"max_tokens": 8, "seed": 1} | sampling)
         keys = [("client", len(self.sequences) + i) for i in range(n)]
         sequences = self.scheduler.submit(
-            keys, prompt, params, priority=priority, tenant=tenant, weight=weight
+            keys,
+            prompt,
+            params,
+            priority=priority,
+            tenant=tenant,
+            cache_salt=cache_salt,
+            weight=weight,
         )
         for shed, _ in self.scheduler.shedding.take():
             self.ends[shed] += 1

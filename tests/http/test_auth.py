@@ -160,3 +160,18 @@ def test_without_a_key_file_only_loopback_is_served(tmp_path):
             check_exposure(HttpConfig(host=host))
     check_exposure(HttpConfig(host="0.0.0.0", key_file="keys.yaml"))
     assert KeyRing().identify(None) is ANONYMOUS and ANONYMOUS.admin
+
+
+def test_a_tenant_cannot_tell_what_another_has_sent(guarded: Front):
+    """Nor by a salt that comes to the same letters as the other's name."""
+    message = [{"role": "user", "content": "a secret that is long enough to fill some pages"}]
+
+    def cached(key: str, **changes) -> int:
+        response = guarded.post(CHAT, BODY | {"messages": message} | changes, headers=bearer(key))
+        return response.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    salt = {"cache_salt": "salt"}
+    first, second = cached("alice", **salt), cached("alice", **salt)
+    assert first == 0 < second
+    assert [cached("root", **salt), cached("root", **salt)] == [0, second]
+    assert cached("root", cache_salt="acmesalt") == cached("root", cache_salt="acme") == 0

@@ -25,7 +25,8 @@ def events(text: str) -> list[dict]:
 
 def test_text_and_usage_equal_the_oracle(front):
     tokens, text = expected(PROMPT, seed=5)
-    answer = front.ok(PATH, {"model": "fake", "prompt": "hello there", "seed": 5})
+    body = {"model": "fake", "prompt": "hello there", "seed": 5, "cache_salt": "usage"}
+    answer = front.ok(PATH, body)
     assert answer["object"] == "text_completion" and answer["id"].startswith("cmpl-")
     (choice,) = answer["choices"]
     assert choice == {"index": 0, "text": text, "logprobs": None, "finish_reason": "length"}
@@ -36,6 +37,18 @@ def test_text_and_usage_equal_the_oracle(front):
         "total_tokens": 27,
         "prompt_tokens_details": {"cached_tokens": 0},
     }
+
+
+def test_usage_says_what_was_found_and_a_salt_keeps_it_apart(front):
+    def cached(**changes) -> int:
+        body = {"prompt": "the same beginning, " * 3, "seed": 5} | changes
+        return front.ok(PATH, body)["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    salted = {"cache_salt": "pepper"}
+    assert [cached(), cached(), cached(**salted), cached(**salted)] == [0, 56, 0, 56]
+    text = {"prompt": "the same beginning, but another end"}
+    assert [cached(**text), cached(**text, **salted)] == [20, 20]
+    assert cached(prompt_logprobs=1) == 0  # it must be run
 
 
 def test_an_end_token_stops_and_is_not_shown(front):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations, product
 
 import pytest
@@ -60,6 +61,21 @@ def _drafted_if_it_may(trial: Trial) -> bool:
     return any(record.drafted_tokens for record in trial.records) == may_draft
 
 
+def _prompts_first(trial: Trial) -> None:
+    """Each probe's beginning has been computed for another request."""
+    for probe in trial.probes:
+        sampling = replace(probe.sampling, max_tokens=3, prompt_logprobs=None, stop_token_ids=())
+        trial.finish(trial.client.submit([*probe.prompt[:-2], 1], sampling))
+
+
+def _was_found(trial: Trial) -> bool:
+    """Where pages run out they may have been taken before: tests/scheduler/test_prefix_runs.py."""
+    if trial.engine.scheduler.prefix_lookup_tokens == 0:  # none where output is batch-invariant
+        return any("engine.batch_invariant=true" in f.settings for f in trial.features)
+    found = any(outcomes[0].record.cached_tokens >= 16 for outcomes in trial.outcomes)
+    return found or any(record.preemptions for record in trial.records)
+
+
 def _urgent(probe: Probe) -> None:
     probe.priority = -1
 
@@ -81,6 +97,7 @@ FEATURES = (
     Feature(name="cancel", shape=_cancel),
     Feature(name="chunked prefill", settings=("scheduler.max_step_tokens=8",)),
     Feature(name="several decode steps", settings=("scheduler.decode_steps=4",)),
+    Feature(name="prefix hit", before=_prompts_first, acted=_was_found),
 )
 #: What becomes of a sequence that is set back: one or the other.
 PREEMPTION = (

@@ -101,7 +101,8 @@ def test_choices_equal_the_oracle(connect):
 
 def test_records_and_times_are_in_order(connect):
     async def body(client: EngineClient) -> None:
-        events = [event async for event in client.submit(PROMPT, sampling(max_tokens=9))]
+        stream = client.submit(PROMPT, sampling(max_tokens=9), cache_salt="records")
+        events = [event async for event in stream]
         finished = events[-1].finished
         assert finished is not None and finished.reason is FinishReason.LENGTH
         r = finished.record
@@ -220,10 +221,16 @@ def test_step_statistics_go_to_those_that_ask(connect):
     stats: list[StepStats] = []
 
     async def body(client: EngineClient) -> None:
-        await collect(client.submit(PROMPT, sampling(max_tokens=10)))
-        await client.get_status()
-        assert sum(s.prefill_tokens for s in stats) == len(PROMPT)
-        assert sum(s.decode_tokens for s in stats) == 9
+        before = await client.get_status()
+        for _ in range(2):
+            await collect(client.submit(PROMPT, sampling(max_tokens=10), cache_salt="stats"))
+        status = await client.get_status()
+        assert sum(s.prefill_tokens for s in stats) == len(PROMPT) + 2
+        assert status.prefix_lookup_tokens - before.prefix_lookup_tokens == 2 * len(PROMPT)
+        assert status.prefix_hit_tokens - before.prefix_hit_tokens == 4
+        assert sum(s.prefix_hit_tokens for s in stats) == status.prefix_hit_tokens  # all that was
+        assert stats[-1].pages_cached == status.pages_cached >= 3
+        assert sum(s.decode_tokens for s in stats) == 2 * 9
         assert stats[0].rows == 1 and stats[-1].pages_total == 199
         assert [s.step_id for s in stats] == sorted(s.step_id for s in stats)
 

@@ -11,7 +11,7 @@ import random
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 
-from jaxserve.config import SchedulerConfig
+from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequence import Sequence, SequenceState
@@ -68,6 +68,7 @@ class Driver:
             MODEL,
             page_size=self.page_size,
             num_pages=[self.num_pages],
+            cache=CacheConfig(prefix=False),  # all prompts are of the same token
             clock_ns=lambda: self.now_ns,
         )
         self.random = random.Random(self.seed)

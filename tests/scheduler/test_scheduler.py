@@ -107,7 +107,7 @@ def test_the_shared_prompt_is_told_to_sampling_that_looks_back(looking_back, sam
 
 
 def test_a_recomputed_sequence_has_no_prefix():
-    rig = Rig(pages=11, max_rows=2, decode_steps=1)
+    rig = Rig(pages=11, max_rows=2, decode_steps=1, prefix=False)
     for _ in range(2):
         rig.submit([7] * 4, max_tokens=24, ignore_eos=True, repetition_penalty=1.2)
     rig.run()
@@ -117,7 +117,7 @@ def test_a_recomputed_sequence_has_no_prefix():
 
 
 def test_choices_outlive_the_first_one():
-    rig = Rig(max_rows=1, max_step_tokens=32)
+    rig = Rig(max_rows=1, max_step_tokens=32, prefix=False)
     rig.submit([1, 2, 3, 4, 5, 6], n=3, max_tokens=4, ignore_eos=True)
     rig.run()
     rig.check()
@@ -138,7 +138,7 @@ def test_cancelled_leader_is_followed():
 
 
 def test_preemption_takes_the_youngest_and_it_keeps_its_place():
-    rig = Rig(pages=11, max_rows=2, decode_steps=1)
+    rig = Rig(pages=11, max_rows=2, decode_steps=1, prefix=False)
     old, young = (rig.submit([7] * 4, max_tokens=24, ignore_eos=True)[0] for _ in range(2))
     late = rig.submit([8] * 4, max_tokens=4, ignore_eos=True)[0]
     rig.run()
@@ -241,6 +241,7 @@ worlds = st.fixed_dictionaries(
         "max_step_tokens": st.integers(5, 40),
         "decode_steps": st.sampled_from([1, 2, 5]),
         "pipelined": st.booleans(),
+        "prefix": st.booleans(),
         "host_pages": st.sampled_from([0, 5, 100]),
     }
 )

@@ -146,6 +146,40 @@ def test_prompt_logprobs_are_those_of_sampling(client: OpenAI, oracle: Oracle) -
         )
 
 
+def test_what_is_found_in_the_cache_gives_the_same_answers(server: Server) -> None:
+    """A system prompt of all requests, at once: with one salt for all, and with one for each."""
+    system = " ".join(f"Rule {i}: name rule {i} where it applies." for i in range(1, 60))
+    questions = [f"\nWhich rule comes after rule {i}?\nAnswer:" for i in range(1, 13)]
+
+    async def ask(client: AsyncOpenAI, salt: str, question: str) -> tuple[str, list[float], int]:
+        answer = await client.completions.create(
+            model=MODEL,
+            prompt=system + question,
+            max_tokens=12,
+            temperature=0,
+            logprobs=0,
+            extra_body={"ignore_eos": True, "cache_salt": salt},
+        )
+        choice, usage = answer.choices[0], answer.usage
+        assert usage is not None and usage.prompt_tokens_details is not None
+        assert choice.logprobs is not None and choice.logprobs.token_logprobs is not None
+        cached = usage.prompt_tokens_details.cached_tokens or 0
+        return choice.text, choice.logprobs.token_logprobs, cached  # pyright: ignore[reportReturnType]
+
+    async def ask_all(client: AsyncOpenAI, salts: list[str]) -> list[tuple[str, list[float], int]]:
+        pairs = zip(salts, questions, strict=True)
+        return await asyncio.gather(*(ask(client, *each) for each in pairs))
+
+    alone = run(server, lambda client: ask_all(client, [f"own {i}" for i in range(12)]))
+    run(server, lambda client: ask(client, "shared", "\n"))
+    shared = run(server, lambda client: ask_all(client, ["shared"] * 12))
+    assert all(cached == 0 for _, _, cached in alone)
+    assert all(cached > 600 for _, _, cached in shared)  # all of the system prompt
+    for (text, logprobs, _), (known, expected, _) in zip(shared, alone, strict=True):
+        assert text == known
+        assert logprobs == pytest.approx(expected, abs=2 * TOLERANCE)
+
+
 def test_two_hundred_streams_are_whole(server: Server) -> None:
     async def read(client: AsyncOpenAI, index: int) -> tuple[int, str | None]:
         stream = await client.completions.create(

@@ -102,6 +102,8 @@ def test_a_conversation_and_its_variables() -> None:
         ({"prompt": [True]}, "prompt takes text or token ids, got True", "prompt"),
         ({"prompt": [10**9000]}, "prompt holds an integer of 29898 bits", "prompt"),
         ({"prompt": "a", "messages": USER}, "either a prompt or messages", "prompt"),
+        ({"cache_salt": 5}, "cache_salt takes a string of at most 256 characters", "cache_salt"),
+        ({"cache_salt": "a" * 257}, "cache_salt takes a string of at most 256", "cache_salt"),
         ({"n": "2"}, "n takes an integer, got '2'", "n"),
         ({"n": True}, "n takes an integer, got True", "n"),
         ({"n": 129}, "n must be between 1 and 128, got 129", "n"),
@@ -190,5 +192,5 @@ def test_any_json_is_planned_or_refused(options: dict[str, Any]) -> None:
     with contextlib.suppress(InvalidRequest):
         request = planned(**options)
         stream = StreamState(range(request.request.n))
-        message = submit_message(stream, request.token_ids, request.sampling, 0, "", None)
+        message = submit_message(stream, request.token_ids, request.sampling)
         assert check_submit(message, MODEL) == request.token_ids
