@@ -107,9 +107,7 @@ class BatchBuilder:
                 for join in plan.joins
             ],
             page_copies=[(copy.group, copy.source, copy.target) for copy in plan.page_copies],
-            page_entries=[
-                (entry.group, entry.slot, entry.index, entry.page) for entry in plan.page_entries
-            ],
+            page_entries=plan.page_entries,
             page_saves=[(save.group, save.page, save.host_page) for save in plan.page_saves],
             page_loads=[(load.group, load.host_page, load.page) for load in plan.page_loads],
             logprobs=rows.logprobs,

@@ -53,7 +53,9 @@ class Account:
     @property
     def counter(self) -> float:
         """Weighted service so far."""
-        pending = sum(len(t.decoding) * (m.clock - t.since) for m, t in self.tallies.items())
+        pending = 0
+        for meter, tally in self.tallies.items():
+            pending += len(tally.decoding) * (meter.clock - tally.since)
         return self.settled + pending * self.level.accounts.output_price / self.weight
 
     def settle(self) -> None:

@@ -82,6 +82,17 @@ class PagePool:
         self._references[page] = 1
         return page
 
+    def take_several(self, num_pages: int) -> list[int]:
+        """So many pages without content, each held once, likewise."""
+        free = self._free
+        if num_pages > len(free):
+            return [self.take() for _ in range(num_pages)]
+        taken = free[-num_pages:]
+        del free[-num_pages:]
+        for page in taken:
+            self._references[page] = 1
+        return taken
+
     def share(self, page: int) -> None:
         """One more holder of a page that is held or can be found."""
         if self._references[page] == 0:
@@ -98,6 +109,19 @@ class PagePool:
                 self._kept[page] = None
             else:
                 self._free.append(page)
+
+    def release_several(self, pages: Iterable[int]) -> None:
+        """One holder less of each."""
+        references, digests = self._references, self._digests
+        for page in pages:
+            left = references[page] - 1
+            assert left >= 0, f"page {page} is free"
+            references[page] = left
+            if left == 0:
+                if page in digests:
+                    self._kept[page] = None
+                else:
+                    self._free.append(page)
 
     def num_holders(self, page: int) -> int:
         """How often the page is held."""
@@ -170,6 +194,7 @@ class PageAllocator:
         self.page_size = page_size
         self.pools = [PagePool(pages) for pages in num_pages]
         self.windows = [group.window for group in groups]
+        self._has_windows = any(window is not None for window in self.windows)
 
     @property
     def num_used(self) -> int:
@@ -243,17 +268,18 @@ class PageAllocator:
         Returns:
             (group, index, page) of each new entry; None, and no page taken, if there are too few.
         """
-        self.release_behind(table, start)
-        num_pages = self._num_pages(end)
+        if self._has_windows:
+            self.release_behind(table, start)
+        num_pages = -(-end // self.page_size)
         for pool, pages in zip(self.pools, table.pages, strict=True):
             if num_pages - len(pages) > pool.num_free:
                 return None
-        entries = []
+        entries: list[tuple[int, int, int]] = []
         for group, pages in enumerate(table.pages):
-            while len(pages) < num_pages:
-                page = self.pools[group].take()
-                entries.append((group, len(pages), page))
-                pages.append(page)
+            first = len(pages)
+            if first < num_pages:
+                pages += self.pools[group].take_several(num_pages - first)
+                entries += [(group, index, pages[index]) for index in range(first, num_pages)]
         return entries
 
     def reachable(self, table: PageTable, start: int) -> int:
@@ -316,9 +342,7 @@ class PageAllocator:
         The last ones first: a page that can be found is of use only with those before it.
         """
         for group, pages in enumerate(table.pages):
-            pool = self.pools[group]
-            for page in reversed(pages[table.num_behind[group] :]):
-                pool.release(page)
+            self.pools[group].release_several(reversed(pages[table.num_behind[group] :]))
             pages.clear()
             table.num_behind[group] = 0
         table.num_registered = 0

@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 
 from jaxserve.types import SamplingParams
 
+#: (group, slot, index, page): slot's logical page `index` of a cache group is now page `page`. A
+#: plain tuple, as `StepInputs` has it: a plan may hold hundreds.
+PageEntry = tuple[int, int, int, int]
+
 
 @dataclass(slots=True, kw_only=True)
 class Join:
@@ -53,16 +57,6 @@ class Chunk:
     prompt_logprobs: int | None = None
     next_token_id: int | None = None
     num_drafts: int = 0
-
-
-@dataclass(slots=True, kw_only=True)
-class PageEntry:
-    """Page-table delta: slot's logical page `index` of cache group `group` is now page `page`."""
-
-    slot: int
-    group: int
-    index: int
-    page: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -124,11 +118,8 @@ class Plan:
 
     def enter(self, slot: int, entries: Iterable[tuple[int, int, int]]) -> None:
         """Adds page-table entries of a slot: (group, index, page)."""
-        self.page_entries += [
-            PageEntry(slot=slot, group=group, index=index, page=page)
-            for group, index, page in entries
-        ]
+        self.page_entries += [(group, slot, index, page) for group, index, page in entries]
 
     def forget_entries(self, slot: int) -> None:
         """Drops a slot's entries: it changes hands within the plan, which may name each once."""
-        self.page_entries = [entry for entry in self.page_entries if entry.slot != slot]
+        self.page_entries = [entry for entry in self.page_entries if entry[1] != slot]

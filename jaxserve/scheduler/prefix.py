@@ -6,6 +6,9 @@ are there instead of computing them; while its prompt is being computed it looks
 chunk, since another may be ahead with the same prompt. A page that two sequences have computed at
 once is registered once: the later one gives its own back and holds the registered one.
 
+A page that the device had to give up may be on the host (`scheduler.spill`). It is found there too,
+where loading it is measured to be faster than computing it and a page of the device is free for it.
+
 Invariants:
 - A page is registered only when the step that fills it has been launched, and found only by later
   plans: device calls form one chain, so whoever shares it reads what was written.
@@ -25,6 +28,8 @@ from jaxserve.scheduler.digests import extend_digests, root_digest
 from jaxserve.scheduler.pages import PageAllocator, PageTable
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.sequence import Sequence, SequenceState
+from jaxserve.scheduler.spill import Spill
+from jaxserve.scheduler.swap_costs import SwapCosts
 
 #: Pages hashed at a time while they are looked for: a prompt that is not there is not hashed whole.
 _BLOCK = 16
@@ -36,6 +41,8 @@ class PrefixCache:
 
     Args:
         pages: where they are.
+        spill: those that the device had to give up.
+        costs: whether loading them pays.
         config: whether, and who shares with whom.
         model: the name of what computes the pages.
 
@@ -44,10 +51,19 @@ class PrefixCache:
         num_hit_tokens: of these, those found instead of computed.
     """
 
-    def __init__(self, pages: PageAllocator, config: CacheConfig, model: str) -> None:
+    def __init__(
+        self,
+        pages: PageAllocator,
+        spill: Spill,
+        costs: SwapCosts,
+        config: CacheConfig,
+        model: str,
+    ) -> None:
         self.num_lookup_tokens = 0
         self.num_hit_tokens = 0
         self._pages = pages
+        self._spill = spill
+        self._costs = costs
         self._is_on = config.prefix
         self._by_tenant = config.isolation == "tenant"
         self._extra = model.encode()
@@ -63,7 +79,7 @@ class PrefixCache:
         return root_digest(self._extra, *texts)
 
     def num_cached(self, prompt: Seq[int], root: bytes) -> int:
-        """Tokens of a prompt that could be found now."""
+        """Tokens of a prompt that could be found on the device now."""
         if not self._is_on:
             return 0
         limit = (len(prompt) - 1) // self._pages.page_size
@@ -72,7 +88,7 @@ class PrefixCache:
         )
 
     def num_cached_of(self, sequence: Sequence) -> int:
-        """Known tokens of a waiting sequence that it has, or could find now."""
+        """Known tokens of a waiting sequence that it has, or could find on the device now."""
         size = self._pages.page_size
         start = sequence.num_computed // size
         limit = (len(sequence.token_ids) - 1) // size
@@ -97,7 +113,12 @@ class PrefixCache:
         if not self._may_look(sequence) or limit <= start:
             return []
         digests, table = sequence.digests, sequence.table
-        end = self._reach(table, digests, sequence.root, sequence.token_ids, start, limit)
+        known = table, digests, sequence.root, sequence.token_ids, start
+        end = self._reach(*known, limit)
+        if self._spill.is_on and end < limit:
+            further = self._reach(*known, limit, on_host=True)
+            if further > end and self._may_load(digests, max(end, start), start, further):
+                end = further
         if end <= start:
             return []
         sequence.num_computed = end * size
@@ -171,8 +192,13 @@ class PrefixCache:
         token_ids: Seq[int],
         start: int,
         limit: int,
+        on_host: bool = False,
     ) -> int:
-        """How many pages a sequence could have, of which it holds `start`; at most `limit`."""
+        """How many pages a sequence could have, of which it holds `start`; at most `limit`.
+
+        Args:
+            on_host: counting those that would have to be loaded from there.
+        """
         groups = list(zip(self._pages.pools, self._pages.windows, strict=True))
         runs = [start - behind for behind in table.num_behind]  # pages there without a gap, to here
         end = start
@@ -180,7 +206,8 @@ class PrefixCache:
             if index >= len(digests):
                 self._extend(digests, root, token_ids, min(index + _BLOCK, limit))
             for group, (pool, window) in enumerate(groups):
-                if pool.find(digests[index]) is not None:
+                digest = digests[index]
+                if pool.find(digest) is not None or (on_host and self._spill.has(group, digest)):
                     runs[group] += 1
                 elif window is None:
                     return end
@@ -191,12 +218,30 @@ class PrefixCache:
                 end = index + 1
         return end
 
+    def _may_load(self, digests: list[bytes], on_device: int, start: int, end: int) -> bool:
+        """Whether pages are free for what must be loaded to come to `end`, and it pays.
+
+        Args:
+            on_device: pages that could be had without loading any.
+        """
+        query = end * self._pages.page_size
+        missing = []
+        for group, pool in enumerate(self._pages.pools):
+            first = max(self._pages.num_behind(group, query), start)
+            found = [pool.find(digest) for digest in digests[first:end]]
+            missing.append(found.count(None))
+            kept = sum(page is not None and pool.num_holders(page) == 0 for page in found)
+            if missing[group] > pool.num_free - kept:
+                return False
+        return self._costs.swap_pays((end - on_device) * self._pages.page_size, missing)
+
     def _hold(
         self, table: PageTable, digests: list[bytes], start: int, end: int
     ) -> list[tuple[int, int, int]]:
         """Puts the pages found behind the first `start` ones of a table.
 
-        A page that the sequence had begun to fill itself gives way.
+        A page that the sequence had begun to fill itself gives way. All that were found are held or
+        reserved before a page is taken to load to, so that none is evicted for it.
         """
         query = end * self._pages.page_size
         for pool, pages in zip(self._pages.pools, table.pages, strict=True):
@@ -211,10 +256,18 @@ class PrefixCache:
             if first > start:
                 table.num_behind[group] = first
                 pages += [0] * (first - start)
-            for index in range(first, end):
-                page = pool.find(digests[index])
-                assert page is not None
-                pool.share(page)
+            found = [pool.find(digest) for digest in digests[first:end]]
+            on_host: dict[int, int] = {}
+            for index, page in enumerate(found, first):
+                if page is None:
+                    on_host[index] = self._spill.reserve(group, digests[index])
+                else:
+                    pool.share(page)
+            for index, page in enumerate(found, first):
+                if page is None:
+                    page = pool.take()
+                    self._spill.load(group, on_host[index], page)
+                    pool.register(page, digests[index])
                 pages.append(page)
                 entries.append((group, index, page))
         table.num_registered = end

@@ -33,6 +33,7 @@ from jaxserve.scheduler.chunks import chunk_of, drafts_of, join_of
 from jaxserve.scheduler.commit import Commit, Launched
 from jaxserve.scheduler.decoding import DecodeSet
 from jaxserve.scheduler.drafting import Drafted, DraftSet
+from jaxserve.scheduler.host_pages import HostPages
 from jaxserve.scheduler.pace import Pacer
 from jaxserve.scheduler.pages import PageAllocator
 from jaxserve.scheduler.phases import Phase, chunk_end, phase_of
@@ -43,6 +44,7 @@ from jaxserve.scheduler.room import Room, worst_first
 from jaxserve.scheduler.sequence import Sequence, SequenceState
 from jaxserve.scheduler.shedding import Shedding
 from jaxserve.scheduler.slots import SlotTable
+from jaxserve.scheduler.spill import Spill
 from jaxserve.scheduler.swap import Swap
 from jaxserve.types import FinishReason, ModelInfo, SamplingParams
 
@@ -88,9 +90,12 @@ class Scheduler:
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.pages = PageAllocator(page_size, model.cache_groups, list(num_pages))
-        windows = [group.window for group in model.cache_groups]
-        self.prefix = PrefixCache(self.pages, cache or CacheConfig(), model.name)
-        self.swap = Swap(self.pages, windows, list(host_pages), preemption)
+        host = HostPages(list(host_pages))
+        self.swap = Swap(self.pages, host, preemption)
+        self._spill = Spill(self.pages, host)
+        self.prefix = PrefixCache(
+            self.pages, self._spill, self.swap.costs, cache or CacheConfig(), model.name
+        )
         self.num_preemptions = 0
         self._config = config
         self._model = model
@@ -255,6 +260,7 @@ class Scheduler:
         self._next_step_id += 1
         self._decoding.tell(plan)
         self.prefix.tell(plan)
+        self._spill.tell(plan)
         self.swap.tell(plan)
         self._launched.append(Launched(plan, self._slots.owners(), opened))
         for chunk in plan.chunks:

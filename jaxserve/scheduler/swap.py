@@ -17,8 +17,6 @@ plan loads are handed out again only after it, since a plan's saves come before 
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
-
 from jaxserve.scheduler.host_pages import HostPages, HostTable
 from jaxserve.scheduler.pages import PageAllocator, PageTable
 from jaxserve.scheduler.plan import PageLoad, PageSave, Plan
@@ -31,8 +29,7 @@ class Swap:
 
     Args:
         pages: the device's.
-        windows: of each cache group, None for full attention.
-        host_pages: of each group; none where there is no host store.
+        host: the host's; none where there is no host store.
         preemption: "swap" wherever there is room, "recompute" always, or "auto".
 
     Attributes:
@@ -44,17 +41,15 @@ class Swap:
     def __init__(
         self,
         pages: PageAllocator,
-        windows: Seq[int | None],
-        host_pages: Seq[int] = (),
+        host: HostPages,
         preemption: str = "auto",
     ) -> None:
         self.costs = SwapCosts()
         self.num_sequences = 0
         self.num_saved = self.num_loaded = 0
         self._pages = pages
-        self._windows = windows
-        self._host = HostPages(host_pages)
-        self._preemption = preemption if any(host_pages) else "recompute"
+        self._host = host
+        self._preemption = preemption if host.capacity else "recompute"
         self._saves: dict[Sequence, list[PageSave]] = {}  # not in a plan yet
         self._loaded: list[HostTable] = []  # in the plan that is being made
 
@@ -84,7 +79,7 @@ class Swap:
         end = -(-computed // page_size)
         first = [
             0 if window is None else min(max(computed - window + 1, 0) // page_size, end)
-            for window in self._windows
+            for window in self._pages.windows
         ]
         needed = [end - start for start in first]
         if not computed or any(
@@ -136,7 +131,7 @@ class Swap:
     def tell(self, plan: Plan) -> None:
         """Moves the saves since the last plan into this one, which is complete."""
         for saves in self._saves.values():
-            plan.page_saves += saves
+            plan.page_saves += saves  # behind those of the cache: they may take over their pages
         self.num_saved += len(plan.page_saves)
         self.num_loaded += len(plan.page_loads)
         self._saves = {}

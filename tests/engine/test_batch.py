@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jaxserve.device.step import StepInputs
 from jaxserve.engine.batches import Batches
-from jaxserve.scheduler.plan import Chunk, Join, PageCopy, PageEntry, Plan
+from jaxserve.scheduler.plan import Chunk, Join, PageCopy, Plan
 from jaxserve.types import SamplingParams
 from tests.fakes.batch import ComparedBatch, DoublingShapes
 from tests.fakes.executor import FULL, sliding
@@ -57,7 +57,7 @@ def test_chunks_stand_behind_the_decoding_rows_and_padding_behind_both():
         Plan(
             step_id=2,
             joins=[join(5)],
-            page_entries=[PageEntry(slot=5, group=1, index=2, page=7)],
+            page_entries=[(1, 5, 2, 7)],
             page_copies=[PageCopy(group=0, source=3, target=4)],
             chunks=[
                 chunk(5, 0, [11, 12, 13], samples=False, next_token_id=14, prompt_logprobs=2),

@@ -83,7 +83,7 @@ class ExactBatch:
                 for j in plan.joins
             ],
             page_copies=[(c.group, c.source, c.target) for c in plan.page_copies],
-            page_entries=[(e.group, e.slot, e.index, e.page) for e in plan.page_entries],
+            page_entries=plan.page_entries,
             page_saves=[(s.group, s.page, s.host_page) for s in plan.page_saves],
             page_loads=[(load.group, load.host_page, load.page) for load in plan.page_loads],
             logprobs=any(

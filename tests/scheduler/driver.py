@@ -172,7 +172,7 @@ class Driver:
             del self._decoding[slot]
         self._decoding |= dict.fromkeys(plan.decode_joins)
         assert not set(self._decoding) & {chunk.slot for chunk in plan.chunks}
-        entries = [(entry.slot, entry.group, entry.index) for entry in plan.page_entries]
+        entries = [(slot, group, index) for group, slot, index, _ in plan.page_entries]
         assert len(set(entries)) == len(entries), "a page-table entry is written twice in a step"
         num_tokens = len(self._decoding) + sum(len(chunk.token_ids) for chunk in plan.chunks)
         assert num_tokens <= self.config.max_step_tokens

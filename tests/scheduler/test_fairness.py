@@ -134,7 +134,7 @@ def waits_beside(flood: int) -> list[int]:
     config = SchedulerConfig(max_rows=8, max_step_tokens=32, decode_steps=1, max_waiting=10**6)
     driver = Driver(config, num_pages=8 * 16 + 1)
     draw = random.Random(5)
-    own: list[Sequence] = []
+    own = []
     for _ in range(2000):
         missing = max(8 - len(driver.scheduler._waiting), 0)
         for _ in range(missing if flood == 1 else flood):

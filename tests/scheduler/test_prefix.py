@@ -8,10 +8,13 @@ from collections import Counter, OrderedDict
 import pytest
 
 from jaxserve.config import CacheConfig
+from jaxserve.scheduler.host_pages import HostPages
 from jaxserve.scheduler.pages import PageAllocator, PagePool
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.prefix import PrefixCache
 from jaxserve.scheduler.sequence import Sequence, SequenceState
+from jaxserve.scheduler.spill import Spill
+from jaxserve.scheduler.swap_costs import SwapCosts
 from jaxserve.types import SamplingParams
 from tests.fakes.executor import FULL, sliding
 
@@ -35,6 +38,12 @@ def sequence_of(cache: PrefixCache, pages: PageAllocator, tokens: list[int], **w
     )
 
 
+def cache_of(pages: PageAllocator, model: str = "model", **config) -> PrefixCache:
+    """A cache without a host store."""
+    spill = Spill(pages, HostPages([0] * len(pages.pools)))
+    return PrefixCache(pages, spill, SwapCosts(), CacheConfig(**config), model)
+
+
 class World:
     """The real cache beside a model that keeps whole token tuples instead of digests.
 
@@ -46,7 +55,7 @@ class World:
         self.size = page_size
         self.groups = groups
         self.pages = PageAllocator(page_size, groups, [num_pages] * len(groups))
-        self.cache = PrefixCache(self.pages, CacheConfig(isolation=isolation), "model")
+        self.cache = cache_of(self.pages, isolation=isolation)
         self.pages.watch_evictions(self._evicted)
         self.isolation = isolation
         self.random = random.Random(seed)
@@ -229,7 +238,7 @@ def test_2500_random_operations_agree_with_the_model(groups, page_size, isolatio
 
 def make(groups=(FULL,), page_size: int = 4, num_pages: int = 20, **config):
     pages = PageAllocator(page_size, groups, [num_pages] * len(groups))
-    return pages, PrefixCache(pages, CacheConfig(**config), "model")
+    return pages, cache_of(pages, **config)
 
 
 def computed(pages: PageAllocator, cache: PrefixCache, tokens: list[int], **who) -> Sequence:
@@ -290,7 +299,7 @@ def test_who_shares_with_whom(isolation, own, other, shared):
 
 def test_another_model_shares_nothing():
     pages, cache = make()
-    assert cache.root("", "") != PrefixCache(pages, CacheConfig(), "another").root("", "")
+    assert cache.root("", "") != cache_of(pages, model="another").root("", "")
 
 
 def test_pages_computed_twice_are_held_once_and_the_row_is_told():
@@ -305,7 +314,7 @@ def test_pages_computed_twice_are_held_once_and_the_row_is_told():
     assert pages.num_used == 4
     plan = Plan(step_id=0)
     cache.tell(plan)
-    told = [(entry.slot, entry.index, entry.page) for entry in plan.page_entries]
+    told = [(slot, index, page) for _, slot, index, page in plan.page_entries]
     assert told == [(5, 0, first.table.pages[0][0]), (5, 1, first.table.pages[0][1])]
     cache.tell(plan)
     assert len(plan.page_entries) == 2  # once

@@ -19,7 +19,8 @@ from tests.fakes.rig import VOCAB, Rig
 
 def crowded(**world) -> Rig:
     """Two rows whose tokens do not fit the pages together."""
-    rig = Rig(**{"pages": 11, "max_rows": 2, "decode_steps": 1, "host_pages": 20} | world)
+    few = {"pages": 11, "max_rows": 2, "decode_steps": 1, "host_pages": 20, "prefix": False}
+    rig = Rig(**few | world)
     for token in (7, 8):
         rig.submit([token] * 4, max_tokens=24, ignore_eos=True)
     return rig
@@ -55,7 +56,7 @@ def test_its_pages_are_free_in_the_plan_that_saves_them() -> None:
     rig = crowded()
     until_swapped(rig)
     plan = rig.plans[-1]
-    assert {save.page for save in plan.page_saves} & {entry.page for entry in plan.page_entries}
+    assert {save.page for save in plan.page_saves} & {page for _, _, _, page in plan.page_entries}
     rig.run()
     rig.check()
 
@@ -210,7 +211,7 @@ def test_automatic_choice_follows_the_costs() -> None:
 def test_what_a_plan_loads_is_not_saved_over_in_it() -> None:
     """A plan's saves come before its loads."""
     pages = PageAllocator(4, [FULL], [50])
-    swap = Swap(pages, [None], [3], "swap")
+    swap = Swap(pages, HostPages([3]), "swap")
     first, second = (new_sequence(pages, 10) for _ in range(2))
     swap.set_back(first)
     swap.tell(saving := Plan(step_id=0))
@@ -231,7 +232,7 @@ def test_what_a_plan_loads_is_not_saved_over_in_it() -> None:
 
 def test_a_save_that_nobody_needs_any_more_is_not_made() -> None:
     pages = PageAllocator(4, [FULL], [50])
-    swap = Swap(pages, [None], [30], "swap")
+    swap = Swap(pages, HostPages([30]), "swap")
     sequence = new_sequence(pages, 10)
     swap.set_back(sequence)
     for _ in range(2):
