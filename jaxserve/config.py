@@ -101,7 +101,8 @@ class SchedulerConfig:
         max_waiting_tokens: known tokens of those that may wait, likewise; 0 sets no bound.
         decode_steps: decode steps in one device call when nothing on the host is needed.
         draft_tokens: next tokens of a row that are guessed from its earlier text and verified in
-            one step, at most; 0 switches speculation off. Output is the same.
+            one step, at most; 0 switches speculation off. Output is the same. Never with
+            engine.batch_invariant.
         draft_rows: with more rows than this in a step nothing is guessed.
         max_step_ms: what a step that decodes should take at most; chunks of prompts are cut to it.
             0 sets no bound.
