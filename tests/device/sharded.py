@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import jax
 
 from jaxserve.config import Config
 from jaxserve.engine import load
+from jaxserve.engine.batches import Batches
 from jaxserve.engine.loop import Engine
 from jaxserve.engine.parts import Parts
 from jaxserve.engine.process import build_engine
@@ -34,7 +36,7 @@ SETTINGS = (
     "scheduler.max_rows=4",
     "scheduler.max_step_tokens=16",
     "scheduler.decode_steps=3",
-    "scheduler.draft_tokens=3",
+    "scheduler.draft_tokens=0",
     "kernels.matmul=xla",
 )
 #: So many of them are served again, with drafts.
@@ -112,7 +114,9 @@ def answers(engine: Engine, pocket: Any) -> dict[str, Any]:
 def draft(config: Config, parts: Parts, expected: dict[str, Any]) -> dict[str, Any]:
     """The first of these requests that draft, once more, a few at a time and with told drafts."""
     pocket: Any = Pocket()
-    engine = build_engine(config, pocket, parts)
+    assert isinstance(parts.batch, Batches)
+    batch = Batches(parts.batch.shapes, config.scheduler.max_rows, parts.copies)
+    engine = build_engine(config, pocket, replace(parts, batch=batch))
     for number in range(DRAFTING):
         engine.handle("client", request(number, parts.model.vocab_size))
         sequence = engine._live["client"][number]
@@ -145,7 +149,8 @@ def main(model: str, data: str, expert: str, model_axis: str, *settings: str) ->
         config = load_config(None, [*common, *parallel], {})
         parts = load.load_parts(config, lambda *_: None)
         found[name] = serve(config, parts)
-        found[name]["with_drafts"] = draft(config, parts, found[name])
+        if config.scheduler.draft_tokens:
+            found[name]["with_drafts"] = draft(config, parts, found[name])
     print(json.dumps(found))
 
 
