@@ -187,6 +187,16 @@ class EngineConfig:
         compile_cache_dir: JAX's persistent compilation cache; ~/.cache/jaxserve/xla where empty.
         compile_threads: programs compiled side by side at start-up; 0 takes the cores.
         step_timeout_s: a step that takes longer than this counts as hung.
+        step_deadline_factor: so many times the longest measured step of its program a step may
+            take, beside step_deadline_floor_s, before the engine counts as hung; never more than
+            step_timeout_s, which is also the limit while nothing is measured.
+        step_deadline_floor_s: see step_deadline_factor; an idle engine that does not stir for so
+            long counts as hung, too.
+        max_restarts: an engine that ends by itself is started again so often within
+            restart_window_s; after that the server ends. 0: never.
+        restart_window_s: see max_restarts.
+        restart_backoff_s: pause before the second restart in a row; doubled each time, up to half
+            a minute, while lives are short. The first restart is at once.
         batch_invariant: a request's output does not depend, to the last bit, on what else runs: one
             size of decode step and one of prompt step, never both in one, and what is computed
             again takes the way it took at first.
@@ -195,6 +205,11 @@ class EngineConfig:
     compile_cache_dir: str = ""
     compile_threads: int = 0
     step_timeout_s: float = 120.0
+    step_deadline_factor: float = 20.0
+    step_deadline_floor_s: float = 10.0
+    max_restarts: int = 12
+    restart_window_s: float = 600.0
+    restart_backoff_s: float = 1.0
     batch_invariant: bool = False
 
 
@@ -214,6 +229,8 @@ class HttpConfig:
         max_choices: bound of n and best_of, and of prompts in a batch.
         drain_timeout_s: on SIGTERM, streams may go on this long.
         heartbeat_s: silence in a stream after which a comment is sent.
+        restart_wait_s: a request that comes within this time after the engine's death waits for
+            it to be started again; a later one is refused until it is ready.
     """
 
     host: str = "127.0.0.1"
@@ -228,6 +245,7 @@ class HttpConfig:
     max_choices: int = 128
     drain_timeout_s: float = 60.0
     heartbeat_s: float = 10.0
+    restart_wait_s: float = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,6 +317,11 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "parallel.lost_after_s": (0.5, 25),
     "engine.compile_threads": (0, 256),
     "engine.step_timeout_s": (1, 86400),
+    "engine.step_deadline_factor": (1, 10_000),
+    "engine.step_deadline_floor_s": (0.1, 86400),
+    "engine.max_restarts": (0, 10_000),
+    "engine.restart_window_s": (1, 86400),
+    "engine.restart_backoff_s": (0, 30),
     "http.port": (0, 65535),
     "http.workers": (1, 64),
     "http.max_body_bytes": (1024, 2**31),
@@ -306,4 +329,5 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "http.max_choices": (1, 1024),
     "http.drain_timeout_s": (0, 86400),
     "http.heartbeat_s": (0.1, 3600),
+    "http.restart_wait_s": (0, 86400),
 }

@@ -133,6 +133,12 @@ class HostLost(DeviceFailure):
     """One of the hosts that share the model ended, fell silent, or was never met."""
 
 
+class RequestQuarantined(JaxserveError):
+    """The engine process ended each time it ran this request, at last with this one alone."""
+
+    code = "request_quarantined"
+
+
 class ConfigError(JaxserveError):
     """A configuration key, value or combination is wrong; ends start-up."""
 

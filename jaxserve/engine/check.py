@@ -6,10 +6,15 @@ does not: whatever passes here fits the arrays' types and bounds.
 
 from __future__ import annotations
 
+import re
+
 from jaxserve import types
 from jaxserve.errors import InvalidRequest
 from jaxserve.protocol.messages import Submit
+from jaxserve.scheduler.sequence import Resumed
 from jaxserve.types import ModelInfo, SamplingParams
+
+_KEY = re.compile("[0-9a-f]{16}")
 
 
 def check_submit(message: Submit, model: ModelInfo) -> list[int]:
@@ -37,7 +42,61 @@ def check_submit(message: Submit, model: ModelInfo) -> list[int]:
     if not -(2**31) <= message.priority < 2**31:
         raise InvalidRequest(f"priority {message.priority} is not a 32-bit integer")
     _check_range("weight", message.weight, types.MIN_WEIGHT, types.MAX_WEIGHT)
+    request_number(message.request_key)
+    _check_resumed(message, len(prompt), model)
     return prompt
+
+
+def request_number(request_key: str) -> int:
+    """The key as the flight recorder has it; 0 where there is none.
+
+    Raises:
+        InvalidRequest: it is not a key.
+    """
+    if not request_key:
+        return 0
+    if not _KEY.fullmatch(request_key):
+        raise InvalidRequest(f"request_key {request_key[:32]!r} is not 16 hexadecimal digits")
+    return int(request_key, 16)
+
+
+def resumed(message: Submit) -> Resumed | None:
+    """How far another life of the engine had come with a checked request; None if it is new."""
+    if message.attempt == 0:
+        return None
+    num_choices = len(message.sequence_ids)
+    return Resumed(
+        choices=message.choices or list(range(num_choices)),
+        emitted=message.emitted or [[]] * num_choices,
+        num_prompt_logprobs=message.prompt_logprobs_done,
+    )
+
+
+def _check_resumed(message: Submit, prompt_len: int, model: ModelInfo) -> None:
+    """What a request brings along from a life of the engine that ended."""
+    if message.attempt == 0:
+        if message.choices or message.emitted or message.prompt_logprobs_done:
+            raise InvalidRequest("a request that goes on must have attempt above 0")
+        return
+    _check_range("attempt", message.attempt, 0, 2**31 - 1)
+    _check_range("prompt_logprobs_done", message.prompt_logprobs_done, 0, prompt_len - 1)
+    num_choices, choices = len(message.sequence_ids), message.choices
+    if choices and (
+        len(choices) != num_choices
+        or sorted(set(choices)) != choices
+        or not 0 <= choices[0] <= choices[-1] < types.MAX_CHOICES
+    ):
+        raise InvalidRequest(
+            f"choices must be {num_choices} ascending indexes below {types.MAX_CHOICES}"
+        )
+    if message.emitted and len(message.emitted) != num_choices:
+        raise InvalidRequest(f"emitted must have a list for each of {num_choices} sequences")
+    for emitted in message.emitted:
+        if len(emitted) >= message.sampling.max_tokens:
+            raise InvalidRequest(
+                f"emitted has {len(emitted)} tokens, max_tokens is {message.sampling.max_tokens}"
+            )
+        _check_tokens("emitted", emitted, model)
 
 
 def _check_sampling(sampling: SamplingParams, model: ModelInfo) -> None:

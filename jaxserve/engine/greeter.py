@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 from jaxserve.errors import Overloaded
 from jaxserve.protocol.messages import (
@@ -36,9 +36,13 @@ class Greeter:
 
     Attributes:
         clients: those that have come, and whether each wants step statistics.
+
+    Args:
+        on_turn: called each time it looks for messages: a sign of life.
     """
 
-    def __init__(self, server: ServerTransport) -> None:
+    def __init__(self, server: ServerTransport, on_turn: Callable[[], None] = lambda: None) -> None:
+        self._on_turn = on_turn
         self.clients: dict[Hashable, bool] = {}
         self._server = server
         self._progress = Progress(phase="loading", done=0, total=0)
@@ -83,6 +87,7 @@ class Greeter:
 
     def _turn(self) -> None:
         """Answers what has come, waiting a moment for it."""
+        self._on_turn()
         for client, message in self._server.receive(TURN_S):
             match message:
                 case GetStatus():

@@ -37,8 +37,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from jaxserve.device.step import StepInputs, StepOutputs
-from jaxserve.engine.check import check_submit
+from jaxserve.engine.check import check_submit, request_number, resumed
 from jaxserve.engine.outbox import Outbox
+from jaxserve.engine.probation import Probation
+from jaxserve.engine.recorder import NoRecorder, Recorder
 from jaxserve.errors import DeviceFailure, JaxserveError, Overloaded
 from jaxserve.protocol.messages import (
     Cancel,
@@ -115,6 +117,8 @@ class Engine:
         model: what is served.
         scheduler, batch, executor: the three parts of a step.
         server: the road to the clients.
+        recorder: told what runs, for whoever watches this process.
+        probation: which requests have to wait for what ended the engine before to be found.
 
     Attributes:
         in_flight: the step that runs on the device.
@@ -129,7 +133,11 @@ class Engine:
         batch: Batch,
         executor: Executor,
         server: ServerTransport,
+        recorder: Recorder | None = None,
+        probation: Probation | None = None,
     ) -> None:
+        self._recorder = recorder or NoRecorder()
+        self._probation = probation or Probation((), (), 0, self._recorder)
         self.scheduler = scheduler
         self.batch = batch
         self.executor = executor
@@ -149,6 +157,7 @@ class Engine:
     def step(self) -> None:
         """One turn: plan and launch the next step, then read and send the one before."""
         self.step_ns = time.monotonic_ns()
+        self._recorder.turned()
         plans = self.scheduler.plan()
         launched = self._launch(plans) if plans is not None else None
         if self.in_flight is not None:
@@ -172,11 +181,13 @@ class Engine:
 
     def _launch(self, plans: list[Plan | None]) -> InFlight:
         inputs = self.batch.build(plans)
+        self._recorder.launching(plans, inputs)
         return InFlight(plans, inputs, self.executor.launch(inputs))
 
     def _deliver(self, step: InFlight) -> None:
         """Reads a step's tokens and sends each client its own."""
         outputs = self.executor.collect(step.launched)
+        self._recorder.collected()
         now_ns = time.monotonic_ns()
         rows = [inputs.num_decode_rows for inputs in step.inputs]
         self.scheduler.measured(step.plans, rows, outputs[0].device_ns, outputs[0].idle_ns)
@@ -207,6 +218,8 @@ class Engine:
         for client, message in self._server.receive(timeout_s):
             if message is not None:
                 self.handle(client, message)
+        for client, submit in self._probation.release():
+            self._let_in(client, submit)
         self._outbox.send()
 
     def greet(self, clients: dict[Hashable, bool]) -> None:
@@ -232,18 +245,31 @@ class Engine:
                 self._server.send(client, self.status())
             case Goodbye():
                 self.cancel(client, list(self._live.get(client, ())), FinishReason.CANCELLED)
+                self._probation.forget(client)
                 self._live.pop(client, None)
                 self._outbox.forget(client)
 
     def submit(self, client: Hashable, message: Submit) -> None:
-        """Lets a request in, or refuses it: each of its sequences ends with the error."""
+        """Lets a request in, has it wait, or refuses it: each sequence ends with the error."""
+        try:
+            if self.state != "ready" and message.attempt == 0:
+                raise Overloaded(f"the engine is {self.state} and takes no new requests")
+            self._probation.check(message)
+        except JaxserveError as error:
+            self._refuse(client, message, error)
+            return
+        if not self._probation.holds(client, message):
+            self._let_in(client, message)
+
+    def _let_in(self, client: Hashable, message: Submit) -> None:
+        """Gives a request to the scheduler, or refuses it."""
         live = self._live.setdefault(client, {})
         if not live.keys().isdisjoint(message.sequence_ids):
             logger.warning("client %s used a sequence id twice: request dropped", client)
             return
         try:
-            if self.state != "ready":
-                raise Overloaded(f"the engine is {self.state} and takes no new requests")
+            request = request_number(message.request_key)
+            self._recorder.arriving(request)
             prompt = check_submit(message, self._model)
             sequences = self.scheduler.submit(
                 [(client, sequence_id) for sequence_id in message.sequence_ids],
@@ -254,11 +280,15 @@ class Engine:
                 cache_salt=message.cache_salt,
                 weight=message.weight,
                 arrived_ns=message.arrived_ns,
+                request=request,
+                resumed=resumed(message),
             )
         except JaxserveError as error:
             self._refuse(client, message, error)
         else:
             live.update(zip(message.sequence_ids, sequences, strict=True))
+            self._probation.watch(message, sequences)
+        self._recorder.arriving(0)
         now_ns = time.monotonic_ns()
         for sequence, error in self.scheduler.take_shed():
             self._finish(sequence, now_ns, error)
@@ -272,6 +302,8 @@ class Engine:
             if sequence is not None:
                 self.scheduler.cancel(sequence, reason)
                 self._finish(sequence, now_ns)
+        if waiting := self._probation.withdraw(client, sequence_ids, reason):
+            self._outbox.events(client).finished.extend(waiting)
 
     def drain(self) -> None:
         """Refuses new requests from now on."""
@@ -285,7 +317,7 @@ class Engine:
             pid=os.getpid(),
             step_age_s=(time.monotonic_ns() - self.step_ns) / 1e9,
             running=self.scheduler.num_running,
-            waiting=self.scheduler.num_waiting,
+            waiting=self.scheduler.num_waiting + self._probation.num_held,
             pages_used=self.scheduler.pages_used,
             pages_total=self.scheduler.pages_total,
             pages_cached=self.scheduler.pages_cached,

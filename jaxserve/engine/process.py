@@ -1,9 +1,10 @@
-"""The engine process: configuration in on stdin, a model served on a ZeroMQ address until the end.
+"""The engine process: settings in on stdin, a model served on a ZeroMQ address until the end.
 
 Started by `protocol.spawn` as `python -m jaxserve.engine.process ADDRESS PARENT_PID`. The model is
 loaded and compiled in the main thread while a `Greeter` answers clients; then the main thread turns
-the step loop. Exit status: 0 after SIGTERM, 1 after an error that was told in one sentence, 3 when
-a step hung for longer than `engine.step_timeout_s`, 4 when one of several hosts was lost.
+the step loop. Exit status: 0 after SIGTERM, 1 when it cannot start and has told why in a sentence,
+3 when a step hung for longer than `engine.step_timeout_s`, 4 when one of several hosts was lost, 5
+when a step raised.
 
 On a host other than number 0 there is no scheduler and there are no clients: the main thread makes
 the device calls that host 0 broadcasts (`follow`).
@@ -28,15 +29,23 @@ from jaxserve.device.hosts import EXIT_LOST, Hosts
 from jaxserve.engine.greeter import Greeter
 from jaxserve.engine.loop import Engine
 from jaxserve.engine.parts import Factory, Parts, Progressing
+from jaxserve.engine.probation import Probation
+from jaxserve.engine.recorder import FlightRecorder, NoRecorder, Recorder
 from jaxserve.errors import HostLost, JaxserveError
+from jaxserve.protocol.flight import NUM_STEPS
 from jaxserve.protocol.parent import follow_parent
 from jaxserve.protocol.server import ServerTransport
+from jaxserve.protocol.spawn import EngineSettings, fingerprint
 from jaxserve.scheduler.copies import Schedulers
 
 logger = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
 EXIT_HUNG = 3
+EXIT_STEP_FAILED = 5
+
+#: Tokens beyond what may be launched and unread that a request on trial must come to.
+TRIAL_TOKENS = 4
 
 
 def main(factory: Factory | None = None) -> int:
@@ -48,15 +57,18 @@ def main(factory: Factory | None = None) -> int:
     signal.signal(signal.SIGTERM, _exit_early)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which drains us
     follow_parent(int(sys.argv[2]))
-    config: Config = pickle.load(sys.stdin.buffer)  # from our parent, through its pipe
+    settings: EngineSettings = pickle.load(sys.stdin.buffer)  # from our parent, through its pipe
+    config = settings.config
     logging.basicConfig(level=config.logging.level.upper(), stream=sys.stderr)
+    if settings.messages != fingerprint():
+        return _tell("the code on the disk has changed since the server was started: start it anew")
     if config.parallel.host:
         _leave(follow(config, factory or _load_parts))
     from jaxserve.protocol.zmq import ZmqServer  # the bare accelerator image has no zmq
 
     server = ZmqServer(sys.argv[1])
     try:
-        status = run(config, server, factory or _load_parts)
+        status = run(settings, server, factory or _load_parts)
     finally:
         server.close()
     if config.parallel.hosts > 1:
@@ -64,17 +76,21 @@ def main(factory: Factory | None = None) -> int:
     return status
 
 
-def run(config: Config, server: ServerTransport, factory: Factory) -> int:
+def run(settings: EngineSettings, server: ServerTransport, factory: Factory) -> int:
     """Loads, then serves until SIGTERM; returns the exit status.
 
     Args:
         factory: loads and compiles the model, reporting progress.
     """
-    greeter = Greeter(server)
+    config = settings.config
+    recorder = _recorder(settings)
+    greeter = Greeter(server, recorder.turned)
     greeter.start()
     try:
         parts = factory(config, greeter.progress)
-        engine = build_engine(config, server, parts)
+        tokens = (NUM_STEPS + 1) * config.scheduler.decode_steps + TRIAL_TOKENS
+        probation = Probation(settings.trials, settings.quarantined, tokens, recorder)
+        engine = build_engine(config, server, parts, recorder, probation)
     except HostLost as error:
         return _give_up(greeter, error.message, EXIT_LOST)
     except JaxserveError as error:
@@ -86,12 +102,13 @@ def run(config: Config, server: ServerTransport, factory: Factory) -> int:
     greeter.progress("ready", 1, 1)
     greeter.stop()
     signal.signal(signal.SIGTERM, lambda *_: engine.stop())
+    recorder.serving()
     engine.greet(greeter.clients)
     watch_steps(engine, config.engine.step_timeout_s, _exit_hung)
     try:
         engine.serve()
     except Exception:
-        return _failed("the step loop failed", hosts)
+        return _failed("the step loop failed", hosts)  # the clients have been told
     finally:
         _ignore_sigterm()
     if hosts is not None:
@@ -132,7 +149,13 @@ def follow(config: Config, factory: Factory) -> int:
     return 0
 
 
-def build_engine(config: Config, server: ServerTransport, parts: Parts) -> Engine:
+def build_engine(
+    config: Config,
+    server: ServerTransport,
+    parts: Parts,
+    recorder: Recorder | None = None,
+    probation: Probation | None = None,
+) -> Engine:
     """An engine over a loaded model."""
     scheduler = Schedulers(
         config.scheduler,
@@ -145,7 +168,16 @@ def build_engine(config: Config, server: ServerTransport, parts: Parts) -> Engin
         cache=config.cache,
         batch_invariant=config.engine.batch_invariant,
     )
-    return Engine(parts.model, scheduler, parts.batch, parts.executor, server)
+    return Engine(parts.model, scheduler, parts.batch, parts.executor, server, recorder, probation)
+
+
+def _recorder(settings: EngineSettings) -> Recorder:
+    """The flight recorder, where the parent wants one."""
+    if settings.flight is None:
+        return NoRecorder()
+    config = settings.config
+    max_rows, copies = config.scheduler.max_rows, config.parallel.data
+    return FlightRecorder(settings.flight, config.engine, max_rows, copies)
 
 
 def watch_steps(engine: Engine, timeout_s: float, on_hang: Callable[[float], None]) -> None:
@@ -201,7 +233,7 @@ def _failed(what: str, hosts: Hosts | None) -> int:
     if hosts is not None:
         hosts.await_loss()  # ends the process
         hosts.close(what)
-    return EXIT_FAILED
+    return EXIT_STEP_FAILED
 
 
 def _leave(status: int) -> NoReturn:

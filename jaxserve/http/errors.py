@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from jaxserve.errors import Forbidden, JaxserveError, Unauthenticated
+from jaxserve.errors import Forbidden, JaxserveError, RequestQuarantined, Unauthenticated
 
 #: Seconds after which a client may try again what was `retryable`.
 RETRY_AFTER_S = 1
@@ -69,6 +69,8 @@ async def send_error(send: Any, error: JaxserveError) -> None:
         headers.append((b"www-authenticate", b"Bearer"))
     elif isinstance(error, MethodNotAllowed):
         headers.append((b"allow", error.allowed.encode("latin-1")))
+    elif isinstance(error, RequestQuarantined):
+        headers.append((b"x-should-retry", b"false"))  # OpenAI's clients repeat any other 500
     elif error.retryable and not isinstance(error, Forbidden):
         headers.append((b"retry-after", b"%d" % RETRY_AFTER_S))
     await send_json(send, error_body(error), status=error.status, headers=headers)

@@ -16,6 +16,7 @@ from jaxserve.http.auth import KeyRing
 from jaxserve.http.body import Fields, read_object
 from jaxserve.http.metrics import Metrics
 from jaxserve.protocol.client import EngineClient
+from jaxserve.protocol.streams import RESTARTING
 from jaxserve.text.template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import ModelInfo
@@ -62,10 +63,16 @@ class Frontend:
         if self.draining:
             raise _shutting_down()
         status = self.client.status
+        if status is not None and status.model is not None and self._waits(status.state):
+            return status.model
         if status is None or status.model is None or status.state != "ready":
             state = status.state if status is not None else "starting"
             raise Overloaded(f"the engine is {state}; wait until /ready answers 200")
         return status.model
+
+    def _waits(self, state: str) -> bool:
+        """Whether a request may wait for an engine that died a moment ago and is started again."""
+        return state == RESTARTING and self.client.down_s < self.config.restart_wait_s
 
     def positions_in_cache(self) -> int:
         """Tokens that the whole page pool holds; a bound where the model's context is larger."""

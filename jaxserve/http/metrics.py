@@ -50,6 +50,9 @@ _COUNTERS = {
     "draft_tokens": "Next tokens guessed and verified",
     "draft_accepted_tokens": "Guessed tokens that were right",
     "preemptions": "Sequences set back to make room",
+    "engine_restarts": "Starts of the engine after its death",
+    "requests_replayed": "Requests that went on in another engine",
+    "requests_quarantined": "Requests not run any more since they ended the engine alone",
     "prefix_lookup_tokens": "Known tokens of sequences when they took a row",
     "prefix_hit_tokens": "Of these, tokens whose KV was found in the cache",
     "pages_saved": "KV pages copied to the host",
@@ -157,6 +160,15 @@ class Metrics:
         own[_COUNTER["prefix_hit_tokens"]] += stats.prefix_hit_tokens
         own[_COUNTER["pages_saved"]] += stats.pages_saved
         own[_COUNTER["pages_loaded"]] += stats.pages_loaded
+
+    def restarted(self) -> None:
+        """The engine has been started again; of all workers one says so."""
+        self._own[_COUNTER["engine_restarts"]] += 1
+
+    def replays(self, num_replayed: int, num_quarantined: int) -> None:
+        """How many requests of this worker have gone on in another engine, or not, so far."""
+        self._own[_COUNTER["requests_replayed"]] = num_replayed
+        self._own[_COUNTER["requests_quarantined"]] = num_quarantined
 
     def _observe(self, base: int, seconds: float) -> None:
         self._own[base + bisect_left(_BOUNDS, seconds)] += 1

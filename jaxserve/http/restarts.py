@@ -1,4 +1,4 @@
-"""Starts the engine again where one of several hosts was lost; all of `serve` on the other hosts.
+"""How often, and after what pause, an engine is started again; all of `serve` on other hosts.
 
     host 0       serve ─┬─ engine ◀──────┐
                         └─ HTTP workers  │ plans (device/hosts.py)
@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+from collections import deque
 
 from jaxserve.config import Config
 from jaxserve.protocol.spawn import EngineProcess
@@ -25,13 +26,15 @@ from jaxserve.protocol.spawn import EngineProcess
 EXIT_TOLD = 1
 #: An engine that lived this long is started again at once.
 _LONG_LIFE_S = 60.0
-_FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 30.0
 
 
-def may_restart(config: Config, status: int) -> bool:
-    """Whether an engine that ended by itself with this status is started again."""
-    return config.parallel.hosts > 1 and status not in (0, EXIT_TOLD)
+def may_restart(status: int) -> bool:
+    """Whether an engine that ended with this status is started again.
+
+    Not if it was told to end (0), or has told why it cannot start.
+    """
+    return status not in (0, EXIT_TOLD)
 
 
 def describe_end(status: int) -> str:
@@ -40,10 +43,45 @@ def describe_end(status: int) -> str:
     return f"the engine process ended {how}"
 
 
-class Backoff:
-    """Pauses between lives: none, then 1 s, doubled up to half a minute while lives are short."""
+class Budget:
+    """So many restarts within so long a time.
 
-    def __init__(self) -> None:
+    Args:
+        max_restarts: of which one more ends it.
+        window_s: restarts before that are forgotten.
+    """
+
+    def __init__(self, max_restarts: int, window_s: float) -> None:
+        self._max_restarts = max_restarts
+        self._window_s = window_s
+        self._at_s: deque[float] = deque()
+
+    def spend(self) -> bool:
+        """Whether there is one more restart, which is counted then."""
+        now_s = time.monotonic()
+        while self._at_s and now_s - self._at_s[0] > self._window_s:
+            self._at_s.popleft()
+        if len(self._at_s) >= self._max_restarts:
+            return False
+        self._at_s.append(now_s)
+        return True
+
+    def __str__(self) -> str:
+        return (
+            f"it was started again {len(self._at_s)} times within {self._window_s:g} s, and "
+            f"engine.max_restarts={self._max_restarts}"
+        )
+
+
+class Backoff:
+    """Pauses between lives: none, then some, doubled up to half a minute while lives are short.
+
+    Args:
+        first_pause_s: before the second restart in a row.
+    """
+
+    def __init__(self, first_pause_s: float) -> None:
+        self._first_pause_s = first_pause_s
         self._pause_s = 0.0
         self._started_s = time.monotonic()
 
@@ -56,7 +94,7 @@ class Backoff:
         if time.monotonic() - self._started_s > _LONG_LIFE_S:
             self._pause_s = 0.0
         pause_s = self._pause_s
-        self._pause_s = min(_LONGEST_PAUSE_S, max(_FIRST_PAUSE_S, 2 * pause_s))
+        self._pause_s = min(_LONGEST_PAUSE_S, max(self._first_pause_s, 2 * pause_s))
         return pause_s
 
 
@@ -70,7 +108,7 @@ async def run_follower(config: Config, engine_module: str) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    backoff = Backoff()
+    backoff = Backoff(config.engine.restart_backoff_s)
     while True:
         backoff.started()
         engine = EngineProcess.start(config, module=engine_module)
@@ -85,7 +123,7 @@ async def run_follower(config: Config, engine_module: str) -> int:
         if stopping.is_set():
             return 0
         assert status is not None, "its pidfd said that it has ended"
-        if not may_restart(config, status):
+        if not may_restart(status):
             return 1
         sys.stderr.write(f"jaxserve: {describe_end(status)}; it is started again\n")
         if await waited(stopping, backoff.next_pause_s()):

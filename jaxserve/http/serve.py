@@ -5,12 +5,12 @@
            └─ HTTP worker 1 … ────────────────────────────────┘   the one listening socket
 
 The supervisor serves nothing itself: it shows start-up's progress, watches its children, and passes
-SIGTERM on. A child that ends by itself ends the server, with a status other than 0 and one
-sentence; whoever runs us (systemd, Kubernetes) starts it again. The children end with us, even if
-we are killed.
+SIGTERM on. An engine that dies is started again, within a budget, and the workers' streams go on
+there (`http.lives`, `protocol.replay`). A worker that ends by itself, or an engine that is not
+started again, ends the server, with a status other than 0 and one sentence; whoever runs us
+(systemd, Kubernetes) starts it again. The children end with us, even if we are killed.
 
-Where the model is spread over several hosts, an engine that ended because one was lost is started
-again, with new workers on the same listening socket, which are not ready until it is. The other
+Where the model is spread over several hosts, an engine ends also because one was lost. The other
 hosts serve nothing: there, this only keeps an engine running (`http.restarts`).
 """
 
@@ -25,6 +25,7 @@ import socket
 import ssl
 import subprocess
 import sys
+from asyncio import FIRST_COMPLETED
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,22 +34,13 @@ from tqdm import tqdm
 from jaxserve.config import Config, HttpConfig, ModelConfig, WeightsConfig
 from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.http.auth import check_exposure, load_keys
+from jaxserve.http.lives import Lives
 from jaxserve.http.metrics import create_shared
-from jaxserve.http.restarts import (
-    EXIT_TOLD,
-    Backoff,
-    describe_end,
-    ended,
-    may_restart,
-    run_follower,
-    waited,
-)
+from jaxserve.http.news import News, NewsPipe
+from jaxserve.http.restarts import ended, run_follower
 from jaxserve.http.worker import WorkerSettings
-from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.messages import Progress
 from jaxserve.protocol.scratch import ScratchDirectory
-from jaxserve.protocol.spawn import EngineProcess
-from jaxserve.protocol.zmq import ZmqClient
 from jaxserve.weights import sources
 
 #: Connections that may wait to be accepted.
@@ -100,12 +92,15 @@ class _Worker:
     def __init__(self, settings: WorkerSettings, listener: socket.socket, module: str) -> None:
         fd = listener.fileno()
         self.name = f"HTTP worker {settings.index}"
+        self._news = NewsPipe()
+        news = self._news.reader
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, str(fd), str(os.getpid())],
+            [sys.executable, "-m", module, str(fd), str(os.getpid()), str(news)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            pass_fds=[fd],
+            pass_fds=[fd, news],
         )
+        self._news.handed_over()
         assert self.process.stdin is not None
         try:
             self.process.stdin.write(pickle.dumps(settings))
@@ -117,6 +112,18 @@ class _Worker:
         """Waits until it accepts connections (or has ended)."""
         assert self.process.stdout is not None
         await asyncio.get_running_loop().run_in_executor(None, self.process.stdout.readline)
+
+    def tell(self, news: News) -> None:
+        """Tells it about the engine."""
+        self._news.tell(news)
+
+    def close(self) -> None:
+        """Kills it, if it still runs."""
+        self.process.kill()
+        self.process.wait()
+        self._news.close()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
 
 class _Supervisor:
@@ -130,8 +137,8 @@ class _Supervisor:
         self._engine_module = engine_module
         self._worker_module = worker_module
         self._workers: list[_Worker] = []
+        self._listening: asyncio.Future[list[None]] | None = None
         self._stopping = asyncio.Event()
-        self._announced = False
         self._bar = _Bar()
 
     async def run(self) -> int:
@@ -140,37 +147,23 @@ class _Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         scratch = ScratchDirectory()
-        backoff = Backoff()
+        lives = Lives(
+            self._config,
+            scratch.path / "flight",
+            self._engine_module,
+            tell=self._tell,
+            on_progress=self._bar.show,
+            on_ready=self._announce,
+        )
         try:
-            while True:
-                backoff.started()
-                status = await self._live(scratch.path / "metrics")
-                if status is not None:
-                    return status
-                if await waited(self._stopping, backoff.next_pause_s()):
-                    return 0
-        finally:
-            scratch.remove()
-
-    async def _live(self, metrics_file: Path) -> int | None:
-        """The life of one engine; returns the exit status, None to start another."""
-        self._announced = False
-        engine = EngineProcess.start(self._config, module=self._engine_module)
-        client = EngineClient(ZmqClient(engine.address), on_progress=self._bar.show)
-        try:
-            await client.start()
-            self._start_workers(engine.address, metrics_file)
-            return await self._watch(engine, client)
+            self._start_workers(lives.launch(), scratch.path / "metrics")
+            return await self._watch(lives)
         finally:
             self._bar.close()
-            await client.close()
             for worker in self._workers:
-                worker.process.kill()
-                worker.process.wait()
-                assert worker.process.stdout is not None
-                worker.process.stdout.close()
-            self._workers.clear()
-            engine.stop()
+                worker.close()
+            lives.close()
+            scratch.remove()
 
     def _start_workers(self, address: str, metrics_file: Path) -> None:
         create_shared(metrics_file, self._config.http.workers)
@@ -182,55 +175,49 @@ class _Supervisor:
                 metrics_file=metrics_file,
             )
             self._workers.append(_Worker(settings, self._listener, self._worker_module))
+        listening = (worker.listening() for worker in self._workers)
+        self._listening = asyncio.ensure_future(asyncio.gather(*listening))
 
-    async def _watch(self, engine: EngineProcess, client: EngineClient) -> int | None:
-        """Waits for the first of: a child's end, a signal; returns as `_live`."""
-        engine_end = asyncio.create_task(ended(engine.pid))
+    def _tell(self, news: News) -> None:
+        self._bar.close()
+        for worker in self._workers:
+            worker.tell(news)
+
+    async def _watch(self, lives: Lives) -> int:
+        """Waits for the first of: the engine's last end, a worker's, a signal."""
+        engine = asyncio.create_task(lives.run())
         worker_ends = [asyncio.create_task(ended(w.process.pid)) for w in self._workers]
         stopping = asyncio.create_task(self._stopping.wait())
-        ready = asyncio.create_task(self._announce(client))
         try:
-            await asyncio.wait(
-                [engine_end, stopping, *worker_ends], return_when=asyncio.FIRST_COMPLETED
-            )
-            if engine_end.done():
-                return await self._after_engine(engine, worker_ends)
+            await asyncio.wait([engine, stopping, *worker_ends], return_when=FIRST_COMPLETED)
+            if engine.done():
+                status = engine.result()
+                for worker in self._workers:
+                    worker.process.terminate()
+                await asyncio.wait(worker_ends, timeout=FAREWELL_S)
+                return status
             if not stopping.done():
                 return self._after_worker()
-            return await self._drain(worker_ends)
+            status = await self._drain(worker_ends)
+            return engine.result() if engine.done() else status
         finally:
-            tasks = [engine_end, stopping, ready, *worker_ends]
+            tasks = [engine, stopping, *worker_ends]
+            if self._listening is not None:
+                tasks.append(self._listening)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _announce(self, client: EngineClient) -> None:
-        await asyncio.gather(client.ready(), *(worker.listening() for worker in self._workers))
+    async def _announce(self) -> None:
+        """An engine is ready, and with the first one the workers."""
+        assert self._listening is not None
+        await asyncio.shield(self._listening)
         self._bar.close()
-        self._announced = True
         scheme = "https" if self._config.http.tls_certificate else "http"
         host, port = self._listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         sys.stdout.write(f"ready on {scheme}://{host}:{port}\n")
         sys.stdout.flush()
-
-    async def _after_engine(
-        self,
-        engine: EngineProcess,
-        worker_ends: list[asyncio.Task[None]],
-    ) -> int | None:
-        """The engine has ended: its clients are told, then all ends, or another is started."""
-        self._bar.close()
-        status = engine.poll()
-        assert status is not None, "its pidfd said that it has ended"
-        for worker in self._workers:
-            worker.process.terminate()
-        await asyncio.wait(worker_ends, timeout=FAREWELL_S)
-        again = may_restart(self._config, status)
-        if self._announced or status != EXIT_TOLD:
-            sequel = "; it is started again" if again else ""
-            sys.stderr.write(f"jaxserve: {describe_end(status)}{sequel}\n")
-        return None if again else 1
 
     def _after_worker(self) -> int:
         for worker in self._workers:
@@ -241,16 +228,17 @@ class _Supervisor:
         return 1
 
     async def _drain(self, worker_ends: list[asyncio.Task[None]]) -> int:
-        """Has the workers finish their streams; a second signal ends it at once."""
+        """Has the workers finish their streams; a second signal ends it at once.
+
+        The engine is kept running meanwhile, and started again where it dies.
+        """
         for worker in self._workers:
             worker.process.terminate()
         self._stopping.clear()
         again = asyncio.create_task(self._stopping.wait())
         ended = asyncio.create_task(_all_ended(worker_ends))
         limit_s = self._config.http.drain_timeout_s + CLOSING_S
-        done, _ = await asyncio.wait(
-            [again, ended], timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
-        )
+        done, _ = await asyncio.wait([again, ended], timeout=limit_s, return_when=FIRST_COMPLETED)
         again.cancel()
         ended.cancel()
         if ended not in done:

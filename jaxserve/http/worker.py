@@ -1,8 +1,8 @@
 """One HTTP process: settings in on stdin, a listening socket inherited, an engine to talk to.
 
-Started by `serve` as `python -m jaxserve.http.worker FD PARENT`. It writes one line to stdout once
-it accepts connections. Exit status: 0 after SIGTERM and drain, 1 after a second SIGTERM or an error
-told in one sentence.
+Started by `serve` as `python -m jaxserve.http.worker FD PARENT NEWS`. It writes one line to stdout
+once it accepts connections, and hears from NEWS of the engine's lives (`http.news`). Exit status: 0
+after SIGTERM and drain, 1 after a second SIGTERM or an error told in one sentence.
 
 Invariants: never imports JAX; ends with its parent, whatever way that ends.
 """
@@ -23,10 +23,11 @@ from pathlib import Path
 import uvloop
 
 from jaxserve.config import Config
-from jaxserve.errors import JaxserveError
+from jaxserve.errors import DeviceFailure, JaxserveError
 from jaxserve.http.app import create_app
 from jaxserve.http.auth import load_keys
 from jaxserve.http.metrics import Metrics
+from jaxserve.http.news import News, listen
 from jaxserve.http.server import Server
 from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.parent import follow_parent
@@ -93,9 +94,23 @@ async def _serve(
     client = EngineClient(
         ZmqClient(settings.engine_address),
         on_stats=metrics.step if settings.index == 0 else None,
-        silence_s=config.engine.step_timeout_s + 30.0,
+        supervised=True,
+        on_replay=metrics.replays,
     )
+
+    def on_news(news: News) -> None:
+        match news.state:
+            case "down":
+                client.down()
+            case "started":
+                if settings.index == 0:
+                    metrics.restarted()
+                client.reconnect(ZmqClient(news.address))
+            case "failed":
+                client.fail(DeviceFailure(news.error))
+
     await client.start()
+    listen(int(sys.argv[3]), on_news)
     app = create_app(
         client,
         tokenizer,

@@ -7,7 +7,12 @@ nobody. `EngineClient` is asyncio's; `sync_client.SyncClient` is the same for pl
 
 Invariants: all methods are called in one thread (the event loop's, or the offline caller's). Each
 choice of a stream ends with exactly one event that carries `finished`, or the stream raises. When
-the engine dies, every open stream raises `DeviceFailure`.
+the engine dies for good, every open stream raises `DeviceFailure`.
+
+Where the engine is supervised, a death is not for good: between `down` and the next life's first
+"ready" (`reconnect`) streams stay open, cancels end their choices at once, and what is submitted
+waits. Then all unfinished requests are submitted again (`protocol.replay`). Each life has a road of
+its own, so that nothing one life said or was sent reaches another.
 """
 
 from __future__ import annotations
@@ -16,13 +21,11 @@ import asyncio
 import contextlib
 import dataclasses
 import os
-import queue
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from types import TracebackType
-from typing import Self
+from collections.abc import Callable, Sequence
 
 from jaxserve.errors import DeviceFailure, JaxserveError
+from jaxserve.protocol.mailbox import Mailbox
 from jaxserve.protocol.messages import (
     Cancel,
     ClientMessage,
@@ -34,7 +37,8 @@ from jaxserve.protocol.messages import (
     Progress,
     StepStats,
 )
-from jaxserve.protocol.streams import Dispatcher, SequenceEvent, StreamState
+from jaxserve.protocol.stream import Stream
+from jaxserve.protocol.streams import RESTARTING, Dispatcher, SequenceEvent, StreamState
 from jaxserve.protocol.sync_client import SyncClient, SyncStream
 from jaxserve.protocol.transport import (
     HEARTBEAT_S,
@@ -46,82 +50,8 @@ from jaxserve.types import FinishReason, SamplingParams
 
 __all__ = ["ClientTransport", "EngineClient", "SequenceEvent", "Stream", "SyncClient", "SyncStream"]
 
-
-class Stream:
-    """The events of one request: `async for event in stream`, ends after the last choice's end.
-
-    Raises, from the iteration: the typed error the engine refused the request with
-    (`ContextTooLong`, `OutOfPages`, `Overloaded`, `InvalidRequest`), or `DeviceFailure`.
-    Left early (`async with client.submit(…) as stream`), it cancels what still runs.
-
-    Attributes:
-        sequence_ids: of the choices, in order.
-    """
-
-    def __init__(self, client: EngineClient, state: StreamState) -> None:
-        self._client = client
-        self._state = state
-        self._state.wake = self._on_event
-        self._waiter: asyncio.Future[None] | None = None
-        self.sequence_ids = state.sequence_ids
-
-    @property
-    def done(self) -> bool:
-        """Whether every choice has ended (its events may still be unread)."""
-        return self._state.done
-
-    def cancel(
-        self, choice: int | None = None, reason: FinishReason = FinishReason.CANCELLED
-    ) -> None:
-        """Ends one choice, or all that still run; each still delivers its `finished`.
-
-        `reason` STOP tells the engine that a stop string matched.
-        """
-        ids = self._state.running(choice)
-        if ids:
-            self._client.send(Cancel(sequence_ids=ids, reason=reason))
-
-    def take(self) -> SequenceEvent | None:
-        """The next event that is already here; None if there is none. Raises as iteration does."""
-        return self._state.take()
-
-    def watch(self, wake: Callable[[], None]) -> None:
-        """Has `wake` called when there is something to take: for readers of several streams.
-
-        Replaces iteration: such a reader uses `take` and `done`.
-        """
-        self._state.wake = wake
-
-    def __aiter__(self) -> AsyncIterator[SequenceEvent]:
-        return self
-
-    async def __anext__(self) -> SequenceEvent:
-        while True:
-            event = self._state.take()
-            if event is not None:
-                return event
-            if self._state.done:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.cancel()
-
-    def _on_event(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+#: States of an engine that takes requests, or finishes those that it has.
+_SERVING = ("ready", "draining")
 
 
 class EngineClient:
@@ -135,6 +65,10 @@ class EngineClient:
         on_stats: called with each device call's `StepStats`, where given.
         on_progress: called with each `Progress` of start-up, where given.
         silence_s: an engine not heard of for so long counts as dead; longer than its longest step.
+        supervised: somebody else watches the engine's process, and says `down` and `reconnect`, or
+            `fail`; silence and the process's end are nothing to this client then.
+        on_replay: called, each time they change, with the requests that went on in another engine
+            so far, and with those that were refused for ending it each time.
     """
 
     def __init__(
@@ -144,10 +78,20 @@ class EngineClient:
         on_stats: Callable[[StepStats], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         silence_s: float = 150.0,
+        supervised: bool = False,
+        on_replay: Callable[[int, int], None] = lambda replayed, quarantined: None,
     ) -> None:
-        self._transport = transport
-        self._dispatcher = Dispatcher(on_stats, on_progress)
+        self._on_replay = on_replay
+        self._num_replayed = 0
+        self._transport: ClientTransport | None = transport  # None: between two lives
+        self._dispatcher = Dispatcher(on_stats, on_progress, journal=supervised)
         self._silence_s = silence_s
+        self._supervised = supervised
+        self._life = 0
+        self._restarting = False  # from `down` until the next life's first "ready"
+        self._down_ns = 0
+        self._before: EngineStatus | None = None  # of the last life that served
+        self._draining = False
         self._heart: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._pidfd: int | None = None
@@ -156,9 +100,8 @@ class EngineClient:
 
     async def start(self) -> None:
         """Connects and begins to listen; does not wait for the engine to be ready."""
-        loop = asyncio.get_running_loop()
-        self._heard_ns = time.monotonic_ns()
-        self._transport.open(_Mailbox(loop, self._receive).put)
+        assert self._transport is not None
+        self._open_road(self._transport)
         self._heart = asyncio.create_task(self._beat(), name="jaxserve engine heartbeat")
 
     @property
@@ -168,7 +111,13 @@ class EngineClient:
         if status is None:
             return None
         since_s = (time.monotonic_ns() - self._dispatcher.status_ns) / 1e9
-        return dataclasses.replace(status, step_age_s=status.step_age_s + since_s)
+        status = dataclasses.replace(status, step_age_s=status.step_age_s + since_s)
+        if self._restarting:
+            before = self._before or status  # the model, and what it holds, will be as before
+            status = dataclasses.replace(
+                status, state=RESTARTING, model=before.model, pages_total=before.pages_total
+            )
+        return status
 
     @property
     def progress(self) -> Progress | None:
@@ -177,8 +126,13 @@ class EngineClient:
 
     @property
     def error(self) -> JaxserveError | None:
-        """Why the engine is dead; None while it is not known to be."""
+        """Why the engine is dead for good; None while it is not known to be."""
         return self._dispatcher.error
+
+    @property
+    def down_s(self) -> float:
+        """For how long the engine that serves this client has been dead; 0 while one does."""
+        return (time.monotonic_ns() - self._down_ns) / 1e9 if self._restarting else 0.0
 
     @property
     def num_streams(self) -> int:
@@ -213,23 +167,38 @@ class EngineClient:
             DeviceFailure: the engine is known to be dead. All else is raised by the stream.
         """
         state = self._dispatcher.open(n)
-        self.send(
-            submit_message(
-                state,
-                prompt,
-                sampling,
-                priority=priority,
-                tenant=tenant,
-                cache_salt=cache_salt,
-                weight=weight,
-                arrived_ns=arrived_ns,
-            )
+        message = submit_message(
+            state,
+            prompt,
+            sampling,
+            priority=priority,
+            tenant=tenant,
+            cache_salt=cache_salt,
+            weight=weight,
+            arrived_ns=arrived_ns,
         )
+        serving = not self._restarting
+        message = self._dispatcher.begin(state, message, sent=serving)
+        if serving:
+            self.send(message)
         return Stream(self, state)
 
+    def cancel(self, state: StreamState, choice: int | None, reason: FinishReason) -> None:
+        """As `Stream.cancel`, which is built on it."""
+        ids = state.running(choice)
+        if not ids:
+            return
+        state.cancelling(ids, reason)
+        if self._restarting:
+            self._dispatcher.end_cancelled(state)
+            self._changed.set()
+        else:
+            self.send(Cancel(sequence_ids=ids, reason=reason))
+
     def send(self, message: ClientMessage) -> None:
-        """Sends a message as it is; `submit`, `Stream.cancel` and `drain` are built on it."""
-        self._transport.send(message)
+        """Sends a message as it is; `submit`, `cancel` and `drain` are built on it."""
+        if self._transport is not None:
+            self._transport.send(message)
 
     async def ready(self) -> EngineStatus:
         """Waits until the engine serves (or drains); its status then carries the model.
@@ -241,7 +210,7 @@ class EngineClient:
             if self._dispatcher.error is not None:
                 raise self._dispatcher.error
             status = self.status
-            if status is not None and status.state in ("ready", "draining"):
+            if status is not None and status.state in _SERVING:
                 return status
             self._changed.clear()
             await self._changed.wait()
@@ -263,7 +232,9 @@ class EngineClient:
 
     def drain(self) -> None:
         """Tells the engine to refuse new sequences; what runs or waits there finishes."""
-        self.send(Drain())
+        self._draining = True
+        if not self._restarting:
+            self.send(Drain())
 
     async def join(self) -> None:
         """Waits until no stream of this client runs (after `drain`, say)."""
@@ -274,10 +245,43 @@ class EngineClient:
     def fail(self, error: JaxserveError) -> None:
         """Ends every stream with `error`: whoever watches the engine's process calls this.
 
-        The client notices by itself when the engine's pid ends, or is silent for `silence_s`.
+        The client notices by itself when the engine's pid ends, or is silent for `silence_s`,
+        unless it is supervised.
         """
         self._dispatcher.fail(error)
         self._changed.set()
+
+    def down(self) -> None:
+        """The engine's process has ended, and will be started again: streams wait for it.
+
+        Nothing that it may still have said is heard.
+        """
+        assert self._supervised, "nothing is kept to go on with"
+        if self._closed or self.error is not None:
+            return
+        self._life += 1
+        if not self._restarting:
+            self._restarting = True
+            self._down_ns = time.monotonic_ns()
+            self._before = self._dispatcher.status
+        if self._transport is not None:
+            self._transport.abandon()
+            self._transport = None
+        self._dispatcher.lose()
+        self._changed.set()
+
+    def reconnect(self, transport: ClientTransport) -> None:
+        """Another engine has been started: what is unfinished goes on there, once it is ready.
+
+        Args:
+            transport: the road to it; not opened yet.
+        """
+        if self._closed or self.error is not None:
+            return
+        assert self._transport is None, "the life before has not been said to be down"
+        self._transport = transport
+        self._open_road(transport)
+        self.send(self._get_status())
 
     async def close(self) -> None:
         """Says goodbye (the engine cancels what still runs) and lets go of the transport."""
@@ -289,17 +293,50 @@ class EngineClient:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._heart
         self._unwatch()
-        if self._dispatcher.error is None:
-            self.send(Goodbye())
-        self._transport.close()
+        if self._transport is not None:
+            if self._dispatcher.error is None:
+                self._transport.send(Goodbye())
+                self._transport.close()
+            else:
+                self._transport.abandon()  # nobody is there to take in what is queued
         self._dispatcher.fail(DeviceFailure("the client of the engine was closed"))
+
+    def _open_road(self, transport: ClientTransport) -> None:
+        life = self._life
+
+        def receive(message: EngineMessage) -> None:
+            if life == self._life:
+                self._receive(message)
+
+        self._heard_ns = time.monotonic_ns()
+        transport.open(Mailbox(asyncio.get_running_loop(), receive).put)
 
     def _receive(self, message: EngineMessage) -> None:
         self._heard_ns = time.monotonic_ns()
+        num_quarantined = self._dispatcher.num_quarantined
         if self._dispatcher.dispatch(message):
             self._changed.set()
+            if self._dispatcher.num_quarantined != num_quarantined:
+                self._on_replay(self._num_replayed, self._dispatcher.num_quarantined)
             if isinstance(message, EngineStatus):
+                if self._restarting and message.state in _SERVING:
+                    self._go_on()
                 self._watch(message.pid)
+
+    def _go_on(self) -> None:
+        """Another life serves: submits what is unfinished, and asks for what else is wanted of it.
+
+        Whatever state of the engine clients ask for (runtime adapters, once there are some) is
+        kept by the client and asked for again here.
+        """
+        self._restarting = False
+        messages = self._dispatcher.replay()
+        for message in messages:
+            self.send(message)
+        self._num_replayed += len(messages)
+        self._on_replay(self._num_replayed, self._dispatcher.num_quarantined)
+        if self._draining:  # after the requests, which were let in before it
+            self.send(Drain())
 
     def _get_status(self) -> GetStatus:
         return GetStatus(stats=self._dispatcher.on_stats is not None)
@@ -313,13 +350,15 @@ class EngineClient:
             if paused_s > MAX_PAUSE_S:  # the engine may have given up on us, and say no more
                 self.fail(DeviceFailure(f"this process stood still for {paused_s:.0f} s"))
             silent_s = (time.monotonic_ns() - self._heard_ns) / 1e9
-            if silent_s > self._silence_s:
+            if silent_s > self._silence_s and not self._supervised:
                 self.fail(DeviceFailure(f"the engine has been silent for {silent_s:.0f} s"))
 
     def _watch(self, pid: int) -> None:
         """Has the event loop report the end of the engine's process, child of ours or not."""
-        if self._pidfd is not None or pid == os.getpid() or not hasattr(os, "pidfd_open"):
+        if self._supervised or self._pidfd is not None or pid == os.getpid():
             return
+        if not hasattr(os, "pidfd_open"):
+            return  # not Linux: heartbeats remain
         try:
             self._pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
@@ -338,27 +377,3 @@ class EngineClient:
             asyncio.get_running_loop().remove_reader(self._pidfd)
             os.close(self._pidfd)
             self._pidfd = None
-
-
-class _Mailbox:
-    """Brings messages from a transport's thread into the event loop, one wake-up for many."""
-
-    def __init__(
-        self, loop: asyncio.AbstractEventLoop, receive: Callable[[EngineMessage], None]
-    ) -> None:
-        self._loop = loop
-        self._receive = receive
-        self._messages: queue.SimpleQueue[EngineMessage] = queue.SimpleQueue()
-        self._scheduled = False
-
-    def put(self, message: EngineMessage) -> None:
-        self._messages.put(message)
-        if not self._scheduled:
-            self._scheduled = True
-            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens
-                self._loop.call_soon_threadsafe(self._empty)
-
-    def _empty(self) -> None:
-        self._scheduled = False  # before reading: a message put from here on wakes the loop again
-        while not self._messages.empty():
-            self._receive(self._messages.get())

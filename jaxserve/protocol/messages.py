@@ -37,6 +37,13 @@ class Submit:
         tenant: who is charged; opaque here.
         cache_salt: only requests with the same one share cached pages.
         weight: the tenant's share beside others'; with twice the weight it is served twice as much.
+        request_key: 16 hexadecimal digits, unique over all clients and the engine's lives; by it
+            the flight recorder names a request. Empty: it is in no record.
+        attempt: earlier lives of the engine that had taken it in. Above 0, what follows says how
+            far it had come; it has been let in once, and is not refused for a queue or a drain.
+        choices: indexes of the sequences among the request's choices; 0, 1, … where empty.
+        emitted: of each sequence, output tokens that its client has; none where empty.
+        prompt_logprobs_done: prompt log-probabilities that its client has.
     """
 
     sequence_ids: list[int]
@@ -47,6 +54,11 @@ class Submit:
     tenant: str = ""
     cache_salt: str = ""
     weight: float = 1.0
+    request_key: str = ""
+    attempt: int = 0
+    choices: list[int] = field(default_factory=list)
+    emitted: list[list[int]] = field(default_factory=list)
+    prompt_logprobs_done: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,10 +106,11 @@ class SequenceRecord:
     Attributes:
         computed_tokens: positions run through the model for the first time, prompt and output.
         cached_tokens: prompt tokens whose KV was found instead of computed.
-        recomputed_tokens: positions run again after a preemption.
+        recomputed_tokens: positions run again after a preemption, or after the engine's end.
         swapped_tokens: positions brought back from the host's memory instead, each time it was.
         drafted_tokens: proposed by speculation; discarded_tokens: sampled or drafted, not emitted.
         context_tokens: prompt plus emitted tokens at the end.
+        replays: how often the engine ended under it and it went on in another.
         *_ns: zero while it has not happened.
     """
 
@@ -111,6 +124,7 @@ class SequenceRecord:
     discarded_tokens: int = 0
     preemptions: int = 0
     context_tokens: int = 0
+    replays: int = 0
     arrived_ns: int = 0
     queued_ns: int = 0
     scheduled_ns: int = 0
@@ -216,6 +230,8 @@ class Progress:
 @dataclass(slots=True, kw_only=True)
 class EngineStatus:
     """The engine's state: "loading", "compiling", "ready", "draining" or "failed".
+
+    A client that knows that it is started again calls it "restarting" until it is ready.
 
     Attributes:
         model: set once the model is loaded.

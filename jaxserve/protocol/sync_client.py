@@ -2,7 +2,7 @@
 
 The same words as `client.EngineClient`, blocking; the caller's thread takes the messages in.
 
-Invariants: as `client`.
+Invariants: as `client`, of an engine that is not supervised: its death ends every stream.
 """
 
 from __future__ import annotations
@@ -117,18 +117,17 @@ class SyncClient:
     ) -> SyncStream:
         """As `EngineClient.submit`."""
         state = self._dispatcher.open(n)
-        self.send(
-            submit_message(
-                state,
-                prompt,
-                sampling,
-                priority=priority,
-                tenant=tenant,
-                cache_salt=cache_salt,
-                weight=weight,
-                arrived_ns=arrived_ns,
-            )
+        message = submit_message(
+            state,
+            prompt,
+            sampling,
+            priority=priority,
+            tenant=tenant,
+            cache_salt=cache_salt,
+            weight=weight,
+            arrived_ns=arrived_ns,
         )
+        self.send(self._dispatcher.begin(state, message))
         return SyncStream(self, state)
 
     def send(self, message: ClientMessage) -> None:

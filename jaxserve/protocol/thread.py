@@ -81,6 +81,10 @@ class ThreadClient:
         """See `ClientTransport`."""
         self._server._detach(self._name)
 
+    def abandon(self) -> None:
+        """See `ClientTransport`."""
+        self.close()
+
 
 class ThreadRoad:
     """Joins one engine and any number of clients of the same process."""

@@ -31,6 +31,10 @@ class ClientTransport(Protocol):
         """Sends what is queued, within a moment, and lets go of the road."""
         ...
 
+    def abandon(self) -> None:
+        """Lets go of the road at once: the engine at its end has died."""
+        ...
+
 
 def submit_message(
     state: StreamState,

@@ -242,6 +242,7 @@ class ZmqClient:
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
         self._closing = False
+        self._linger_ms = LINGER_MS
         self._thread: threading.Thread | None = None
 
     def open(self, deliver: Callable[[EngineMessage], None]) -> None:
@@ -264,6 +265,12 @@ class ZmqClient:
             self._thread.join()
         os.close(self._wake_read)
         os.close(self._wake_write)
+
+    def abandon(self) -> None:
+        """See `ClientTransport`."""
+        self._linger_ms = 0
+        self._outgoing.clear()
+        self.close()
 
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # the pipe is full of wake-ups already
@@ -292,7 +299,7 @@ class ZmqClient:
                 if socket in ready:
                     self._receive(socket, deliver)
         finally:
-            socket.close()
+            socket.close(self._linger_ms)
             context.term()
 
     def _receive(self, socket: zmq.Socket[bytes], deliver: Callable[[EngineMessage], None]) -> None:

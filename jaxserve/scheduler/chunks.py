@@ -14,6 +14,7 @@ def join_of(sequence: Sequence) -> Join:
         prompt_len=sequence.prompt_len,
         choice=sequence.choice,
         prefix=sequence.prefix_looked_back_at(),
+        request=sequence.request,
     )
 
 

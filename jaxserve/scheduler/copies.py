@@ -27,7 +27,7 @@ from jaxserve.scheduler.pace import Pacer
 from jaxserve.scheduler.phases import IN_TURN, Phase
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.scheduler import Commit, Scheduler
-from jaxserve.scheduler.sequence import Sequence
+from jaxserve.scheduler.sequence import Resumed, Sequence
 from jaxserve.types import FinishReason, ModelInfo, SamplingParams
 
 
@@ -161,6 +161,8 @@ class Schedulers:
         cache_salt: str = "",
         weight: float = 1.0,
         arrived_ns: int = 0,
+        request: int = 0,
+        resumed: Resumed | None = None,
     ) -> list[Sequence]:
         """As `Scheduler.submit`, to the copy that the module says."""
         copy = self._choose(prompt, tenant, cache_salt)
@@ -173,6 +175,8 @@ class Schedulers:
             cache_salt=cache_salt,
             weight=weight,
             arrived_ns=arrived_ns,
+            request=request,
+            resumed=resumed,
         )
         for sequence in sequences:
             sequence.copy = copy

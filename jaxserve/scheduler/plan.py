@@ -26,6 +26,7 @@ class Join:
         prefix: tokens at positions 0, 1, … whose KV was found instead of computed, be it shared
             or brought back from the host; given only where the sampling parameters look back at
             them.
+        request: whose sequence it is, for the flight recorder; the device does not see it.
     """
 
     slot: int
@@ -33,6 +34,7 @@ class Join:
     prompt_len: int
     choice: int
     prefix: list[int] = field(default_factory=list)
+    request: int = 0
 
 
 @dataclass(slots=True, kw_only=True)

@@ -41,7 +41,7 @@ from jaxserve.scheduler.plan import PageCopy, Plan
 from jaxserve.scheduler.prefix import PrefixCache
 from jaxserve.scheduler.queue import WaitingQueue
 from jaxserve.scheduler.room import Room, worst_first
-from jaxserve.scheduler.sequence import Sequence, SequenceState
+from jaxserve.scheduler.sequence import Resumed, Sequence, SequenceState
 from jaxserve.scheduler.shedding import Shedding
 from jaxserve.scheduler.slots import SlotTable
 from jaxserve.scheduler.spill import Spill
@@ -152,6 +152,8 @@ class Scheduler:
         cache_salt: str = "",
         weight: float = 1.0,
         arrived_ns: int = 0,
+        request: int = 0,
+        resumed: Resumed | None = None,
     ) -> list[Sequence]:
         """Lets a request in: one sequence a key, in choice order, all over one prompt.
 
@@ -162,6 +164,9 @@ class Scheduler:
             tenant, weight: who is charged, and its share beside others'.
             cache_salt: only requests with the same one (and of the same tenant, unless
                 `cache.isolation` is "none") share cached pages.
+            request: its number in the flight recorder.
+            resumed: how far an engine that ended had come with it, which had let it in: no queue
+                is too long for it, and its tenant has been charged.
 
         Raises:
             ContextTooLong: prompt and max_tokens exceed the model's context.
@@ -171,18 +176,20 @@ class Scheduler:
         check_context(len(prompt), sampling.max_tokens, self._model.max_context)
         check_cache(len(prompt), sampling.max_tokens, self.pages)
         account = self._accounts.account(priority, tenant, weight)
-        self.shedding.make_way(
-            *(len(keys), len(prompt), priority, account),
-            num_waiting=self.num_waiting,
-            num_free_slots=self._slots.num_free,
-            end=self.cancel,
-        )
+        if resumed is None:
+            self.shedding.make_way(
+                *(len(keys), len(prompt), priority, account),
+                num_waiting=self.num_waiting,
+                num_free_slots=self._slots.num_free,
+                end=self.cancel,
+            )
         stops = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             stops |= frozenset(self._model.eos_token_ids)
         root = self.prefix.root(tenant, cache_salt)
         sequences = []
-        for choice, key in enumerate(keys):
+        choices = range(len(keys)) if resumed is None else resumed.choices
+        for choice, key in zip(choices, keys, strict=True):
             self._num_arrived += 1
             sequences.append(
                 Sequence(
@@ -199,8 +206,12 @@ class Scheduler:
                     arrived_ns=arrived_ns,
                     root=root,
                     queued_ns=self._clock_ns(),
+                    request=request,
                 )
             )
+        if resumed is not None:
+            for sequence, emitted in zip(sequences, resumed.emitted, strict=True):
+                sequence.resume(emitted, resumed.num_prompt_logprobs)
         self._choices.lead(sequences)
         return sequences
 

@@ -38,6 +38,21 @@ class SequenceState(enum.Enum):
     FINISHED = enum.auto()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """How far a request had come in an engine that ended.
+
+    Attributes:
+        choices: indexes of the choices that go on.
+        emitted: output tokens of each.
+        num_prompt_logprobs: prompt tokens after the first whose log-probabilities were reported.
+    """
+
+    choices: list[int]
+    emitted: list[list[int]]
+    num_prompt_logprobs: int = 0
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
     """State of one generation.
@@ -56,6 +71,7 @@ class Sequence:
         root: what the digests of its pages begin with; digests: of its first full pages, as far
             as they were needed.
         copy: of the model, that it lives on.
+        request: number of its request in the flight recorder; 0: none.
         host_table: its pages on the host, while it waits with its cache saved.
         followers: choices that wait to share this one's prompt.
         num_computed: positions whose KV is launched; while decoding see `decode_base`.
@@ -86,6 +102,7 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     slot: int = -1
     copy: int = 0
+    request: int = 0
     digests: list[bytes] = field(default_factory=list)
     host_table: HostTable | None = None
     followers: list[Sequence] = field(default_factory=list)
@@ -117,6 +134,19 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.max_len = self.prompt_len + self.sampling.max_tokens
+
+    def resume(self, emitted: list[int], num_prompt_logprobs: int) -> None:
+        """Goes on from what an engine that ended had emitted: those tokens are known.
+
+        Its positions count as reached, so that what it computes of them is recomputed. Its tenant
+        was charged for the prompt, and it is not shed.
+        """
+        self.is_charged = self.has_begun = True
+        self.token_ids += emitted
+        if emitted:
+            self.num_reached = len(self.token_ids) - 1
+        if self.choice == 0:
+            self.num_prompt_logprobs = self.num_prompt_logprobs_planned = num_prompt_logprobs
 
     @property
     def rank(self) -> tuple[int, int]:

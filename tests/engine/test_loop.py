@@ -253,7 +253,13 @@ def test_step_statistics_add_up(server):
 
 def test_what_the_host_keeps_is_told(server):
     """Few pages and a host store: nothing is computed twice, and each page's way is counted."""
-    cache = CacheConfig(page_size=4, num_pages=12, host_bytes=20 * PAGE_BYTES, preemption="swap")
+    cache = CacheConfig(
+        page_size=4,
+        num_pages=12,
+        host_bytes=20 * PAGE_BYTES,
+        preemption="swap",
+        prefix=False,
+    )
     config = dataclasses.replace(CONFIG, cache=cache)
     engine = build_engine(config, server, fake_parts(config, lambda *_: None))
     requests = [submit([i], [5 + i] * 6, max_tokens=20) for i in range(4)]

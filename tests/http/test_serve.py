@@ -110,8 +110,8 @@ def test_workers_share_metrics():
         assert process.wait(TIMEOUT_S) == 0
 
 
-def test_an_engine_that_is_killed_ends_streams_and_server():
-    with started("model.max_context=3000") as process:
+def test_an_engine_that_is_not_started_again_ends_streams_and_server():
+    with started("model.max_context=3000", "engine.max_restarts=0") as process:
         base = address_of(process)
         engine = next(p for p in children(process.pid) if "fakes.engine" in command(p))
         with (

@@ -6,17 +6,21 @@ shape, among background load. Whatever is combined, each probe's tokens equal th
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from jaxserve.engine.loop import Engine
 from jaxserve.engine.thread import EngineThread
-from jaxserve.protocol.client import SyncClient, SyncStream
+from jaxserve.protocol.client import SyncStream
 from jaxserve.protocol.messages import SequenceRecord
 from jaxserve.protocol.streams import SequenceEvent
+from jaxserve.protocol.thread import ThreadClient
 from jaxserve.settings import load_config
 from jaxserve.types import FinishReason, SamplingParams, TokenLogprobs
 from tests.fakes.engine import GROUPS, fake_parts, oracle
 from tests.fakes.executor import FakeExecutor, oracle_logprob
+from tests.interplay.lives import ReplayingClient
 
 #: A small engine, that fills up and chunks: features change it.
 SETTINGS = (
@@ -68,6 +72,7 @@ class Feature:
         shape: changes a probe.
         before: submits what must have happened before the probes.
         background: requests beside the probes.
+        lives: of the engine: all but the last end when the probes have got some tokens.
         acted: whether it is to be seen in the trial that it took part.
     """
 
@@ -76,6 +81,7 @@ class Feature:
     shape: Callable[[Probe], None] = lambda probe: None
     before: Callable[[Trial], None] = lambda trial: None
     background: int = 0
+    lives: int = 1
     acted: Callable[[Trial], bool] = lambda trial: True
 
 
@@ -86,6 +92,7 @@ class Trial:
         num_mixed: device calls that held decoding rows and chunks.
         probes, outcomes: parallel; an outcome for each choice.
         records: of all sequences, background too.
+        engines: one a life.
     """
 
     def __init__(self, features: tuple[Feature, ...]) -> None:
@@ -102,14 +109,23 @@ class Trial:
                 feature.shape(probe)
         self.outcomes = [[Outcome() for _ in range(probe.n)] for probe in self.probes]
         self.records: list[SequenceRecord] = []
+        self.engines: list[Engine] = []
         self.num_mixed = -1
 
     def run(self) -> None:
         """Runs it to the end; the engine must have nothing left then."""
         settings = [*SETTINGS, *(s for feature in self.features for s in feature.settings)]
-        with EngineThread(load_config(settings=settings, environ={}), fake_parts) as thread:
-            self.engine = thread.engine
-            self.client = SyncClient(thread.connect())
+        config = load_config(settings=settings, environ={})
+        with contextlib.ExitStack() as threads:
+
+            def launch() -> ThreadClient:
+                thread = threads.enter_context(EngineThread(config, fake_parts))
+                self.engine = thread.engine
+                self.engines.append(thread.engine)
+                return thread.connect()
+
+            self._again = lambda: self.client.again(launch())
+            self.client = ReplayingClient(launch())
             self.client.start()
             self.client.ready()
             for feature in self.features:
@@ -117,8 +133,8 @@ class Trial:
             self._run_probes()
             status = self.client.get_status()
             assert (status.running, status.waiting) == (0, 0)
-            assert isinstance(thread.engine.executor, FakeExecutor)
-            self.num_mixed = thread.engine.executor.num_mixed
+            assert isinstance(self.engine.executor, FakeExecutor)
+            self.num_mixed = self.engine.executor.num_mixed
             self.client.close()
 
     def finish(self, stream: SyncStream) -> list[SequenceEvent]:
@@ -139,9 +155,13 @@ class Trial:
             submit(probe.prompt, probe.sampling, n=probe.n, priority=probe.priority)
             for probe in self.probes
         ]
+        deaths = max(feature.lives for feature in self.features) - 1
         while not all(stream.done for stream in streams):
             for index, stream in enumerate(streams):
                 self._take(index, stream)
+            if deaths and any(outcome.token_ids for own in self.outcomes for outcome in own):
+                deaths -= 1
+                self._again()
             if not all(stream.done for stream in streams):
                 self.client.wait()
         for index, stream in enumerate(streams):

@@ -72,6 +72,8 @@ def _was_found(trial: Trial) -> bool:
     """Where pages run out they may have been taken before: tests/scheduler/test_prefix_runs.py."""
     if trial.engine.scheduler.prefix_lookup_tokens == 0:  # none where output is batch-invariant
         return any("engine.batch_invariant=true" in f.settings for f in trial.features)
+    if len(trial.engines) > 1:  # the last one's cache began empty
+        return trial.engines[0].scheduler.prefix_hit_tokens > 0
     found = any(outcomes[0].record.cached_tokens >= 16 for outcomes in trial.outcomes)
     return found or any(record.preemptions for record in trial.records)
 
@@ -98,6 +100,12 @@ FEATURES = (
     Feature(name="chunked prefill", settings=("scheduler.max_step_tokens=8",)),
     Feature(name="several decode steps", settings=("scheduler.decode_steps=4",)),
     Feature(name="prefix hit", before=_prompts_first, acted=_was_found),
+    Feature(
+        name="replay",
+        lives=3,
+        # What was cancelled ends with the engine, or before it does.
+        acted=lambda trial: any(r.replays for r in trial.records) or bool(trial.probes[0].cut),
+    ),
 )
 #: What becomes of a sequence that is set back: one or the other.
 PREEMPTION = (

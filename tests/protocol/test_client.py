@@ -18,7 +18,7 @@ from jaxserve.engine.thread import EngineThread
 from jaxserve.errors import ContextTooLong, DeviceFailure, InvalidRequest, OutOfPages, Overloaded
 from jaxserve.protocol.client import ClientTransport, EngineClient, SyncClient
 from jaxserve.protocol.messages import StepStats
-from jaxserve.protocol.spawn import EngineProcess
+from jaxserve.protocol.spawn import EngineProcess, EngineSettings
 from jaxserve.protocol.zmq import ZmqClient
 from jaxserve.types import FinishReason, SamplingParams
 from tests.fakes.engine import fake_parts, oracle
@@ -295,7 +295,7 @@ def test_a_step_that_fails_ends_all_sequences_and_the_process():
                 [event async for event in stream]
 
     with_client(ZmqClient(process.address), body)
-    assert process.stop() == 1
+    assert process.stop() == 5
 
 
 def test_a_model_that_does_not_load_is_one_sentence_and_exit_1(capfd):
@@ -312,6 +312,15 @@ def test_a_model_that_does_not_load_is_one_sentence_and_exit_1(capfd):
     asyncio.run(asyncio.wait_for(run(), 60))
     assert process.stop() == 1
     assert capfd.readouterr().err == "jaxserve: /no/such/model does not exist\n"
+
+
+def test_an_engine_of_other_code_than_its_parents_does_not_start(capfd):
+    settings = EngineSettings(config=CONFIG, messages="as they were when the server was started")
+    process = EngineProcess.start(settings, module="tests.fakes.engine")
+    with os.fdopen(os.pidfd_open(process.pid)) as end:
+        assert select.select([end], [], [], 60)[0]
+    assert process.stop() == 1
+    assert "the code on the disk has changed" in capfd.readouterr().err
 
 
 def test_the_engine_ends_with_its_parent():

@@ -1,0 +1,198 @@
+"""Requests that are suspected of killing the engine run in groups, apart from each other.
+
+After a second death in which the same requests were in the dying step, the supervisor starts the
+engine with *trials*: groups of request keys (`http.suspects` makes them). One group at a time is
+let in. Its trial is over when each of its sequences has ended, or has come `tokens` further than
+where its client left off. During the first trial nobody else runs, so that the death of a group of
+one is that request's doing; later trials run beside what has stood its own, and everybody else.
+
+Requests wait here as messages, before the scheduler and even the check of them sees them. Without
+trials, which is always but after such deaths, nothing is held.
+
+Invariant: what is held is let in after `ARRIVAL_S` and the trials before it, or its client ends it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Hashable
+from collections.abc import Sequence as Seq
+
+from jaxserve.engine.check import request_number
+from jaxserve.engine.recorder import Recorder
+from jaxserve.errors import RequestQuarantined
+from jaxserve.protocol.messages import Finished, SequenceRecord, Submit
+from jaxserve.scheduler.sequence import Sequence
+from jaxserve.types import FinishReason
+
+#: How long a trial waits for requests of its group, which their clients may have given up.
+ARRIVAL_S = 3.0
+
+Held = tuple[Hashable, Submit]
+
+
+class Probation:
+    """Which requests may run now.
+
+    Args:
+        trials: groups of request keys, in order.
+        quarantined: keys of requests that are not run any more.
+        tokens: how much further than before a sequence must come: more than what may be launched
+            and unread.
+        recorder: told who is on trial.
+        clock_s: monotonic.
+    """
+
+    def __init__(
+        self,
+        trials: Seq[Collection[str]],
+        quarantined: Collection[str],
+        tokens: int,
+        recorder: Recorder,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._trials = [set(trial) for trial in trials]
+        self._suspects = set().union(*self._trials)
+        self._quarantined = frozenset(quarantined)
+        self._tokens = tokens
+        self._recorder = recorder
+        self._clock_s = clock_s
+        self._held: deque[Held] = deque()
+        self._trial = 0  # index of the one that is on or comes next
+        self._let_in = False  # whether its requests were
+        self._watched: list[tuple[Sequence, int]] = []  # sequences on trial, length to come to
+        self._deadline_s: float | None = None  # when it begins without those that have not come
+
+    @property
+    def num_held(self) -> int:
+        """Sequences that wait here."""
+        return sum(len(message.sequence_ids) for _, message in self._held)
+
+    def check(self, message: Submit) -> None:
+        """Refuses what is quarantined.
+
+        Raises:
+            RequestQuarantined: it is.
+        """
+        if message.request_key in self._quarantined:
+            raise RequestQuarantined(
+                "the engine process ended each time it ran this request, at last with this one "
+                "alone; the others go on without it. Do not send it again as it is"
+            )
+
+    def holds(self, client: Hashable, message: Submit) -> bool:
+        """Whether a request has to wait; it is kept then."""
+        if self._trial == len(self._trials) and message.request_key not in self._suspects:
+            return False
+        if self._trial == len(self._trials):  # its own trial is over: it comes late
+            self._trials.append({message.request_key})
+        elif self._trial > 0 and message.request_key not in self._suspects:
+            return False  # beside a later trial everybody else runs
+        self._held.append((client, message))
+        return True
+
+    def release(self) -> list[Held]:
+        """What may run from now on; called each turn of the loop."""
+        if self._trial == len(self._trials):
+            return []
+        if not self._let_in:
+            return self._begin_trial()
+        if not all(_stands(sequence, length) for sequence, length in self._watched):
+            return []
+        return self._end_trial()
+
+    def watch(self, message: Submit, sequences: list[Sequence]) -> None:
+        """A request was let in as these sequences."""
+        if self._trial < len(self._trials) and message.request_key in self._trials[self._trial]:
+            self._watched += [(s, len(s.token_ids) + self._tokens) for s in sequences]
+
+    def withdraw(
+        self, client: Hashable, sequence_ids: Collection[int], reason: FinishReason
+    ) -> list[Finished]:
+        """A client cancels these: the ends of those of them that wait here."""
+        withdrawn: list[Finished] = []
+        kept: deque[Held] = deque()
+        for name, message in self._held:
+            ids = set(message.sequence_ids).intersection(sequence_ids) if name == client else set()
+            if ids:
+                withdrawn += [_end(message, sequence_id, reason) for sequence_id in ids]
+                if len(ids) == len(message.sequence_ids):
+                    continue
+                message = _without(message, ids)
+            kept.append((name, message))
+        self._held = kept
+        return withdrawn
+
+    def forget(self, client: Hashable) -> None:
+        """A client is gone."""
+        self._held = deque(held for held in self._held if held[0] != client)
+
+    def _begin_trial(self) -> list[Held]:
+        """Lets the group in, once it is complete or has been waited for."""
+        group = self._trials[self._trial]
+        now_s = self._clock_s()
+        if self._deadline_s is None:
+            self._deadline_s = now_s + ARRIVAL_S
+        here = {message.request_key for _, message in self._held}
+        if not group <= here and now_s < self._deadline_s:
+            return []
+        if self._trial > 0:  # those that come late to an earlier trial
+            late = set().union(*self._trials[: self._trial]) & here
+            group |= late
+        released = self._take(lambda key: key in group)
+        if not released:
+            return self._end_trial()
+        self._recorder.trying(map(request_number, group), self._trial)
+        self._let_in = True
+        return released
+
+    def _end_trial(self) -> list[Held]:
+        """It is over; after the first one everybody else may run."""
+        self._trial += 1
+        self._let_in = False
+        self._watched = []
+        self._deadline_s = None
+        self._recorder.trying((), self._trial)
+        return self._take(lambda key: key not in self._suspects)
+
+    def _take(self, wanted: Callable[[str], bool]) -> list[Held]:
+        """Takes out what waits under such keys, in the order of its coming."""
+        taken = [held for held in self._held if wanted(held[1].request_key)]
+        self._held = deque(held for held in self._held if not wanted(held[1].request_key))
+        return taken
+
+
+def _stands(sequence: Sequence, length: int) -> bool:
+    return sequence.reason is not None or len(sequence.token_ids) >= length
+
+
+def _end(message: Submit, sequence_id: int, reason: FinishReason) -> Finished:
+    """The end of a sequence that this engine did not begin."""
+    prompt_tokens = sum(len(segment.token_ids) for segment in message.prompt)
+    place = message.sequence_ids.index(sequence_id)
+    num_emitted = len(message.emitted[place]) if message.emitted else 0
+    record = SequenceRecord(
+        prompt_tokens=prompt_tokens,
+        output_tokens=num_emitted,
+        computed_tokens=prompt_tokens + num_emitted - 1 if num_emitted else 0,
+        context_tokens=prompt_tokens + num_emitted,
+        arrived_ns=message.arrived_ns,
+        done_ns=time.monotonic_ns(),
+    )
+    return Finished(sequence_id=sequence_id, reason=reason, record=record)
+
+
+def _without(message: Submit, sequence_ids: Collection[int]) -> Submit:
+    """A request less some of its sequences."""
+    kept = [i for i, number in enumerate(message.sequence_ids) if number not in sequence_ids]
+    choices = message.choices or list(range(len(message.sequence_ids)))
+    emitted = message.emitted or [[]] * len(message.sequence_ids)
+    return dataclasses.replace(
+        message,
+        sequence_ids=[message.sequence_ids[i] for i in kept],
+        attempt=max(message.attempt, 1),
+        choices=[choices[i] for i in kept],
+        emitted=[emitted[i] for i in kept],
+    )
