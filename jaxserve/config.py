@@ -249,6 +249,41 @@ class HttpConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LimitsConfig:
+    """Rate limits (their numbers are in the key file), deadlines, and what overload gives up.
+
+    Attributes:
+        default_output_tokens: output that a request without max_tokens reserves of a token limit.
+        redis_url: a Redis or Valkey server that keeps the rate limits of several servers
+            together; where empty, each server keeps its own.
+        redis_prefix: of all keys there.
+        store_timeout_ms: an answer of that server that takes longer is a failure.
+        when_store_fails: "local" (local_share of each limit on this server alone), "open" (no
+            limits) or "closed" (no requests of limited keys).
+        local_share: share of every limit; one over the number of servers is exact.
+        default_timeout_s: deadline of requests that name none; 0 sets none.
+        max_wait_s: a request that would wait longer is refused; 0 lets all wait.
+        overload_wait_s: a request of normal priority that would wait longer than this means
+            overload; 0 never does.
+        overload_after_s: how long it must last for each step of what is given up, and of what is
+            taken back.
+        low_priority_max_tokens: under overload, output tokens of requests of low priority.
+    """
+
+    default_output_tokens: int = 512
+    redis_url: str = field(default="", metadata={"secret": True})
+    redis_prefix: str = "jaxserve"
+    store_timeout_ms: float = 100.0
+    when_store_fails: str = "local"
+    local_share: float = 0.25
+    default_timeout_s: float = 0.0
+    max_wait_s: float = 0.0
+    overload_wait_s: float = 0.0
+    overload_after_s: float = 10.0
+    low_priority_max_tokens: int = 128
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """What is written to stderr.
 
@@ -271,6 +306,7 @@ class Config:
     parallel: ParallelConfig = ParallelConfig()
     engine: EngineConfig = EngineConfig()
     http: HttpConfig = HttpConfig()
+    limits: LimitsConfig = LimitsConfig()
     logging: LoggingConfig = LoggingConfig()
 
 
@@ -286,6 +322,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kernels.attention": ("auto", "xla", "cpu", "tpu", "gpu"),
     "kernels.matmul": ("auto", "xla", "cpu"),
     "kernels.layers": ("auto", "unrolled", "scanned"),
+    "limits.when_store_fails": ("local", "open", "closed"),
     "logging.level": ("debug", "info", "warning", "error"),
 }
 #: Lowest and highest value of numbers.
@@ -329,5 +366,13 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "http.max_choices": (1, 1024),
     "http.drain_timeout_s": (0, 86400),
     "http.heartbeat_s": (0.1, 3600),
+    "limits.default_output_tokens": (1, 2**31 - 1),
+    "limits.store_timeout_ms": (1, 60_000),
+    "limits.local_share": (0.001, 1),
+    "limits.default_timeout_s": (0, 2_592_000),
+    "limits.max_wait_s": (0, 86400),
+    "limits.overload_wait_s": (0, 86400),
+    "limits.overload_after_s": (0.1, 86400),
+    "limits.low_priority_max_tokens": (1, 2**31 - 1),
     "http.restart_wait_s": (0, 86400),
 }

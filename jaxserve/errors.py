@@ -17,16 +17,20 @@ class JaxserveError(Exception):
         status: HTTP status at the edge.
         retryable: whether the same request may succeed later.
         param: name of the offending request field, if one is to blame.
+        retry_after_s: when the same request may succeed, where that is known.
     """
 
     code: ClassVar[str] = "internal_error"
     status: ClassVar[int] = 500
     retryable: ClassVar[bool] = False
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.retry_after_s = retry_after_s
 
 
 class InvalidRequest(JaxserveError):
@@ -89,6 +93,20 @@ class ModelNotFound(JaxserveError):
 
     code = "model_not_found"
     status = 404
+
+
+class TooLargeForLimit(InvalidRequest):
+    """The request is more than a rate limit lets anybody have at once."""
+
+    code = "request_exceeds_rate_limit"
+
+
+class RateLimited(JaxserveError):
+    """A rate limit of the key, its user or its tenant is reached."""
+
+    code = "rate_limit_exceeded"
+    status = 429
+    retryable = True
 
 
 class Overloaded(JaxserveError):

@@ -21,7 +21,7 @@ MISSING_ON_ACCELERATORS = (
 )  # fmt: skip
 
 ENGINE_HALF = ("device", "engine", "scheduler", "models", "sampling", "weights", "bench")
-FRONT_HALF = ("http", "text", "protocol", "formats", "scheduler")
+FRONT_HALF = ("http", "text", "limits", "protocol", "formats", "scheduler")
 
 SCRIPT = """
 import importlib, json, sys

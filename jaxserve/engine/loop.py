@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from jaxserve.device.step import StepInputs, StepOutputs
+from jaxserve.engine.backlog import Backlog
 from jaxserve.engine.check import check_submit, request_number, resumed
 from jaxserve.engine.outbox import Outbox
 from jaxserve.engine.probation import Probation
@@ -147,6 +148,7 @@ class Engine:
         self._model = model
         self._server = server
         self._outbox = Outbox(server)
+        self._backlog = Backlog()
         self._live: dict[Hashable, dict[int, Sequence]] = {}
         self._told: Counter[str] = Counter()
         self._stopping = False
@@ -208,6 +210,8 @@ class Engine:
             for sequence in commit.finished:
                 self._finish(sequence, now_ns)
         self._outbox.send()
+        chunks = (chunk for plan in step.plans if plan is not None for chunk in plan.chunks)
+        self._backlog.step(now_ns, sum(len(chunk.token_ids) for chunk in chunks))
         if self._outbox.wants_stats:
             self._outbox.send_stats(self._stats(step, outputs[0]))
 
@@ -287,6 +291,7 @@ class Engine:
             self._refuse(client, message, error)
         else:
             live.update(zip(message.sequence_ids, sequences, strict=True))
+            self._backlog.enter(sequences, message.priority, message.tenant, message.weight)
             self._probation.watch(message, sequences)
         self._recorder.arriving(0)
         now_ns = time.monotonic_ns()
@@ -330,6 +335,13 @@ class Engine:
             model=self._model,
             shed=self.scheduler.num_shed,
             error=self._error,
+            at_ns=time.monotonic_ns(),
+            max_rows=self.scheduler.max_rows,
+            loads=self._backlog.loads(self.scheduler.running()),
+            prefill_tokens_per_s=self._backlog.prefill_tokens_per_s,
+            service_s=self._backlog.service_s,
+            token_s=self._backlog.token_s,
+            output_share=self._backlog.output_share,
         )
 
     # ------------------------------------------------------------------ ends
@@ -337,6 +349,7 @@ class Engine:
     def _finish(self, sequence: Sequence, now_ns: int, error: JaxserveError | None = None) -> None:
         client, sequence_id = sequence.key
         del self._live[client][sequence_id]
+        self._backlog.leave(sequence, now_ns)
         assert sequence.reason is not None
         finished = Finished(
             sequence_id=sequence_id,

@@ -18,17 +18,19 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 
-from jaxserve.config import HttpConfig
+from jaxserve.config import HttpConfig, LimitsConfig
 from jaxserve.errors import InvalidRequest, JaxserveError
 from jaxserve.http.auth import Authentication, KeyRing
 from jaxserve.http.chat import read_chat
 from jaxserve.http.completions import read_completion
 from jaxserve.http.errors import MethodNotAllowed, NotFound, error_body, send_error
 from jaxserve.http.frontend import Frontend
+from jaxserve.http.gate import CAPPED_HEADER, Gate
 from jaxserve.http.generate import GenerationEndpoint
 from jaxserve.http.metrics import Metrics
 from jaxserve.http.probes import Health, Models, PrometheusMetrics, Ready
 from jaxserve.http.tokens import Detokenize, Tokenize
+from jaxserve.limits.store import Store
 from jaxserve.protocol.client import EngineClient
 from jaxserve.text.template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
@@ -37,6 +39,15 @@ logger = logging.getLogger(__name__)
 
 #: Characters of an unknown path that an error repeats.
 _SHOWN_PATH = 100
+#: Headers that pages of other origins may read, besides the few that they always may.
+_EXPOSED = [
+    *("retry-after", "retry-after-ms", CAPPED_HEADER.decode()),
+    *(
+        f"x-ratelimit-{name}-{kind}"
+        for name in ("limit", "remaining", "reset")
+        for kind in ("requests", "tokens")
+    ),
+]
 #: Counted as the status of requests whose client left before an answer began.
 LEFT = 499
 
@@ -50,6 +61,8 @@ def create_app(
     page_size: int,
     keys: KeyRing | None = None,
     metrics: Metrics | None = None,
+    limits: LimitsConfig | None = None,
+    store: Store | None = None,
 ) -> Arrival:
     """The application over a client that has been started.
 
@@ -58,14 +71,18 @@ def create_app(
         page_size: tokens a KV page.
         keys: none are asked for where None.
         metrics: of this process; its own where None.
+        limits: of admission; the defaults where None.
+        store: of rate limits; None where no key has any.
     """
+    metrics = metrics or Metrics(lambda: client.status)
     frontend = Frontend(
         client=client,
         tokenizer=tokenizer,
         template=template,
         config=config,
         keys=keys or KeyRing(),
-        metrics=metrics or Metrics(lambda: client.status),
+        gate=Gate(client, limits or LimitsConfig(), metrics, store, config.workers),
+        metrics=metrics,
         page_size=page_size,
         started_s=int(time.time()),
     )
@@ -91,6 +108,7 @@ def create_app(
             allow_origins=config.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
+            expose_headers=_EXPOSED,
             max_age=600,
         )
     return Arrival(app, frontend)
@@ -141,6 +159,8 @@ class Arrival:
         if scope["type"] != "http":
             return
         scope["jaxserve.arrived_ns"] = time.monotonic_ns()
+        added: dict[bytes, bytes] = {}
+        scope["jaxserve.headers"] = added
         frontend = self.frontend
         status = 0
 
@@ -149,9 +169,9 @@ class Arrival:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 if frontend.draining:
-                    message = message | {
-                        "headers": [*message["headers"], (b"connection", b"close")]
-                    }
+                    added[b"connection"] = b"close"
+                if added:
+                    message = message | {"headers": [*message["headers"], *added.items()]}
             await send(message)
 
         frontend.enter()

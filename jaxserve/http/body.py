@@ -11,6 +11,7 @@ checked value or an `InvalidRequest` that names field, value and limit.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -200,6 +201,14 @@ class Fields:
         """The value as it is; None if absent."""
         self._known.add(name)
         return self._values.get(name)
+
+    def peek(self, name: str) -> Any:
+        """The value as it is, for one who does not answer for it; None if absent."""
+        return self._values.get(name)
+
+    def fingerprint(self) -> bytes:
+        """Equal for equal objects whose fields stand in the same order."""
+        return hashlib.blake2b(msgspec.json.encode(self._values), digest_size=16).digest()
 
     def wrong(self, name: str, wanted: str, value: Any) -> InvalidRequest:
         """The error for a value that is not what was wanted."""

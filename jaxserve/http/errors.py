@@ -6,6 +6,7 @@ body's `type`. Nothing else in http writes an error response.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import msgspec
@@ -72,7 +73,10 @@ async def send_error(send: Any, error: JaxserveError) -> None:
     elif isinstance(error, RequestQuarantined):
         headers.append((b"x-should-retry", b"false"))  # OpenAI's clients repeat any other 500
     elif error.retryable and not isinstance(error, Forbidden):
-        headers.append((b"retry-after", b"%d" % RETRY_AFTER_S))
+        retry_s = RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
+        milliseconds = max(1, math.ceil(retry_s * 1000))
+        headers.append((b"retry-after", b"%d" % -(-milliseconds // 1000)))
+        headers.append((b"retry-after-ms", b"%d" % milliseconds))
     await send_json(send, error_body(error), status=error.status, headers=headers)
 
 

@@ -14,6 +14,7 @@ from jaxserve.config import HttpConfig
 from jaxserve.errors import DeviceFailure, Overloaded, RequestTimeout
 from jaxserve.http.auth import KeyRing
 from jaxserve.http.body import Fields, read_object
+from jaxserve.http.gate import Gate
 from jaxserve.http.metrics import Metrics
 from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.streams import RESTARTING
@@ -43,6 +44,7 @@ class Frontend:
     template: ChatTemplate | None
     config: HttpConfig
     keys: KeyRing
+    gate: Gate
     metrics: Metrics
     page_size: int
     started_s: int

@@ -10,7 +10,7 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from jaxserve.errors import DeviceFailure, JaxserveError, ModelNotFound
+from jaxserve.errors import DeviceFailure, JaxserveError, ModelNotFound, Overloaded
 from jaxserve.http.auth import Identity
 from jaxserve.http.body import Fields, show
 from jaxserve.http.errors import error_event, send_json
@@ -41,25 +41,37 @@ class GenerationEndpoint:
         frontend = self._frontend
         model = frontend.model()
         identity: Identity = scope["jaxserve.identity"]
+        frontend.gate.glance(scope, identity)
         fields = await frontend.read(scope, receive)
         check_model(fields, model)
-        work = await self._read(fields, frontend, model, identity)
-        generation = Generation(
-            frontend.client,
-            frontend.tokenizer,
-            frontend.metrics,
-            prompts=work.prompts,
-            samplings=work.samplings,
-            options=work.options,
-            tenant=identity.tenant,
-            arrived_ns=scope["jaxserve.arrived_ns"],
-        )
-        answer = _stream if work.options.stream else _whole
+        visit = await frontend.gate.enter(scope, fields, identity)
         try:
-            async with Departure(receive, generation.cancel) as departure:
-                await answer(generation, work, frontend, departure, send)
+            work = await self._read(fields, frontend, model, identity)
+            await visit.begin(work)
+            generation = Generation(
+                frontend.client,
+                frontend.tokenizer,
+                frontend.metrics,
+                prompts=work.prompts,
+                samplings=work.samplings,
+                options=work.options,
+                tenant=identity.tenant,
+                weight=identity.weight,
+                arrived_ns=scope["jaxserve.arrived_ns"],
+                deadline_ns=visit.deadline_ns,
+            )
+            visit.follow(generation.usage)
+            answer = _stream if work.options.stream else _whole
+            try:
+                async with Departure(receive, generation.cancel) as departure:
+                    await answer(generation, work, frontend, departure, send)
+            finally:
+                generation.cancel()
+        except Overloaded:
+            visit.forgive()
+            raise
         finally:
-            generation.cancel()
+            visit.leave()
 
 
 def check_model(fields: Fields, model: ModelInfo) -> None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxserve.errors import Overloaded
+from jaxserve.errors import DeadlineExceeded, Overloaded
 from jaxserve.http.metrics import Metrics
 from jaxserve.http.sampling import Options
 from jaxserve.protocol.client import EngineClient, SequenceEvent, Stream
@@ -70,8 +70,9 @@ class Generation:
 
     Args:
         prompts: token ids of each prompt, at least one token; samplings: aligned with them.
-        tenant: who is charged.
+        tenant, weight: who is charged, and its share.
         arrived_ns: when the request reached the server.
+        deadline_ns: when it is given up; None for never.
 
     Attributes:
         usage: complete once `next` has given nothing.
@@ -87,7 +88,9 @@ class Generation:
         samplings: list[SamplingParams],
         options: Options,
         tenant: str,
+        weight: float,
         arrived_ns: int,
+        deadline_ns: int | None,
     ) -> None:
         self.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in prompts))
         self._options = options
@@ -112,6 +115,8 @@ class Generation:
         self._woken = False
         self._running = True
         self._streams: list[Stream] = []
+        self._expiry: asyncio.TimerHandle | None = None
+        self._expired = False
         for prompt, sampling in zip(prompts, samplings, strict=True):
             stream = client.submit(
                 prompt,
@@ -119,15 +124,21 @@ class Generation:
                 n=options.candidates,
                 priority=options.priority,
                 tenant=tenant,
+                weight=weight,
                 cache_salt=options.cache_salt,
                 arrived_ns=arrived_ns,
             )
             stream.watch(self._wake)
             self._streams.append(stream)
         metrics.prompt_tokens(self.usage.prompt_tokens)
+        if deadline_ns is not None:
+            left_s = (deadline_ns - time.monotonic_ns()) / 1e9
+            self._expiry = self._loop.call_later(left_s, self._expire)
 
     def cancel(self) -> None:
         """The client has left, or the answer failed: gives the engine's pages back."""
+        if self._expiry is not None:
+            self._expiry.cancel()
         for stream in self._streams:
             stream.cancel()
 
@@ -135,9 +146,12 @@ class Generation:
         """What has come since the last call, waiting for it if need be; empty at the end.
 
         Raises:
+            DeadlineExceeded: the deadline has passed; the engine has been told.
             JaxserveError: the engine refused a prompt, or failed; `cancel` the others then.
         """
         while True:
+            if self._expired:
+                raise DeadlineExceeded("the request's deadline passed before it was done")
             if self._woken:
                 self._woken = self._running = False
                 deltas: list[Delta] = []
@@ -152,6 +166,11 @@ class Generation:
                 return []
             self._waiter = self._loop.create_future()
             await self._waiter
+
+    def _expire(self) -> None:
+        self._expired = True
+        self.cancel()
+        self._wake()
 
     def _wake(self) -> None:
         self._woken = True

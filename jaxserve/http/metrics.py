@@ -25,6 +25,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from jaxserve.limits.admission import REASONS
 from jaxserve.protocol.messages import EngineStatus, StepStats
 
 CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
@@ -34,7 +35,7 @@ ROUTES = (
     *("/tokenize", "/detokenize", "/health", "/ready", "/metrics", "other"),
 )
 #: Statuses counted by themselves; 499 stands for a client that left before its answer began.
-STATUSES = (200, 400, 401, 403, 404, 405, 408, 413, 415, 499, 500, 503, 504)
+STATUSES = (200, 400, 401, 403, 404, 405, 408, 413, 415, 429, 499, 500, 503, 504)
 
 _COUNTERS = {
     "prompt_tokens": "Prompt tokens submitted",
@@ -63,6 +64,10 @@ _HISTOGRAMS = {
     "inter_token_seconds": "Between tokens of a choice",
     "request_duration_seconds": "From arrival to the last token",
 }
+#: Scope and kind of rate limits.
+_LIMITED = tuple(
+    (scope, kind) for scope in ("key", "user", "tenant") for kind in ("requests", "tokens")
+)
 _BOUNDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0),
@@ -73,7 +78,10 @@ _IN_FLIGHT = 0
 _COUNTER = {name: 1 + index for index, name in enumerate(_COUNTERS)}
 _HISTOGRAM = {name: 1 + len(_COUNTERS) + _SPAN * i for i, name in enumerate(_HISTOGRAMS)}
 _REQUESTS = 1 + len(_COUNTERS) + _SPAN * len(_HISTOGRAMS)
-_NUM_CELLS = _REQUESTS + len(ROUTES) * (len(STATUSES) + 1)
+_LIMITS = _REQUESTS + len(ROUTES) * (len(STATUSES) + 1)
+_SHED = _LIMITS + len(_LIMITED)
+_LEVEL, _WAIT, _STORE_DOWN = range(_SHED + len(REASONS), _SHED + len(REASONS) + 3)
+_NUM_CELLS = _STORE_DOWN + 1
 
 _PROMPT_TOKENS = _COUNTER["prompt_tokens"]
 _OUTPUT_TOKENS = _COUNTER["output_tokens"]
@@ -170,6 +178,23 @@ class Metrics:
         self._own[_COUNTER["requests_replayed"]] = num_replayed
         self._own[_COUNTER["requests_quarantined"]] = num_quarantined
 
+    def limited(self, scope: str, kind: str) -> None:
+        """A rate limit refused a request."""
+        self._own[_LIMITS + _LIMITED.index((scope, kind))] += 1
+
+    def shed(self, reason: str) -> None:
+        """A request was refused or cut short because of load."""
+        self._own[_SHED + REASONS.index(reason)] += 1
+
+    def overload(self, level: int, wait_s: float) -> None:
+        """What this process takes the load for."""
+        self._own[_LEVEL] = level
+        self._own[_WAIT] = wait_s
+
+    def store_state(self, is_up: bool) -> None:
+        """Whether this process uses the shared store of rate limits."""
+        self._own[_STORE_DOWN] = float(not is_up)
+
     def _observe(self, base: int, seconds: float) -> None:
         self._own[base + bisect_left(_BOUNDS, seconds)] += 1
         self._own[base + _SPAN - 1] += seconds
@@ -192,7 +217,16 @@ class _Collector(Collector):
         for name, documentation in _HISTOGRAMS.items():
             yield _histogram(name, documentation, sums[_HISTOGRAM[name] :][:_SPAN])
         yield _requests(sums)
-        yield from _engine(self._status())
+        status = self._status()
+        yield from _limits(sums)
+        yield _shed(sums, status)
+        for cell, name, documentation in (
+            (_LEVEL, "overload_level", "What is given up because of load, 0 to 3"),
+            (_WAIT, "estimated_wait_seconds", "Of a request of normal priority, if looked at"),
+        ):
+            value = max(self._cells[cell::_NUM_CELLS])
+            yield GaugeMetricFamily(f"jaxserve_{name}", documentation, value)
+        yield from _engine(status)
 
 
 def _histogram(name: str, documentation: str, cells: Sequence[float]) -> Metric:
@@ -219,6 +253,33 @@ def _requests(sums: Sequence[float]) -> Metric:
     return family
 
 
+def _limits(sums: Sequence[float]) -> Iterator[Metric]:
+    limited = CounterMetricFamily(
+        "jaxserve_rate_limited", "Requests refused by a rate limit", labels=["scope", "kind"]
+    )
+    for index, labels in enumerate(_LIMITED):
+        limited.add_metric(labels, sums[_LIMITS + index])
+    yield limited
+    yield GaugeMetricFamily(
+        "jaxserve_limit_store_down",
+        "HTTP processes that cannot reach the shared store of rate limits",
+        sums[_STORE_DOWN],
+    )
+
+
+def _shed(sums: Sequence[float], status: EngineStatus | None) -> Metric:
+    """What the front end refused or cut short, and what the engine's queue did."""
+    family = CounterMetricFamily(
+        "jaxserve_shed",
+        "Requests refused, pushed out or cut short because of load",
+        labels=["reason"],
+    )
+    counts = {reason: sums[_SHED + index] for index, reason in enumerate(REASONS)}
+    for reason, count in (counts | (status.shed if status is not None else {})).items():
+        family.add_metric([reason], count)
+    return family
+
+
 def _engine(status: EngineStatus | None) -> Iterator[Metric]:
     ready = status is not None and status.state == "ready"
     yield GaugeMetricFamily("jaxserve_engine_ready", "1 if it serves", float(ready))
@@ -237,9 +298,3 @@ def _engine(status: EngineStatus | None) -> Iterator[Metric]:
         ("step_age_seconds", "Since the step loop last turned", status.step_age_s),
     ):
         yield GaugeMetricFamily(f"jaxserve_{name}", documentation, value)
-    shed = CounterMetricFamily(
-        "jaxserve_shed", "Sequences that a full queue refused or pushed out", labels=["reason"]
-    )
-    for reason, count in sorted(status.shed.items()):
-        shed.add_metric([reason], count)
-    yield shed

@@ -33,12 +33,15 @@ from tqdm import tqdm
 
 from jaxserve.config import Config, HttpConfig, ModelConfig, WeightsConfig
 from jaxserve.errors import ConfigError, JaxserveError
-from jaxserve.http.auth import check_exposure, load_keys
+from jaxserve.http.auth import check_exposure
+from jaxserve.http.keyfile import load_keys
 from jaxserve.http.lives import Lives
 from jaxserve.http.metrics import create_shared
 from jaxserve.http.news import News, NewsPipe
 from jaxserve.http.restarts import ended, run_follower
 from jaxserve.http.worker import WorkerSettings
+from jaxserve.limits.owner import Owner
+from jaxserve.limits.stores import shared_store
 from jaxserve.protocol.messages import Progress
 from jaxserve.protocol.scratch import ScratchDirectory
 from jaxserve.weights import sources
@@ -75,6 +78,8 @@ def serve(
             return asyncio.run(run_follower(_resolved(config, resolve), engine_module))
         check_exposure(config.http)
         load_keys(config.http)
+        if config.limits.redis_url:
+            shared_store(config.limits)
         _check_tls(config.http)
         with _bind(config.http) as listener:
             config = _resolved(config, resolve)
@@ -139,6 +144,7 @@ class _Supervisor:
         self._workers: list[_Worker] = []
         self._listening: asyncio.Future[list[None]] | None = None
         self._stopping = asyncio.Event()
+        self._limits: Owner | None = None
         self._bar = _Bar()
 
     async def run(self) -> int:
@@ -147,6 +153,7 @@ class _Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         scratch = ScratchDirectory()
+        self._limits = Owner(scratch.path / "limits") if self._shares_limits() else None
         lives = Lives(
             self._config,
             scratch.path / "flight",
@@ -156,6 +163,8 @@ class _Supervisor:
             on_ready=self._announce,
         )
         try:
+            if self._limits is not None:
+                await self._limits.start()
             self._start_workers(lives.launch(), scratch.path / "metrics")
             return await self._watch(lives)
         finally:
@@ -163,7 +172,14 @@ class _Supervisor:
             for worker in self._workers:
                 worker.close()
             lives.close()
+            if self._limits is not None:
+                await self._limits.close()
             scratch.remove()
+
+    def _shares_limits(self) -> bool:
+        """Whether there are rate limits that several workers must keep together."""
+        http = self._config.http
+        return http.workers > 1 and load_keys(http).is_limited
 
     def _start_workers(self, address: str, metrics_file: Path) -> None:
         create_shared(metrics_file, self._config.http.workers)
@@ -173,6 +189,7 @@ class _Supervisor:
                 engine_address=address,
                 index=index,
                 metrics_file=metrics_file,
+                limits_socket=self._limits.path if self._limits is not None else None,
             )
             self._workers.append(_Worker(settings, self._listener, self._worker_module))
         listening = (worker.listening() for worker in self._workers)

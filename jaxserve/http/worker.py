@@ -25,10 +25,11 @@ import uvloop
 from jaxserve.config import Config
 from jaxserve.errors import DeviceFailure, JaxserveError
 from jaxserve.http.app import create_app
-from jaxserve.http.auth import load_keys
+from jaxserve.http.keyfile import load_keys
 from jaxserve.http.metrics import Metrics
 from jaxserve.http.news import News, listen
 from jaxserve.http.server import Server
+from jaxserve.limits.stores import make_store
 from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.parent import follow_parent
 from jaxserve.protocol.zmq import ZmqClient
@@ -50,12 +51,14 @@ class WorkerSettings:
         engine_address: of the engine's socket.
         index: among the workers; number 0 counts the engine's steps.
         metrics_file: shared by all workers.
+        limits_socket: of the rate limits that all workers share; None where there is one worker.
     """
 
     config: Config
     engine_address: str
     index: int
     metrics_file: Path
+    limits_socket: Path | None = None
 
 
 def main(load_text: LoadText | None = None) -> int:
@@ -111,16 +114,23 @@ async def _serve(
 
     await client.start()
     listen(int(sys.argv[3]), on_news)
+    keys = load_keys(config.http)
+    store = None
+    if keys.is_limited:
+        store = make_store(config.limits, settings.limits_socket, metrics.store_state)
     app = create_app(
         client,
         tokenizer,
         template,
         config.http,
         page_size=config.cache.page_size,
-        keys=load_keys(config.http),
+        keys=keys,
         metrics=metrics,
+        limits=config.limits,
+        store=store,
     )
     await Server(app, config.http, _say_listening).run_on(listener, lambda: os._exit(1))
+    await app.frontend.gate.close()
     await client.close()
 
 

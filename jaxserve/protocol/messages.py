@@ -228,6 +228,24 @@ class Progress:
 
 
 @dataclass(slots=True, kw_only=True)
+class ClassLoad:
+    """The sequences of one tenant and priority that have not ended.
+
+    Attributes:
+        weight: of the tenant's share.
+        running, waiting: with and without a row.
+        tokens: of prompt, still to be computed.
+    """
+
+    priority: int
+    tenant: str
+    weight: float = 1.0
+    running: int = 0
+    waiting: int = 0
+    tokens: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
 class EngineStatus:
     """The engine's state: "loading", "compiling", "ready", "draining" or "failed".
 
@@ -243,6 +261,13 @@ class EngineStatus:
         swapped: waiting sequences whose pages are in the host's memory.
         host_pages_used, host_pages_total: pages there; 0 in all where there is no host store.
         error: the one sentence, for "failed".
+        at_ns: when all this was so.
+        max_rows: sequences that can run at once.
+        loads: by tenant and priority; the smallest may be added together.
+        prefill_tokens_per_s: prompt tokens computed a second, of late, in steps that had some.
+        service_s, token_s: how long sequences that ended of late held a row, in all and for each
+            output token; 0 before any has.
+        output_share: the part of their max_tokens that they used.
     """
 
     state: str
@@ -262,6 +287,13 @@ class EngineStatus:
     model: ModelInfo | None = None
     shed: dict[str, int] = field(default_factory=dict)
     error: str = ""
+    at_ns: int = 0
+    max_rows: int = 0
+    loads: list[ClassLoad] = field(default_factory=list)
+    prefill_tokens_per_s: float = 0.0
+    service_s: float = 0.0
+    token_s: float = 0.0
+    output_share: float = 0.0
 
 
 EngineMessage = TokenEvents | StepStats | Progress | EngineStatus

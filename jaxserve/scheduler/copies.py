@@ -78,6 +78,7 @@ class Schedulers:
             )
             for _ in range(copies)
         ]
+        self._max_rows = config.max_rows
         self._load_margin = max(config.max_rows // 4, 1)
         self._next_step_id = 0
         self._last_phase = Phase.OUTPUTS if batch_invariant else Phase.MIXED
@@ -91,6 +92,15 @@ class Schedulers:
     def num_running(self) -> int:
         """Sequences that hold a slot."""
         return sum(scheduler.num_running for scheduler in self._schedulers)
+
+    @property
+    def max_rows(self) -> int:
+        """Sequences that can run at once."""
+        return self._max_rows * len(self._schedulers)
+
+    def running(self) -> list[Sequence]:
+        """The sequences that hold a slot."""
+        return [sequence for scheduler in self._schedulers for sequence in scheduler.running()]
 
     @property
     def num_preemptions(self) -> int:

@@ -134,6 +134,10 @@ class Scheduler:
         """Sequences that hold a slot."""
         return len(self._prefilling) + len(self._decoding) + len(self._drafting)
 
+    def running(self) -> list[Sequence]:
+        """The sequences that hold a slot."""
+        return [*self._decoding, *self._prefilling]
+
     @property
     def has_work(self) -> bool:
         """Whether anything runs, waits, or is launched and not committed."""

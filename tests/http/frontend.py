@@ -13,10 +13,18 @@ from typing import Any
 
 import httpx
 
-from jaxserve.config import CacheConfig, Config, HttpConfig, ModelConfig, SchedulerConfig
+from jaxserve.config import (
+    CacheConfig,
+    Config,
+    HttpConfig,
+    LimitsConfig,
+    ModelConfig,
+    SchedulerConfig,
+)
 from jaxserve.engine.thread import EngineThread
 from jaxserve.http.app import create_app
 from jaxserve.http.auth import KeyRing
+from jaxserve.limits.store import Store
 from jaxserve.protocol.client import EngineClient
 from jaxserve.types import SamplingParams
 from tests.fakes.engine import fake_parts, oracle
@@ -78,6 +86,8 @@ class Front:
         engine: EngineThread,
         http: HttpConfig = CONFIG.http,
         keys: KeyRing | None = None,
+        limits: LimitsConfig | None = None,
+        store: Store | None = None,
         **headers: str,
     ) -> None:
         self.engine = engine
@@ -91,6 +101,8 @@ class Front:
             http,
             page_size=CONFIG.cache.page_size,
             keys=keys,
+            limits=limits,
+            store=store,
         )
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app, raise_app_exceptions=False),
@@ -121,6 +133,7 @@ class Front:
     def close(self) -> None:
         """Ends the client and the loop."""
         self.run(self.http.aclose())
+        self.run(self.app.frontend.gate.close())
         self.run(self.client.close())
         self._runner.close()
 
@@ -131,11 +144,16 @@ class Front:
 
 @contextmanager
 def front(
-    http: HttpConfig = CONFIG.http, keys: KeyRing | None = None, config: Config = CONFIG
+    http: HttpConfig = CONFIG.http,
+    keys: KeyRing | None = None,
+    config: Config = CONFIG,
+    *,
+    limits: LimitsConfig | None = None,
+    store: Store | None = None,
 ) -> Iterator[Front]:
     """An application over an engine of its own."""
     with EngineThread(config, fake_parts) as engine:
-        made = Front(engine, http, keys)
+        made = Front(engine, http, keys, limits, store)
         try:
             yield made
         finally:

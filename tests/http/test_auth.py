@@ -10,7 +10,8 @@ import yaml
 
 from jaxserve.config import HttpConfig
 from jaxserve.errors import ConfigError, Unauthenticated
-from jaxserve.http.auth import ANONYMOUS, Identity, KeyRing, check_exposure, load_keys
+from jaxserve.http.auth import ANONYMOUS, Identity, KeyRing, check_exposure
+from jaxserve.http.keyfile import load_keys
 from tests.http.frontend import Front
 from tests.http.frontend import front as make_front
 

@@ -1,0 +1,112 @@
+"""What a request will cost, read from its body before any of it is worked on.
+
+Only looks: a field of a wrong type counts as absent here, and whoever reads the body after us
+refuses it by name.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from jaxserve.http.auth import Identity
+from jaxserve.http.body import Fields
+from jaxserve.http.sampling import PRIORITIES
+from jaxserve.limits.deadline import MAX_TIMEOUT_S
+from jaxserve.limits.estimate import MESSAGE_BYTES, TEMPLATE_BYTES
+from jaxserve.limits.wait import Newcomer
+
+_MAX_TOKENS = 2**31 - 1
+_MIN_TIMEOUT_S = 0.001
+
+
+@dataclass(slots=True, kw_only=True)
+class Demand:
+    """What a request asks for.
+
+    Attributes:
+        text_bytes: of prompts that are text, with what their template adds; prompt_tokens: of
+            those that are token ids.
+        prompts, sequences: how many of each.
+        max_tokens: of each sequence; None where it names none.
+        user: "" where it names none.
+        timeout_s: None where it names none.
+    """
+
+    text_bytes: int
+    prompt_tokens: int
+    prompts: int
+    sequences: int
+    max_tokens: int | None
+    priority: int
+    user: str
+    timeout_s: float | None
+
+    def newcomer(self, identity: Identity, prompt_tokens: int) -> Newcomer:
+        """The same for the estimate of its wait."""
+        return Newcomer(
+            priority=self.priority,
+            tenant=identity.tenant,
+            weight=identity.weight,
+            sequences=self.sequences,
+            tokens=prompt_tokens,
+            output_tokens=self.max_tokens,
+        )
+
+
+def read_demand(fields: Fields, identity: Identity) -> Demand:
+    """Reads a generating request's body.
+
+    Raises:
+        InvalidRequest: `timeout` is not a number of seconds.
+    """
+    timeout_s = fields.number("timeout", math.inf, _MIN_TIMEOUT_S, MAX_TIMEOUT_S)
+    text_bytes, prompt_tokens, prompts = _prompts(fields)
+    candidates = max(_integer(fields, "n", 1), _integer(fields, "best_of", 1))
+    max_tokens = max(
+        _integer(fields, "max_completion_tokens", 0), _integer(fields, "max_tokens", 0)
+    )
+    user, priority = fields.peek("user"), fields.peek("priority")
+    priority = PRIORITIES.get(priority, priority) if type(priority) is str else priority
+    return Demand(
+        text_bytes=text_bytes,
+        prompt_tokens=prompt_tokens,
+        prompts=prompts,
+        sequences=prompts * candidates,
+        max_tokens=max_tokens or None,
+        priority=priority if type(priority) is int else identity.priority,
+        user=user if type(user) is str else "",
+        timeout_s=None if math.isinf(timeout_s) else timeout_s,
+    )
+
+
+def _prompts(fields: Fields) -> tuple[int, int, int]:
+    """Bytes of text, token ids, and number of prompts."""
+    messages = fields.peek("messages")
+    if type(messages) is list:
+        return TEMPLATE_BYTES + sum(map(_message_bytes, messages)), 0, 1
+    prompt = fields.peek("prompt")
+    values = prompt if type(prompt) is list and prompt else [prompt]
+    if type(values[0]) is int:
+        return 0, len(values), 1
+    text_bytes = sum(_text_bytes(value) + 1 for value in values if type(value) is str)
+    return text_bytes, sum(len(value) for value in values if type(value) is list), len(values)
+
+
+def _message_bytes(message: Any) -> int:
+    if type(message) is not dict:
+        return 0
+    content = message.get("content")
+    parts = content if type(content) is list else [content]
+    texts = [part.get("text") if type(part) is dict else part for part in parts]
+    return MESSAGE_BYTES + sum(_text_bytes(text) for text in texts if type(text) is str)
+
+
+def _text_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+def _integer(fields: Fields, name: str, default: int) -> int:
+    value = fields.peek(name)
+    return value if type(value) is int and 0 < value <= _MAX_TOKENS else default

@@ -1,0 +1,212 @@
+"""Where requests are let in: deadline, admission and rate limits, around the endpoint's own work.
+
+    gate.glance(…)                 before the body is read
+    visit = await gate.enter(…)    before anything is rendered or tokenized
+    await visit.begin(work)        before anything is submitted
+    visit.leave()                  at the end, whatever way it comes
+
+Each may raise a refusal. What is to stand in the answer's head is put into the scope's
+"jaxserve.headers". A process without limited keys has no limiter, and asks none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import math
+import time
+from typing import Any
+
+from jaxserve.config import LimitsConfig
+from jaxserve.errors import DeadlineExceeded, JaxserveError
+from jaxserve.http.auth import Identity
+from jaxserve.http.body import Fields
+from jaxserve.http.demand import Demand, read_demand
+from jaxserve.http.generation import Usage
+from jaxserve.http.metrics import Metrics
+from jaxserve.http.wire import Work
+from jaxserve.limits import deadline
+from jaxserve.limits.admission import Admission
+from jaxserve.limits.estimate import TokenRatio
+from jaxserve.limits.limiter import Limiter, Reservation
+from jaxserve.limits.store import Store
+from jaxserve.limits.wait import Newcomer
+from jaxserve.protocol.client import EngineClient
+from jaxserve.types import SamplingParams
+
+#: Tells clients that their max_tokens was lowered, and to what.
+CAPPED_HEADER = b"x-jaxserve-max-tokens"
+_RETRY_HEADER = b"x-stainless-retry-count"  # OpenAI's clients count their repetitions in it
+
+
+class Gate:
+    """The gate of one HTTP process; see the module.
+
+    Args:
+        store: of the rate limits; None where no key has any.
+        workers: HTTP processes of this server.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        config: LimitsConfig,
+        metrics: Metrics,
+        store: Store | None = None,
+        workers: int = 1,
+    ) -> None:
+        self.config = config
+        self.ratio = TokenRatio()
+        self.limiter = Limiter(store, metrics.limited) if store is not None else None
+        self.admission = Admission(
+            config,
+            status=lambda: client.status,
+            refresh=self._refresh,
+            count=metrics.shed,
+            workers=workers,
+        )
+        self._client = client
+        self._metrics = metrics
+        self._asking: asyncio.Task[None] | None = None
+
+    def glance(self, scope: Any, identity: Identity) -> None:
+        """Refuses what no body could make servable in time; notes the header's deadline.
+
+        Raises:
+            Overloaded, DeadlineExceeded: as `Admission`.
+            InvalidRequest: the header cannot be read.
+        """
+        value = dict(scope["headers"]).get(deadline.HEADER)
+        left_s = None if value is None else deadline.read_deadline(value, time.time())
+        scope["jaxserve.deadline_s"] = left_s
+        best = Newcomer(
+            priority=identity.priority_ceiling, tenant=identity.tenant, weight=identity.weight
+        )
+        self.admission.glance(best, None if left_s is None else _at_ns(scope, left_s))
+        self._metrics.overload(self.admission.level, self.admission.normal_wait_s)
+
+    async def enter(self, scope: Any, fields: Fields, identity: Identity) -> Visit:
+        """Lets a request in whose body has been read; raises as `glance`, and `RateLimited`."""
+        demand = read_demand(fields, identity)
+        left_s = deadline.earliest_s(
+            scope["jaxserve.deadline_s"],
+            demand.timeout_s,
+            default_s=self.config.default_timeout_s,
+        )
+        deadline_ns = None if math.isinf(left_s) else _at_ns(scope, left_s)
+        tokens = self.ratio.estimate(demand.text_bytes) + demand.prompt_tokens
+        newcomer = demand.newcomer(identity, tokens // demand.prompts)
+        cap = self.admission.admit(newcomer, deadline_ns)
+        headers = scope["jaxserve.headers"]
+        if cap is not None:
+            headers[CAPPED_HEADER] = b"%d" % cap
+        reservation = None
+        if self.limiter is not None and identity.quota.is_limited:
+            reservation = await self.limiter.reserve(
+                identity.quota,
+                demand.user,
+                tokens + self._output_tokens(demand, cap),
+                fields.fingerprint(),
+                again=dict(scope["headers"]).get(_RETRY_HEADER, b"0") != b"0",
+                headers=headers,
+            )
+        return Visit(self, identity, demand, deadline_ns, cap, reservation)
+
+    async def close(self) -> None:
+        """Settles what is under way."""
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.wait([self._asking])
+        if self.limiter is not None:
+            await self.limiter.close()
+
+    def _output_tokens(self, demand: Demand, cap: int | None) -> int:
+        each = demand.max_tokens or self.config.default_output_tokens
+        return demand.sequences * (each if cap is None else min(each, cap))
+
+    def _refresh(self) -> None:
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask(), name="jaxserve load")
+
+    async def _ask(self) -> None:
+        with contextlib.suppress(JaxserveError):  # whoever submits next will be told
+            await self._client.get_status()
+
+
+class Visit:
+    """One request that was let in.
+
+    Attributes:
+        deadline_ns: CLOCK_MONOTONIC; None where there is none.
+    """
+
+    def __init__(
+        self,
+        gate: Gate,
+        identity: Identity,
+        demand: Demand,
+        deadline_ns: int | None,
+        cap: int | None,
+        reservation: Reservation | None,
+    ) -> None:
+        self.deadline_ns = deadline_ns
+        self._gate = gate
+        self._identity = identity
+        self._demand = demand
+        self._cap = cap
+        self._reservation = reservation
+        self._forgiven = False
+
+    async def begin(self, work: Work) -> None:
+        """The prompts are tokenized: caps their output, and reserves what they really need.
+
+        Raises:
+            RateLimited: that is more than is left; the reservation has been given back.
+            DeadlineExceeded: it has taken too long.
+        """
+        demand, gate = self._demand, self._gate
+        prompt_tokens = sum(map(len, work.prompts))
+        gate.ratio.learn(demand.text_bytes, prompt_tokens - demand.prompt_tokens)
+        if self._cap is not None:
+            work.samplings = [_capped(sampling, self._cap) for sampling in work.samplings]
+        if self._reservation is not None:
+            output_tokens = sum(sampling.max_tokens for sampling in work.samplings)
+            if demand.max_tokens is None:  # as much as fits, which few will use
+                most = len(work.samplings) * gate.config.default_output_tokens
+                output_tokens = min(output_tokens, most)
+            total = prompt_tokens + output_tokens * work.options.candidates
+            await self._reservation.true_up(total)
+        if self.deadline_ns is not None and self.deadline_ns <= time.monotonic_ns():
+            raise DeadlineExceeded("the request's deadline passed before it was submitted")
+        gate.admission.submitted(
+            demand.newcomer(self._identity, prompt_tokens // len(work.prompts))
+        )
+
+    def follow(self, usage: Usage) -> None:
+        """From now on this is what it uses."""
+        if self._reservation is not None:
+            self._reservation.follow(
+                lambda: 0 if self._forgiven else usage.prompt_tokens + usage.completion_tokens
+            )
+
+    def forgive(self) -> None:
+        """The engine took nothing of it: its tokens are not counted."""
+        self._forgiven = True
+
+    def leave(self) -> None:
+        """It has ended."""
+        if self._reservation is not None:
+            self._reservation.settle()
+
+
+def _capped(sampling: SamplingParams, cap: int) -> SamplingParams:
+    most = max(cap, sampling.min_tokens)
+    if sampling.max_tokens <= most:
+        return sampling
+    return dataclasses.replace(sampling, max_tokens=most)
+
+
+def _at_ns(scope: Any, left_s: float) -> int:
+    """When a time that is counted from the request's arrival is over."""
+    return scope["jaxserve.arrived_ns"] + int(left_s * 1e9)

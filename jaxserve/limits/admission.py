@@ -1,0 +1,189 @@
+"""Whether a request is worth beginning: refused at once, before any work, where it is not.
+
+Asked twice: before the body is read, for the best priority that its key may name (`glance`), and
+after, for the request as it is (`admit`). Each refusal says why and when to come again, and is
+counted by its reason. The engine's load is as old as its last status, so what this process has
+submitted since is added, for every worker alike; while requests come, a fresh status is asked for
+every `FRESH_S`.
+
+Invariant: everything here is arithmetic over a few dozen numbers: a refusal costs microseconds.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxserve.config import LimitsConfig
+from jaxserve.errors import DeadlineExceeded, Overloaded
+from jaxserve.limits.degradation import Degradation
+from jaxserve.limits.wait import Newcomer, run_s, wait_s
+from jaxserve.protocol.messages import ClassLoad, EngineStatus
+
+#: A status older than this is asked for anew.
+FRESH_S = 0.1
+#: Shortest and longest time after which a refused client is told to come again.
+MIN_RETRY_S, MAX_RETRY_S = 0.5, 60.0
+#: An estimate is an average: this much more must be left for what is let in to be done in time.
+MARGIN = 1.15
+
+REASONS = ("deadline", "max_wait", "low_priority", "normal_priority", "capped")
+
+
+@dataclass(slots=True)
+class _Submitted:
+    at_ns: int
+    newcomer: Newcomer
+
+
+class Admission:
+    """The gate of one process.
+
+    Args:
+        status: the engine's last word about itself.
+        refresh: asks for a newer one.
+        count: called with the reason of each refusal and cap.
+        workers: processes that submit like this one.
+        clock_ns: CLOCK_MONOTONIC, comparable with the engine's.
+
+    Attributes:
+        normal_wait_s: estimated wait of a request of normal priority, when last looked at.
+    """
+
+    def __init__(
+        self,
+        config: LimitsConfig,
+        *,
+        status: Callable[[], EngineStatus | None],
+        refresh: Callable[[], None],
+        count: Callable[[str], None],
+        workers: int = 1,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self.normal_wait_s = 0.0
+        self._config = config
+        self._status = status
+        self._refresh = refresh
+        self._count = count
+        self._workers = workers
+        self._clock_ns = clock_ns
+        self._degradation = Degradation(config)
+        self._since: deque[_Submitted] = deque()
+        self._is_on = bool(config.max_wait_s) or self._degradation.is_on
+
+    @property
+    def level(self) -> int:
+        """Of degradation."""
+        return self._degradation.level
+
+    def glance(self, newcomer: Newcomer, deadline_ns: int | None) -> None:
+        """Refuses what cannot be served in time, whatever else is in it; see `admit`."""
+        if self._is_on or deadline_ns is not None:
+            self._judge(newcomer, deadline_ns)
+
+    def admit(self, newcomer: Newcomer, deadline_ns: int | None) -> int | None:
+        """Lets a request go on.
+
+        Returns:
+            At most so many output tokens a sequence; None for as many as it asks for.
+
+        Raises:
+            Overloaded: it would wait past its deadline or `limits.max_wait_s`, or its priority is
+                shed.
+            DeadlineExceeded: the deadline has passed.
+        """
+        if not self._is_on and deadline_ns is None:
+            return None
+        self._judge(newcomer, deadline_ns)
+        cap = self._config.low_priority_max_tokens
+        asked = newcomer.output_tokens
+        if self._degradation.caps(newcomer.priority) and (asked is None or asked > cap):
+            self._count("capped")
+            return cap
+        return None
+
+    def submitted(self, newcomer: Newcomer) -> None:
+        """A request goes to the engine now."""
+        self._since.append(_Submitted(self._clock_ns(), newcomer))
+        if len(self._since) > 100_000:  # nobody asks, so nothing drops what is old
+            self._since.popleft()
+
+    def _judge(self, newcomer: Newcomer, deadline_ns: int | None) -> None:
+        now_ns = self._clock_ns()
+        if deadline_ns is not None and deadline_ns <= now_ns:
+            self._count("deadline")
+            raise DeadlineExceeded("the request's deadline passed before it was begun")
+        status = self._status()
+        if status is None:
+            return
+        if now_ns - status.at_ns > FRESH_S * 1e9:
+            self._refresh()
+        loads = self._loads(status)
+        degradation = self._degradation
+        if degradation.is_on:
+            self.normal_wait_s = wait_s(status, loads, Newcomer(priority=0))
+            degradation.observe(self.normal_wait_s, now_ns / 1e9)
+            if degradation.sheds(newcomer.priority):
+                kind = "low" if newcomer.priority > 0 else "normal"
+                raise self._refusal(
+                    f"{kind}_priority",
+                    f"the engine is overloaded (a wait of {self.normal_wait_s:.1f} s) and takes no "
+                    f"requests of {kind} priority",
+                    self.normal_wait_s,
+                )
+        waits_s = wait_s(status, loads, newcomer)
+        limit_s = self._config.max_wait_s
+        if limit_s and waits_s > limit_s:
+            raise self._refusal(
+                "max_wait",
+                f"the request would wait about {waits_s:.1f} s, the limit is {limit_s:g} s",
+                waits_s - limit_s,
+            )
+        # Where nobody waits, how long others ran is no reason: nothing would be gained by refusing,
+        # and if all were refused, nothing would be learned any more.
+        if deadline_ns is not None and waits_s > 0:
+            left_s = (deadline_ns - now_ns) / 1e9
+            needs_s = MARGIN * (waits_s + run_s(status, newcomer))
+            if needs_s > left_s:
+                raise self._refusal(
+                    "deadline",
+                    f"the request would take about {needs_s:.1f} s, of which {waits_s:.1f} s "
+                    f"waiting, and its deadline is {left_s:.1f} s away",
+                    needs_s - left_s,
+                )
+
+    def _loads(self, status: EngineStatus) -> list[ClassLoad]:
+        """The load by class, with what was submitted since the status."""
+        since = self._since
+        while since and since[0].at_ns <= status.at_ns:
+            since.popleft()
+        if not since:
+            return status.loads
+        loads = {(load.priority, load.tenant): load for load in status.loads}
+        added: dict[tuple[int, str], ClassLoad] = {}
+        for entry in since:
+            newcomer = entry.newcomer
+            key = newcomer.priority, newcomer.tenant or ""
+            load = added.get(key)
+            if load is None:
+                known = loads.get(key)
+                load = added[key] = ClassLoad(
+                    priority=newcomer.priority,
+                    tenant=newcomer.tenant or "",
+                    weight=newcomer.weight,
+                    running=known.running if known else 0,
+                    waiting=known.waiting if known else 0,
+                    tokens=known.tokens if known else 0,
+                )
+            load.waiting += newcomer.sequences * self._workers
+            load.tokens += newcomer.tokens * self._workers
+        return [*(loads | added).values()]
+
+    def _refusal(self, reason: str, message: str, over_s: float) -> Overloaded:
+        self._count(reason)
+        spread = 1 + random.random() / 4  # so that those refused together do not come together
+        retry_s = min(max(over_s, MIN_RETRY_S) * spread, MAX_RETRY_S)
+        return Overloaded(f"{message}; try again in {retry_s:.1f} s", retry_after_s=retry_s)

@@ -1,0 +1,255 @@
+"""Deadlines and load over HTTP: what is refused before any work, cut short, or given up midway."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import ANY
+
+import pytest
+
+from jaxserve.config import CacheConfig, Config, LimitsConfig, ModelConfig, SchedulerConfig
+from jaxserve.http.auth import Identity, KeyRing
+from jaxserve.protocol.messages import ClassLoad, EngineStatus
+from jaxserve.types import SamplingParams
+from tests.fakes.tokenizer import ByteTokenizer
+from tests.http.frontend import TIMEOUT_S, Front
+from tests.http.frontend import front as make_front
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+HI = [{"role": "user", "content": "hi"}]
+LONG = Config(
+    model=ModelConfig(max_context=60_000, served_name="fake"),
+    cache=CacheConfig(page_size=16, num_pages=8000),
+    scheduler=SchedulerConfig(max_rows=4, max_step_tokens=64, decode_steps=1),
+)
+ENDLESS = {"messages": HI, "max_tokens": 50_000, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def long() -> Iterator[Front]:
+    """An engine that one request keeps busy for a long time."""
+    with make_front(config=LONG) as made:
+        yield made
+
+
+def wait_idle(front: Front) -> None:
+    """Waits until the engine runs nothing."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while (status := front.run(front.client.get_status())).running or status.waiting:
+        assert time.monotonic() < deadline_s, "it was not cancelled"
+    assert status.pages_used == 0
+
+
+def test_a_deadline_ends_a_request_and_frees_the_engine(long: Front):
+    started_s = time.monotonic()
+    response = long.post(CHAT, ENDLESS | {"timeout": 0.3})
+    assert response.status_code == 504
+    assert response.json()["error"]["code"] == "deadline_exceeded"
+    assert time.monotonic() - started_s >= 0.3
+    wait_idle(long)
+    response = long.post(CHAT, ENDLESS, headers={"x-request-deadline": "300m"})
+    assert response.status_code == 504
+    wait_idle(long)
+
+
+def test_a_stream_that_has_begun_ends_with_the_error(long: Front):
+    at = f"{time.time() + 0.5:.3f}"
+    response = long.post(CHAT, ENDLESS | {"stream": True}, headers={"x-request-deadline": at})
+    assert response.status_code == 200
+    events = [line for line in response.text.split("\n\n") if line.startswith("data: ")]
+    assert len(events) > 2
+    last = json.loads(events[-1].removeprefix("data: "))
+    assert last["error"]["code"] == "deadline_exceeded"
+    wait_idle(long)
+
+
+def test_the_default_deadline_is_for_those_that_name_none():
+    with make_front(config=LONG, limits=LimitsConfig(default_timeout_s=0.3)) as made:
+        assert made.post(CHAT, ENDLESS).status_code == 504
+        short = {"messages": HI, "max_tokens": 3, "timeout": 60}
+        assert made.post(CHAT, short).status_code == 200
+        wait_idle(made)
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "param"),
+    [
+        ({"timeout": 0}, {}, "timeout"),
+        ({"timeout": -1}, {}, "timeout"),
+        ({"timeout": "5"}, {}, "timeout"),
+        ({"timeout": 1e12}, {}, "timeout"),
+        ({}, {"x-request-deadline": "tomorrow"}, "x-request-deadline"),
+    ],
+)
+def test_wrong_deadlines_are_named(long: Front, body, headers, param):
+    response = long.post(CHAT, {"messages": HI, "max_tokens": 2} | body, headers=headers)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_a_deadline_that_has_passed_is_a_504_at_once(long: Front):
+    headers = {"x-request-deadline": str(int(time.time()) - 5)}
+    response = long.post(CHAT, ENDLESS, headers=headers)
+    assert response.status_code == 504
+    assert "retry-after" in response.headers
+
+
+# ---------------------------------------------------------------------------- load
+
+
+def busy(waiting: int = 490) -> EngineStatus:
+    """An engine with a wait of 100 s for normal and low priorities."""
+    return EngineStatus(
+        state="ready",
+        pid=1,
+        step_age_s=0,
+        at_ns=time.monotonic_ns(),
+        max_rows=10,
+        service_s=2.0,
+        token_s=0.02,
+        output_share=1.0,
+        loads=[ClassLoad(priority=0, tenant="", running=10, waiting=waiting)],
+        pages_total=100,
+    )
+
+
+@contextmanager
+def loaded(**limits: Any) -> Iterator[Front]:
+    """A front whose engine says that it is busy."""
+    ring = KeyRing([(bytes(32), Identity())])
+    identity = Identity(priority=0, priority_ceiling=0)
+    ring.identify = lambda authorization: identity
+    with make_front(keys=ring, limits=LimitsConfig(**limits)) as made:
+        made.app.frontend.gate.admission._status = busy
+        yield made
+
+
+def call(front: Front, headers: dict[str, str], body: dict) -> tuple[int, dict, int, float]:
+    """One request straight to the application: status, head, messages read, seconds."""
+    data = json.dumps(body).encode()
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": CHAT,
+        "headers": [
+            (b"content-type", b"application/json"),
+            *((name.encode(), value.encode()) for name, value in headers.items()),
+        ],
+    }
+    sent, reads = [], 0
+
+    async def receive() -> dict:
+        nonlocal reads
+        reads += 1
+        return {"type": "http.request", "body": data}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    async def run() -> float:
+        started_s = time.perf_counter()
+        await front.app(scope, receive, send)
+        return time.perf_counter() - started_s
+
+    seconds = front.run(run())
+    head = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], head, reads, seconds
+
+
+def refuse_to_tokenize(monkeypatch) -> None:
+    """Fails the test if anything is tokenized."""
+
+    def encode(*_: Any, **__: Any) -> list[int]:
+        raise AssertionError("it was tokenized")
+
+    monkeypatch.setattr(ByteTokenizer, "encode", encode)
+
+
+def test_a_refusal_comes_before_any_work_within_5_ms(monkeypatch):
+    body = {"messages": [{"role": "user", "content": "x" * 60_000}], "max_tokens": 5}
+    with loaded(max_wait_s=30) as made:
+        refuse_to_tokenize(monkeypatch)
+        best_s = 1.0
+        for _ in range(30):
+            status, head, reads, seconds = call(made, {}, body)
+            assert (status, reads) == (503, 0)  # the body was not even read
+            assert 60 >= int(head["retry-after"]) >= 1
+            best_s = min(best_s, seconds)
+        assert best_s < 0.005
+    with loaded() as made:
+        best_s = 1.0
+        for _ in range(30):
+            status, _, reads, seconds = call(made, {}, body | {"timeout": 5})
+            assert (status, reads) == (503, 1)
+            best_s = min(best_s, seconds)
+        assert best_s < 0.005
+        metrics = made.app.frontend.metrics.render().decode()
+        assert 'jaxserve_shed_total{reason="deadline"} 30.0' in metrics
+
+
+def test_a_refusal_says_why_and_high_priority_goes_on():
+    with loaded(max_wait_s=30) as made:
+        refused = made.post(CHAT, {"messages": HI, "max_tokens": 2})
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"]) == (503, "overloaded")
+        assert "98.2 s" in error["message"] and "30 s" in error["message"]
+        assert int(refused.headers["retry-after-ms"]) == pytest.approx(60_000, abs=1)
+        made.app.frontend.keys.identify = lambda _: Identity(priority_ceiling=-10)
+        assert made.post(CHAT, {"messages": HI, "max_tokens": 2}).status_code == 503
+        high = {"messages": HI, "max_tokens": 2, "priority": -10}
+        assert made.post(CHAT, high).status_code == 200
+
+
+def test_low_priority_is_capped_under_overload_and_told_so():
+    with loaded(overload_wait_s=5, overload_after_s=3600, low_priority_max_tokens=3) as made:
+        made.app.frontend.gate.admission._degradation.level = 1
+        body = {"prompt": [300], "max_tokens": 9, "ignore_eos": True, "priority": 1}
+        capped = made.post(COMPLETIONS, body)
+        assert capped.json()["usage"]["completion_tokens"] == 3
+        assert capped.json()["choices"][0]["finish_reason"] == "length"
+        assert capped.headers["x-jaxserve-max-tokens"] == "3"
+        wanted = made.post(COMPLETIONS, body | {"min_tokens": 5})
+        assert wanted.json()["usage"]["completion_tokens"] == 5
+        normal = made.post(COMPLETIONS, body | {"priority": 0})
+        assert normal.json()["usage"]["completion_tokens"] == 9
+        assert "x-jaxserve-max-tokens" not in normal.headers
+        metrics = made.app.frontend.metrics.render().decode()
+        assert 'jaxserve_shed_total{reason="capped"} 2.0' in metrics
+        assert "jaxserve_overload_level 1.0" in metrics
+        assert "jaxserve_estimated_wait_seconds 98" in metrics
+        made.app.frontend.gate.admission._degradation.level = 2
+        refused = made.post(COMPLETIONS, body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+        assert "low priority" in refused.json()["error"]["message"]
+
+
+def test_the_engine_tells_its_load(long: Front):
+    sampling = SamplingParams(max_tokens=50_000, ignore_eos=True, seed=1)
+
+    async def run() -> EngineStatus:
+        submit = long.client.submit
+        streams = [
+            submit([300] * 7, sampling, priority=p, tenant=t, weight=w)
+            for p, t, w in [(0, "a", 2.0)] * 4 + [(7, "b", 0.5)] * 2
+        ]
+        while True:
+            status = await long.client.get_status()
+            if status.running == 4 and status.waiting == 2:
+                break
+        for stream in streams:
+            stream.cancel()
+        return status
+
+    status = long.run(run())
+    assert status.max_rows == 4 and abs(time.monotonic_ns() - status.at_ns) < 60e9
+    assert sorted(status.loads, key=lambda load: load.priority) == [
+        ClassLoad(priority=0, tenant="a", weight=2.0, running=4, waiting=0, tokens=ANY),
+        ClassLoad(priority=7, tenant="b", weight=0.5, running=0, waiting=2, tokens=14),
+    ]
+    wait_idle(long)
+    after = long.run(long.client.get_status())
+    assert after.loads == []
+    assert after.service_s > 0 and after.token_s > 0 and after.prefill_tokens_per_s > 0
