@@ -68,7 +68,12 @@ class PowerShapes:
     """Programs of every power of two."""
 
     def choose(
-        self, num_rows: int, num_tokens: int, decode_steps: int, prompt_logprobs: bool
+        self,
+        num_rows: int,
+        num_tokens: int,
+        decode_steps: int,
+        prompt_logprobs: bool,
+        drafts: bool,
     ) -> Program:
         """See `engine.batch.Shapes`."""
         rows = 1 << (num_rows - 1).bit_length()
@@ -229,7 +234,11 @@ def start_arm(
 ) -> Arm:
     """An engine with its clients, connected."""
     config = SchedulerConfig(
-        max_rows=rows, max_step_tokens=1024, decode_steps=decode_steps, max_waiting=rows
+        max_rows=rows,
+        max_step_tokens=1024,
+        decode_steps=decode_steps,
+        max_waiting=rows,
+        draft_tokens=0,  # tokens repeat themselves here: any draft would be right
     )
     scheduler = Schedulers(config, MODEL, page_size=PAGE_SIZE, num_pages=[rows * 256])
     address = f"ipc://{directory}/{name}"
@@ -250,6 +259,7 @@ class Planner:
             max_step_tokens=1024,
             decode_steps=1,
             max_waiting=waiting + rows,
+            draft_tokens=0,
         )
         self.scheduler = Scheduler(config, MODEL, page_size=PAGE_SIZE, num_pages=[rows * 256])
         self.plan_us: list[float] = []

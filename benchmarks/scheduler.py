@@ -79,6 +79,7 @@ class Simulation:
                 max_step_tokens=args.step_tokens,
                 max_waiting=10_000_000,
                 decode_steps=1,
+                draft_tokens=0,  # all tokens are alike here: any draft would be right
                 fairness=args.fairness,
             ),
             MODEL,

@@ -100,6 +100,10 @@ class SchedulerConfig:
         max_waiting: sequences that may wait; one more is refused, or pushes a worse one out.
         max_waiting_tokens: known tokens of those that may wait, likewise; 0 sets no bound.
         decode_steps: decode steps in one device call when nothing on the host is needed.
+        draft_tokens: next tokens of a row that are guessed from its earlier text and verified in
+            one step, at most; 0 switches speculation off. Output is the same. Never with
+            engine.batch_invariant.
+        draft_rows: with more rows than this in a step nothing is guessed.
         max_step_ms: what a step that decodes should take at most; chunks of prompts are cut to it.
             0 sets no bound.
         longest_wait_s: a sequence that has waited so long is served before all that have not,
@@ -116,12 +120,21 @@ class SchedulerConfig:
     max_waiting: int = 4096
     max_waiting_tokens: int = 0
     decode_steps: int = 4
+    draft_tokens: int = 7
+    draft_rows: int = 8
     max_step_ms: float = 0.0
     longest_wait_s: float = 0.0
     fairness: str = "vtc"
     input_token_price: float = 1.0
     output_token_price: float = 2.0
     locality_quantum_tokens: int = 8192
+
+    @property
+    def max_verify_rows(self) -> int:
+        """Rows of a step that verifies drafts, at most; 0 where there is no speculation."""
+        if not self.draft_tokens:
+            return 0
+        return min(self.draft_rows, self.max_rows, self.max_step_tokens // (1 + self.draft_tokens))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,6 +338,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "scheduler.max_waiting": (0, 10_000_000),
     "scheduler.max_waiting_tokens": (0, 2**53),
     "scheduler.decode_steps": (1, 64),
+    "scheduler.draft_tokens": (0, 64),
+    "scheduler.draft_rows": (1, 64),
     "scheduler.max_step_ms": (0, 86_400_000),
     "scheduler.longest_wait_s": (0, 31_536_000),
     "scheduler.input_token_price": (0, 1_000_000),

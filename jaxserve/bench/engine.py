@@ -6,7 +6,9 @@ by this module in one thread. A *decode* case lets `rows` sequences in, waits un
 first token, and counts the tokens of the next `steps` decode steps while all of them run. A
 *prefill* case is the time from a prompt's arrival to its first token in an idle engine. Cases are
 interleaved: each repeat runs every case once, and measures the machine's read bandwidth and
-matmul peak. MBU and MFU divide the bytes and FLOPs that the model declares by those.
+matmul peak. MBU and MFU divide the bytes and FLOPs that the model declares by those. Nothing is
+drafted (`scheduler.draft_tokens` is 0): how well random text foretells itself is no property of
+the engine; `benchmarks/speculation.py` measures drafts.
 
 Command: `python -m jaxserve bench engine --rows 1,8,32 --repeats 5`
 """
@@ -114,6 +116,8 @@ class EngineBench:
     """
 
     def __init__(self, config: Config, factory: Factory) -> None:
+        scheduler = dataclasses.replace(config.scheduler, draft_tokens=0)
+        config = dataclasses.replace(config, scheduler=scheduler)
         self.server = BenchServer()
         config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, prefix=False))
         self.config = config

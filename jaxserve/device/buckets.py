@@ -1,10 +1,10 @@
 """Which step programs exist: few shapes that every step is padded to, all compiled at start-up.
 
-Three families, from the scheduler's limits. *Decode*: one token a row, row counts growing by a
-factor (from 256 on at least fourfold); *several decode steps* in one call, at fewer row counts;
-*mixed*: decoding rows
-and chunks, with a few rows (a lone prompt should not pay for max_rows of sampling) or up to
-max_rows, and some token counts; one mixed program also returns prompt log-probabilities.
+Four families, from the scheduler's limits. *Decode*: one token a row, row counts growing by a
+factor (from 64 on at least fourfold); *several decode steps* in one call, at fewer row counts;
+*mixed*: decoding rows and chunks, with a few rows (a lone prompt should not pay for max_rows of
+sampling) or up to max_rows, and some token counts; one mixed program also returns prompt
+log-probabilities; *verification* of drafts, for one row and for a few (`scheduler.draft_rows`).
 
 Invariant: at most MAX_PROGRAMS, and every step that the limits allow fits one of them.
 """
@@ -21,7 +21,7 @@ FEW_ROWS = 8
 #: Token counts of mixed programs are the step's limit divided by these.
 TOKEN_FRACTIONS = (1, 4, 16)
 #: Row counts above this grow fourfold.
-_FINE_ROWS = 256
+_FINE_ROWS = 64
 _MIN_CHUNK_TOKENS = 16
 
 
@@ -46,19 +46,25 @@ class Buckets:
         if batch_invariant:
             programs = _one_of_each(config)
         else:
-            decode = _decode(config, row_growth)
-            programs = [*decode, *_several_steps(config, row_growth), *_mixed(config)]
+            decode, several = _decode(config, row_growth), _several_steps(config, row_growth)
+            programs = [*decode, *several, *_mixed(config), *_verify(config)]
         self.programs: tuple[Program, ...] = tuple(sorted(set(programs)))
         assert len(self.programs) <= MAX_PROGRAMS
         self._by_padding = sorted(self.programs, key=lambda p: (p.num_tokens, p.num_rows))
 
     def choose(
-        self, num_rows: int, num_tokens: int, decode_steps: int = 1, prompt_logprobs: bool = False
+        self,
+        num_rows: int,
+        num_tokens: int,
+        decode_steps: int = 1,
+        prompt_logprobs: bool = False,
+        drafts: bool = False,
     ) -> Program:
         """The program with the least padding that holds a step.
 
         Args:
             num_rows: live rows; num_tokens: live tokens, at least one a row.
+            drafts: whether some of the tokens are drafts to be verified.
 
         Raises:
             ConfigError: nothing that was compiled holds it.
@@ -70,14 +76,17 @@ class Buckets:
                 and program.num_tokens >= num_tokens
                 and program.decode_steps == decode_steps
                 and program.prompt_logprobs == prompt_logprobs
+                and bool(program.draft_tokens) == drafts
                 and (single or not program.is_decode)
             ):
                 return program
         raise ConfigError(
             f"no compiled program holds a step of {num_rows} rows, {num_tokens} tokens and "
-            f"{decode_steps} decode steps{' with prompt_logprobs' if prompt_logprobs else ''}: "
+            f"{decode_steps} decode steps{' with prompt_logprobs' if prompt_logprobs else ''}"
+            f"{' with drafts' if drafts else ''}: "
             f"scheduler.max_rows is {self.config.max_rows}, scheduler.max_step_tokens "
-            f"{self.config.max_step_tokens}, scheduler.decode_steps {self.config.decode_steps}"
+            f"{self.config.max_step_tokens}, scheduler.decode_steps {self.config.decode_steps}, "
+            f"scheduler.draft_tokens {self.config.draft_tokens}"
         )
 
 
@@ -102,7 +111,8 @@ def _several_steps(config: SchedulerConfig, row_growth: int) -> list[Program]:
     if config.decode_steps == 1:
         return []
     sizes, size = {1, config.max_rows}, 4 * row_growth
-    while size < config.max_rows:
+    # Far up a program for more than half of all rows is left out: it would save little.
+    while size < config.max_rows and (size <= _FINE_ROWS or 2 * size < config.max_rows):
         sizes.add(size)
         size *= 4
     return [
@@ -120,3 +130,13 @@ def _mixed(config: SchedulerConfig) -> list[Program]:
         programs += [Program(num_rows=rows, num_tokens=size) for size in sizes]
     programs.append(Program(num_rows=config.max_rows, num_tokens=most, prompt_logprobs=True))
     return programs
+
+
+def _verify(config: SchedulerConfig) -> list[Program]:
+    drafts, most_rows = config.draft_tokens, config.max_verify_rows
+    if not most_rows:
+        return []
+    return [
+        Program(num_rows=rows, num_tokens=rows * (1 + drafts), draft_tokens=drafts)
+        for rows in {1, most_rows}
+    ]

@@ -323,11 +323,12 @@ class Executor:
         """
         rows, num_tokens = inputs.num_live_rows, int(inputs.query_starts[inputs.num_live_rows])
         context = int(inputs.context_lens.sum())
+        verifies = inputs.program.draft_tokens > 0
         flops = num_bytes = 0
         for step in range(inputs.program.decode_steps):
             done = self._model.count_work(
                 num_tokens,
-                int(np.count_nonzero(inputs.samples)),
+                num_tokens if verifies else int(np.count_nonzero(inputs.samples)),
                 context + step * rows,
                 cache_dtype_bytes=self._cache_dtype_bytes,
             )

@@ -3,7 +3,8 @@
 A step: page-table deltas → each row's page table → tokens (the host's, or the one that the device
 sampled last for the slot) → model over the paged cache → hidden states of the rows that end →
 logits → the next token of each row, which stays here as the slot's last token. With several decode
-steps the part from the tokens on is a loop inside the call.
+steps the part from the tokens on is a loop inside the call. A verification program samples after
+every token, and keeps the samples that its drafts led to (`acceptance`).
 
 Everything is a pure function of (parameters, state, one packed array) and returns the new state,
 whose buffers are the donated ones.
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxserve.device.acceptance import accept
 from jaxserve.device.cache import copy_pages
 from jaxserve.device.packing import ENTRY_FIELDS, StepArrays, StepLayout, fill_entries
 from jaxserve.device.state import DeviceState
@@ -79,6 +81,9 @@ def make_step(
         tables = tuple(table[inputs.rows] for table in tables)
         run = _Run(model, layout, inputs, tables, page_size, spread)
         num_steps = layout.program.decode_steps
+        if layout.program.draft_tokens:
+            state, accepted, beside = run.verify(state, inputs.context_lens)
+            return state, StepResults(token_ids=accepted, logprobs=beside, prompt_logprobs=None)
         if num_steps == 1:
             state, sampled, beside, of_prompt = run.step(state, inputs.context_lens)
             return state, StepResults(
@@ -99,8 +104,27 @@ def make_step(
     return step
 
 
+@dataclass(frozen=True)
+class _Tokens:
+    """A step's tokens after the model: what they are, and what has been made of them.
+
+    Attributes:
+        token_ids: that entered the model.
+        slots, positions, live: of each token.
+        hidden: states to compute logits from.
+        state: with their keys and values, and with them in the sampler's history.
+    """
+
+    token_ids: Int[Array, "T"]
+    slots: Int[Array, "T"]
+    positions: Int[Array, "T"]
+    live: Bool[Array, "T"]
+    hidden: Float[Array, "T D"]
+    state: DeviceState
+
+
 class _Run:
-    """One decode step, or one mixed step, of a call."""
+    """One decode step, one mixed step or one verification of a call."""
 
     def __init__(
         self,
@@ -126,6 +150,54 @@ class _Run:
         self, state: DeviceState, context_lens: Int[Array, "R"]
     ) -> tuple[DeviceState, Int[Array, "R"], Int[Array, "R 42"], Int[Array, "T 42"] | None]:
         """Returns the state, the sampled tokens, and log-probabilities."""
+        inputs = self.inputs
+        tokens = self._run_model(state, context_lens)
+        state, hidden = tokens.state, tokens.hidden
+        with jax.named_scope("sampling"):
+            ends = hidden
+            if not self.layout.program.is_decode:
+                ends = hidden[jnp.maximum(inputs.query_starts[1:] - 1, 0)]
+            logits = self.model.logits(ends, inputs.num_live_rows)
+            sampled = _sample(
+                logits,
+                state.sampling,
+                inputs.rows,
+                context_lens,
+                inputs.samples,
+                spread=self.spread,
+            )
+            logprobs = _logprobs_if(inputs.logprobs, logits, sampled, spread=self.spread)
+            state = self._keep_last(state, sampled)
+        return state, sampled, pack_logprobs(logprobs), self._of_prompt(hidden)
+
+    def verify(
+        self, state: DeviceState, context_lens: Int[Array, "R"]
+    ) -> tuple[DeviceState, Int[Array, "steps R"], Int[Array, "steps R 42"]]:
+        """Returns the state, the tokens that stand after each row, and log-probabilities."""
+        inputs = self.inputs
+        tokens = self._run_model(state, context_lens)
+        state = tokens.state
+        with jax.named_scope("sampling"):
+            logits = self.model.logits(tokens.hidden, inputs.query_starts[-1])
+            sampled = _sample(
+                logits,
+                state.sampling,
+                tokens.slots,
+                tokens.positions + 1,
+                tokens.live,
+                spread=self.spread,
+            )
+            logprobs = _logprobs_if(inputs.logprobs, logits, sampled, spread=self.spread)
+            accepted = accept(
+                sampled,
+                tokens.token_ids,
+                inputs.query_starts,
+                self.layout.program.draft_tokens,
+            )
+            state = self._keep_last(state, accepted.last)
+        return state, accepted.token_ids, pack_logprobs(logprobs)[accepted.places]
+
+    def _run_model(self, state: DeviceState, context_lens: Int[Array, "R"]) -> _Tokens:
         program, inputs = self.layout.program, self.inputs
         num_tokens = program.num_tokens
         batches = tuple(
@@ -133,7 +205,7 @@ class _Run:
                 page_table=table,
                 query_starts=inputs.query_starts,
                 context_lens=context_lens,
-                max_query_len=1 if program.is_decode else num_tokens,
+                max_query_len=self._max_query_len,
             )
             for table in self.tables
         )
@@ -145,32 +217,31 @@ class _Run:
             else batches[0].token_rows(num_tokens)
         )
         slot_of_token = inputs.rows[row_of_token]
-        live_tokens = batches[0].live_tokens(num_tokens)
+        live = batches[0].live_tokens(num_tokens)
         token_ids = jnp.where(
-            self.decode_rows[row_of_token] & live_tokens,
+            self.decode_rows[row_of_token] & live,
             state.last_tokens[slot_of_token],
             inputs.token_ids,
         )
         with jax.named_scope("model"):
             hidden, cache = self.model(token_ids, state.cache, context)
         with jax.named_scope("sampling"):
-            sampling = observe(
-                state.sampling, token_ids, slot_of_token, context.positions, live_tokens
-            )
-            ends = hidden
-            if not program.is_decode:
-                ends = hidden[jnp.maximum(inputs.query_starts[1:] - 1, 0)]
-            logits = self.model.logits(ends, inputs.num_live_rows)
-            sampled = _sample(
-                logits, sampling, inputs.rows, context_lens, inputs.samples, spread=self.spread
-            )
-            logprobs = _logprobs_if(inputs.logprobs, logits, sampled, spread=self.spread)
-            nowhere = state.last_tokens.shape[0]
-            last_tokens = state.last_tokens.at[jnp.where(inputs.samples, inputs.rows, nowhere)].set(
-                sampled, mode="drop"
-            )
-        state = replace(state, cache=cache, sampling=sampling, last_tokens=last_tokens)
-        return state, sampled, pack_logprobs(logprobs), self._of_prompt(hidden)
+            sampling = observe(state.sampling, token_ids, slot_of_token, context.positions, live)
+        state = replace(state, cache=cache, sampling=sampling)
+        return _Tokens(token_ids, slot_of_token, context.positions, live, hidden, state)
+
+    @property
+    def _max_query_len(self) -> int:
+        program = self.layout.program
+        if program.draft_tokens:
+            return 1 + program.draft_tokens
+        return 1 if program.is_decode else program.num_tokens
+
+    def _keep_last(self, state: DeviceState, last: Int[Array, "R"]) -> DeviceState:
+        """Each sampling row's last token is its slot's next input."""
+        inputs, nowhere = self.inputs, state.last_tokens.shape[0]
+        slots = jnp.where(inputs.samples, inputs.rows, nowhere)
+        return replace(state, last_tokens=state.last_tokens.at[slots].set(last, mode="drop"))
 
     def _of_prompt(self, hidden: Float[Array, "T D"]) -> Int[Array, "T 42"] | None:
         if self.inputs.next_token_ids is None:

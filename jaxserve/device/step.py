@@ -4,7 +4,8 @@
 returns `StepOutputs`. Plain numpy on both sides, so that a fake executor needs no device and the
 step can be broadcast as bytes.
 
-Layout of a step's tokens: the decoding rows come first, one token each, then the chunks. Row r
+Layout of a step's tokens: the decoding rows come first, one token each, then the chunks. In a
+verification program a chunk is the last known token of a row and drafts of what follows it. Row r
 owns tokens query_starts[r] : query_starts[r + 1]. Slots are the persistent row positions of device
 state (0 … max_rows - 1); slot max_rows is scratch, where padding rows point.
 """
@@ -18,6 +19,9 @@ from jaxtyping import Bool, Float, Int
 
 from jaxserve.types import SamplingParams
 
+#: Stands in `StepOutputs.token_ids` where a draft before was not accepted.
+NOT_ACCEPTED = -1
+
 
 @dataclass(frozen=True, slots=True, order=True, kw_only=True)
 class Program:
@@ -28,12 +32,15 @@ class Program:
         num_tokens: tokens it is padded to; equal to num_rows for a decode program.
         decode_steps: decode steps done in one call; 1 where there are chunks.
         prompt_logprobs: whether it also returns log-probabilities of the chunk's own tokens.
+        draft_tokens: of a verification program, the most drafts that a row may bring behind its
+            last known token; every token is sampled after. 0 for all others.
     """
 
     num_rows: int
     num_tokens: int
     decode_steps: int = 1
     prompt_logprobs: bool = False
+    draft_tokens: int = 0
 
     @property
     def is_decode(self) -> bool:
@@ -42,7 +49,9 @@ class Program:
 
     @property
     def name(self) -> str:
-        """Short name for logs and metrics, e.g. `decode_r32_k8` or `mixed_r32_t512`."""
+        """Short name for logs and metrics: `decode_r32_k8`, `mixed_r32_t512`, `verify_r8_d7`."""
+        if self.draft_tokens:
+            return f"verify_r{self.num_rows}_d{self.draft_tokens}"
         kind = "decode" if self.is_decode else "mixed"
         size = f"r{self.num_rows}" + ("" if self.is_decode else f"_t{self.num_tokens}")
         steps = f"_k{self.decode_steps}" if self.decode_steps > 1 else ""
@@ -145,7 +154,9 @@ class StepOutputs:
 
     Attributes:
         token_ids: sampled token of each row and decode step; undefined where it does not sample.
-        logprobs: [decode_steps, R] leading axes; None where nobody asked.
+            Of a verification program, the sample after each accepted draft too, in order (steps is
+            then 1 + draft_tokens), and NOT_ACCEPTED behind the last of them.
+        logprobs: leading axes as token_ids; None where nobody asked.
         prompt_logprobs: [T]: of `next_token_ids[t]` given the tokens of the row up to t; None
             unless the program has them.
         device_ns, idle_ns: as `StepStats`.

@@ -25,7 +25,12 @@ class Shapes(Protocol):
     """The compiled step programs (`device.buckets.Buckets`)."""
 
     def choose(
-        self, num_rows: int, num_tokens: int, decode_steps: int, prompt_logprobs: bool
+        self,
+        num_rows: int,
+        num_tokens: int,
+        decode_steps: int,
+        prompt_logprobs: bool,
+        drafts: bool,
     ) -> Program:
         """The smallest program that holds so many rows and tokens."""
         ...
@@ -38,6 +43,7 @@ class StepSize(NamedTuple):
     num_tokens: int
     decode_steps: int
     prompt_logprobs: bool
+    drafts: bool
 
 
 class BatchBuilder:
@@ -49,7 +55,6 @@ class BatchBuilder:
 
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows
-        self._lengths = np.zeros(max_rows, np.int32)  # by slot: KV length after its last chunk
         self._logprobs = np.zeros(max_rows, np.bool_)  # by slot: log-probabilities are wanted
         self._slots = np.zeros(0, np.int32)  # of the decoding rows, in order
         self._contexts = np.zeros(0, np.int32)  # their KV lengths, as of the steps launched
@@ -69,6 +74,7 @@ class BatchBuilder:
             num_tokens if plan.decode_steps else max(num_tokens, num_rows + 1),
             max(plan.decode_steps, 1),
             any(chunk.prompt_logprobs is not None for chunk in plan.chunks),
+            any(chunk.num_drafts for chunk in plan.chunks),
         )
 
     def build(self, plan: Plan, program: Program) -> StepInputs:
@@ -79,8 +85,7 @@ class BatchBuilder:
         np.add(self._contexts[:num_decode], 1, out=context_lens[:num_decode])
         self._contexts += plan.decode_steps
         for row, chunk in enumerate(plan.chunks, num_decode):
-            length = chunk.start + len(chunk.token_ids)
-            context_lens[row] = self._lengths[chunk.slot] = length
+            context_lens[row] = chunk.start + len(chunk.token_ids)
         return StepInputs(
             program=rows.program,
             rows=rows.slots,
@@ -120,8 +125,10 @@ class BatchBuilder:
             self._slots, self._contexts = self._slots[stay], self._contexts[stay]
         if plan.decode_joins:
             joins = np.asarray(plan.decode_joins, np.int32)
+            contexts = np.asarray(plan.decode_starts, np.int32)
+            assert len(joins) == len(contexts)
             self._slots = np.concatenate([self._slots, joins])
-            self._contexts = np.concatenate([self._contexts, self._lengths[joins]])
+            self._contexts = np.concatenate([self._contexts, contexts])
 
     def _decode_rows(self, program: Program) -> _Rows:
         """Rows of a plan without chunks: the last step's once more, if nothing changed."""

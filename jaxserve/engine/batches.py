@@ -19,7 +19,7 @@ class Batches:
     """
 
     def __init__(self, shapes: Shapes, max_rows: int, copies: int = 1) -> None:
-        self._shapes = shapes
+        self.shapes = shapes
         self._max_rows = max_rows
         self._builders = [BatchBuilder(max_rows) for _ in range(copies)]
 
@@ -33,11 +33,12 @@ class Batches:
         num_rows, num_tokens = max(s.num_rows for s in sizes), max(s.num_tokens for s in sizes)
         if any(s.num_tokens > s.num_rows for s in sizes):
             num_tokens = max(num_tokens, num_rows + 1)  # a program that takes chunks
-        program = self._shapes.choose(
+        program = self.shapes.choose(
             num_rows,
             num_tokens,
             max(s.decode_steps for s in sizes),
             any(s.prompt_logprobs for s in sizes),
+            any(s.drafts for s in sizes),
         )
         return [
             empty_inputs(program, self._max_rows) if plan is None else builder.build(plan, program)

@@ -98,11 +98,17 @@ class Executor(Protocol):
 
 @dataclass(slots=True)
 class InFlight:
-    """A launched step that has not been read."""
+    """A launched step that has not been read.
+
+    Attributes:
+        drafted, accepted: drafts that it verified, and those that were right, once it is read.
+    """
 
     plans: list[Plan | None]
     inputs: list[StepInputs]
     launched: Any
+    drafted: int = 0
+    accepted: int = 0
 
 
 class Engine:
@@ -186,7 +192,7 @@ class Engine:
         self._recorder.collected()
         now_ns = time.monotonic_ns()
         rows = [inputs.num_decode_rows for inputs in step.inputs]
-        self.scheduler.measured(step.plans, rows, outputs[0].device_ns)
+        self.scheduler.measured(step.plans, rows, outputs[0].device_ns, outputs[0].idle_ns)
         for copy, (plan, own, brought) in enumerate(
             zip(step.plans, step.inputs, outputs, strict=True)
         ):
@@ -198,6 +204,8 @@ class Engine:
             commit = self.scheduler.commit(
                 copy, rows, sampled, device_ns=brought.device_ns, page_ns=brought.page_ns
             )
+            step.drafted += commit.num_drafted
+            step.accepted += commit.num_accepted
             self._outbox.add_step(plan.step_id, now_ns, commit, own, brought)
             for sequence in commit.finished:
                 self._finish(sequence, now_ns)
@@ -387,9 +395,10 @@ class Engine:
     def _stats(self, step: InFlight, outputs: StepOutputs) -> StepStats:
         plans = [plan for plan in step.plans if plan is not None]
         program = step.inputs[0].program
-        prefill_tokens = sum(len(chunk.token_ids) for plan in plans for chunk in plan.chunks)
+        chunk_tokens = sum(len(chunk.token_ids) for plan in plans for chunk in plan.chunks)
+        prefill_tokens = 0 if program.draft_tokens else chunk_tokens
         num_decode_rows = sum(inputs.num_decode_rows for inputs in step.inputs)
-        decode_tokens = num_decode_rows * program.decode_steps
+        decode_tokens = num_decode_rows * program.decode_steps + chunk_tokens - prefill_tokens
         work = [self.executor.count_work(inputs) for inputs in step.inputs]
         return StepStats(
             step_id=plans[0].step_id,
@@ -401,6 +410,8 @@ class Engine:
             padded_tokens=program.num_tokens * program.decode_steps * len(step.inputs),
             decode_tokens=decode_tokens,
             prefill_tokens=prefill_tokens,
+            draft_tokens=step.drafted,
+            draft_accepted_tokens=step.accepted,
             flops=sum(flops for flops, _ in work),
             bytes=sum(num_bytes for _, num_bytes in work),
             running=self.scheduler.num_running,
@@ -430,6 +441,7 @@ def _record(sequence: Sequence, now_ns: int) -> SequenceRecord:
         computed_tokens=sequence.num_first_computed,
         cached_tokens=sequence.num_cached,
         recomputed_tokens=sequence.num_recomputed,
+        drafted_tokens=sequence.num_drafted,
         swapped_tokens=sequence.num_swapped,
         discarded_tokens=sequence.num_discarded,
         preemptions=sequence.num_preemptions,

@@ -48,6 +48,8 @@ _COUNTERS = {
     "step_prefill_tokens": "Prompt tokens run on the device",
     "step_decode_tokens": "Decoded tokens run on the device",
     "step_padding_tokens": "Padding run on the device",
+    "draft_tokens": "Next tokens guessed and verified",
+    "draft_accepted_tokens": "Guessed tokens that were right",
     "preemptions": "Sequences set back to make room",
     "engine_restarts": "Starts of the engine after its death",
     "requests_replayed": "Requests that went on in another engine",
@@ -159,6 +161,8 @@ class Metrics:
         own[_COUNTER["step_prefill_tokens"]] += stats.prefill_tokens
         own[_COUNTER["step_decode_tokens"]] += stats.decode_tokens
         own[_COUNTER["step_padding_tokens"]] += stats.padded_tokens - stats.tokens
+        own[_COUNTER["draft_tokens"]] += stats.draft_tokens
+        own[_COUNTER["draft_accepted_tokens"]] += stats.draft_accepted_tokens
         own[_COUNTER["preemptions"]] += stats.preemptions
         own[_COUNTER["prefix_lookup_tokens"]] += stats.prefix_lookup_tokens
         own[_COUNTER["prefix_hit_tokens"]] += stats.prefix_hit_tokens

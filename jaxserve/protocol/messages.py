@@ -183,7 +183,8 @@ class StepStats:
         device_ns: from the device starting the call to its result being ready.
         idle_ns: time the device waited since the previous call.
         rows, tokens, padded_tokens: sequences, tokens of work, and tokens with the padding.
-        decode_tokens, prefill_tokens: tokens of work by kind.
+        decode_tokens, prefill_tokens: tokens of work by kind; drafts count as decoded.
+        draft_tokens, draft_accepted_tokens: drafts verified, and those that were right.
         flops, bytes: counted from shapes (models declare them), not measured.
         pages_cached: pages that nobody holds and that can still be found by their content.
         preemptions, prefix_lookup_tokens, prefix_hit_tokens: since the statistics before these;
@@ -200,6 +201,8 @@ class StepStats:
     padded_tokens: int
     decode_tokens: int
     prefill_tokens: int
+    draft_tokens: int
+    draft_accepted_tokens: int
     flops: int
     bytes: int
     running: int

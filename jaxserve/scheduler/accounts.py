@@ -255,7 +255,13 @@ class Meter:
         del account.tallies[self].decoding[sequence]
 
     def sampled(self, sequence: Sequence, num_tokens: int = 1) -> None:
-        """Charges output tokens beyond those of plain decode steps."""
+        """Charges output tokens beyond those of plain decode steps.
+
+        Those of a step with drafts are charged when they are read, since nobody knows before how
+        many they are. Such steps are made only while nobody waits.
+        """
+        if num_tokens > 1:
+            self._due = 0
         self._charge(_account(sequence), num_tokens * self._accounts.output_price)
 
     def watch(self) -> None:

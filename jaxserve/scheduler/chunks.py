@@ -41,3 +41,15 @@ def chunk_of(sequence: Sequence, end: int, *, again: bool = False) -> Chunk:
         prompt_logprobs=wanted,
         next_token_id=None if samples else known[end],
     )
+
+
+def drafts_of(sequence: Sequence, draft: list[int]) -> Chunk:
+    """A sequence's last known token, and what is guessed to follow it."""
+    start = sequence.num_computed
+    return Chunk(
+        slot=sequence.slot,
+        start=start,
+        token_ids=[sequence.token_ids[start], *draft],
+        samples=True,
+        num_drafts=len(draft),
+    )

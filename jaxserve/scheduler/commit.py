@@ -19,6 +19,8 @@ class Commit:
         sequences, token_ids, rows: parallel: who got tokens, which, and its row in the step.
         chunks: (sequence, chunk, row) of each chunk whose prompt log-probabilities are due.
         finished: sequences that ended in this step.
+        verified: (sequence, drafts, tokens that came of them) of each row with drafts; of ended
+            sequences, too.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
@@ -26,6 +28,17 @@ class Commit:
     rows: list[int] = field(default_factory=list)
     chunks: list[tuple[Sequence, Chunk, int]] = field(default_factory=list)
     finished: list[Sequence] = field(default_factory=list)
+    verified: list[tuple[Sequence, int, int]] = field(default_factory=list)
+
+    @property
+    def num_drafted(self) -> int:
+        """Drafts that the step verified."""
+        return sum(num_drafts for _, num_drafts, _ in self.verified)
+
+    @property
+    def num_accepted(self) -> int:
+        """Those of them that were right."""
+        return sum(num_tokens - 1 for _, _, num_tokens in self.verified)
 
 
 @dataclass(slots=True)
@@ -43,18 +56,23 @@ class Launched:
 
         Args:
             rows: slot of each live row: the decoding rows, then the plan's chunks in order.
-            token_ids: the tokens of each live row, one a decode step.
+            token_ids: the tokens of each live row, one a decode step; as `StepOutputs` where
+                drafts were verified.
             clock_ns: CLOCK_MONOTONIC.
         """
         owners = cast(list[Sequence], self.owners)  # a live row's slot has an owner
         chunks = self.plan.chunks
         num_decode_rows = len(rows) - len(chunks)
         commit = Commit()
+        if token_ids and len(token_ids[0]) > self.plan.decode_steps:
+            token_ids = [_standing(sampled) for sampled in token_ids]
         for row, chunk in enumerate(chunks, num_decode_rows):
             sequence = owners[chunk.slot]
             assert chunk.slot == rows[row], "the step's chunk rows are not in the plan's order"
             if chunk.prompt_logprobs is not None and sequence.reason is None:
                 commit.chunks.append((sequence, chunk, row))
+            if chunk.num_drafts:
+                commit.verified.append((sequence, chunk.num_drafts, len(token_ids[row])))
             if not chunk.samples:
                 token_ids[row] = []
             elif sequence.first_token_ns == 0:
@@ -72,3 +90,8 @@ class Launched:
             if sequence.reason is not None:
                 commit.finished.append(sequence)
         return commit
+
+
+def _standing(sampled: list[int]) -> list[int]:
+    """A row's tokens up to where a draft was not accepted, which is less than any token."""
+    return [token for token in sampled if token >= 0]

@@ -221,6 +221,9 @@ class Schedulers:
             None if there is nothing to launch at all.
         """
         if self._last_phase is Phase.MIXED:
+            may_draft = all(scheduler.may_draft for scheduler in self._schedulers)
+            for scheduler in self._schedulers:
+                scheduler.regroup(may_draft)
             steps = [s.decode_steps() for s in self._schedulers if s.num_running or s.num_waiting]
             plans = self._plans(min(steps, default=1), Phase.MIXED)
         else:
@@ -248,20 +251,31 @@ class Schedulers:
                     break
         return plans
 
-    def measured(self, plans: Seq[Plan | None], num_decode_rows: Seq[int], device_ns: int) -> None:
-        """A device call took so long: by it the pacer learns what a step may hold.
+    def measured(
+        self,
+        plans: Seq[Plan | None],
+        num_decode_rows: Seq[int],
+        device_ns: int,
+        idle_ns: int = 0,
+    ) -> None:
+        """A device call took so long: from it is learned what a step may hold, and what pays.
 
         Args:
             num_decode_rows: of each copy.
-            device_ns: 0 where it was not measured.
+            device_ns, idle_ns: as `StepOutputs`; 0 where not measured.
         """
-        sizes = (
-            rows + sum(len(chunk.token_ids) for chunk in plan.chunks)
-            for plan, rows in zip(plans, num_decode_rows, strict=True)
-            if plan is not None
-        )
-        steps = max([1, *(plan.decode_steps for plan in plans if plan is not None)])
-        self._pacer.observe(max(sizes, default=0), device_ns / steps)
+        pairs = [(p, rows) for p, rows in zip(plans, num_decode_rows, strict=True) if p is not None]
+        steps = max([1, *(plan.decode_steps for plan, _ in pairs)])
+        sizes = (rows + sum(len(c.token_ids) for c in plan.chunks) for plan, rows in pairs)
+        num_tokens, ns = max(sizes, default=0), device_ns / steps
+        chunks = [chunk for plan, _ in pairs for chunk in plan.chunks]
+        verifies = any(chunk.num_drafts for chunk in chunks)
+        if not verifies:
+            self._pacer.observe(num_tokens, ns)
+        if verifies or not chunks:
+            ns += min(idle_ns, device_ns) if verifies else 0
+            for scheduler in self._schedulers:
+                scheduler.measured(num_tokens, ns, verifies=verifies)
 
     def commit(
         self,

@@ -46,8 +46,12 @@ class DecodeSet:
         """The position that a member's next decode step computes."""
         return sequence.decode_base + self.clock
 
+    def num_unread(self, sequence: Sequence) -> int:
+        """A member's tokens that are launched and not read."""
+        return self.position(sequence) + 1 - len(sequence.token_ids)
+
     def add(self, sequence: Sequence) -> None:
-        """A sequence whose known tokens are all launched, the next one sampled, joins."""
+        """A sequence joins whose next input is the token sampled last, read back or not."""
         sequence.state = SequenceState.DECODING
         sequence.decode_base = sequence.num_computed - self.clock
         sequence.end_clock = self.clock + sequence.sampling.max_tokens - sequence.num_planned
@@ -93,6 +97,7 @@ class DecodeSet:
     def tell(self, plan: Plan) -> None:
         """Moves who joined and left since the last plan into this one, and advances the clock."""
         plan.decode_joins = [sequence.slot for sequence in self._joins]
+        plan.decode_starts = [sequence.num_computed for sequence in self._joins]
         plan.decode_leaves = self._leaves
         self._joins = {}
         self._leaves = []

@@ -48,6 +48,8 @@ class Chunk:
         prompt_logprobs: wanted alternatives a prompt position, None if not wanted.
         next_token_id: the token after the chunk's last one, where it is known: the last position
             needs it for its prompt log-probability. None where the chunk ends the known tokens.
+        num_drafts: of `token_ids`, those at the end that are guesses to be verified, behind the
+            last known token. A token is then sampled after each of them.
     """
 
     slot: int
@@ -56,6 +58,7 @@ class Chunk:
     samples: bool
     prompt_logprobs: int | None = None
     next_token_id: int | None = None
+    num_drafts: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -96,8 +99,9 @@ class Plan:
             decoding row brings one token a decode step, its input being the token the device
             sampled last for that slot. Leaves come first: a slot that one sequence leaves may be
             joined by another in the same plan. A slot joins the decoding rows after a chunk of it
-            that samples; its position goes on from there.
-        chunks: prefill work.
+            that samples.
+        decode_starts: of each of `decode_joins`, the position of its next token.
+        chunks: prefill work; or drafts to verify, of all chunks or of none.
         decode_steps: > 1 runs several decode steps in this one call; then there are no chunks,
             and page tables already cover the positions. 0: the decoding rows sit this call out.
     """
@@ -109,6 +113,7 @@ class Plan:
     page_copies: list[PageCopy] = field(default_factory=list)
     page_loads: list[PageLoad] = field(default_factory=list)
     decode_joins: list[int] = field(default_factory=list)
+    decode_starts: list[int] = field(default_factory=list)
     decode_leaves: list[int] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     decode_steps: int = 1

@@ -33,7 +33,7 @@ from jaxserve.scheduler.swap_costs import SwapCosts
 
 #: Pages hashed at a time while they are looked for: a prompt that is not there is not hashed whole.
 _BLOCK = 16
-_IN_SLOT = (SequenceState.PREFILLING, SequenceState.DECODING)
+_IN_SLOT = (SequenceState.PREFILLING, SequenceState.DECODING, SequenceState.DRAFTING)
 
 
 class PrefixCache:

@@ -29,9 +29,10 @@ from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.scheduler.accounts import Accounts, Meter
 from jaxserve.scheduler.admission import check_cache, check_context
 from jaxserve.scheduler.choices import Choices
-from jaxserve.scheduler.chunks import chunk_of, join_of
+from jaxserve.scheduler.chunks import chunk_of, drafts_of, join_of
 from jaxserve.scheduler.commit import Commit, Launched
 from jaxserve.scheduler.decoding import DecodeSet
+from jaxserve.scheduler.drafting import Drafted, DraftSet
 from jaxserve.scheduler.host_pages import HostPages
 from jaxserve.scheduler.pace import Pacer
 from jaxserve.scheduler.pages import PageAllocator
@@ -114,6 +115,7 @@ class Scheduler:
         self._room = Room(self.pages, self._choices, config.max_step_tokens)
         self._prefilling: dict[Sequence, None] = {}
         self._decoding = DecodeSet(page_size, self._meter)
+        self._drafting = DraftSet(config, self._decoding, self.pages)
         self._slots = SlotTable(config.max_rows, self._meter)
         self._planned: set[Sequence] = set()  # have a chunk in the plan that is being made
         self._set_back_level: float = math.inf  # the best one preempted in it
@@ -130,7 +132,7 @@ class Scheduler:
     @property
     def num_running(self) -> int:
         """Sequences that hold a slot."""
-        return len(self._prefilling) + len(self._decoding)
+        return len(self._prefilling) + len(self._decoding) + len(self._drafting)
 
     def running(self) -> list[Sequence]:
         """The sequences that hold a slot."""
@@ -237,9 +239,12 @@ class Scheduler:
         """The next device call; None if there is nothing to launch.
 
         Args:
-            max_decode_steps: in one call; what `decode_steps` says where None.
+            max_decode_steps: in one call. None where there is no other copy of the model: it is
+                then what `decode_steps` says, and what comes before, `regroup`, is done too.
             phase: what the step may hold.
         """
+        if max_decode_steps is None:
+            self.regroup(self.may_draft)
         plan = Plan(step_id=self._next_step_id)
         self._planned.clear()
         self._set_back_level = math.inf
@@ -259,8 +264,12 @@ class Scheduler:
             # Decoding rows come first: at least one token a row, so this is never negative.
             budget -= len(self._decoding)
             budget = self._pacer.budget(len(self._decoding), budget)
-        budget = self._continue_prefills(plan, budget)
-        self._admit(plan, budget)
+        drafted = self._drafting.take_drafted()
+        for row in drafted:
+            self._add_drafts(plan, row)
+        if not drafted:
+            budget = self._continue_prefills(plan, budget)
+            self._admit(plan, budget)
         if not plan.chunks and not (plan.decode_steps and len(self._decoding)):
             return None
         self._next_step_id += 1
@@ -272,7 +281,7 @@ class Scheduler:
         for chunk in plan.chunks:
             sequence = self._slots.owner(chunk.slot)
             self.prefix.register(sequence, sequence.num_computed)
-            if chunk.samples:
+            if chunk.samples and not chunk.num_drafts:
                 del self._prefilling[sequence]
                 self._decoding.add(sequence)
         self._choices.queue_forked()
@@ -290,7 +299,8 @@ class Scheduler:
 
         Args:
             rows: slot of each live row: the decoding rows, then the plan's chunks in order.
-            token_ids: the tokens of each live row, one a decode step.
+            token_ids: the tokens of each live row, one a decode step; as `StepOutputs` where
+                drafts were verified.
             device_ns, page_ns: as `StepOutputs` has them; 0 and empty where not measured.
         """
         launched = self._launched.popleft()
@@ -298,6 +308,12 @@ class Scheduler:
         commit = launched.read(rows, token_ids, self._clock_ns)
         for sequence in commit.finished:
             self._end(sequence)
+        for sequence, num_drafts, num_tokens in commit.verified:
+            self._meter.sampled(sequence, num_tokens)
+            if sequence.reason is None:
+                self._drafting.verified(sequence, num_drafts, num_tokens)
+        if self.num_running <= self._drafting.max_rows:
+            self._drafting.take_in(commit.sequences)
         for sequence in launched.opened:
             if sequence.state is SequenceState.DECODING:
                 known = min(len(sequence.token_ids), self._decoding.position(sequence))
@@ -306,14 +322,32 @@ class Scheduler:
 
     # ------------------------------------------------------------------ parts of a plan
 
+    @property
+    def may_draft(self) -> bool:
+        """Whether the next call may verify drafts: it holds no chunk of a prompt, and few rows."""
+        quiet = not self._prefilling and not self.num_waiting
+        return quiet and self.num_running <= self._drafting.max_rows
+
+    def regroup(self, may_draft: bool) -> None:
+        """Decides who drafts in the next plan; to be called before `decode_steps`.
+
+        Args:
+            may_draft: whether all copies of the model `may_draft`.
+        """
+        self._retire()
+        self._drafting.regroup(may_draft)
+
+    def measured(self, num_tokens: int, ns: float, *, verifies: bool) -> None:
+        """As `DraftCosts.measure`."""
+        self._drafting.costs.measure(num_tokens, ns, verifies=verifies)
+
     def decode_steps(self) -> int:
         """Decode steps of the next call: several only if nothing had to be done between them."""
-        for sequence in self._decoding.done():
-            self._stop_decoding(sequence)
-            self._leave_slot(sequence)
-            sequence.state = SequenceState.RETIRED
+        self._retire()
         steps = self._config.decode_steps
         if steps == 1 or self.num_waiting or self._prefilling or not len(self._decoding):
+            return 1
+        if len(self._drafting):
             return 1
         if self._decoding.any_done_within(steps):
             return 1
@@ -321,6 +355,13 @@ class Scheduler:
         if any(pool.num_free < num_opened for pool in self.pages.pools):
             return 1
         return steps
+
+    def _retire(self) -> None:
+        """Lets go of rows whose last token is launched."""
+        for sequence in self._decoding.done():
+            self._stop_decoding(sequence)
+            self._leave_slot(sequence)
+            sequence.state = SequenceState.RETIRED
 
     def _open_pages(self, plan: Plan) -> list[Sequence]:
         """Gives decoding rows that come to a new page one, preempting the worst if need be.
@@ -440,6 +481,17 @@ class Scheduler:
             self._choices.fork(sequence)
         return end - start
 
+    def _add_drafts(self, plan: Plan, drafted: Drafted) -> None:
+        """Plans the last known token of a row, and drafts of what follows."""
+        sequence, draft, entries = drafted
+        start = sequence.num_computed
+        plan.enter(sequence.slot, entries)
+        plan.chunks.append(drafts_of(sequence, draft))
+        self._planned.add(sequence)
+        sequence.reach(start, start + 1)
+        sequence.num_planned = sequence.num_outputs + 1 + len(draft)
+        sequence.num_drafted += len(draft)
+
     def _take_slot(self, plan: Plan, sequence: Sequence) -> None:
         self._slots.take(sequence)
         sequence.count_found()
@@ -453,7 +505,9 @@ class Scheduler:
         plan.joins.append(join_of(sequence))
 
     def _stop_decoding(self, sequence: Sequence) -> None:
-        self._decoding.remove(sequence)
+        """Takes out a row whose known tokens are launched: one that decodes or drafts."""
+        decodes = sequence.state is SequenceState.DECODING
+        (self._decoding if decodes else self._drafting).remove(sequence)
         known = min(len(sequence.token_ids), sequence.num_computed)
         self.prefix.register(sequence, known)
 
@@ -474,12 +528,12 @@ class Scheduler:
         elif state is SequenceState.PREFILLING:
             del self._prefilling[sequence]
             self._leave_slot(sequence)
-        elif state is SequenceState.DECODING:
+        elif state in (SequenceState.DECODING, SequenceState.DRAFTING):
             self._stop_decoding(sequence)
             self._leave_slot(sequence)
         sequence.state = SequenceState.FINISHED
         stop_tokens = int(sequence.stop_token_id is not None)
-        sequence.num_discarded = max(sequence.num_planned - sequence.num_outputs - stop_tokens, 0)
+        sequence.num_discarded += max(sequence.num_planned - sequence.num_outputs - stop_tokens, 0)
         self._choices.lead(sequence.followers)
 
     def _make_room(self, needy: Sequence | None) -> bool:
@@ -498,10 +552,10 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue, at its old place; its pages go to the host or are computed again."""
-        if sequence.state is SequenceState.DECODING:
-            self._stop_decoding(sequence)
-        else:
+        if sequence.state is SequenceState.PREFILLING:
             del self._prefilling[sequence]
+        else:
+            self._stop_decoding(sequence)
         self.swap.set_back(sequence)
         self._slots.leave(sequence)
         sequence.num_preemptions += 1

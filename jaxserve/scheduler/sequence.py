@@ -6,7 +6,7 @@ chunks, and when it has caught up the sequence decodes.
 
 Tokens of a sequence, so that the counts add up (all but the known tokens are settled at its end):
     sampled on the device = emitted + discarded + 1 if a stop token ended it
-    positions run through the model = computed + recomputed
+    positions run through the model = computed + recomputed + drafted - kept
 A position that is set back with its page saved is neither run nor counted again.
 """
 
@@ -17,6 +17,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from jaxserve.scheduler.drafts import Drafts
 from jaxserve.scheduler.host_pages import HostTable
 from jaxserve.scheduler.pages import PageTable
 from jaxserve.types import FinishReason, SamplingParams
@@ -32,6 +33,7 @@ class SequenceState(enum.Enum):
     WAITING = enum.auto()  # in the queue: new, preempted, or a choice whose prompt is computed
     PREFILLING = enum.auto()  # has a slot; known tokens are being computed
     DECODING = enum.auto()  # has a slot; each step samples its next token
+    DRAFTING = enum.auto()  # has a slot; its next tokens are guessed and verified together
     RETIRED = enum.auto()  # its last token is launched but not read; holds no slot and no pages
     FINISHED = enum.auto()
 
@@ -73,7 +75,9 @@ class Sequence:
         host_table: its pages on the host, while it waits with its cache saved.
         followers: choices that wait to share this one's prompt.
         num_computed: positions whose KV is launched; while decoding see `decode_base`.
-        num_planned: output tokens launched, read back or not.
+        num_planned: output tokens launched, read back or not; drafts among them.
+        drafts: guesses of its next tokens, once it has been followed for them.
+        num_drafted, num_kept: drafts launched; and those of them whose KV it went on with.
         decode_base: while decoding, the next position is this plus the scheduler's clock.
         end_clock: while decoding, the clock at which all its tokens are launched.
         num_reached: most positions ever launched; below it positions are recomputed.
@@ -103,6 +107,7 @@ class Sequence:
     host_table: HostTable | None = None
     followers: list[Sequence] = field(default_factory=list)
     leader: Sequence | None = None
+    drafts: Drafts | None = None
     num_computed: int = 0
     num_planned: int = 0
     decode_base: int = 0
@@ -118,6 +123,8 @@ class Sequence:
     stop_token_id: int | None = None
     num_cached: int = 0
     num_recomputed: int = 0
+    num_drafted: int = 0
+    num_kept: int = 0
     num_swapped: int = 0
     num_discarded: int = 0
     num_preemptions: int = 0

@@ -41,7 +41,7 @@ class SwapCosts:
     def observe(self, plan: Plan, num_rows: int, device_ns: int, page_ns: Sequence[float]) -> None:
         """Takes in what a plan's step took, and what the executor says of pages.
 
-        A step that moved pages tells nothing about tokens.
+        A step that moved pages, or verified drafts, tells nothing about a prompt's tokens.
 
         Args:
             num_rows: that ran, decoding ones and chunks.
@@ -50,6 +50,8 @@ class SwapCosts:
         if page_ns:
             self.page_ns = page_ns
         if not device_ns or plan.page_saves or plan.page_loads:
+            return
+        if any(chunk.num_drafts for chunk in plan.chunks):
             return
         decodes = num_rows > len(plan.chunks)
         if plan.chunks:

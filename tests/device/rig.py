@@ -35,7 +35,9 @@ PAGE_SIZE = 4
 MAX_CONTEXT = 192
 NUM_PAGES = 201
 NUM_HOST_PAGES = 40
-LIMITS = SchedulerConfig(max_rows=4, max_step_tokens=16, decode_steps=4, max_waiting=100)
+LIMITS = SchedulerConfig(
+    max_rows=4, max_step_tokens=16, decode_steps=4, max_waiting=100, draft_tokens=0
+)
 
 MESH = make_mesh(jax.devices()[:1])
 

@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import jax
 
 from jaxserve.config import Config
 from jaxserve.engine import load
+from jaxserve.engine.batches import Batches
 from jaxserve.engine.loop import Engine
 from jaxserve.engine.parts import Parts
 from jaxserve.engine.process import build_engine
 from jaxserve.protocol.messages import GetStatus, Submit, TokenEvents, TokenSegment
 from jaxserve.settings import load_config
 from jaxserve.types import SamplingParams
+from tests.fakes.drafts import ToldDrafts
 
 NUM_DEVICES = 8
 #: Prompts of several lengths, some longer than a chunk, more than there are rows.
@@ -33,8 +36,11 @@ SETTINGS = (
     "scheduler.max_rows=4",
     "scheduler.max_step_tokens=16",
     "scheduler.decode_steps=3",
+    "scheduler.draft_tokens=0",
     "kernels.matmul=xla",
 )
+#: So many of them are served again, with drafts.
+DRAFTING = 4
 SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 0.0, "logprobs": 3, "prompt_logprobs": 2},
@@ -67,18 +73,26 @@ def serve(config: Config, parts: Parts) -> dict[str, Any]:
     """All requests at once, to their ends; what each brought, by number."""
     pocket: Any = Pocket()
     engine = build_engine(config, pocket, parts)
-    vocab_size = parts.model.vocab_size
-    for number, length in enumerate(PROMPT_LENS):
-        sampling = SamplingParams(
-            **{"max_tokens": 12, "seed": number, "ignore_eos": True}
-            | SAMPLINGS[number % len(SAMPLINGS)]
-        )
-        prompt = [(7 * number + 3 * i + 5) % vocab_size for i in range(length)]
-        segments = [TokenSegment(token_ids=prompt)]
-        engine.handle(
-            "client",
-            Submit(sequence_ids=[number], prompt=segments, sampling=sampling, arrived_ns=1),
-        )
+    for number in range(len(PROMPT_LENS)):
+        engine.handle("client", request(number, parts.model.vocab_size))
+    found = answers(engine, pocket)
+    found["compiles"] = parts.executor.compiles_after_warmup
+    return found
+
+
+def request(number: int, vocab_size: int) -> Submit:
+    """One of them."""
+    sampling = SamplingParams(
+        **{"max_tokens": 12, "seed": number, "ignore_eos": True}
+        | SAMPLINGS[number % len(SAMPLINGS)]
+    )
+    prompt = [(7 * number + 3 * i + 5) % vocab_size for i in range(PROMPT_LENS[number])]
+    segments = [TokenSegment(token_ids=prompt)]
+    return Submit(sequence_ids=[number], prompt=segments, sampling=sampling, arrived_ns=1)
+
+
+def answers(engine: Engine, pocket: Any) -> dict[str, Any]:
+    """Turns the loop to the end; what each request brought."""
     turn(engine)
     found: dict[str, Any] = {
         str(number): {"tokens": [], "logprobs": [], "prompt_logprobs": []}
@@ -94,7 +108,22 @@ def serve(config: Config, parts: Parts) -> dict[str, Any]:
     found["swapped_tokens"] = sum(
         end.record.swapped_tokens for events in pocket.events for end in events.finished
     )
-    found["compiles"] = parts.executor.compiles_after_warmup
+    return found
+
+
+def draft(config: Config, parts: Parts, expected: dict[str, Any]) -> dict[str, Any]:
+    """The first of these requests that draft, once more, a few at a time and with told drafts."""
+    pocket: Any = Pocket()
+    assert isinstance(parts.batch, Batches)
+    batch = Batches(parts.batch.shapes, config.scheduler.max_rows, parts.copies)
+    engine = build_engine(config, pocket, replace(parts, batch=batch))
+    for number in range(DRAFTING):
+        engine.handle("client", request(number, parts.model.vocab_size))
+        sequence = engine._live["client"][number]
+        ToldDrafts(sequence, expected[str(number)]["tokens"], wrong=5)
+    found = answers(engine, pocket)
+    ends = [finished for events in pocket.events for finished in events.finished]
+    found["drafted"] = sum(finished.record.drafted_tokens for finished in ends)
     return found
 
 
@@ -118,7 +147,10 @@ def main(model: str, data: str, expert: str, model_axis: str, *settings: str) ->
     for name, some, parallel in (("mesh", devices, mesh), ("one", devices[:1], [])):
         load.devices = lambda some=some: some
         config = load_config(None, [*common, *parallel], {})
-        found[name] = serve(config, load.load_parts(config, lambda *_: None))
+        parts = load.load_parts(config, lambda *_: None)
+        found[name] = serve(config, parts)
+        if config.scheduler.draft_tokens:
+            found[name]["with_drafts"] = draft(config, parts, found[name])
     print(json.dumps(found))
 
 

@@ -19,6 +19,8 @@ def limits(draw) -> SchedulerConfig:
         max_rows=max_rows,
         max_step_tokens=draw(st.integers(max_rows, 65536)),
         decode_steps=draw(st.integers(1, 64)),
+        draft_tokens=draw(st.sampled_from([0, 1, 7, 64])),
+        draft_rows=draw(st.integers(1, 64)),
     )
 
 
@@ -26,11 +28,13 @@ def test_programs_of_the_default_limits():
     assert [program.name for program in Buckets(SchedulerConfig()).programs] == [
         "decode_r1",
         "decode_r1_k4",
+        "verify_r1_d7",
         "decode_r2",
         "decode_r4",
         "decode_r8",
         "decode_r8_k4",
         "mixed_r8_t32",
+        "verify_r8_d7",
         "mixed_r8_t128",
         "mixed_r8_t512",
         "decode_r16",
@@ -86,6 +90,20 @@ def test_every_mixed_step_fits_a_program_that_is_not_for_decoding_only(config, d
         assert program.is_decode == (rows == tokens and not prompt_logprobs)
 
 
+@given(limits(), st.data())
+def test_every_step_with_drafts_fits_a_program_of_its_own(config, data):
+    most = config.max_verify_rows
+    verifying = [p for p in Buckets(config).programs if p.draft_tokens]
+    assert bool(verifying) == bool(most)
+    if most:
+        rows = data.draw(st.integers(1, most))
+        tokens = data.draw(st.integers(rows + 1, rows * (1 + config.draft_tokens)))
+        program = Buckets(config).choose(rows, tokens, 1, False, True)
+        assert program.num_rows >= rows and program.num_tokens >= tokens
+        assert program.draft_tokens == config.draft_tokens
+        assert program.num_tokens <= config.max_step_tokens
+
+
 @pytest.mark.parametrize(
     ("step", "name"),
     [
@@ -96,6 +114,8 @@ def test_every_mixed_step_fits_a_program_that_is_not_for_decoding_only(config, d
         ((3, 3), "decode_r4"),
         ((64, 64, 4), "decode_r64_k4"),
         ((1, 4, 1, True), "mixed_r64_t512_plp"),
+        ((1, 4, 1, False, True), "verify_r1_d7"),
+        ((2, 5, 1, False, True), "verify_r8_d7"),
     ],
 )
 def test_the_least_padding_is_chosen(step, name):

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from jaxserve.models.options import ModelOptions
 from jaxserve.models.registry import model_class
-from tests.device.sharded import PROMPT_LENS
+from tests.device.sharded import DRAFTING, PROMPT_LENS
 from tests.models.loading import ORACLE, config_of
 
 SCANNED = "kernels.layers=scanned"
@@ -47,6 +47,14 @@ def assert_equal(found: dict[str, Any], tolerance: float) -> None:
     assert told > 50
 
 
+def assert_drafted(found: dict[str, Any]) -> None:
+    """With drafts the same tokens came."""
+    with_drafts = found["with_drafts"]
+    assert with_drafts["drafted"] > 10
+    for number in map(str, range(DRAFTING)):
+        assert with_drafts[number]["tokens"] == found[number]["tokens"]
+
+
 @pytest.fixture(scope="module")
 def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama whose 8 KV heads, vocabulary and MLP eight devices divide."""
@@ -71,8 +79,12 @@ def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("mesh", [(1, 1, 8), (2, 1, 4), (8, 1, 1), (1, 2, 4)], ids=str)
 def test_heads_that_the_mesh_divides(even: Path, mesh: tuple[int, int, int]) -> None:
-    found = serve_on_both(even, mesh, SCANNED)
+    drafts = ["scheduler.draft_tokens=3"] if mesh == (2, 1, 4) else []
+    found = serve_on_both(even, mesh, SCANNED, *drafts)
     assert_equal(found, 2e-5)
+    if drafts:
+        assert_drafted(found["mesh"])
+        assert_drafted(found["one"])
     assert "zeros" not in found["log"] and "times" not in found["log"]
 
 

@@ -48,7 +48,7 @@ def started(num_rows: int) -> Builder:
             chunks=[chunk(slot, 0, [1, 2, 3]) for slot in slots],
         )
     )
-    builder.build(Plan(step_id=1, decode_joins=list(slots)))
+    builder.build(Plan(step_id=1, decode_joins=list(slots), decode_starts=[3] * num_rows))
     return builder
 
 
@@ -80,7 +80,9 @@ def test_chunks_stand_behind_the_decoding_rows_and_padding_behind_both():
 def test_leaving_rows_are_cut_out_and_a_slot_may_be_joined_in_the_same_plan():
     builder = started(4)
     builder.build(Plan(step_id=2, joins=[join(7)], chunks=[chunk(7, 0, [5] * 6)]))
-    inputs = builder.build(Plan(step_id=3, decode_leaves=[1, 3], decode_joins=[7]))
+    inputs = builder.build(
+        Plan(step_id=3, decode_leaves=[1, 3], decode_joins=[7], decode_starts=[6])
+    )
     assert inputs.rows.tolist() == [0, 2, 7, 8]
     assert inputs.context_lens.tolist() == [6, 6, 7, 0]
     assert inputs.query_starts.tolist() == [0, 1, 2, 3, 3]
@@ -101,7 +103,7 @@ def test_decoding_rows_sit_out_a_step_of_prompts():
     assert (inputs.num_decode_rows, inputs.num_live_rows) == (0, 1)
     assert not inputs.program.is_decode  # one row of one token, but a prompt's
     assert inputs.rows[:1].tolist() == [4] and inputs.context_lens[:1].tolist() == [1]
-    inputs = builder.build(Plan(step_id=3, decode_joins=[4]))
+    inputs = builder.build(Plan(step_id=3, decode_joins=[4], decode_starts=[1]))
     assert inputs.rows[:3].tolist() == [0, 1, 4]
     assert inputs.context_lens[:3].tolist() == [5, 5, 2]
 
@@ -120,11 +122,26 @@ def test_logprobs_are_computed_only_while_a_sampling_row_wants_them():
     plan = Plan(step_id=2, joins=[join(4, logprobs=0)], chunks=[chunk(4, 0, [1], samples=False)])
     assert not builder.build(plan).logprobs
     assert builder.build(Plan(step_id=3, chunks=[chunk(4, 1, [2])])).logprobs
-    assert builder.build(Plan(step_id=4, decode_joins=[4])).logprobs
+    assert builder.build(Plan(step_id=4, decode_joins=[4], decode_starts=[2])).logprobs
     assert not builder.build(Plan(step_id=5, decode_leaves=[4])).logprobs
     plan = Plan(step_id=6, joins=[join(4)], chunks=[chunk(4, 0, [1])])
     assert not builder.build(plan).logprobs
-    assert not builder.build(Plan(step_id=7, decode_joins=[4])).logprobs
+    assert not builder.build(Plan(step_id=7, decode_joins=[4], decode_starts=[1])).logprobs
+
+
+def test_drafts_are_a_row_of_a_verification_program_and_the_row_decodes_from_what_was_accepted():
+    builder = started(2)
+    plan = Plan(step_id=2, decode_leaves=[0], chunks=[chunk(0, 4, [7, 8, 9, 10], num_drafts=3)])
+    inputs = builder.build(plan)
+    assert inputs.program.name == "verify_r2_d7"
+    assert inputs.rows.tolist() == [1, 0] and inputs.num_decode_rows == 1
+    assert inputs.query_starts.tolist() == [0, 1, 5]
+    assert inputs.context_lens.tolist() == [5, 8]
+    assert inputs.token_ids.tolist() == [0, 7, 8, 9, 10] + [0] * 11
+    assert inputs.samples.tolist() == [True, True]
+    inputs = builder.build(Plan(step_id=3, decode_joins=[0], decode_starts=[6]))
+    assert inputs.program.name == "decode_r2"
+    assert inputs.context_lens.tolist() == [6, 7]
 
 
 requests = st.fixed_dictionaries(
@@ -200,7 +217,7 @@ def test_a_chunk_beside_rows_that_decode_gets_a_program_for_chunks():
     slots = range(8)
     joins, chunks = [join(slot) for slot in slots], [chunk(slot, 0, [1]) for slot in slots]
     batches.build([Plan(step_id=0, joins=joins, chunks=chunks), None])
-    decoding = Plan(step_id=1, decode_joins=list(slots))
+    decoding = Plan(step_id=1, decode_joins=list(slots), decode_starts=[1] * 8)
     inputs = batches.build(
         [decoding, Plan(step_id=1, joins=[join(0)], chunks=[chunk(0, 0, [5] * 8)])]
     )

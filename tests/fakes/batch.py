@@ -23,7 +23,7 @@ class ExactBatch:
     def __init__(self) -> None:
         self._wants: dict[int, bool] = {}  # slot → log-probabilities
         self._decoding: list[int] = []
-        self._lengths: dict[int, int] = {}  # slot → tokens whose KV is written
+        self._lengths: dict[int, int] = {}  # slot of a decoding row → tokens whose KV is written
 
     def build(self, plans: Sequence[Plan | None]) -> list[StepInputs]:
         """See `engine.loop.Batch`; of one copy of the model."""
@@ -32,9 +32,10 @@ class ExactBatch:
         self._wants |= {join.slot: join.sampling.logprobs is not None for join in plan.joins}
         for slot in plan.decode_leaves:
             self._decoding.remove(slot)
-        for slot in plan.decode_joins:
+        for slot, start in zip(plan.decode_joins, plan.decode_starts, strict=True):
             assert slot not in self._decoding
             self._decoding.append(slot)
+            self._lengths[slot] = start
         chunk_slots = [chunk.slot for chunk in plan.chunks]
         assert not set(chunk_slots) & set(self._decoding)
         assert len(set(chunk_slots)) == len(chunk_slots)
@@ -43,25 +44,31 @@ class ExactBatch:
         for slot in decoding:
             self._lengths[slot] += 1
         tokens, successors = [0] * len(decoding), [0] * len(decoding)
+        num_drafts = max((chunk.num_drafts for chunk in plan.chunks), default=0)
         for chunk in plan.chunks:
-            assert chunk.token_ids
-            self._lengths[chunk.slot] = chunk.start + len(chunk.token_ids)
+            assert len(chunk.token_ids) > chunk.num_drafts
+            if num_drafts:  # there are drafts in all chunks or in none, each behind one known token
+                assert len(chunk.token_ids) == 1 + chunk.num_drafts > 1 and chunk.samples
+                assert plan.decode_steps == 1
             tokens += chunk.token_ids
             successors += [*chunk.token_ids[1:], chunk.next_token_id or 0]
         rows = decoding + chunk_slots
         sizes = [1] * len(decoding) + [len(chunk.token_ids) for chunk in plan.chunks]
+        lengths = [self._lengths[slot] for slot in decoding]
+        lengths += [chunk.start + len(chunk.token_ids) for chunk in plan.chunks]
         inputs = StepInputs(
             program=Program(
                 num_rows=len(rows),
                 num_tokens=len(tokens),
                 decode_steps=max(plan.decode_steps, 1),
                 prompt_logprobs=any(c.prompt_logprobs is not None for c in plan.chunks),
+                draft_tokens=num_drafts,
             ),
             rows=np.asarray(rows, np.int32),
             num_live_rows=len(rows),
             num_decode_rows=len(decoding),
             query_starts=np.cumsum([0, *sizes]),
-            context_lens=np.asarray([self._lengths[slot] for slot in rows]),
+            context_lens=np.asarray(lengths),
             token_ids=np.asarray(tokens),
             next_token_ids=np.asarray(successors),
             samples=np.asarray([True] * len(decoding) + [c.samples for c in plan.chunks]),
@@ -92,10 +99,17 @@ class DoublingShapes:
     """Programs of every power of two."""
 
     def choose(
-        self, num_rows: int, num_tokens: int, decode_steps: int, prompt_logprobs: bool
+        self,
+        num_rows: int,
+        num_tokens: int,
+        decode_steps: int,
+        prompt_logprobs: bool,
+        drafts: bool,
     ) -> Program:
         """See `engine.batch.Shapes`."""
         rows = 1 << (num_rows - 1).bit_length()
+        if drafts:
+            return Program(num_rows=rows, num_tokens=8 * rows, draft_tokens=7)
         tokens = max(1 << (num_tokens - 1).bit_length(), rows)
         return Program(
             num_rows=rows,
@@ -126,6 +140,7 @@ class ComparedBatch:
         assert (built.num_live_rows, built.num_decode_rows) == (rows, exact.num_decode_rows)
         assert program.decode_steps == max(plan.decode_steps, 1)
         assert program.prompt_logprobs >= exact.program.prompt_logprobs
+        assert bool(program.draft_tokens) == bool(exact.program.draft_tokens)
         for array, expected, size, padding in (
             (built.rows, exact.rows, program.num_rows, self._max_rows),
             (built.query_starts, exact.query_starts, program.num_rows + 1, tokens),

@@ -1,5 +1,8 @@
 """A device that needs no device: the next token is a hash of the token history.
 
+With top_k=ECHO it is mostly the token ECHO_PERIOD back in the history instead, so that a sequence
+repeats itself, with surprises: work for speculation.
+
 `FakeExecutor` keeps a paged "KV cache" of (token, position) pairs and interprets `StepInputs` to
 the letter: every token is written through the page table and the whole history is read back
 through it, so a wrong page, position, slot, order or sampling parameter gives a wrong token. Rows
@@ -15,10 +18,14 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from jaxserve.device.step import LogprobArrays, StepInputs, StepOutputs
+from jaxserve.device.step import NOT_ACCEPTED, LogprobArrays, StepInputs, StepOutputs
 from jaxserve.types import MAX_LOGPROBS, CacheGroup, SamplingParams
 
 FULL = CacheGroup(kind="full", layers=(0,), num_kv_heads=1, head_dim=1)
+
+#: See the module.
+ECHO = 77
+ECHO_PERIOD = 5
 
 _MASK = 2**64 - 1
 _WEIGHTS = np.random.default_rng(7).integers(1, 2**63, size=1 << 16, dtype=np.uint64) | np.uint64(1)
@@ -41,16 +48,26 @@ def _hash(tokens: np.ndarray, positions: np.ndarray) -> int:
     return int(terms.sum(dtype=np.uint64))
 
 
-def _history_hash(by_group: list[tuple[np.ndarray, np.ndarray]]) -> int:
+#: What is seen of a history, by cache group: tokens and their positions.
+Seen = list[tuple[np.ndarray, np.ndarray]]
+
+
+def _history_hash(by_group: Seen) -> int:
     value = 0
     for tokens, positions in by_group:
         value = _mix((value * 31 + _hash(tokens, positions)) & _MASK)
     return value
 
 
-def _pick(history: int, seed: int, choice: int, prompt_len: int, vocab_size: int) -> int:
-    keyed = history + seed * 3 + choice * 1_000_003 + prompt_len * 65_537
-    return _mix(keyed & _MASK) % vocab_size
+def _pick(
+    hashed: int, seen: Seen, sampling: SamplingParams, choice: int, prompt_len: int, vocab_size: int
+) -> int:
+    keyed = hashed + sampling.seed * 3 + choice * 1_000_003 + prompt_len * 65_537
+    mixed = _mix(keyed & _MASK)
+    tokens = seen[-1][0]
+    if sampling.top_k == ECHO and len(tokens) >= ECHO_PERIOD and mixed % 8:
+        return int(tokens[-ECHO_PERIOD])
+    return mixed % vocab_size
 
 
 def _looks_back(sampling: SamplingParams) -> bool:
@@ -72,12 +89,17 @@ def _logprob(history: int, token: int) -> float:
     return -(_mix((history + token) & _MASK) % 4096) / 256
 
 
-def history_hash(history: Sequence[int], groups: Sequence[CacheGroup]) -> int:
-    """The hash of a token list, seen through each group's window."""
+def _see(history: Sequence[int], groups: Sequence[CacheGroup]) -> Seen:
+    """A token list, seen through each group's window."""
     tokens = np.asarray(history, np.int64)
     positions = np.arange(len(tokens))
     first = [0 if g.window is None else max(len(tokens) - g.window, 0) for g in groups]
-    return _history_hash([(tokens[lo:], positions[lo:]) for lo in first])
+    return [(tokens[lo:], positions[lo:]) for lo in first]
+
+
+def history_hash(history: Sequence[int], groups: Sequence[CacheGroup]) -> int:
+    """The hash of a token list, seen through each group's window."""
+    return _history_hash(_see(history, groups))
 
 
 def oracle(
@@ -93,12 +115,13 @@ def oracle(
     stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(eos_token_ids))
     history = list(prompt)
     while len(history) - len(prompt) < sampling.max_tokens:
-        hashed = history_hash(history, groups)
+        seen = _see(history, groups)
+        hashed = _history_hash(seen)
         if _looks_back(sampling):
             hashed ^= _seen_hash(enumerate(history), 0)
         elif _counts_outputs(sampling):
             hashed ^= _seen_hash(enumerate(history), len(prompt))
-        token = _pick(hashed, sampling.seed, choice, len(prompt), vocab_size)
+        token = _pick(hashed, seen, sampling, choice, len(prompt), vocab_size)
         if token in stops:
             break
         history.append(token)
@@ -115,6 +138,7 @@ class FakeExecutor:
 
     Attributes:
         num_positions: positions run so far; num_sampled: tokens sampled so far.
+        num_accepted: drafts so far that were what was sampled in their places.
         calls: device calls so far, by decode steps a call.
         num_mixed: of these, calls in which decoding rows stood beside chunks of several tokens.
         device_ns, page_ns: what each step tells (see `StepOutputs`).
@@ -137,6 +161,7 @@ class FakeExecutor:
         self.vocab_size = vocab_size
         self.num_positions = 0
         self.num_sampled = 0
+        self.num_accepted = 0
         self.calls: list[int] = []
         self.num_mixed = 0
         self.fail_at: int | None = None
@@ -166,15 +191,11 @@ class FakeExecutor:
         self.num_mixed += bool(inputs.num_decode_rows) and chunk_tokens > num_chunks
         self._change_state(inputs)
         steps = [self._decode_step(inputs, i) for i in range(inputs.program.decode_steps)]
-        outputs = StepOutputs(
-            token_ids=np.stack([tokens for tokens, _ in steps]),
-            device_ns=self.device_ns,
-            page_ns=self.page_ns,
-        )
+        tokens = np.concatenate([tokens for tokens, _ in steps])
+        outputs = StepOutputs(token_ids=tokens, device_ns=self.device_ns, page_ns=self.page_ns)
         if inputs.logprobs:
-            outputs.logprobs = _arrays(
-                np.stack([h for _, h in steps]), outputs.token_ids, self.vocab_size
-            )
+            hashes = np.concatenate([hashes for _, hashes in steps])
+            outputs.logprobs = _arrays(hashes, tokens, self.vocab_size)
         if inputs.program.prompt_logprobs:
             outputs.prompt_logprobs = self._prompt_logprobs(inputs)
         return outputs
@@ -206,6 +227,7 @@ class FakeExecutor:
             self._tokens[group][page], self._positions[group][page] = self._host[group][host_page]
 
     def _decode_step(self, inputs: StepInputs, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and hashes, [1 + draft_tokens, R]."""
         starts = inputs.query_starts
         spans = []
         for row in range(inputs.num_live_rows):  # all rows write before any reads, as on a device
@@ -217,26 +239,37 @@ class FakeExecutor:
                 tokens = self._last[slot : slot + 1]
             self._write(slot, np.arange(end - num, end), tokens)
             self._seen[slot] += zip(range(end - num, end), tokens.tolist(), strict=True)
-            spans.append((slot, end))
+            num_drafts = num - 1 if inputs.program.draft_tokens else 0
+            spans.append((slot, end - num_drafts, tokens[num - num_drafts :]))
             self.num_positions += num
-        sampled = np.full(inputs.program.num_rows, -1, np.int64)
-        hashes = np.zeros(inputs.program.num_rows, np.uint64)
-        for row, (slot, end) in enumerate(spans):
+        shape = 1 + inputs.program.draft_tokens, inputs.program.num_rows
+        sampled = np.full(shape, NOT_ACCEPTED, np.int64)
+        hashes = np.zeros(shape, np.uint64)
+        for row, (slot, end, drafts) in enumerate(spans):
             if not inputs.samples[row]:
                 continue
-            state = self._slots[slot]
-            assert state is not None, f"slot {slot} was never joined"
-            sampling, choice, prompt_len = state
-            hashed = self._read(slot, end)
-            if _looks_back(sampling):
-                hashed ^= _seen_hash(self._seen[slot], 0)
-            elif _counts_outputs(sampling):
-                hashed ^= _seen_hash(self._seen[slot], prompt_len)
-            sampled[row] = _pick(hashed, sampling.seed, choice, prompt_len, self.vocab_size)
-            hashes[row] = hashed
-            self.num_sampled += 1
-            self._last[slot] = sampled[row]
+            self.num_sampled += 1 + len(drafts)
+            for place in range(1 + len(drafts)):
+                token, hashed = self._sample(slot, end + place)
+                sampled[place, row], hashes[place, row] = token, hashed
+                self._last[slot] = token
+                if place == len(drafts) or token != drafts[place]:
+                    break
+                self.num_accepted += 1
         return sampled, hashes
+
+    def _sample(self, slot: int, end: int) -> tuple[int, int]:
+        """The token after a slot's first `end` ones, and the hash it comes of."""
+        state = self._slots[slot]
+        assert state is not None, f"slot {slot} was never joined"
+        sampling, choice, prompt_len = state
+        seen = self._read(slot, end)
+        hashed = _history_hash(seen)
+        if _looks_back(sampling):
+            hashed ^= _seen_hash(self._seen[slot], 0)
+        elif _counts_outputs(sampling):
+            hashed ^= _seen_hash(self._seen[slot], prompt_len)
+        return _pick(hashed, seen, sampling, choice, prompt_len, self.vocab_size), hashed
 
     def _write(self, slot: int, positions: np.ndarray, tokens: np.ndarray) -> None:
         for group, table in enumerate(self._tables):
@@ -244,7 +277,7 @@ class FakeExecutor:
             self._tokens[group][pages, positions % self.page_size] = tokens
             self._positions[group][pages, positions % self.page_size] = positions
 
-    def _read(self, slot: int, end: int) -> int:
+    def _read(self, slot: int, end: int) -> Seen:
         by_group = []
         for group, info in enumerate(self.groups):
             positions = np.arange(0 if info.window is None else max(end - info.window, 0), end)
@@ -253,7 +286,7 @@ class FakeExecutor:
             by_group.append(
                 (self._tokens[group][pages, offsets], self._positions[group][pages, offsets])
             )
-        return _history_hash(by_group)
+        return by_group
 
     def _prompt_logprobs(self, inputs: StepInputs) -> LogprobArrays:
         hashes = np.zeros(inputs.program.num_tokens, np.uint64)
@@ -261,7 +294,8 @@ class FakeExecutor:
             start, end = int(inputs.query_starts[row]), int(inputs.query_starts[row + 1])
             context = int(inputs.context_lens[row])
             for token in range(start, end):
-                hashes[token] = self._read(int(inputs.rows[row]), context - (end - 1 - token))
+                seen = self._read(int(inputs.rows[row]), context - (end - 1 - token))
+                hashes[token] = _history_hash(seen)
         return _arrays(hashes, inputs.next_token_ids, self.vocab_size)
 
 

@@ -34,6 +34,8 @@ class Rig:
     max_rows: int = 4
     max_step_tokens: int = 16
     decode_steps: int = 4
+    draft_tokens: int = 0
+    draft_rows: int = 4
     max_context: int = 256
     limits: dict[str, Any] = field(default_factory=dict)  # further fields of SchedulerConfig
     clock_ns: Callable[[], int] = time.monotonic_ns
@@ -61,6 +63,8 @@ class Rig:
                     "max_rows": self.max_rows,
                     "max_step_tokens": self.max_step_tokens,
                     "decode_steps": self.decode_steps,
+                    "draft_tokens": self.draft_tokens,
+                    "draft_rows": self.draft_rows,
                     "max_waiting": 100,
                 }
                 | self.limits
@@ -194,7 +198,8 @@ class Rig:
             stop_tokens = int(sequence.stop_token_id is not None)
             sampled += sequence.num_outputs + sequence.num_discarded + stop_tokens
             positions += sequence.num_first_computed + sequence.num_recomputed
-            if sequence.reason is FinishReason.LENGTH:
-                assert sequence.num_discarded == 0  # max_tokens is never over-run
+            positions += sequence.num_drafted - sequence.num_kept
+            if sequence.reason is FinishReason.LENGTH:  # max_tokens is never over-run
+                assert sequence.num_discarded <= sequence.num_drafted
         assert sampled == self.executor.num_sampled
         assert positions == self.executor.num_positions

@@ -7,8 +7,9 @@ from itertools import combinations, product
 
 import pytest
 
-from jaxserve.types import FinishReason
+from jaxserve.types import FinishReason, SamplingParams
 from tests.fakes.engine import oracle
+from tests.fakes.executor import ECHO
 from tests.interplay.features import Feature, Probe, Trial
 
 
@@ -43,6 +44,23 @@ def _seed(probe: Probe) -> None:
     probe.shape(seed=2**63 + len(probe.prompt), temperature=0.7)
 
 
+def _echo(probe: Probe) -> None:
+    probe.shape(top_k=ECHO, max_tokens=probe.sampling.max_tokens + 30)
+
+
+def _draft_alone(trial: Trial) -> None:
+    """Drafts for sure; the probes do when few others run beside them."""
+    sampling = SamplingParams(max_tokens=60, seed=5, ignore_eos=True, top_k=ECHO)
+    trial.finish(trial.client.submit([1, 2, 3, 4, 5], sampling))
+
+
+def _drafted_if_it_may(trial: Trial) -> bool:
+    """Beside batch invariance nothing is drafted."""
+    settings = [setting for feature in trial.features for setting in feature.settings]
+    may_draft = "engine.batch_invariant=true" not in settings
+    return any(record.drafted_tokens for record in trial.records) == may_draft
+
+
 def _prompts_first(trial: Trial) -> None:
     """Each probe's beginning has been computed for another request."""
     for probe in trial.probes:
@@ -66,6 +84,13 @@ def _urgent(probe: Probe) -> None:
 
 FEATURES = (
     Feature(name="choices", shape=_choices),
+    Feature(
+        name="speculation",
+        settings=("scheduler.draft_tokens=5",),
+        shape=_echo,
+        before=_draft_alone,
+        acted=_drafted_if_it_may,
+    ),
     Feature(name="logprobs", shape=_logprobs),
     Feature(name="penalties", shape=_penalties),
     Feature(name="seed", shape=_seed),

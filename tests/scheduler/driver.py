@@ -25,6 +25,10 @@ MODEL = ModelInfo(
 )
 
 
+#: States in which a sequence holds a slot.
+RUNNING = (SequenceState.PREFILLING, SequenceState.DECODING, SequenceState.DRAFTING)
+
+
 @dataclass
 class Gap:
     """Of weighted service between two tenants, over a time in which both wait."""
@@ -184,7 +188,7 @@ class Driver:
                 self._let_in.add(sequence)
                 num_computed = sequence.prompt_len - chunk.start
                 self._serve(sequence, self.config.input_token_price * num_computed)
-            if chunk.samples:
+            if chunk.samples and not chunk.num_drafts:
                 self._serve(sequence, self.config.output_token_price)
 
     def _serve(self, sequence: Sequence | None, price: float) -> None:
@@ -198,7 +202,16 @@ class Driver:
             [EOS if self.random.random() < self.stop_chance else TOKEN] * plan.decode_steps
             for _ in rows
         ]
-        commit = self.scheduler.commit(rows, sampled)
+        owners = self.scheduler._launched[0].owners
+        for row, chunk in enumerate(plan.chunks, len(rows) - len(plan.chunks)):
+            if chunk.num_drafts:  # what was sampled after each of them, up to the first wrong one
+                while len(sampled[row]) <= chunk.num_drafts and sampled[row][-1] == TOKEN:
+                    stops = self.random.random() < self.stop_chance
+                    sampled[row].append(EOS if stops else TOKEN)
+                price = self.config.output_token_price * len(sampled[row])
+                self._serve(owners[chunk.slot], price)
+        width = max(map(len, sampled))
+        commit = self.scheduler.commit(rows, [row + [-1] * (width - len(row)) for row in sampled])
         for sequence in commit.sequences:
             self.first_token_at.setdefault(sequence, self.num_calls)
         for sequence in commit.finished:
@@ -208,11 +221,11 @@ class Driver:
         """What must hold between any two turns: nothing is lost, leaked or in two places."""
         scheduler = self.scheduler
         states = Counter(sequence.state for sequence in self.sequences)
-        running = states[SequenceState.PREFILLING] + states[SequenceState.DECODING]
+        running = sum(states[state] for state in RUNNING)
         waiting = states[SequenceState.WAITING] + states[SequenceState.HELD]
         assert scheduler.num_running == running == scheduler._slots.num_taken
         assert scheduler.num_waiting == waiting
-        slots = [s.slot for s in self.sequences if s.state.name in ("PREFILLING", "DECODING")]
+        slots = [s.slot for s in self.sequences if s.state in RUNNING]
         assert len(set(slots)) == len(slots)
         held = Counter(page for s in self.sequences for page in s.table.pages[0] if page)
         pool = scheduler.pages.pools[0]
