@@ -223,7 +223,7 @@ class Driver:
         states = Counter(sequence.state for sequence in self.sequences)
         running = sum(states[state] for state in RUNNING)
         waiting = states[SequenceState.WAITING] + states[SequenceState.HELD]
-        assert scheduler.num_running == running == scheduler._slots.num_taken
+        assert scheduler.num_running == running == scheduler._rows.slots.num_taken
         assert scheduler.num_waiting == waiting
         slots = [s.slot for s in self.sequences if s.state in RUNNING]
         assert len(set(slots)) == len(slots)
@@ -231,6 +231,6 @@ class Driver:
         pool = scheduler.pages.pools[0]
         assert held == Counter({page: pool.num_holders(page) for page in held})
         assert pool.num_used == len(held)
-        tallies = scheduler._meter.tallies
+        tallies = scheduler._rows.meter.tallies
         assert sum(len(tally.running) for tally in tallies.values()) == running
         assert sum(len(t.decoding) for t in tallies.values()) == states[SequenceState.DECODING]

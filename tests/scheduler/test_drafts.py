@@ -205,15 +205,15 @@ class TwoCopies:
     def _carry_out(self, copy: int, plan: Plan) -> None:
         scheduler = self.schedulers._schedulers[copy]
         for slot in plan.decode_leaves:
-            self.running[copy].remove(scheduler._slots.owner(slot))
-        self.running[copy] += [scheduler._slots.owner(slot) for slot in plan.decode_joins]
+            self.running[copy].remove(scheduler._rows.slots.owner(slot))
+        self.running[copy] += [scheduler._rows.slots.owner(slot) for slot in plan.decode_joins]
         rows = [s.slot for s in self.running[copy]] + [c.slot for c in plan.chunks]
         sampled = []
         for slot in rows:
-            num = scheduler._slots.owner(slot).num_outputs
+            num = scheduler._rows.slots.owner(slot).num_outputs
             sampled.append([*self.OUTPUTS[num : num + plan.decode_steps]])
         for row, chunk in enumerate(plan.chunks, len(rows) - len(plan.chunks)):
-            num = scheduler._slots.owner(chunk.slot).num_outputs
+            num = scheduler._rows.slots.owner(chunk.slot).num_outputs
             sampled[row] = [*self.OUTPUTS[num : num + 1 + chunk.num_drafts]]
         width = max(map(len, sampled))
         self.schedulers.commit(copy, rows, [row + [-1] * (width - len(row)) for row in sampled])

@@ -43,7 +43,7 @@ def test_a_high_one_runs_within_two_calls_and_its_own_prefill(prompt_len, full_o
         driver.turn()
     pool = driver.scheduler.pages.pools[0]
     if full_of == "slots":
-        assert driver.scheduler._slots.num_free == 0 or prefilling
+        assert driver.scheduler._rows.slots.num_free == 0 or prefilling
     else:
         assert pool.num_free < 10 or prefilling
     # Its own prefill: chunks beside at most five rows that decode.

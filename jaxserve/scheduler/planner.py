@@ -1,0 +1,237 @@
+"""Makes a plan: which sequences get how many tokens, which slots and which pages, in this step.
+
+Decoding rows come first, a token each. Then sequences whose known tokens are not all computed and
+those that wait, better levels first, share the rest of the step's tokens; or rows with drafts,
+which no prompt joins. Who is set back in a plan does not come back in it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from jaxserve.config import SchedulerConfig
+from jaxserve.scheduler.chunks import chunk_of, drafts_of, join_of
+from jaxserve.scheduler.drafting import Drafted
+from jaxserve.scheduler.pace import Pacer
+from jaxserve.scheduler.phases import Phase, chunk_end
+from jaxserve.scheduler.plan import PageCopy, Plan
+from jaxserve.scheduler.room import Room, worst_first
+from jaxserve.scheduler.rows import Rows
+from jaxserve.scheduler.sequence import Sequence, SequenceState
+
+
+class Planner:
+    """Fills plans for one copy of the model.
+
+    Args:
+        rows: its sequences.
+        pacer: how much of a step prompts may take.
+        clock_ns: CLOCK_MONOTONIC.
+    """
+
+    def __init__(
+        self, config: SchedulerConfig, rows: Rows, pacer: Pacer, clock_ns: Callable[[], int]
+    ) -> None:
+        self._max_step_tokens = config.max_step_tokens
+        self._rows = rows
+        self._pacer = pacer
+        self._clock_ns = clock_ns
+        self._room = Room(rows.pages, rows.choices, config.max_step_tokens)
+        self._planned: set[Sequence] = set()  # have a chunk in the plan that is being made
+        self._set_back_level: float = math.inf  # the best one set back in it
+        self._phase = Phase.MIXED
+
+    def fill(self, plan: Plan, phase: Phase) -> list[Sequence]:
+        """Fills a plan whose decode steps are settled.
+
+        Args:
+            phase: what the step may hold.
+
+        Returns:
+            The decoding rows that open a page.
+        """
+        self._planned.clear()
+        self._set_back_level = math.inf
+        self._phase = phase
+        for sequence in self._rows.meter.over_bound(self._rows.waiting):
+            self._preempt(sequence)
+        budget = self._max_step_tokens
+        opened: list[Sequence] = []
+        if phase is Phase.PROMPTS:
+            plan.decode_steps = 0
+        else:
+            opened = self._open_pages(plan)
+            # At least one token a row, so this is never negative.
+            budget -= len(self._rows.decoding)
+            budget = self._pacer.budget(len(self._rows.decoding), budget)
+        drafted = self._rows.drafting.take_drafted()
+        for row in drafted:
+            self._add_drafts(plan, row)
+        if not drafted:
+            budget = self._continue_prefills(plan, budget)
+            self._admit(plan, budget)
+        return opened
+
+    def _open_pages(self, plan: Plan) -> list[Sequence]:
+        """Gives decoding rows that come to a new page one, preempting the worst if need be.
+
+        Returns:
+            These rows.
+        """
+        opening = self._rows.decoding.opening(plan.decode_steps)
+        for sequence, position in opening:
+            while sequence.state is SequenceState.DECODING:
+                # What a window has passed is given back as of the call's first step: the pages
+                # may go to rows of this very call.
+                first = self._rows.decoding.position(sequence)
+                entries = self._rows.pages.extend(sequence.table, first, position + 1)
+                if entries is not None:
+                    plan.enter(sequence.slot, entries)
+                    break
+                self._make_room(None)
+        return [sequence for sequence, _ in opening]
+
+    def _continue_prefills(self, plan: Plan, budget: int) -> int:
+        """Chunks for sequences that hold a slot; returns the budget that is left."""
+        for sequence in sorted(self._rows.prefilling, key=_rank):
+            budget = self._admit(plan, budget, sequence.level)
+            if budget == 0:
+                continue
+            if sequence.state is not SequenceState.PREFILLING:
+                continue  # preempted for a better one, just now
+            plan.enter(sequence.slot, self._rows.prefix.catch_up(sequence))
+            end = chunk_end(self._phase, sequence, budget)
+            if end == sequence.num_computed:
+                continue  # in a step of another kind
+            entries = self._rows.pages.extend(sequence.table, sequence.num_computed, end)
+            while entries is None and self._make_room(sequence):
+                entries = self._rows.pages.extend(sequence.table, sequence.num_computed, end)
+            if entries is None:
+                end = min(end, self._rows.pages.reachable(sequence.table, sequence.num_computed))
+                if end <= sequence.num_computed or self._phase is Phase.PROMPTS:
+                    continue  # the worst-ranked of all, and no page is free: it waits a step
+                entries = self._rows.pages.extend(sequence.table, sequence.num_computed, end)
+                assert entries is not None
+            plan.enter(sequence.slot, entries)
+            budget = self._left(budget, self._add_chunk(plan, sequence, end))
+        return budget
+
+    def _admit(self, plan: Plan, budget: int, above: float = math.inf) -> int:
+        """Lets waiting sequences take slots, in the queue's order without exception.
+
+        Args:
+            above: only of better levels than this.
+
+        Returns:
+            The budget that is left.
+        """
+        while True:
+            level = self._rows.waiting.best_level
+            # Who was preempted in this plan, and who stands behind it, would come right back.
+            if level is None or level >= above or level >= self._set_back_level:
+                return budget
+            if not (budget and self._rows.slots.num_free) and self._rows.slots.worst_level <= level:
+                return budget
+            sequence = self._rows.waiting.peek()
+            if sequence is None or sequence.has_unread:
+                return budget  # preempted a moment ago: its last tokens are still on their way
+            if self._rows.prefix.find(sequence):
+                self._rows.choices.hold(sequence)
+            if chunk_end(self._phase, sequence, max(budget, 1)) == sequence.num_computed:
+                return budget  # its turn comes with a step of another kind
+            if not self._rows.slots.num_free or not self._room.is_for(
+                sequence, self._rows.num_running
+            ):
+                victims = self._room.victims(sequence, self._rows.slots, self._planned)
+                gained = sum(victim.state is SequenceState.DECODING for victim in victims)
+                gained *= min(plan.decode_steps, 1)
+                if not victims or budget + gained == 0:
+                    return budget
+                for victim in victims:
+                    self._preempt(victim)
+                budget += gained
+                if not self._room.is_for(sequence, self._rows.num_running):
+                    return budget
+            if budget == 0:
+                return budget
+            end = chunk_end(self._phase, sequence, budget)
+            copies = self._rows.pages.own(sequence.table, sequence.num_computed)
+            if copies is None:
+                if not self._rows.num_running and self._rows.choices.reclaim(sequence):
+                    continue
+                return budget
+            entries = self._rows.pages.extend(sequence.table, sequence.num_computed, end)
+            if entries is None:  # alone, and a window group holds only a part of the budget
+                end = min(end, self._rows.pages.reachable(sequence.table, sequence.num_computed))
+                entries = self._rows.pages.extend(sequence.table, sequence.num_computed, end)
+                assert entries is not None and end > sequence.num_computed
+            self._rows.waiting.pop()
+            self._rows.choices.leaves_queue(sequence)
+            self._take_slot(plan, sequence)
+            plan.page_copies += [PageCopy(group=g, source=s, target=t) for g, s, t in copies]
+            self._rows.swap.restore(plan, sequence)
+            plan.enter(sequence.slot, self._rows.pages.entries(sequence.table))
+            budget = self._left(budget, self._add_chunk(plan, sequence, end))
+
+    def _left(self, budget: int, used: int) -> int:
+        """The step's tokens that are left; a step of a prompt holds no second chunk."""
+        return 0 if self._phase is Phase.PROMPTS else budget - used
+
+    def _add_chunk(self, plan: Plan, sequence: Sequence, end: int) -> int:
+        """Plans the known tokens up to `end`; returns how many."""
+        start = sequence.num_computed
+        plan.chunks.append(chunk_of(sequence, end, again=self._phase is Phase.PROMPTS))
+        self._planned.add(sequence)
+        sequence.reach(start, end)
+        if end == len(sequence.token_ids):
+            sequence.num_planned = sequence.num_outputs + 1
+            self._rows.meter.sampled(sequence)
+        if sequence.followers and end >= sequence.prompt_len:
+            self._rows.choices.fork(sequence)
+        return end - start
+
+    def _add_drafts(self, plan: Plan, drafted: Drafted) -> None:
+        """Plans the last known token of a row, and drafts of what follows."""
+        sequence, draft, entries = drafted
+        start = sequence.num_computed
+        plan.enter(sequence.slot, entries)
+        plan.chunks.append(drafts_of(sequence, draft))
+        self._planned.add(sequence)
+        sequence.reach(start, start + 1)
+        sequence.num_planned = sequence.num_outputs + 1 + len(draft)
+        sequence.num_drafted += len(draft)
+
+    def _take_slot(self, plan: Plan, sequence: Sequence) -> None:
+        self._rows.slots.take(sequence)
+        sequence.count_found()
+        self._rows.prefix.joined(sequence)
+        if self._set_back_level < math.inf:
+            plan.forget_entries(sequence.slot)  # of whoever had the slot until now
+        sequence.state = SequenceState.PREFILLING
+        sequence.has_begun = True
+        sequence.scheduled_ns = sequence.scheduled_ns or self._clock_ns()
+        self._rows.prefilling[sequence] = None
+        plan.joins.append(join_of(sequence))
+
+    def _make_room(self, needy: Sequence | None) -> bool:
+        """Frees some pages: those that waiting sequences hold, else the worst running row's.
+
+        Args:
+            needy: only sequences of worse rank than this may be preempted; None: any.
+        """
+        if self._rows.choices.reclaim():
+            return True
+        victim = next(worst_first(self._rows.slots.holders, self._planned), None)
+        if victim is None or (needy is not None and victim.rank <= needy.rank):
+            return False
+        self._preempt(victim)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._rows.set_back(sequence)
+        self._set_back_level = min(self._set_back_level, sequence.level)
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank
