@@ -136,7 +136,7 @@ class Scheduler:
 
     def running(self) -> list[Sequence]:
         """The sequences that hold a slot."""
-        return [*self._decoding, *self._prefilling]
+        return [*self._decoding, *self._drafting, *self._prefilling]
 
     @property
     def has_work(self) -> bool:
