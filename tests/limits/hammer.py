@@ -3,8 +3,8 @@
     python -m tests.limits.hammer redis URL PREFIX NUM      or      … owner SOCKET NUM
 
 Requests of 1 to 200 tokens, under a limit of requests and one of tokens that hardly fill while it
-runs; half of the processes use only a part of what they reserve. Prints the tokens and requests that
-were let in and kept, as JSON.
+runs; half of the processes use only a part of what they reserve. Prints the tokens and requests
+that were let in and kept, as JSON.
 """
 
 from __future__ import annotations
