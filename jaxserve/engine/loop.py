@@ -210,8 +210,7 @@ class Engine:
             for sequence in commit.finished:
                 self._finish(sequence, now_ns)
         self._outbox.send()
-        chunks = (chunk for plan in step.plans if plan is not None for chunk in plan.chunks)
-        self._backlog.step(now_ns, sum(len(chunk.token_ids) for chunk in chunks))
+        self._backlog.step(now_ns, _prefill_tokens(step.plans))
         if self._outbox.wants_stats:
             self._outbox.send_stats(self._stats(step, outputs[0]))
 
@@ -396,7 +395,7 @@ class Engine:
         plans = [plan for plan in step.plans if plan is not None]
         program = step.inputs[0].program
         chunk_tokens = sum(len(chunk.token_ids) for plan in plans for chunk in plan.chunks)
-        prefill_tokens = 0 if program.draft_tokens else chunk_tokens
+        prefill_tokens = _prefill_tokens(plans)
         num_decode_rows = sum(inputs.num_decode_rows for inputs in step.inputs)
         decode_tokens = num_decode_rows * program.decode_steps + chunk_tokens - prefill_tokens
         work = [self.executor.count_work(inputs) for inputs in step.inputs]
@@ -432,6 +431,12 @@ class Engine:
         grown = total - self._told[name]
         self._told[name] = total
         return grown
+
+
+def _prefill_tokens(plans: Seq[Plan | None]) -> int:
+    """Known tokens that a step computes, beside those that decode and what is drafted."""
+    chunks = (chunk for plan in plans if plan is not None for chunk in plan.chunks)
+    return sum(len(chunk.token_ids) for chunk in chunks if not chunk.num_drafts)
 
 
 def _record(sequence: Sequence, now_ns: int) -> SequenceRecord:

@@ -28,7 +28,7 @@ from jaxserve.protocol.messages import (
 from jaxserve.protocol.server import Arrival
 from jaxserve.types import FinishReason, SamplingParams
 from tests.fakes.engine import PAGE_BYTES, fake_parts, oracle
-from tests.fakes.executor import FakeExecutor
+from tests.fakes.executor import ECHO, FakeExecutor
 
 CONFIG = Config(
     cache=CacheConfig(page_size=4, num_pages=100),
@@ -338,3 +338,21 @@ def test_the_watchdog_tells_a_hung_step(engine):
     engine.step_ns -= int(60e9)
     watch_steps(engine, 30.0, lambda age_s: hung.set() if age_s >= 60 else None)
     assert hung.wait(10)
+
+
+def test_drafts_are_told_in_statistics_and_records(server):
+    """One row that repeats itself: drafts count as decoded, not as prompt."""
+    engine = build_engine(CONFIG, server, fake_parts(CONFIG, lambda *_: None))
+    request = submit([1], [5, 6, 7, 8, 9], max_tokens=90, top_k=ECHO)
+    turn(engine, "a", GetStatus(stats=True), request)
+    while engine.scheduler.has_work:
+        turn(engine)
+    assert server.tokens("a", 1) == oracle([5, 6, 7, 8, 9], request.sampling)
+    stats = [message for _, message in server.sent if isinstance(message, StepStats)]
+    (end,) = server.ends("a")
+    drafted = sum(step.draft_tokens for step in stats)
+    accepted = sum(step.draft_accepted_tokens for step in stats)
+    assert drafted == end.record.drafted_tokens > accepted > 30
+    assert sum(step.prefill_tokens for step in stats) == 5
+    assert sum(step.decode_tokens for step in stats) == 89 + drafted - accepted
+    assert end.record.discarded_tokens == drafted - accepted
