@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxserve.scheduler.host_pages import HostPages
 from jaxserve.scheduler.pages import PageAllocator
 from jaxserve.scheduler.plan import Plan
-from jaxserve.scheduler.spill import Spill
+from jaxserve.scheduler.spill import EARNED, EVICTIONS_A_PAGE, FIRST_CREDIT, RUN_PAGES, Spill
 from tests.fakes.executor import FULL, sliding
 from tests.fakes.rig import VOCAB, Rig
 
@@ -81,6 +81,31 @@ def test_a_page_that_is_given_up_before_it_was_loaded_is_neither_loaded_nor_save
     spill.tell(plan := Plan(step_id=0))
     assert plan.page_loads == plan.page_saves == []
     assert host.find(0, b"x") is not None
+
+
+def test_what_nobody_asks_for_again_is_soon_saved_no_more():
+    pages = PageAllocator(4, [FULL], [2])
+    (pool,) = pages.pools
+    spill = Spill(pages, HostPages([10_000]))
+    number = 0
+
+    def evict(count: int) -> int:
+        """Fills and gives up so many pages; how many of them were saved."""
+        nonlocal number
+        for _ in range(count):
+            page = pool.take()
+            number += 1
+            pool.register(page, number.to_bytes(4, "big"))
+            pool.release(page)
+        spill.tell(plan := Plan(step_id=0))
+        return len(plan.page_saves)
+
+    assert evict(257) == 256 == FIRST_CREDIT  # the last one is still there
+    assert evict(EVICTIONS_A_PAGE * RUN_PAGES) == 0
+    assert evict(EVICTIONS_A_PAGE * RUN_PAGES) == RUN_PAGES
+    spill.load(0, spill.reserve(0, (5).to_bytes(4, "big")), page=1)
+    spill._loads.clear()
+    assert evict(1000) == RUN_PAGES - 1 + EARNED  # what had gathered since, and what it earned
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
