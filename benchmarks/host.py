@@ -92,18 +92,18 @@ class NoDevice:
         self._tokens = random.integers(300, VOCAB_SIZE, size=(8, 4096), dtype=np.int32)
 
     def launch(self, inputs: Sequence[StepInputs]) -> tuple[StepInputs, float]:
-        """See `engine.loop.Executor`."""
+        """See `engine.turn.Executor`."""
         return inputs[0], time.monotonic() + self._step_s
 
     def collect(self, launched: tuple[StepInputs, float]) -> list[StepOutputs]:
-        """See `engine.loop.Executor`."""
+        """See `engine.turn.Executor`."""
         inputs, ends_s = launched
         time.sleep(max(ends_s - time.monotonic(), 0))
         program = inputs.program
         return [StepOutputs(token_ids=self._tokens[: program.decode_steps, : program.num_rows])]
 
     def count_work(self, inputs: StepInputs) -> tuple[int, int]:
-        """See `engine.loop.Executor`."""
+        """See `engine.turn.Executor`."""
         return 0, 0
 
 

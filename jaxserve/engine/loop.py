@@ -30,18 +30,15 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import Counter
 from collections.abc import Hashable
-from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from typing import Any, Protocol
 
-from jaxserve.device.step import StepInputs, StepOutputs
 from jaxserve.engine.backlog import Backlog
 from jaxserve.engine.check import check_submit, request_number, resumed
 from jaxserve.engine.outbox import Outbox
 from jaxserve.engine.probation import Probation
 from jaxserve.engine.recorder import NoRecorder, Recorder
+from jaxserve.engine.statistics import Statistics, prefill_tokens, record_of
+from jaxserve.engine.turn import Batch, Executor, InFlight
 from jaxserve.errors import DeviceFailure, JaxserveError, Overloaded
 from jaxserve.protocol.messages import (
     Cancel,
@@ -52,7 +49,6 @@ from jaxserve.protocol.messages import (
     GetStatus,
     Goodbye,
     SequenceRecord,
-    StepStats,
     Submit,
 )
 from jaxserve.protocol.server import ServerTransport
@@ -65,50 +61,6 @@ logger = logging.getLogger(__name__)
 
 #: How long an idle engine waits for a message before it looks around.
 IDLE_WAIT_S = 0.5
-
-
-class Batch(Protocol):
-    """Plans to padded arrays (`engine.batches`)."""
-
-    def build(self, plans: Seq[Plan | None]) -> list[StepInputs]:
-        """The inputs of a device call, of each copy of the model. Every call is built, in order."""
-        ...
-
-
-class Executor(Protocol):
-    """The device (`device.executor`)."""
-
-    def launch(self, inputs: Seq[StepInputs]) -> Any:
-        """Starts a device call and returns what `collect` takes; does not wait."""
-        ...
-
-    def collect(self, launched: Any) -> list[StepOutputs]:
-        """Waits for a call's results, of each copy of the model."""
-        ...
-
-    def count_work(self, inputs: StepInputs) -> tuple[int, int]:
-        """FLOPs and bytes of a call, counted from shapes."""
-        ...
-
-    @property
-    def compiles_after_warmup(self) -> int:
-        """Programs compiled while serving; stays 0."""
-        ...
-
-
-@dataclass(slots=True)
-class InFlight:
-    """A launched step that has not been read.
-
-    Attributes:
-        drafted, accepted: drafts that it verified, and those that were right, once it is read.
-    """
-
-    plans: list[Plan | None]
-    inputs: list[StepInputs]
-    launched: Any
-    drafted: int = 0
-    accepted: int = 0
 
 
 class Engine:
@@ -150,7 +102,7 @@ class Engine:
         self._outbox = Outbox(server)
         self._backlog = Backlog()
         self._live: dict[Hashable, dict[int, Sequence]] = {}
-        self._told: Counter[str] = Counter()
+        self._statistics = Statistics(scheduler, executor)
         self._stopping = False
         self._error = ""
 
@@ -210,9 +162,9 @@ class Engine:
             for sequence in commit.finished:
                 self._finish(sequence, now_ns)
         self._outbox.send()
-        self._backlog.step(now_ns, _prefill_tokens(step.plans))
+        self._backlog.step(now_ns, prefill_tokens(step.plans))
         if self._outbox.wants_stats:
-            self._outbox.send_stats(self._stats(step, outputs[0]))
+            self._outbox.send_stats(self._statistics.of(step, outputs[0]))
 
     # ------------------------------------------------------------------ messages
 
@@ -353,7 +305,7 @@ class Engine:
         finished = Finished(
             sequence_id=sequence_id,
             reason=sequence.reason,
-            record=_record(sequence, now_ns),
+            record=record_of(sequence, now_ns),
             stop_token_id=sequence.stop_token_id,
             error=error.message if error else "",
             error_code=error.code if error else "",
@@ -390,70 +342,3 @@ class Engine:
         self._outbox.send()
         for client in self._live:
             self._server.send(client, self.status())
-
-    def _stats(self, step: InFlight, outputs: StepOutputs) -> StepStats:
-        plans = [plan for plan in step.plans if plan is not None]
-        program = step.inputs[0].program
-        chunk_tokens = sum(len(chunk.token_ids) for plan in plans for chunk in plan.chunks)
-        prefill_tokens = _prefill_tokens(plans)
-        num_decode_rows = sum(inputs.num_decode_rows for inputs in step.inputs)
-        decode_tokens = num_decode_rows * program.decode_steps + chunk_tokens - prefill_tokens
-        work = [self.executor.count_work(inputs) for inputs in step.inputs]
-        return StepStats(
-            step_id=plans[0].step_id,
-            program=program.name,
-            device_ns=outputs.device_ns,
-            idle_ns=outputs.idle_ns,
-            rows=sum(inputs.num_live_rows for inputs in step.inputs),
-            tokens=decode_tokens + prefill_tokens,
-            padded_tokens=program.num_tokens * program.decode_steps * len(step.inputs),
-            decode_tokens=decode_tokens,
-            prefill_tokens=prefill_tokens,
-            draft_tokens=step.drafted,
-            draft_accepted_tokens=step.accepted,
-            flops=sum(flops for flops, _ in work),
-            bytes=sum(num_bytes for _, num_bytes in work),
-            running=self.scheduler.num_running,
-            waiting=self.scheduler.num_waiting,
-            pages_used=self.scheduler.pages_used,
-            pages_total=self.scheduler.pages_total,
-            pages_cached=self.scheduler.pages_cached,
-            preemptions=self._since_told("preemptions", self.scheduler.num_preemptions),
-            prefix_lookup_tokens=self._since_told("lookup", self.scheduler.prefix_lookup_tokens),
-            prefix_hit_tokens=self._since_told("hit", self.scheduler.prefix_hit_tokens),
-            pages_saved=sum(len(plan.page_saves) for plan in plans),
-            pages_loaded=sum(len(plan.page_loads) for plan in plans),
-            compiles_after_warmup=self.executor.compiles_after_warmup,
-        )
-
-    def _since_told(self, name: str, total: int) -> int:
-        """What a count has grown by since the statistics before."""
-        grown = total - self._told[name]
-        self._told[name] = total
-        return grown
-
-
-def _prefill_tokens(plans: Seq[Plan | None]) -> int:
-    """Known tokens that a step computes, beside those that decode and what is drafted."""
-    chunks = (chunk for plan in plans if plan is not None for chunk in plan.chunks)
-    return sum(len(chunk.token_ids) for chunk in chunks if not chunk.num_drafts)
-
-
-def _record(sequence: Sequence, now_ns: int) -> SequenceRecord:
-    return SequenceRecord(
-        prompt_tokens=sequence.prompt_len,
-        output_tokens=sequence.num_outputs,
-        computed_tokens=sequence.num_first_computed,
-        cached_tokens=sequence.num_cached,
-        recomputed_tokens=sequence.num_recomputed,
-        drafted_tokens=sequence.num_drafted,
-        swapped_tokens=sequence.num_swapped,
-        discarded_tokens=sequence.num_discarded,
-        preemptions=sequence.num_preemptions,
-        context_tokens=len(sequence.token_ids),
-        arrived_ns=sequence.arrived_ns,
-        queued_ns=sequence.queued_ns,
-        scheduled_ns=sequence.scheduled_ns,
-        first_token_ns=sequence.first_token_ns,
-        done_ns=now_ns,
-    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from jaxserve.config import Config
 from jaxserve.device.hosts import Hosts
-from jaxserve.engine.loop import Batch, Executor
+from jaxserve.engine.turn import Batch, Executor
 from jaxserve.types import ModelInfo
 
 #: Told how far start-up is: phase ("loading" or "compiling"), done, total.

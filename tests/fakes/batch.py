@@ -26,7 +26,7 @@ class ExactBatch:
         self._lengths: dict[int, int] = {}  # slot of a decoding row → tokens whose KV is written
 
     def build(self, plans: Sequence[Plan | None]) -> list[StepInputs]:
-        """See `engine.loop.Batch`; of one copy of the model."""
+        """See `engine.turn.Batch`; of one copy of the model."""
         (plan,) = plans
         assert plan is not None
         self._wants |= {join.slot: join.sampling.logprobs is not None for join in plan.joins}
@@ -132,7 +132,7 @@ class ComparedBatch:
         self._kept: deque[tuple[StepInputs, list[np.ndarray]]] = deque(maxlen=4)
 
     def build(self, plans: Sequence[Plan | None]) -> list[StepInputs]:
-        """See `engine.loop.Batch`."""
+        """See `engine.turn.Batch`."""
         (plan,), (exact,), (built,) = plans, self._exact.build(plans), self._batches.build(plans)
         assert plan is not None
         rows, tokens = exact.program.num_rows, exact.program.num_tokens

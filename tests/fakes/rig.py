@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxserve.config import CacheConfig, SchedulerConfig
-from jaxserve.engine.loop import Batch
+from jaxserve.engine.turn import Batch
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequence import Sequence

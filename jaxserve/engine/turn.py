@@ -1,0 +1,54 @@
+"""What a turn of the loop works with: who builds batches, who runs them, and a step that runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jaxserve.device.step import StepInputs, StepOutputs
+from jaxserve.scheduler.plan import Plan
+
+
+class Batch(Protocol):
+    """Plans to padded arrays (`engine.batches`)."""
+
+    def build(self, plans: Sequence[Plan | None]) -> list[StepInputs]:
+        """The inputs of a device call, of each copy of the model. Every call is built, in order."""
+        ...
+
+
+class Executor(Protocol):
+    """The device (`device.executor`)."""
+
+    def launch(self, inputs: Sequence[StepInputs]) -> Any:
+        """Starts a device call and returns what `collect` takes; does not wait."""
+        ...
+
+    def collect(self, launched: Any) -> list[StepOutputs]:
+        """Waits for a call's results, of each copy of the model."""
+        ...
+
+    def count_work(self, inputs: StepInputs) -> tuple[int, int]:
+        """FLOPs and bytes of a call, counted from shapes."""
+        ...
+
+    @property
+    def compiles_after_warmup(self) -> int:
+        """Programs compiled while serving; stays 0."""
+        ...
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A launched step that has not been read.
+
+    Attributes:
+        drafted, accepted: drafts that it verified, and those that were right, once it is read.
+    """
+
+    plans: list[Plan | None]
+    inputs: list[StepInputs]
+    launched: Any
+    drafted: int = 0
+    accepted: int = 0
