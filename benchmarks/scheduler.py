@@ -6,14 +6,15 @@ Method: the real scheduler over a device that only keeps time (a step takes --st
 prompts and answers (log-normal), and a few tenants that send most (Zipf). A warm-up fills the queue
 to --waiting; from then on arrivals keep it there until --requests have come, and the rest is
 served. CPU time of `plan` and of `commit` is measured for each step, with the garbage collector's
-young generation only. Rows are run for --arms: a queue of 0, a hundredth of --waiting, and all.
+young generation only. There are three arms, a queue of 0, a hundredth of --waiting, and all; each
+with every policy of --fairness.
 
     planning    p50 and p99 of a step; the target is p99 < 1 ms, flat in the number waiting
-    fairness    how far apart the counters of tenants that wait are at the end, of the bound
+    fairness    priced tokens that the tenant served most and the one served least got, of the mean
     goodput     requests a simulated second whose first token came within --slo-s
 
     python benchmarks/scheduler.py [--requests 1000000] [--rows 1024] [--waiting 100000]
-                                   [--svg docs/scheduling/planning.svg]
+                                   [--plots docs/scheduling]
 
 Ends in one JSON line.
 """
@@ -25,9 +26,11 @@ import gc
 import random
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no installation
 
@@ -55,6 +58,7 @@ MODEL = ModelInfo(
 class Figures:
     """What one arm measured; times in ms unless the name says otherwise."""
 
+    fairness: str
     waiting: int
     requests: int
     steps: int
@@ -62,15 +66,17 @@ class Figures:
     plan_p99: float
     commit_p50: float
     commit_p99: float
-    fairness: float
+    most_served: float
+    least_served: float
     goodput_per_s: float
 
 
 class Simulation:
     """One arm: a scheduler, arrivals, and a clock that the device moves."""
 
-    def __init__(self, args: argparse.Namespace, waiting: int) -> None:
+    def __init__(self, args: argparse.Namespace, waiting: int, fairness: str) -> None:
         self.args = args
+        self.fairness = fairness
         self.waiting = waiting
         self.now_ns = 10**9
         self.scheduler = Scheduler(
@@ -80,7 +86,7 @@ class Simulation:
                 max_waiting=10_000_000,
                 decode_steps=1,
                 draft_tokens=0,  # all tokens are alike here: any draft would be right
-                fairness=args.fairness,
+                fairness=fairness,
             ),
             MODEL,
             page_size=PAGE_SIZE,
@@ -92,10 +98,12 @@ class Simulation:
         self.tenants = [f"tenant {n}" for n in range(NUM_TENANTS)]
         self.popularity = [1 / (1 + n) for n in range(NUM_TENANTS)]
         self.num_sent = 0
+        self.sender: list[str] = []  # by number of the request
         self.burst_left = 0
         self.decoding: dict[int, None] = {}
         self.in_flight: deque[tuple[list[int], Plan]] = deque()
         self.sent_ns: dict[Sequence, int] = {}
+        self.served: Counter[str] = Counter(dict.fromkeys(self.tenants, 0))
         self.on_time = 0
         self.plan_ms: list[float] = []
         self.commit_ms: list[float] = []
@@ -112,10 +120,9 @@ class Simulation:
             steps += 1
             if steps >= self.args.max_steps:
                 break
-        rank = self.scheduler._waiting._ranks.get(0)
-        counters = [account.counter for account in rank.lines] if rank else [0.0]
-        gap = (max(counters) - min(counters)) / self.scheduler._accounts.bound
+        mean = max(self.served.total() / NUM_TENANTS, 1.0)
         return Figures(
+            fairness=self.fairness,
             waiting=self.waiting,
             requests=self.num_sent,
             steps=steps,
@@ -123,7 +130,8 @@ class Simulation:
             plan_p99=percentile(self.plan_ms, 99),
             commit_p50=percentile(self.commit_ms, 50),
             commit_p99=percentile(self.commit_ms, 99),
-            fairness=gap,
+            most_served=max(self.served.values()) / mean,
+            least_served=min(self.served.values()) / mean,
             goodput_per_s=self.on_time / ((self.now_ns - begun_ns) / 1e9),
         )
 
@@ -151,6 +159,7 @@ class Simulation:
             priority=0 if draw.random() < 0.95 else -10,
         )
         self.num_sent += 1
+        self.sender.append(tenant)
         self.sent_ns |= dict.fromkeys(sequences, self.now_ns)
 
     def turn(self, *, measured: bool) -> None:
@@ -179,9 +188,48 @@ class Simulation:
         if measured:
             self.commit_ms.append((time.thread_time_ns() - before) / 1e6)
         for sequence in commit.sequences:
+            tenant = self.sender[sequence.key[1]]
+            self.served[tenant] += 2
             if sequence.num_outputs == 1:
+                self.served[tenant] += sequence.prompt_len
                 late_ns = self.now_ns - self.sent_ns.pop(sequence)
                 self.on_time += late_ns <= self.args.slo_s * 1e9
+
+
+def plot(args: argparse.Namespace, policies: list[str], arms: list[Figures]) -> None:
+    """Writes a plot of each figure into a folder."""
+    by_policy = [[arm for arm in arms if arm.fairness == policy] for policy in policies]
+    groups = [f"{arm.waiting:,} wait" for arm in by_policy[0]]
+
+    def series(*fields: tuple[str, str], of: list[list[Figures]], scale: float = 1.0) -> Any:
+        return [
+            (f"{own[0].fairness}{name}", [getattr(arm, field) * scale for arm in own])
+            for own in of
+            for name, field in fields
+        ]
+
+    timed = by_policy[:1]
+    plots = {
+        "planning": (
+            f"Planning a step of {args.rows} rows, by sequences waiting",
+            series((", p50", "plan_p50"), (", p99", "plan_p99"), of=timed, scale=1e3),
+            "µs",
+        ),
+        "fairness": (
+            f"{NUM_TENANTS} tenants, of which few send most: who is served how much",
+            series((", most", "most_served"), (", least", "least_served"), of=by_policy, scale=100),
+            "priced tokens, % of the mean",
+        ),
+        "goodput": (
+            f"Requests with their first token within {args.slo_s:g} s",
+            series(("", "goodput_per_s"), of=by_policy),
+            "requests a simulated second",
+        ),
+    }
+    args.plots.mkdir(parents=True, exist_ok=True)
+    for name, (title, values, unit) in plots.items():
+        svg = grouped_bars(title, groups, values, unit)
+        (args.plots / f"{name}.svg").write_text(svg, encoding="utf-8")
 
 
 def main() -> None:
@@ -193,35 +241,32 @@ def main() -> None:
     parser.add_argument("--waiting", type=int, default=100_000)
     parser.add_argument("--step-tokens", type=int, default=4096)
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--fairness", default="vtc")
+    parser.add_argument("--fairness", default="vtc,fcfs", help="the first one is what is timed")
     parser.add_argument("--step-ms", type=float, default=15.0)
     parser.add_argument("--token-us", type=float, default=5.0)
     parser.add_argument("--slo-s", type=float, default=10.0)
-    parser.add_argument("--svg", type=Path)
+    parser.add_argument("--plots", type=Path, help="folder to write plots to")
     args = parser.parse_args()
     arms = []
-    for waiting in (0, args.waiting // 100, args.waiting):
+    policies = args.fairness.split(",")
+    for policy, waiting in product(policies, (0, args.waiting // 100, args.waiting)):
         gc.collect()
         gc.freeze()  # what the arms before have left is not collected while this one is timed
-        arms.append(Simulation(args, waiting).run())
+        arms.append(Simulation(args, waiting, policy).run())
         print(arms[-1], flush=True)
     headers = list(asdict(arms[0]))
-    cells = [[f"{value:.4g}" for value in asdict(arm).values()] for arm in arms]
+    cells = [
+        [value if isinstance(value, str) else f"{value:.4g}" for value in asdict(arm).values()]
+        for arm in arms
+    ]
     print(table(headers, cells))
-    if args.svg:
-        title = f"Planning a step of {args.rows} rows, by sequences waiting"
-        series = [
-            (name, [getattr(arm, field) * 1e3 for arm in arms])
-            for name, field in (("p50", "plan_p50"), ("p99", "plan_p99"))
-        ]
-        svg = grouped_bars(title, [f"{arm.waiting:,} wait" for arm in arms], series, "µs")
-        args.svg.parent.mkdir(parents=True, exist_ok=True)
-        args.svg.write_text(svg, encoding="utf-8")
-    worst = max(arm.plan_p99 for arm in arms)
+    if args.plots:
+        plot(args, policies, arms)
+    worst = max(arm.plan_p99 for arm in arms if arm.fairness == policies[0])
     record = {
         "benchmark": "scheduler",
         **environment(),
-        **{key: value for key, value in vars(args).items() if key != "svg"},
+        **{key: value for key, value in vars(args).items() if key != "plots"},
         "arms": [asdict(arm) for arm in arms],
         "limit_ms": LIMIT_MS,
         "met": worst < LIMIT_MS,
