@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 #: Parts that all rows are in; one is compiled a day.
 PARTS = 100
 #: Of the rows that the last day's commits concern, about so many are compiled.
-MOST_CHANGED = 5
+MOST_CHANGED = 2
 
 
 def compile_rows(*words: str) -> list[dict[str, Any]]:

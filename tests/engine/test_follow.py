@@ -11,7 +11,7 @@ import pytest
 from jaxserve.config import Config
 from jaxserve.device.hosts import EXIT_LOST
 from jaxserve.engine.parts import Factory
-from jaxserve.engine.process import EXIT_FAILED, follow
+from jaxserve.engine.process import EXIT_FAILED, EXIT_STEP_FAILED, follow
 from jaxserve.engine.thread import EngineThread
 from jaxserve.errors import ConfigError, HostLost, WeightsError
 from jaxserve.settings import load_config
@@ -76,7 +76,7 @@ def test_it_follows_once_it_is_loaded() -> None:
 
 def test_after_a_failed_step_a_loss_is_looked_for_before_the_others_are_told() -> None:
     notes = Notes()
-    assert follow(CONFIG, factory(failing(RuntimeError("gloo")), notes)) == EXIT_FAILED
+    assert follow(CONFIG, factory(failing(RuntimeError("gloo")), notes)) == EXIT_STEP_FAILED
     assert notes.asked == ["await_loss", "a step failed"]
 
 
