@@ -4,7 +4,8 @@ The environment is fixed here, before JAX is imported: no test may reach a netwo
 persistent compilation cache of a developer's machine must not decide what a test sees.
 
 Of the cases of a test that is marked `in_turn`, one runs a day, another one each day, since all of
-them together take minutes; `--every` runs them all.
+them together take minutes; `in_turn("name")` joins several tests of a file in the same way.
+`--every` runs them all.
 """
 
 from __future__ import annotations
@@ -37,8 +38,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     cases: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("in_turn"):
-            cases[item.nodeid.partition("[")[0]].append(item)
+        marker = item.get_closest_marker("in_turn")
+        if marker is not None:
+            name = f"{item.path} {marker.args[0]}" if marker.args else item.nodeid.partition("[")[0]
+            cases[name].append(item)
     day = datetime.date.today().toordinal()
     left_out = {
         item

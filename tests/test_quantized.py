@@ -19,6 +19,7 @@ def measured(*settings: str) -> float:
     return perplexity(load_config(None, [*SMALL, *settings]))
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
     ("setting", "bound"),
     [

@@ -88,11 +88,13 @@ def test_heads_that_the_mesh_divides(even: Path, mesh: tuple[int, int, int]) -> 
     assert "zeros" not in found["log"] and "times" not in found["log"]
 
 
+@pytest.mark.in_turn("further")
 def test_quantized_weights(even: Path) -> None:
     found = serve_on_both(even, (2, 1, 4), SCANNED, "weights.quantization=int8")
     assert_equal(found, 2e-5)
 
 
+@pytest.mark.in_turn("further")
 def test_pages_of_the_host(even: Path) -> None:
     """Few pages: sequences are set back and come again, on the mesh and on one device."""
     settings = "cache.num_pages=20", "cache.preemption=swap", "cache.host_bytes=4000000"
@@ -101,6 +103,7 @@ def test_pages_of_the_host(even: Path) -> None:
     assert found["mesh"]["swapped_tokens"] > 10 and found["one"]["swapped_tokens"] > 30
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
     ("case", "mesh", "heads"),
     [
@@ -135,6 +138,7 @@ def test_experts(case: str, mesh: tuple[int, int, int], whole: str) -> None:
     assert whole or "mlp.gate.weight" not in found["log"]
 
 
+@pytest.mark.in_turn("further")
 def test_experts_as_codes_and_layers_one_by_one() -> None:
     settings = "weights.quantization=int8", "kernels.layers=unrolled"
     assert_equal(serve_on_both(ORACLE / "qwen3_moe", (1, 4, 2), *settings), 2e-5)

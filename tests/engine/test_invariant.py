@@ -64,6 +64,7 @@ def results(client: SyncClient, prompts: dict[int, list[int]]) -> list[Result]:
 
 
 @pytest.mark.slow
+@pytest.mark.in_turn
 @pytest.mark.parametrize("kernels", ["xla", "auto"])
 def test_company_changes_no_bit(kernels: str) -> None:
     prompts = {first: [first, *range(10, 14 + 8 * first)] for first in (1, 2, 3, 4)}
