@@ -14,8 +14,6 @@ Row = StepRow | KernelRow
 
 #: A step's temporary memory, as a share of its cache: a hidden copy would be all of it.
 MOST_TEMP = 0.1
-#: Rows that need more, and bytes that they need at most; why is not known yet.
-KNOWN_TEMP = {"qwen3-30b-a3b/tpu7x:2x2x2/decode": 3_700_000_000}
 #: All-reduces of a layer: behind attention and behind the MLP.
 IN_A_LAYER = 2
 #: Bytes of sampling's exchanges, for one row and device, beside its own logits' all-to-all.
@@ -155,8 +153,7 @@ def _memory(result: Result, compiled: Any) -> None:
     memory = compiled.memory_analysis()
     result.temp_bytes = memory.temp_size_in_bytes
     result.argument_bytes = memory.argument_size_in_bytes
-    most = KNOWN_TEMP.get(result.name, max(MOST_TEMP * result.cache_bytes, _SMALL))
-    if result.temp_bytes > most:
+    if result.temp_bytes > max(MOST_TEMP * result.cache_bytes, _SMALL):
         result.faults.append(f"{result.temp_bytes} temporary bytes")
     if memory.alias_size_in_bytes < result.cache_bytes:
         result.faults.append("the cache is not updated in place")

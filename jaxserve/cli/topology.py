@@ -33,7 +33,7 @@ def describe(config: Config, slice: Slice) -> Iterator[tuple[str, str]]:
     from jaxserve.device.cache import USABLE
     from jaxserve.device.sharding import undivided
     from jaxserve.engine.ahead import ahead_of_time
-    from jaxserve.engine.load import describe_heads
+    from jaxserve.engine.layout import describe_heads
 
     chip = slice.chip
     yield (

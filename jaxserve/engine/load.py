@@ -25,22 +25,22 @@ from jaxserve.device.executor import Executor
 from jaxserve.device.hosts import Hosts
 from jaxserve.device.meeting import connect
 from jaxserve.device.memory import Memory, host_memory, least_memory
-from jaxserve.device.sharding import make_mesh, param_sharding, tensor_parallel, undivided
+from jaxserve.device.sharding import make_mesh, param_sharding, tensor_parallel
 from jaxserve.device.state import init_device_state
 from jaxserve.engine.batches import Batches
+from jaxserve.engine.layout import log_layout
 from jaxserve.engine.parts import Parts, Progressing
 from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.moe import NO_PACKED_EXPERTS
 from jaxserve.models.options import PACKED_DTYPES, ModelOptions
 from jaxserve.models.registry import model_class
-from jaxserve.models.spec import AttentionSpec, ModelSpec, MoeSpec
+from jaxserve.models.spec import ModelSpec
 from jaxserve.types import ModelInfo
 from jaxserve.weights.checkpoint import open_checkpoint
 from jaxserve.weights.load import load_model
 from jaxserve.weights.sources import resolve, served_name
 from pallas_kernels import native
-from pallas_kernels.grouped_matmul import TPU_LANES
 from pallas_kernels.kv_update import page_multiple
 from pallas_kernels.paged_attention import unsupported
 
@@ -127,7 +127,7 @@ def parts_of(
     Raises:
         ConfigError: the cache does not fit beside it.
     """
-    _log_sharding(model, mesh)
+    log_layout(model, mesh)
     info = model_info(config, model)
     num_pages = size_cache(config, model.options, info, _memory(config.cache, mesh))
     if hosts is not None:  # as many as the host with the least memory has
@@ -235,52 +235,6 @@ def model_options(
         matmul=matmul,
         layers=layers,
         tensor_parallel=1 if mesh is None else tensor_parallel(mesh),
-    )
-
-
-def _log_sharding(model: Decoder, mesh: Mesh) -> None:
-    """What the devices do not share evenly, and what that costs."""
-    experts = describe_experts(model.spec.moe, mesh.shape["model"])
-    if experts and mesh.devices.flat[0].platform == "tpu":
-        logger.warning("experts: %s", experts)
-    if mesh.size == 1:
-        return
-    logger.info("mesh: %s", ", ".join(f"{n} {axis}" for axis, n in mesh.shape.items()))
-    heads = describe_heads(model.spec.attention)
-    if heads:
-        logger.warning("attention heads: %s", heads)
-    for name in undivided(mesh, model.params().items()):
-        logger.warning("whole on every device, which do not divide it: %s", name)
-
-
-def describe_heads(sizes: AttentionSpec) -> str:
-    """How attention heads were dealt out, where not simply; empty where they were."""
-    found = []
-    if sizes.kv_copies > 1:
-        found.append(f"{sizes.num_kv_heads} KV heads are held {sizes.kv_copies} times")
-    if sizes.kv_padding:
-        found.append(f"{sizes.kv_padding} KV heads of zeros fill up")
-    if sizes.held_heads > sizes.num_heads:
-        zeros = sizes.held_heads - sizes.num_heads
-        found.append(f"{zeros} of {sizes.held_heads} query heads are zeros")
-    return ", ".join(found)
-
-
-def describe_experts(moe: MoeSpec | None, parts: int) -> str:
-    """What a TPU has to do beside the experts' products; empty where nothing.
-
-    Args:
-        parts: of an expert's columns, one on each device of the mesh's "model" axis.
-    """
-    if moe is None:
-        return ""
-    columns = moe.feed_forward if moe.feed_forward % parts else moe.feed_forward // parts
-    if columns % TPU_LANES == 0:
-        return ""
-    return (
-        f"{columns} columns of each on a device are no multiple of {TPU_LANES}, so that XLA copies "
-        "gate and up in every step"
-        + ("; a higher parallel.expert and lower parallel.model avoid it" if parts > 1 else "")
     )
 
 

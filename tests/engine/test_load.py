@@ -16,10 +16,10 @@ from jaxserve.config import Config, KernelsConfig, WeightsConfig
 from jaxserve.device.executor import Executor
 from jaxserve.device.memory import Memory
 from jaxserve.engine import load
+from jaxserve.engine.layout import describe_experts
 from jaxserve.engine.load import (
     buckets_for,
     cache_dtype,
-    describe_experts,
     fitting,
     load_parts,
     model_info,
