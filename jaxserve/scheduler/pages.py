@@ -282,6 +282,33 @@ class PageAllocator:
                 entries += [(group, index, pages[index]) for index in range(first, num_pages)]
         return entries
 
+    def open_each(
+        self, tables: Sequence[tuple[PageTable, int, int]]
+    ) -> list[tuple[int, int, int, int]] | None:
+        """`extend` by one position for many tables at once, where no window has to be minded.
+
+        Args:
+            tables: each with its slot and the position, whose page alone it may lack.
+
+        Returns:
+            (group, slot, index, page) of each new entry; None, and no page taken, if there are too
+            few for all, or a group has a window.
+        """
+        if self._has_windows or any(pool.num_free < len(tables) for pool in self.pools):
+            return None
+        entries: list[tuple[int, int, int, int]] = []
+        for group, pool in enumerate(self.pools):
+            taken = pool.take_several(len(tables))
+            for table, slot, position in tables:
+                pages, index = table.pages[group], position // self.page_size
+                if len(pages) == index:
+                    page = taken.pop()
+                    pages.append(page)
+                    entries.append((group, slot, index, page))
+            for page in taken:  # some tables had theirs
+                pool.release(page)
+        return entries
+
     def reachable(self, table: PageTable, start: int) -> int:
         """The largest `end` that `extend(table, start, end)` could serve now."""
         self.release_behind(table, start)

@@ -80,6 +80,12 @@ class Planner:
             These rows.
         """
         opening = self._rows.decoding.opening(plan.decode_steps)
+        entries = self._rows.pages.open_each(
+            [(sequence.table, sequence.slot, position) for sequence, position in opening]
+        )
+        if entries is not None:
+            plan.page_entries += entries
+            return [sequence for sequence, _ in opening]
         for sequence, position in opening:
             while sequence.state is SequenceState.DECODING:
                 # What a window has passed is given back as of the call's first step: the pages

@@ -1,14 +1,14 @@
 """Features of a request and of an engine, as data: how to ask for one, how to see that it acted.
 
-A `Trial` runs one or more of them together over the fake engine: a few probes, which the features
-shape, among background load. Whatever is combined, each probe's tokens equal the history oracle.
+A `Trial` runs one or more of them together in a world: a few probes, which the features shape,
+among background load. Whatever is combined, each probe's tokens equal the world's oracle.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 from jaxserve.engine.loop import Engine
 from jaxserve.engine.thread import EngineThread
@@ -17,50 +17,10 @@ from jaxserve.protocol.messages import SequenceRecord
 from jaxserve.protocol.streams import SequenceEvent
 from jaxserve.protocol.thread import ThreadClient
 from jaxserve.settings import load_config
-from jaxserve.types import FinishReason, SamplingParams, TokenLogprobs
-from tests.fakes.engine import GROUPS, fake_parts, oracle
-from tests.fakes.executor import FakeExecutor, oracle_logprob
+from jaxserve.types import FinishReason, SamplingParams
+from tests.fakes.executor import FakeExecutor
 from tests.interplay.lives import ReplayingClient
-
-#: A small engine, that fills up and chunks: features change it.
-SETTINGS = (
-    "cache.page_size=4",
-    "cache.num_pages=200",
-    "scheduler.max_rows=6",
-    "scheduler.max_step_tokens=64",
-    "scheduler.decode_steps=1",
-)
-
-
-@dataclass(kw_only=True)
-class Probe:
-    """A request that is held against the oracle.
-
-    Attributes:
-        cut: choice → tokens after which the client ends it.
-        cut_reason: with which word.
-    """
-
-    prompt: list[int]
-    sampling: SamplingParams
-    n: int = 1
-    priority: int = 0
-    cut: dict[int, int] = field(default_factory=dict)
-    cut_reason: FinishReason = FinishReason.CANCELLED
-
-    def shape(self, **sampling: object) -> None:
-        """Changes how tokens are sampled."""
-        self.sampling = replace(self.sampling, **sampling)
-
-
-@dataclass
-class Outcome:
-    """What came of one choice."""
-
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    reason: FinishReason | None = None
-    record: SequenceRecord | None = None
+from tests.interplay.worlds import FakeWorld, Outcome, Probe, World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,21 +49,16 @@ class Trial:
     """Some features together, run once.
 
     Attributes:
-        num_mixed: device calls that held decoding rows and chunks.
+        num_mixed: device calls that held decoding rows and chunks; -1 where nobody counted.
         probes, outcomes: parallel; an outcome for each choice.
         records: of all sequences, background too.
         engines: one a life.
     """
 
-    def __init__(self, features: tuple[Feature, ...]) -> None:
+    def __init__(self, features: tuple[Feature, ...], world: World | None = None) -> None:
         self.features = features
-        self.probes = [
-            Probe(
-                prompt=[7 + index, *range(20, 40 + 5 * index)],
-                sampling=SamplingParams(max_tokens=14 + index, seed=index, ignore_eos=True),
-            )
-            for index in range(3)
-        ]
+        self.world = world or FakeWorld()
+        self.probes = self.world.probes()
         for feature in features:
             for probe in self.probes:
                 feature.shape(probe)
@@ -114,12 +69,13 @@ class Trial:
 
     def run(self) -> None:
         """Runs it to the end; the engine must have nothing left then."""
-        settings = [*SETTINGS, *(s for feature in self.features for s in feature.settings)]
-        config = load_config(settings=settings, environ={})
+        own = [setting for feature in self.features for setting in feature.settings]
+        config = load_config(settings=[*self.world.settings, *own], environ={})
         with contextlib.ExitStack() as threads:
 
             def launch() -> ThreadClient:
-                thread = threads.enter_context(EngineThread(config, fake_parts))
+                threads.close()  # the life before has ended
+                thread = threads.enter_context(EngineThread(config, self.world.load))
                 self.engine = thread.engine
                 self.engines.append(thread.engine)
                 return thread.connect()
@@ -133,8 +89,8 @@ class Trial:
             self._run_probes()
             status = self.client.get_status()
             assert (status.running, status.waiting) == (0, 0)
-            assert isinstance(self.engine.executor, FakeExecutor)
-            self.num_mixed = self.engine.executor.num_mixed
+            if isinstance(self.engine.executor, FakeExecutor):
+                self.num_mixed = self.engine.executor.num_mixed
             self.client.close()
 
     def finish(self, stream: SyncStream) -> list[SequenceEvent]:
@@ -188,8 +144,12 @@ class Trial:
         """Every choice brought the oracle's tokens, each once, and ended as it had to."""
         for probe, outcomes in zip(self.probes, self.outcomes, strict=True):
             for choice, outcome in enumerate(outcomes):
-                expected = oracle(probe.prompt, probe.sampling, choice)
+                expected = probe.expected(choice)
                 tokens = outcome.token_ids
+                certain = self.world.num_certain(probe.prompt, probe.sampling, choice)
+                if certain <= len(expected):
+                    assert tokens[:certain] == expected[:certain]
+                    continue
                 full = len(tokens) == probe.sampling.max_tokens
                 natural = FinishReason.LENGTH if full else FinishReason.STOP
                 if choice in probe.cut and outcome.reason is probe.cut_reason:
@@ -198,14 +158,7 @@ class Trial:
                     assert tokens == expected
                     assert outcome.reason is natural
                 if probe.sampling.logprobs is not None:
-                    self._check_logprobs(probe, outcome)
+                    assert [entry.token_id for entry in outcome.logprobs] == tokens
+                    self.world.check_logprobs(probe, outcome)
         for feature in self.features:
             assert feature.acted(self), f"{feature.name} took no part: the trial shows nothing"
-
-    def _check_logprobs(self, probe: Probe, outcome: Outcome) -> None:
-        assert [entry.token_id for entry in outcome.logprobs] == outcome.token_ids
-        if probe.sampling.repetition_penalty != 1:
-            return  # the fake mixes what was seen into the hash, then
-        for place, entry in enumerate(outcome.logprobs):
-            history = [*probe.prompt, *outcome.token_ids[:place]]
-            assert entry.logprob == oracle_logprob(history, entry.token_id, GROUPS)

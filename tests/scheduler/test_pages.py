@@ -119,3 +119,27 @@ def test_fits_alone_counts_the_window_only():
     assert not PageAllocator(PAGE, (sliding(WINDOW),), (3,)).fits_alone(10_000)
     assert PageAllocator(PAGE, (FULL,), (4,)).fits_alone(12)
     assert not PageAllocator(PAGE, (FULL,), (4,)).fits_alone(13)
+
+
+def test_open_each_is_extend_for_many() -> None:
+    allocator = PageAllocator(4, [FULL, FULL], [20, 20])
+    tables = [allocator.new_table() for _ in range(3)]
+    for table, length in zip(tables, (4, 8, 6), strict=True):
+        assert allocator.extend(table, 0, length) is not None
+    entries = allocator.open_each([(tables[0], 7, 4), (tables[1], 8, 8), (tables[2], 9, 7)])
+    assert entries is not None
+    assert [entry[:3] for entry in entries] == [(0, 7, 1), (0, 8, 2), (1, 7, 1), (1, 8, 2)]
+    for group, slot, index, page in entries:
+        assert tables[slot - 7].pages[group][index] == page
+    held = [page for table in tables for page in table.pages[0]]
+    assert len(set(held)) == len(held) == allocator.pools[0].num_used == 7
+
+
+def test_open_each_leaves_it_to_extend_where_pages_run_out_or_a_window_is_minded() -> None:
+    allocator = PageAllocator(4, [FULL], [4])
+    tables = [allocator.new_table() for _ in range(2)]
+    for table in tables:
+        assert allocator.extend(table, 0, 4) is not None
+    assert allocator.open_each([(tables[0], 0, 4), (tables[1], 1, 4)]) is None
+    assert allocator.pools[0].num_free == 1
+    assert PageAllocator(4, [sliding(WINDOW)], [9]).open_each([]) is None

@@ -1,0 +1,129 @@
+"""The features that trials combine. A new feature of the engine joins `FEATURES`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from jaxserve.types import FinishReason
+from tests.interplay.features import Feature, Trial
+from tests.interplay.worlds import Probe
+
+
+def _choices(probe: Probe) -> None:
+    probe.n = 3
+
+
+def _logprobs(probe: Probe) -> None:
+    probe.shape(logprobs=2)
+
+
+def _penalties(probe: Probe) -> None:
+    probe.shape(repetition_penalty=1.2, presence_penalty=0.5, bad_words=((3, 4),))
+
+
+def _stop_token(probe: Probe) -> None:
+    """Stops at its ninth token, which its own run without a stop token tells."""
+    token = probe.expected(0)[8]
+    probe.shape(stop_token_ids=(token,))
+
+
+def _stop_string(probe: Probe) -> None:
+    """The front end ends the first choice when it has matched one."""
+    probe.cut, probe.cut_reason = {0: 5}, FinishReason.STOP
+
+
+def _cancel(probe: Probe) -> None:
+    probe.cut = {probe.n - 1: 3}
+
+
+def _seed(probe: Probe) -> None:
+    probe.shape(seed=2**63 + len(probe.prompt), temperature=0.7)
+
+
+def _echo(probe: Probe) -> None:
+    probe.world.echo(probe)
+
+
+def _draft_alone(trial: Trial) -> None:
+    """Drafts for sure; the probes do when few others run beside them."""
+    probe = trial.world.probes()[0]
+    trial.world.echo(probe)
+    probe.shape(max_tokens=60)
+    trial.finish(trial.client.submit(probe.prompt, probe.sampling))
+
+
+def _drafted_if_it_may(trial: Trial) -> bool:
+    """Beside batch invariance nothing is drafted."""
+    settings = [setting for feature in trial.features for setting in feature.settings]
+    may_draft = "engine.batch_invariant=true" not in settings
+    return any(record.drafted_tokens for record in trial.records) == may_draft
+
+
+def _prompts_first(trial: Trial) -> None:
+    """Each probe's beginning has been computed for another request."""
+    for probe in trial.probes:
+        sampling = replace(probe.sampling, max_tokens=3, prompt_logprobs=None, stop_token_ids=())
+        trial.finish(trial.client.submit([*probe.prompt[:-2], 1], sampling))
+
+
+def _was_found(trial: Trial) -> bool:
+    """Where pages run out they may have been taken before: tests/scheduler/test_prefix_runs.py."""
+    if trial.engine.scheduler.prefix_lookup_tokens == 0:  # none where output is batch-invariant
+        return any("engine.batch_invariant=true" in f.settings for f in trial.features)
+    if len(trial.engines) > 1:  # the last one's cache began empty
+        return trial.engines[0].scheduler.prefix_hit_tokens > 0
+    found = any(outcomes[0].record.cached_tokens >= 16 for outcomes in trial.outcomes)
+    return found or any(record.preemptions for record in trial.records)
+
+
+def _urgent(probe: Probe) -> None:
+    probe.priority = -1
+
+
+FEATURES = (
+    Feature(name="choices", shape=_choices),
+    Feature(
+        name="speculation",
+        settings=("scheduler.draft_tokens=5",),
+        shape=_echo,
+        before=_draft_alone,
+        acted=_drafted_if_it_may,
+    ),
+    Feature(name="logprobs", shape=_logprobs),
+    Feature(name="penalties", shape=_penalties),
+    Feature(name="seed", shape=_seed),
+    Feature(name="stop token", shape=_stop_token),
+    Feature(name="stop string", shape=_stop_string),
+    Feature(name="cancel", shape=_cancel),
+    Feature(name="chunked prefill", settings=("scheduler.max_step_tokens=8",)),
+    Feature(name="several decode steps", settings=("scheduler.decode_steps=4",)),
+    Feature(name="prefix hit", before=_prompts_first, acted=_was_found),
+    Feature(
+        name="replay",
+        lives=3,
+        # What was cancelled ends with the engine, or before it does.
+        acted=lambda trial: any(r.replays for r in trial.records) or bool(trial.probes[0].cut),
+    ),
+)
+#: What becomes of a sequence that is set back: one or the other.
+PREEMPTION = (
+    Feature(
+        name="batch invariant",
+        settings=("engine.batch_invariant=true",),
+        acted=lambda trial: trial.num_mixed == 0,
+    ),
+    Feature(
+        name="recompute",
+        settings=("cache.num_pages=31", "cache.preemption=recompute"),
+        shape=_urgent,
+        background=3,
+        acted=lambda trial: any(r.preemptions and r.recomputed_tokens for r in trial.records),
+    ),
+    Feature(
+        name="swap",
+        settings=("cache.num_pages=31", "cache.preemption=swap", "cache.host_bytes=1000000"),
+        shape=_urgent,
+        background=3,
+        acted=lambda trial: any(r.preemptions and r.swapped_tokens for r in trial.records),
+    ),
+)

