@@ -189,6 +189,8 @@ class Accounts:
         elif account.weight != weight:
             account.settle()
             account.weight = weight
+            for meter in self.meters:
+                meter.watch()
         return account
 
     def _open(self, number: int) -> Level:
@@ -213,7 +215,13 @@ class Meter:
         self.clock = 0
         self.tallies: dict[Account, Tally] = {}
         self._accounts = accounts
-        self._due: float = 0  # no account can come to the bound before this clock
+        # What all accounts together can be served, each by its weight, before one of them can
+        # come near the bound.
+        self._slack = -math.inf
+        self._slack_clock = 0
+        self._least_weight = 1.0
+        self._num_running = 0
+        self._most_running = 0  # since `_slack_clock`
         accounts.capacity_tokens += capacity_tokens
         accounts.meters.append(self)
 
@@ -229,14 +237,19 @@ class Meter:
         tally = self.tallies.get(account)
         if tally is None:
             tally = self.tallies[account] = account.tallies[self] = Tally(self.clock)
+            self.watch()
         tally.running[sequence] = None
-        self._due = 0
+        self._num_running += 1
+        self._most_running = max(self._most_running, self._num_running)
+        self._least_weight = min(self._least_weight, account.weight)
+        self._slack -= self._accounts.output_price / account.weight  # it grows faster from now on
 
     def leave(self, sequence: Sequence) -> None:
         """A sequence's slot is free."""
         account = _account(sequence)
         tally = self.tallies[account]
         del tally.running[sequence]
+        self._num_running -= 1
         if not tally.running:
             assert not tally.decoding
             account.settle()
@@ -260,39 +273,42 @@ class Meter:
         Those of a step with drafts are charged when they are read, since nobody knows before how
         many they are. Such steps are made only while nobody waits.
         """
-        if num_tokens > 1:
-            self._due = 0
         self._charge(_account(sequence), num_tokens * self._accounts.output_price)
 
     def watch(self) -> None:
-        """Somebody waits where nobody did: who runs is to be looked at."""
-        self._due = 0
+        """A tenant waits or runs that did not, or a weight changed: who runs is to be looked at."""
+        self._slack = -math.inf
 
     def over_bound(self, backlog: Backlog) -> list[Sequence]:
         """Decoding rows that another step would take over the bound.
 
-        Accounts are looked at only when one could have come near it.
+        Accounts are looked at only when one could have come near it: what they are served in the
+        meantime is counted for all together, which costs the same however many there are.
         """
-        if self.clock < self._due:
+        price, bound = self._accounts.output_price, self._accounts.bound
+        decoded = (self.clock - self._slack_clock) * self._most_running
+        self._slack -= decoded * price / self._least_weight
+        self._slack_clock, self._most_running = self.clock, self._num_running
+        # Another copy's rows are charged to the same accounts.
+        if self._slack > 0 and len(self._accounts.meters) == 1:
             return []
         rows: list[Sequence] = []
-        due = math.inf
-        bound = self._accounts.bound
+        self._slack = math.inf
         for account, tally in self.tallies.items():
             least = backlog.least(account.level.number)
             if least is None:
                 continue
-            rate = len(tally.running) * self._accounts.output_price / account.weight
+            rate = len(tally.running) * price / account.weight
             room = least + bound / account.weight - account.counter
             if room < rate:
                 rows += tally.decoding
-            if rate:
-                due = min(due, self.clock + room // rate)
-        self._due = max(due, self.clock + 1)
+            self._slack = min(self._slack, room - rate)
+        self._least_weight = min((account.weight for account in self.tallies), default=1.0)
         return rows
 
     def _charge(self, account: Account, price: float) -> None:
         account.settled += price / account.weight
+        self._slack -= price / account.weight
 
 
 def _account(sequence: Sequence) -> Account:

@@ -112,16 +112,16 @@ class PagePool:
 
     def release_several(self, pages: Iterable[int]) -> None:
         """One holder less of each."""
-        references, digests = self._references, self._digests
+        references, digests, free = self._references, self._digests, self._free
         for page in pages:
             left = references[page] - 1
             assert left >= 0, f"page {page} is free"
             references[page] = left
             if left == 0:
-                if page in digests:
+                if digests and page in digests:
                     self._kept[page] = None
                 else:
-                    self._free.append(page)
+                    free.append(page)
 
     def num_holders(self, page: int) -> int:
         """How often the page is held."""
@@ -268,19 +268,27 @@ class PageAllocator:
         Returns:
             (group, index, page) of each new entry; None, and no page taken, if there are too few.
         """
+        firsts = [len(pages) for pages in table.pages]
+        if not self.grow(table, start, end):
+            return None
+        return [
+            (group, index, pages[index])
+            for group, (first, pages) in enumerate(zip(firsts, table.pages, strict=True))
+            for index in range(first, len(pages))
+        ]
+
+    def grow(self, table: PageTable, start: int, end: int) -> bool:
+        """As `extend`, for who enters the whole table later; whether there were enough pages."""
         if self._has_windows:
             self.release_behind(table, start)
         num_pages = -(-end // self.page_size)
         for pool, pages in zip(self.pools, table.pages, strict=True):
             if num_pages - len(pages) > pool.num_free:
-                return None
-        entries: list[tuple[int, int, int]] = []
-        for group, pages in enumerate(table.pages):
-            first = len(pages)
-            if first < num_pages:
-                pages += self.pools[group].take_several(num_pages - first)
-                entries += [(group, index, pages[index]) for index in range(first, num_pages)]
-        return entries
+                return False
+        for pool, pages in zip(self.pools, table.pages, strict=True):
+            if len(pages) < num_pages:
+                pages += pool.take_several(num_pages - len(pages))
+        return True
 
     def open_each(
         self, tables: Sequence[tuple[PageTable, int, int]]
@@ -357,11 +365,13 @@ class PageAllocator:
             pages[index] = target
         return copies
 
-    def entries(self, table: PageTable) -> Iterable[tuple[int, int, int]]:
-        """(group, index, page) of all pages that a table holds."""
-        for group, pages in enumerate(table.pages):
-            for index in range(table.num_behind[group], len(pages)):
-                yield group, index, pages[index]
+    def entries(self, table: PageTable, slot: int) -> list[tuple[int, int, int, int]]:
+        """(group, slot, index, page) of all pages that a table holds."""
+        return [
+            (group, slot, index, page)
+            for group, (pages, behind) in enumerate(zip(table.pages, table.num_behind, strict=True))
+            for index, page in enumerate(pages[behind:] if behind else pages, behind)
+        ]
 
     def release(self, table: PageTable) -> None:
         """Gives all pages back; the table is empty then.

@@ -167,17 +167,17 @@ class Planner:
                 if not self._rows.num_running and self._rows.choices.reclaim(sequence):
                     continue
                 return budget
-            entries = self._rows.pages.extend(sequence.table, sequence.num_computed, end)
-            if entries is None:  # alone, and a window group holds only a part of the budget
+            if not self._rows.pages.grow(sequence.table, sequence.num_computed, end):
+                # Alone, and a window group holds only a part of the budget.
                 end = min(end, self._rows.pages.reachable(sequence.table, sequence.num_computed))
-                entries = self._rows.pages.extend(sequence.table, sequence.num_computed, end)
-                assert entries is not None and end > sequence.num_computed
+                has_grown = self._rows.pages.grow(sequence.table, sequence.num_computed, end)
+                assert has_grown and end > sequence.num_computed
             self._rows.waiting.pop()
             self._rows.choices.leaves_queue(sequence)
             self._take_slot(plan, sequence)
             plan.page_copies += [PageCopy(group=g, source=s, target=t) for g, s, t in copies]
             self._rows.swap.restore(plan, sequence)
-            plan.enter(sequence.slot, self._rows.pages.entries(sequence.table))
+            plan.page_entries += self._rows.pages.entries(sequence.table, sequence.slot)
             budget = self._left(budget, self._add_chunk(plan, sequence, end))
 
     def _left(self, budget: int, used: int) -> int:

@@ -222,7 +222,6 @@ class WaitingQueue:
         if rank is None:
             rank = self._ranks[sequence.level] = _Rank()
             bisect.insort(self._levels, sequence.level)
-            self._meter.watch()
         account.num_waiting += 1
         account.level.num_waiting += 1
         line = rank.lines.get(account)
@@ -252,6 +251,7 @@ class WaitingQueue:
 
     def _enter(self, rank: _Rank, account: Account, *, is_back: bool) -> None:
         """A tenant begins to wait; with a preempted sequence, before those of equal counters."""
+        self._meter.watch()
         self._stamp += 1
         stamp = rank.stamps[account] = -self._stamp if is_back else self._stamp
         heapq.heappush(rank.heap, (account.counter, stamp, account))
