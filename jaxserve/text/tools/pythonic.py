@@ -24,8 +24,12 @@ _BLOCK, _BLOCK_END = "```tool_code", "```"
 _WORD_CHARS = frozenset(string.ascii_letters + string.digits + "_-.")
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?", re.ASCII)
 _WORDS = {
-    "True": "true", "False": "false", "None": "null",
-    "true": "true", "false": "false", "null": "null",
+    "True": "true",
+    "False": "false",
+    "None": "null",
+    "true": "true",
+    "false": "false",
+    "null": "null",
 }
 _ESCAPES = {"n": "\\n", "t": "\\t", "r": "\\r", "b": "\\b", "f": "\\f", "\\": "\\\\", '"': '\\"'}
 _ESCAPES |= {"'": "'", "/": "/", "\n": ""}
