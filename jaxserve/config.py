@@ -249,6 +249,21 @@ class HttpConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ToolsConfig:
+    """How the model's messages are read: calls of tools, and reasoning.
+
+    Attributes:
+        parser: the notation of calls: "hermes" (Qwen's, too), "llama3", "mistral", "pythonic"
+            (Gemma, Llama 4), "json", or "auto" (by the chat template; the log says which).
+        reasoning: "think" (between <think> and </think>), "none", or "auto" (as the chat template
+            has it).
+    """
+
+    parser: str = "auto"
+    reasoning: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
 class LimitsConfig:
     """Rate limits (their numbers are in the key file), deadlines, and what overload gives up.
 
@@ -306,6 +321,7 @@ class Config:
     parallel: ParallelConfig = ParallelConfig()
     engine: EngineConfig = EngineConfig()
     http: HttpConfig = HttpConfig()
+    tools: ToolsConfig = ToolsConfig()
     limits: LimitsConfig = LimitsConfig()
     logging: LoggingConfig = LoggingConfig()
 
@@ -322,6 +338,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kernels.attention": ("auto", "xla", "cpu", "tpu", "gpu"),
     "kernels.matmul": ("auto", "xla", "cpu"),
     "kernels.layers": ("auto", "unrolled", "scanned"),
+    "tools.parser": ("auto", "hermes", "llama3", "mistral", "pythonic", "json"),
+    "tools.reasoning": ("auto", "think", "none"),
     "limits.when_store_fails": ("local", "open", "closed"),
     "logging.level": ("debug", "info", "warning", "error"),
 }

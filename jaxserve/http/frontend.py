@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxserve.config import HttpConfig
-from jaxserve.errors import DeviceFailure, Overloaded, RequestTimeout
+from jaxserve.errors import DeviceFailure, InvalidRequest, Overloaded, RequestTimeout
 from jaxserve.http.auth import KeyRing
 from jaxserve.http.body import Fields, read_object
 from jaxserve.http.gate import Gate
 from jaxserve.http.metrics import Metrics
 from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.streams import RESTARTING
+from jaxserve.text.dialect import Dialect
 from jaxserve.text.template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import ModelInfo
@@ -34,6 +35,7 @@ class Frontend:
 
     Attributes:
         template: None where the model has no chat template.
+        dialect: how the model's messages are written and read.
         page_size: tokens a KV page, to know what the cache can hold.
         started_s: wall clock, the `created` of /v1/models.
         draining: no new work is taken.
@@ -42,6 +44,7 @@ class Frontend:
     client: EngineClient
     tokenizer: Tokenizer
     template: ChatTemplate | None
+    dialect: Dialect
     config: HttpConfig
     keys: KeyRing
     gate: Gate
@@ -120,11 +123,19 @@ class Frontend:
         )
 
     async def render(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
-        """Messages through the chat template, which there must be."""
-        assert self.template is not None
+        """Messages through the chat template (`Dialect.render`).
+
+        Raises:
+            InvalidRequest: the model has none, or it refuses these messages.
+        """
+        if self.template is None:
+            raise InvalidRequest(
+                "this model has no chat template; use /v1/completions, or give "
+                "model.chat_template at start"
+            )
         if len(messages) <= INLINE_MESSAGES:
-            return self.template.render(messages, **kwargs)
-        return await asyncio.to_thread(self.template.render, messages, **kwargs)
+            return self.dialect.render(self.template, messages, **kwargs)
+        return await asyncio.to_thread(self.dialect.render, self.template, messages, **kwargs)
 
     def enter(self) -> None:
         """A request has come."""

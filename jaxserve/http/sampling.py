@@ -7,6 +7,7 @@ refused by `refuse_unsupported`. Bounds that depend on the prompt are checked in
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxserve import types
 from jaxserve.errors import ContextTooLong, Forbidden, InvalidRequest
 from jaxserve.http.auth import MAX_PRIORITY, Identity
 from jaxserve.http.body import Fields
+from jaxserve.text.message import MessageReader
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import ModelInfo, SamplingParams
 
@@ -35,6 +37,8 @@ class Options:
         sampling: fields of `SamplingParams` that do not depend on the prompt.
         cache_salt: only requests with the same one share cached pages.
         discard: run the prompt only, and drop the one token the engine must generate.
+        reader: makes what reads a choice's text as a message; None where it is plain text.
+        shown_tokens: control tokens that this needs to see.
     """
 
     n: int
@@ -51,6 +55,8 @@ class Options:
     max_tokens: int | None = None
     max_tokens_field: str = "max_tokens"
     discard: bool = False
+    reader: Callable[[], MessageReader] | None = None
+    shown_tokens: Collection[int] = ()
 
 
 def read_options(

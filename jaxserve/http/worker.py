@@ -128,6 +128,7 @@ async def _serve(
         metrics=metrics,
         limits=config.limits,
         store=store,
+        tools=config.tools,
     )
     await Server(app, config.http, _say_listening).run_on(listener, lambda: os._exit(1))
     await app.frontend.gate.close()

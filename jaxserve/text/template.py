@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -76,9 +77,18 @@ class ChatTemplate:
         tools_source: str = "",
     ) -> None:
         self.source = source
+        self.tools_source = tools_source
         self._special_tokens = dict(special_tokens or {})
         self._template = _compile(source)
         self._tools_template = _compile(tools_source) if tools_source else self._template
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether it writes the tools of a request."""
+        if self._tools_template is not self._template:
+            return True
+        parsed = _ENVIRONMENT.parse(self.source)
+        return "tools" in jinja2.meta.find_undeclared_variables(parsed)
 
     def render(
         self,

@@ -42,6 +42,9 @@ TIMEOUT_S = 60
 class PlainTemplate:
     """A chat template that needs no Jinja: one line a message."""
 
+    source = tools_source = ""
+    knows_tools = False
+
     def render(
         self,
         messages: list[dict[str, Any]],

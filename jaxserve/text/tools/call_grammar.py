@@ -65,6 +65,16 @@ def call_grammar(
     return Grammar(kind="lark", text="\n".join([start, *rules.lines, ""]))
 
 
+def thought_grammar(
+    content: Grammar, *, special_tokens: Mapping[str, int], opened: bool
+) -> Grammar:
+    """Content, a JSON schema, behind reasoning that is free."""
+    rules = _Rules(special_tokens)
+    thought = rules.thought(opened=opened)
+    words = rules.words((), (), content)
+    return Grammar(kind="lark", text="\n".join([f"start: {thought} {words}", *rules.lines, ""]))
+
+
 class _Rules:
     """Rules and terminals, as they are needed.
 
