@@ -20,6 +20,7 @@ from jaxserve.config import (
     LimitsConfig,
     ModelConfig,
     SchedulerConfig,
+    ToolsConfig,
 )
 from jaxserve.engine.thread import EngineThread
 from jaxserve.http.app import create_app
@@ -91,6 +92,7 @@ class Front:
         keys: KeyRing | None = None,
         limits: LimitsConfig | None = None,
         store: Store | None = None,
+        tools: ToolsConfig | None = None,
         **headers: str,
     ) -> None:
         self.engine = engine
@@ -106,6 +108,7 @@ class Front:
             keys=keys,
             limits=limits,
             store=store,
+            tools=tools,
         )
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app, raise_app_exceptions=False),
