@@ -162,6 +162,8 @@ def _text(fields: Fields) -> tuple[dict[str, Any], Grammar | None]:
 
 
 def _refuse(fields: Fields) -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        fields.neutral(name, why="is called max_output_tokens here")
     for name, accepted in _UNSUPPORTED.items():
         fields.neutral(name, *accepted)
     fields.neutral("store", False, why=_NOT_STORED)

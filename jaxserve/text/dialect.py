@@ -42,6 +42,7 @@ _BY_NAME = {
 }
 #: What a template of each notation holds; the first that fits is taken.
 _SIGNS: tuple[tuple[str, Notation], ...] = (
+    ("[func_name1(", PYTHONIC),
     ("<tool_call>", HERMES),
     ("[TOOL_CALLS]", MISTRAL),
     ("<|python_start|>", PYTHONIC),
@@ -85,7 +86,13 @@ class Dialect:
         """
         if self.native:
             tools = [tool.document for tool in toolbox.tools] if toolbox else None
-            return template.render(list(map(_native, messages)), tools=tools, **kwargs)
+            taken = [_native(message, self.notation) for message in messages]
+            try:
+                return template.render(taken, tools=tools, **kwargs)
+            except InvalidRequest:
+                if not any(len(message.get("tool_calls", ())) > 1 for message in taken):
+                    raise
+            return template.render(_one_by_one(taken), tools=tools, **kwargs)
         if toolbox or any(m["role"] == "tool" or "tool_calls" in m for m in messages):
             messages = without_tools(messages, toolbox, self.notation, system_role=self.system_role)
         return template.render(messages, **kwargs)
@@ -191,15 +198,18 @@ def _takes_system(template: ChatTemplate) -> bool:
     return True
 
 
-def _native(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """As templates expect it: arguments as an object."""
-    calls = message.get("tool_calls")
-    if not calls:
-        return message
-    return {**message, "tool_calls": list(map(_native_call, calls))}
+def _native(message: Mapping[str, Any], notation: Notation) -> dict[str, Any]:
+    """As templates expect it: arguments as an object, ids in the notation's form."""
+    taken = dict(message)
+    if "tool_call_id" in taken:
+        taken["tool_call_id"] = notation.shape_id(taken["tool_call_id"])
+    calls = taken.get("tool_calls")
+    if calls:
+        taken["tool_calls"] = [_native_call(call, notation) for call in calls]
+    return taken
 
 
-def _native_call(call: Mapping[str, Any]) -> dict[str, Any]:
+def _native_call(call: Mapping[str, Any], notation: Notation) -> dict[str, Any]:
     function = call["function"]
     arguments = function["arguments"]
     try:
@@ -207,4 +217,24 @@ def _native_call(call: Mapping[str, Any]) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = arguments
     shown = value if isinstance(value, dict) else arguments
-    return {**call, "function": {**function, "arguments": shown}}
+    call_id = notation.shape_id(call["id"])
+    return {**call, "id": call_id, "function": {**function, "arguments": shown}}
+
+
+def _one_by_one(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """For templates that take one call a message: each, and then what came of it."""
+    single: list[Mapping[str, Any]] = []
+    answers = {m["tool_call_id"]: m for m in messages if m["role"] == "tool"}
+    placed: set[str] = set()
+    for message in messages:
+        calls = message.get("tool_calls", ())
+        if len(calls) > 1:
+            for place, call in enumerate(calls):
+                words = message["content"] if place == 0 else ""
+                single.append({**message, "content": words, "tool_calls": [call]})
+                if call["id"] in answers:
+                    placed.add(call["id"])
+                    single.append(answers[call["id"]])
+        elif message["role"] != "tool" or message["tool_call_id"] not in placed:
+            single.append(message)
+    return single

@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
-import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -85,10 +84,8 @@ class ChatTemplate:
     @property
     def knows_tools(self) -> bool:
         """Whether it writes the tools of a request."""
-        if self._tools_template is not self._template:
-            return True
-        parsed = _ENVIRONMENT.parse(self.source)
-        return "tools" in jinja2.meta.find_undeclared_variables(parsed)
+        words = _ENVIRONMENT.lex(self.source + self.tools_source)
+        return any(kind == "name" and word == "tools" for _, kind, word in words)
 
     def render(
         self,

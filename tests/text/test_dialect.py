@@ -51,6 +51,7 @@ def dialect_of(source: str, **config: str) -> Dialect:
         ("{{ tools }}[TOOL_CALLS]", "mistral", '[TOOL_CALLS][{"name"'),
         ("{{ tools }}[TOOL_CALLS]name[ARGS]", "mistral", "[TOOL_CALLS]f[ARGS]"),
         ("{{ tools }}Environment: ipython", "llama3", '{"name": "f", "parameters"'),
+        ("{{ tools }}Environment: ipython [func_name1(a=b)]", "pythonic", "[f("),
         ("{{ tools }}<|python_tag|>", "llama3", '{"name": "f", "parameters"'),
         ("{{ tools }}<|python_start|> <|python_tag|>", "pythonic", "[f("),
         ("<start_of_turn>user", "pythonic", "[f("),
@@ -103,8 +104,58 @@ def test_a_template_that_knows_tools_gets_them() -> None:
     without = dialect.render(ChatTemplate(NATIVE), CONVERSATION, toolbox=Toolbox(tools=[WEATHER]))
     assert without.startswith("null\n"), "what may not be called is not told"
     cut = {**CALL, "function": {"name": "get_weather", "arguments": '{"ci'}}
-    text = dialect.render(ChatTemplate(NATIVE), [{"role": "assistant", "tool_calls": [cut]}])
+    turn = {"role": "assistant", "content": "", "tool_calls": [cut]}
+    text = dialect.render(ChatTemplate(NATIVE), [turn])
     assert '"arguments": "{\\"ci"' in text, "a call that was cut is shown as it is"
+
+
+def test_tools_are_known_wherever_the_template_has_them() -> None:
+    conditional = "{% if not tools is defined %}{% set tools = none %}{% endif %}"
+    assert dialect_of(conditional).native
+    assert make_dialect(
+        ChatTemplate("plain", tools_source="{{ tools }}"), ByteTokenizer(), ToolsConfig()
+    ).native
+    assert not dialect_of("Use your tools well. {{ messages }}").native
+
+
+def test_a_template_that_takes_one_call_a_message() -> None:
+    source = NATIVE.replace(
+        "{{ m | tojson }}",
+        "{% if m.tool_calls | length > 1 %}{{ raise_exception('one call!') }}{% endif %}"
+        "{{ m | tojson }}",
+    )
+    calls = [CALL | {"id": name} for name in "ab"]
+    messages = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "Hm", "tool_calls": calls},
+        *({"role": "tool", "content": name * 3, "tool_call_id": name} for name in "ba"),
+        {"role": "tool", "content": "of nothing", "tool_call_id": "c"},
+    ]
+    text = dialect_of(source).render(ChatTemplate(source), messages, toolbox=TOOLBOX)
+    _, *rendered = map(json.loads, text.removesuffix("<tool_call>").splitlines())
+    assert [message["content"] for message in rendered] == [
+        "?",
+        "Hm",
+        "aaa",
+        "",
+        "bbb",
+        "of nothing",
+    ]
+    assert [call["id"] for message in rendered for call in message.get("tool_calls", ())] == [
+        "a",
+        "b",
+    ]
+
+
+def test_ids_as_mistral_takes_them() -> None:
+    source = NATIVE.replace("<tool_call>", "[TOOL_CALLS]")
+    messages = [
+        {"role": "assistant", "content": "", "tool_calls": [CALL | {"id": "call_0123456789ab"}]},
+        {"role": "tool", "content": "x", "tool_call_id": "call_0123456789ab"},
+        {"role": "tool", "content": "x", "tool_call_id": "a-1"},
+    ]
+    text = dialect_of(source).render(ChatTemplate(source), messages)
+    assert text.count('"3456789ab"') == 2 and '"0000000a1"' in text
 
 
 def test_a_template_that_knows_none_gets_words() -> None:

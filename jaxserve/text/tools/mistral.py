@@ -18,11 +18,18 @@ from jaxserve.text.tools.reader import Reader
 _CALLS, _ARGS, _CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 _NAME_CHARS = frozenset(string.ascii_letters + string.digits + "_-")
 _ID_CHARS = string.ascii_letters + string.digits
+_ID_LENGTH = 9
 
 
 def mistral_id() -> str:
     """A call's id: Mistral's templates refuse any but 9 letters and digits."""
-    return "".join(secrets.choice(_ID_CHARS) for _ in range(9))
+    return "".join(secrets.choice(_ID_CHARS) for _ in range(_ID_LENGTH))
+
+
+def shortened_id(call_id: str) -> str:
+    """The end of an id, in that form."""
+    kept = "".join(char for char in call_id if char in _ID_CHARS)
+    return kept[-_ID_LENGTH:].rjust(_ID_LENGTH, "0")
 
 
 class MistralReader(Reader):
@@ -80,6 +87,7 @@ MISTRAL = Notation(
     ),
     markers=(_CALLS, _ARGS, _CALL_ID),
     new_id=mistral_id,
+    shape_id=shortened_id,
 )
 MISTRAL_NAMED = Notation(
     name="mistral",
@@ -87,4 +95,5 @@ MISTRAL_NAMED = Notation(
     forms=(Form(open=f"{_CALLS}NAME{_ARGS}", close="", between="", trigger=_CALLS),),
     markers=(_CALLS, _ARGS, _CALL_ID),
     new_id=mistral_id,
+    shape_id=shortened_id,
 )

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from jaxserve.text.tools.reader import Reader
-from jaxserve.text.tools.tool import Tool
 
 
 def openai_id() -> str:
@@ -50,14 +49,12 @@ class Form:
         return self.before + self.between.join(each) + self.after
 
 
-#: Rules of a tool's arguments in Lark: the rule itself, and others that it needs.
-ArgumentsRule = Callable[[str, Tool], list[str]]
 #: Arguments (a JSON object) as the notation writes them.
 WriteArguments = Callable[[str], str]
 
 
-def _as_it_is(arguments: str) -> str:
-    return arguments
+def _as_it_is(text: str) -> str:
+    return text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +66,7 @@ class Notation:
         markers: texts of the notation that a model may have as special tokens.
         keyword_arguments: arguments are written as Python's keyword arguments, not as JSON.
         new_id: draws the id of a call.
+        shape_id: any id as the model's chat template takes it.
     """
 
     name: str
@@ -78,6 +76,7 @@ class Notation:
     keyword_arguments: bool = False
     write_arguments: WriteArguments = field(default=_as_it_is)
     new_id: Callable[[], str] = openai_id
+    shape_id: Callable[[str], str] = field(default=_as_it_is)
 
     def written(self, calls: Sequence[tuple[str, str]]) -> str:
         """Past calls: names and arguments (JSON), as the model would have written them."""
