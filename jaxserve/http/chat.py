@@ -45,6 +45,7 @@ async def read_chat(
     refuse_unsupported(fields)
     fields.finish()
     prompt = await render()
+    await frontend.check_grammar(options.wanted, model)
     with_candidates_ranked(options)
     samplings = plan_outputs(
         options, [len(prompt)], None, model, frontend.positions_in_cache(), prompt_field="messages"
