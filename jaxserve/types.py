@@ -50,6 +50,19 @@ class Grammar:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """What tokens say, for whoever holds output to a grammar without a tokenizer.
+
+    Attributes:
+        tokens: bytes of each, by id.
+        special_token_ids: control tokens, which no text spells.
+    """
+
+    tokens: tuple[bytes, ...]
+    special_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one sequence are chosen; every field is honoured on the device.
 

@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 
-from jaxserve.config import HttpConfig, LimitsConfig, ToolsConfig
+from jaxserve.config import HttpConfig, LimitsConfig, StructuredConfig, ToolsConfig
 from jaxserve.errors import InvalidRequest, JaxserveError
 from jaxserve.http.auth import Authentication, KeyRing
 from jaxserve.http.chat import read_chat
@@ -27,6 +27,7 @@ from jaxserve.http.errors import MethodNotAllowed, NotFound, error_body, send_er
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.gate import CAPPED_HEADER, Gate
 from jaxserve.http.generate import GenerationEndpoint
+from jaxserve.http.grammars import GrammarChecker
 from jaxserve.http.metrics import Metrics
 from jaxserve.http.probes import Health, Models, PrometheusMetrics, Ready
 from jaxserve.http.responses import read_response
@@ -36,6 +37,7 @@ from jaxserve.protocol.client import EngineClient
 from jaxserve.text.dialect import make_dialect
 from jaxserve.text.template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.text.vocabulary import vocabulary_of
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,7 @@ def create_app(
     limits: LimitsConfig | None = None,
     store: Store | None = None,
     tools: ToolsConfig | None = None,
+    structured: StructuredConfig | None = None,
 ) -> Arrival:
     """The application over a client that has been started.
 
@@ -77,6 +80,7 @@ def create_app(
         limits: of admission; the defaults where None.
         store: of rate limits; None where no key has any.
         tools: how messages are read; the defaults where None.
+        structured: what grammars may take; the defaults where None.
     """
     metrics = metrics or Metrics(lambda: client.status)
     frontend = Frontend(
@@ -88,6 +92,7 @@ def create_app(
         keys=keys or KeyRing(),
         gate=Gate(client, limits or LimitsConfig(), metrics, store, config.workers),
         metrics=metrics,
+        grammars=GrammarChecker(structured or StructuredConfig(), lambda: vocabulary_of(tokenizer)),
         page_size=page_size,
         started_s=int(time.time()),
     )

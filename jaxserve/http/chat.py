@@ -14,6 +14,7 @@ from jaxserve.http.frontend import Frontend
 from jaxserve.http.generation import Delta, Usage
 from jaxserve.http.logprobs import chat_logprobs, prompt_logprobs
 from jaxserve.http.messages import chat_messages
+from jaxserve.http.reading import plan_message
 from jaxserve.http.sampling import (
     Options,
     plan_outputs,
@@ -26,7 +27,7 @@ from jaxserve.http.wire import Answer, Head, Work, encode, usage_fields
 from jaxserve.text.message import CallEnd, CallStart, CallText, Part, Text, Thought, gather
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.text.tools.tool import Toolbox
-from jaxserve.types import Grammar, ModelInfo
+from jaxserve.types import ModelInfo
 
 #: Names that `chat_template_kwargs` may not take: the template's own arguments.
 _RESERVED = frozenset({"self", "messages", "tools", "add_generation_prompt", "conversation"})
@@ -49,8 +50,8 @@ async def read_chat(
     refuse_unsupported(fields)
     fields.finish()
     text, prompt = await render()
+    await plan_message(frontend, model, options, toolbox, text)
     with_candidates_ranked(options)
-    await plan_message(frontend, options, toolbox, text)
     samplings = plan_outputs(
         options, [len(prompt)], None, model, frontend.positions_in_cache(), prompt_field="messages"
     )
@@ -89,23 +90,6 @@ def read_messages(
         return text, ids
 
     return render
-
-
-async def plan_message(frontend: Frontend, options: Options, toolbox: Toolbox, prompt: str) -> None:
-    """How a choice's text is read as a message, and held to what the request asks for.
-
-    Raises:
-        GrammarError: a tool's schema cannot be held to.
-        InvalidRequest: tools do not go with another grammar of the request.
-    """
-    dialect = frontend.dialect
-    options.reader = dialect.reader(toolbox, prompt)
-    if options.reader is not None:
-        options.shown_tokens = frozenset(dialect.special_tokens.values())
-    content: Grammar | None = options.sampling.get("grammar")
-    grammar = dialect.grammar(toolbox, prompt, content)
-    if grammar is not content:
-        options.sampling["grammar"] = grammar
 
 
 class ChatWire:

@@ -71,6 +71,7 @@ async def read_completion(
     ]
     if not all(prompts):
         raise InvalidRequest("prompt is empty; it needs at least one token", param="prompt")
+    await frontend.check_grammar(options.wanted, model)
     with_candidates_ranked(options)
     samplings = plan_outputs(
         options,

@@ -15,7 +15,9 @@ from jaxserve.errors import DeviceFailure, InvalidRequest, Overloaded, RequestTi
 from jaxserve.http.auth import KeyRing
 from jaxserve.http.body import Fields, read_object
 from jaxserve.http.gate import Gate
+from jaxserve.http.grammars import GrammarChecker
 from jaxserve.http.metrics import Metrics
+from jaxserve.http.structured import Wanted
 from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.streams import RESTARTING
 from jaxserve.text.dialect import Dialect
@@ -49,6 +51,7 @@ class Frontend:
     keys: KeyRing
     gate: Gate
     metrics: Metrics
+    grammars: GrammarChecker
     page_size: int
     started_s: int
     draining: bool = False
@@ -136,6 +139,16 @@ class Frontend:
         if len(messages) <= INLINE_MESSAGES:
             return self.dialect.render(self.template, messages, **kwargs)
         return await asyncio.to_thread(self.dialect.render, self.template, messages, **kwargs)
+
+    async def check_grammar(self, wanted: Wanted | None, model: ModelInfo) -> None:
+        """Returns where a request's grammar is right, or it has none.
+
+        Raises:
+            GrammarError: it is wrong, or takes too much to compile.
+            Overloaded: others are being checked for too long.
+        """
+        if wanted is not None:
+            await self.grammars.check(wanted.grammar, model, wanted.param)
 
     def enter(self) -> None:
         """A request has come."""

@@ -12,15 +12,16 @@ from jaxserve import types
 from jaxserve.errors import InvalidRequest
 from jaxserve.http.auth import Identity
 from jaxserve.http.body import Fields
-from jaxserve.http.chat import plan_message
 from jaxserve.http.frontend import Frontend
+from jaxserve.http.reading import plan_message
 from jaxserve.http.response_items import input_messages
 from jaxserve.http.response_wire import ResponseWire
 from jaxserve.http.sampling import Options, plan_outputs, read_options, refuse_unsupported
+from jaxserve.http.structured import Wanted
 from jaxserve.http.tools import read_toolbox, tool_document
 from jaxserve.http.wire import Work
 from jaxserve.structured.grammars import json_object, json_schema
-from jaxserve.types import Grammar, ModelInfo
+from jaxserve.types import ModelInfo
 
 _LOGPROBS = "message.output_text.logprobs"
 _NOT_STORED = "is not supported: responses are not stored; send the conversation's items as input"
@@ -56,17 +57,22 @@ async def read_response(
     options.max_tokens = fields.integer("max_output_tokens", None, 1, 2**31 - 1)
     options.max_tokens_field = "max_output_tokens"
     num_top = _num_top(fields, options)
-    text_format, grammar = _text(fields)
+    text_format, wanted = _text(fields)
     _refuse(fields)
     refuse_unsupported(fields)
     fields.finish()
-    if grammar is not None:
-        options.sampling["grammar"] = grammar
+    if wanted is not None:
+        if options.wanted is not None:
+            raise InvalidRequest(
+                f"{wanted.param} and {options.wanted.param} exclude each other; send one of them",
+                param=options.wanted.param,
+            )
+        options.wanted = wanted
     text = await frontend.render(messages, toolbox=toolbox, add_generation_prompt=True)
     prompt = await frontend.encode(text, add_special_tokens=False)
     if not prompt:
         raise InvalidRequest("input comes to an empty prompt", param="input")
-    await plan_message(frontend, options, toolbox, text)
+    await plan_message(frontend, model, options, toolbox, text)
     samplings = plan_outputs(
         options, [len(prompt)], None, model, frontend.positions_in_cache(), prompt_field="input"
     )
@@ -126,7 +132,7 @@ def _num_top(fields: Fields, options: Options) -> int | None:
     return num_top or 0
 
 
-def _text(fields: Fields) -> tuple[dict[str, Any], Grammar | None]:
+def _text(fields: Fields) -> tuple[dict[str, Any], Wanted | None]:
     """`text.format`: as the response repeats it, and what the output must match."""
     plain = {"type": "text"}
     text = fields.nested("text")
@@ -138,7 +144,8 @@ def _text(fields: Fields) -> tuple[dict[str, Any], Grammar | None]:
     if inner is None:
         return plain, None
     kind = inner.take("type")
-    shown, grammar = {"type": kind}, None
+    shown: dict[str, Any] = {"type": kind}
+    grammar = None
     if kind == "json_object":
         grammar = json_object()
     elif kind == "json_schema":
@@ -158,7 +165,7 @@ def _text(fields: Fields) -> tuple[dict[str, Any], Grammar | None]:
     elif kind != "text":
         raise inner.wrong("type", "text, json_object or json_schema", kind)
     inner.finish()
-    return shown, grammar
+    return shown, None if grammar is None else Wanted(grammar, "text.format")
 
 
 def _refuse(fields: Fields) -> None:

@@ -22,7 +22,7 @@ from jaxserve.device.buckets import Buckets
 from jaxserve.device.cache import init_cache, pages_per_sequence
 from jaxserve.device.executor import Executor
 from jaxserve.device.sharding import make_mesh
-from jaxserve.device.state import DeviceState, init_device_state
+from jaxserve.device.state import DeviceState, hidden_states, init_device_state
 from jaxserve.device.step import StepOutputs
 from jaxserve.engine.batches import Batches
 from jaxserve.models.decoder import Decoder
@@ -62,6 +62,11 @@ def fresh_state(
         max_rows=limits.max_rows,
         vocab_size=model.spec.vocab_size,
         pages_per_sequence=pages_per_sequence(MAX_CONTEXT, PAGE_SIZE),
+        hidden=hidden_states(
+            Buckets(limits, row_growth=4).programs,
+            model.spec.hidden_size,
+            model.options.activations,
+        ),
         mesh=MESH,
     )
 

@@ -7,6 +7,7 @@ module="tests.fakes.engine")` for a real child over ZeroMQ.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 
 from jaxserve.config import Config
 from jaxserve.engine import process
@@ -57,8 +58,13 @@ def fake_parts(config: Config, progress: Progressing) -> Parts:
     )
 
 
-def oracle(prompt: list[int], sampling: SamplingParams, choice: int = 0) -> list[int]:
-    """The tokens that this engine emits."""
+def oracle(
+    prompt: list[int],
+    sampling: SamplingParams,
+    choice: int = 0,
+    allowed: Callable[[list[int]], Sequence[int]] | None = None,
+) -> list[int]:
+    """The tokens that this engine emits; allowed: those that may follow an output."""
     return executor.oracle(
         prompt,
         sampling,
@@ -66,6 +72,7 @@ def oracle(prompt: list[int], sampling: SamplingParams, choice: int = 0) -> list
         groups=GROUPS,
         vocab_size=VOCAB_SIZE,
         eos_token_ids=(EOS,),
+        allowed=allowed,
     )
 
 

@@ -1,12 +1,15 @@
 """The fake engine, reciting: what it says after a prompt is a text that the test has written.
 
 `SCRIPTS[seed]` is what a request of that seed is answered with, choice N by the Nth text (the last
-one for all further choices), then the end token.
+one for all further choices), then the end token. Where a grammar does not let it say that, it ends
+if it may, and else says the first token that it may.
 """
 
 from __future__ import annotations
 
 import dataclasses
+
+import numpy as np
 
 from jaxserve.config import CacheConfig, Config, ModelConfig, SchedulerConfig
 from jaxserve.engine.parts import Parts, Progressing
@@ -27,17 +30,25 @@ SCRIPTS: dict[int, tuple[str, ...]] = {}
 class Reciter(FakeExecutor):
     """See the module."""
 
-    def _sample(self, slot: int, end: int) -> tuple[int, int]:
+    def _sample(self, slot: int, end: int, mask: np.ndarray | None) -> tuple[int, int]:
         state = self._slots[slot]
         assert state is not None, f"slot {slot} was never joined"
         sampling, choice, prompt_len = state
         texts = SCRIPTS.get(sampling.seed)
         if texts is None:
-            return super()._sample(slot, end)
+            return super()._sample(slot, end, mask)
         text = texts[min(choice, len(texts) - 1)]
         tokens = ByteTokenizer().encode(text, add_special_tokens=False)
         place = end - prompt_len
-        return (tokens[place] if place < len(tokens) else EOS), 0
+        wanted = tokens[place] if place < len(tokens) else EOS
+        if mask is None:
+            return wanted, 0
+        may = (token for token in (wanted, EOS, *range(VOCAB_SIZE)) if _allows(mask, token))
+        return next(may), 0
+
+
+def _allows(mask: np.ndarray, token: int) -> bool:
+    return bool(mask[token >> 5] >> (token & 31) & 1)
 
 
 def reciting_parts(config: Config, progress: Progressing) -> Parts:

@@ -27,6 +27,7 @@ from jaxserve.http.app import create_app
 from jaxserve.http.auth import KeyRing
 from jaxserve.limits.store import Store
 from jaxserve.protocol.client import EngineClient
+from jaxserve.text.vocabulary import vocabulary_of
 from jaxserve.types import SamplingParams
 from tests.fakes.engine import fake_parts, oracle
 from tests.fakes.tokenizer import ByteTokenizer
@@ -97,7 +98,9 @@ class Front:
     ) -> None:
         self.engine = engine
         self._runner = asyncio.Runner()
-        self.client = EngineClient(engine.connect())
+        self.client = EngineClient(
+            engine.connect(), vocabulary=lambda: vocabulary_of(ByteTokenizer())
+        )
         self.run(self._start())
         self.app = create_app(
             self.client,
@@ -140,6 +143,7 @@ class Front:
         """Ends the client and the loop."""
         self.run(self.http.aclose())
         self.run(self.app.frontend.gate.close())
+        self.run(self.app.frontend.grammars.close())
         self.run(self.client.close())
         self._runner.close()
 
