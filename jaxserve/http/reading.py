@@ -64,11 +64,9 @@ async def _loosened(frontend: Frontend, model: ModelInfo, toolbox: Toolbox) -> T
     Raises:
         GrammarError: a strict tool is among them, or it takes too long to find out.
     """
-    tools: list[Tool] = []
     try:
         async with asyncio.timeout(_LOOSEN_S):
-            for index, tool in enumerate(toolbox.tools):
-                tools.append(await _held_or_loose(frontend, model, tool, f"tools[{index}]"))
+            tools = [await _held_or_loose(frontend, model, tool) for tool in toolbox.tools]
     except TimeoutError:
         raise GrammarError(
             f"tools cannot be checked within {_LOOSEN_S:g} s; send fewer, or simpler schemas",
@@ -77,8 +75,8 @@ async def _loosened(frontend: Frontend, model: ModelInfo, toolbox: Toolbox) -> T
     return replace(toolbox, tools=tools)
 
 
-async def _held_or_loose(frontend: Frontend, model: ModelInfo, tool: Tool, path: str) -> Tool:
-    schema = Wanted(json_schema(tool.schema), f"{path}.parameters")
+async def _held_or_loose(frontend: Frontend, model: ModelInfo, tool: Tool) -> Tool:
+    schema = Wanted(json_schema(tool.schema), tool.param)
     try:
         await frontend.check_grammar(schema, model)
     except GrammarError:

@@ -82,7 +82,7 @@ def _tools(fields: Fields, flat: bool) -> list[Tool]:
         function = outer if flat else outer.nested("function")
         if function is None:
             raise outer.wrong("function", "an object", None)
-        tool = _tool(function)
+        tool = _tool(function, f"tools[{index}]." + ("" if flat else "function."))
         if flat:
             function.neutral("defer_loading", False)
             function.neutral("output_schema")
@@ -95,7 +95,7 @@ def _tools(fields: Fields, flat: bool) -> list[Tool]:
     return list(tools.values())
 
 
-def _tool(fields: Fields) -> Tool:
+def _tool(fields: Fields, path: str) -> Tool:
     name = fields.take("name")
     if type(name) is not str or not NAME.fullmatch(name):
         raise fields.wrong("name", "1 to 64 letters, digits, _ or -", name)
@@ -110,6 +110,7 @@ def _tool(fields: Fields) -> Tool:
         description=fields.text("description"),
         parameters=parameters,
         strict=fields.flag("strict", False),
+        param=path + "parameters",
     )
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
 from pydantic import BaseModel
@@ -148,8 +149,10 @@ def test_words_only(front):
     "text", ["Hi", f"Hi {PARIS}\n{TIME}", PARIS, "", PARIS[:-30], PARIS[:40], PARIS + " and more"]
 )
 def test_the_stream_is_the_answer(front, text):
-    whole = ask(front, text)
-    chunks = ask(front, text, stream=True, stream_options={"include_usage": True})
+    limit = max(len(text), 1)
+    whole = ask(front, text, max_tokens=limit)
+    options = {"include_usage": True}
+    chunks = ask(front, text, max_tokens=limit, stream=True, stream_options=options)
     streamed, reason = message_of(chunks)
     assert without_ids(streamed) == without_ids(whole_of(whole.choices[0]))
     assert reason == whole.choices[0].finish_reason
@@ -158,15 +161,15 @@ def test_the_stream_is_the_answer(front, text):
 
 
 def test_arguments_are_streamed(front):
-    chunks = ask(front, PARIS, stream=True)
+    chunks = ask(front, PARIS.replace("Paris", "Paris, the capital"), stream=True)
     pieces = [
         call.function.arguments
         for chunk in chunks
         for choice in chunk.choices
         for call in choice.delta.tool_calls or ()
     ]
-    assert pieces[0] == "" and len(pieces) > 4
-    assert "".join(pieces) == '{"city": "Paris"}'
+    assert pieces[0] == "" and len(pieces) > 3
+    assert "".join(pieces) == '{"city": "Paris, the capital"}'
 
 
 def test_calls_of_two_choices(front):
@@ -295,6 +298,68 @@ def test_many_at_once_do_not_mix(front):
     for n, answer in enumerate(front.run(main())):
         (call,) = answer.choices[0].message.tool_calls
         assert json.loads(call.function.arguments) == {"city": f"City {n}"}
+
+
+CHOOSY = {
+    "type": "object",
+    "properties": {
+        "city": {"enum": ["Paris", "Rome"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+CHOOSY_TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": CHOOSY}} for name in "fg"
+]
+ONLY_G = {"type": "function", "function": {"name": "g"}}
+
+
+@pytest.mark.parametrize("parser", ["hermes", "llama3", "mistral", "pythonic", "json"])
+def test_a_model_that_says_anything_says_calls_where_it_must(engine, parser):
+    """The fake's tokens are as good as random: the grammar alone makes calls of them."""
+    made = Front(engine, tools=ToolsConfig(parser=parser))
+    body = {"messages": HI, "tools": CHOOSY_TOOLS, "n": 4, "seed": 7000, "max_tokens": 400}
+    for choice, names in (("required", {"f", "g"}), (ONLY_G, {"g"})):
+        for parallel in (True, False):
+            fields = {"tool_choice": choice, "parallel_tool_calls": parallel}
+            answer = made.ok("/v1/chat/completions", body | fields)
+            for one in answer["choices"]:
+                calls = one["message"]["tool_calls"]
+                assert one["finish_reason"] == "tool_calls" and one["message"]["content"] is None
+                assert (parallel and choice == "required") or len(calls) == 1
+                for call in calls:
+                    jsonschema.validate(json.loads(call["function"]["arguments"]), CHOOSY)
+                assert {call["function"]["name"] for call in calls} <= names
+    made.close()
+
+
+def test_schemas_that_cannot_be_held_to(front):
+    hard = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
+    tools = [tool(name="f"), tool(name="g", parameters=hard)]
+    body = {"messages": HI, "tools": tools, "tool_choice": "required", "seed": 7001}
+    loose = front.ok("/v1/chat/completions", body | {"max_tokens": 200})
+    assert loose["choices"][0]["message"]["tool_calls"], "any object will do"
+    tools[1]["function"]["strict"] = True
+    response = front.post("/v1/chat/completions", body)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == "tools[1].function.parameters" and "not" in error["message"]
+
+
+def test_words_of_a_form_beside_tools(front):
+    form = {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "schema": {"enum": [{"a": 1}, {"a": 2}]}},
+    }
+    (choice,) = ask(front, '{"a": 2} and more', response_format=form).choices
+    assert json.loads(choice.message.content) == {"a": 2}
+    (choice,) = ask(front, PARIS, response_format=form).choices
+    assert choice.message.tool_calls[0].function.name == "get_weather"
+    response = front.post(
+        "/v1/chat/completions", {"messages": HI, "tools": TOOLS, "guided_regex": "a+"}
+    )
+    assert response.json()["error"]["param"] == "tools"
 
 
 def tool(**fields: Any) -> dict[str, Any]:

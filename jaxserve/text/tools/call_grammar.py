@@ -24,6 +24,7 @@ from jaxserve.types import Grammar
 
 _ANY = r"(.|\n)*"
 _SPACE = r"\s*"
+_SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def call_grammar(
@@ -92,7 +93,7 @@ class _Rules:
         if keywords:
             self.lines += _keyword_rules(name, tool.schema)
         else:
-            self.lines.append(f"{name}: %json {json_schema(_as_object(tool.schema)).text}")
+            self.lines.append(f"{name}: {_json(_as_object(tool.schema))}")
 
     def calls(self, number: int, form: Form, tools: Sequence[Tool], *, several: bool) -> str:
         """The calls of one form, behind its trigger."""
@@ -176,14 +177,21 @@ def _keyword_rules(name: str, schema: Mapping[str, object]) -> list[str]:
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     rules = [f"{name}: {name}_0_0"]
     for place, (key, value) in enumerate(properties.items()):
-        schema_of_value = json_schema(value if isinstance(value, bool) else {**shared, **value})
-        rules.append(f"{name}_value_{place}: %json {schema_of_value.text}")
+        schema_of_value = value if isinstance(value, bool) else {**shared, **value}
+        rules.append(f"{name}_value_{place}: {_json(schema_of_value)}")
         for written, comma in enumerate(("", ", ")):
             given = f"{_quoted_literal(f'{comma}{key}=')} {name}_value_{place} {name}_{place + 1}_1"
             left_out = "" if key in required else f" | {name}_{place + 1}_{written}"
             rules.append(f"{name}_{place}_{written}: {given}{left_out}")
     last = len(properties)
     return [*rules, f'{name}_{last}_0: ""', f'{name}_{last}_1: ""']
+
+
+def _json(schema: Mapping[str, object] | bool) -> str:
+    """A schema's values, with white space as templates write it: no more, or it may never end."""
+    document = json.loads(json_schema(schema).text)
+    document["x-guidance"] |= _SEPARATORS
+    return "%json " + json.dumps(document, ensure_ascii=False)
 
 
 def _as_object(schema: Mapping[str, object]) -> Mapping[str, object]:

@@ -27,12 +27,14 @@ class Tool:
     Attributes:
         parameters: JSON schema of its arguments, an object; None where it was left out.
         strict: the schema must be held to. Where not, it is as far as that can be done.
+        param: the request's field that the schema is in, for errors.
     """
 
     name: str
     description: str | None = None
     parameters: Mapping[str, Any] | None = None
     strict: bool = False
+    param: str = "tools"
 
     @property
     def schema(self) -> Mapping[str, Any]:
