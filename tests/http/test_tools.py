@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from pydantic import BaseModel
 from jaxserve.config import ToolsConfig
 from jaxserve.engine.thread import EngineThread
 from tests.fakes.reciter import CONFIG, SCRIPTS, reciting_parts
-from tests.http.frontend import Front
+from tests.http.frontend import Front, chat_prompt, expected
 
 HI = [{"role": "user", "content": "hi"}]
 PARAMETERS = {
@@ -334,6 +335,15 @@ def test_a_model_that_says_anything_says_calls_where_it_must(engine, parser):
     made.close()
 
 
+def test_a_call_that_is_begun_is_held_to(front):
+    for said in ("Hm <tool_call>no", '<tool_call>\n{"name": "h", "arguments": 5'):
+        answer = ask(front, said, tools=CHOOSY_TOOLS, max_tokens=400)
+        (choice,) = answer.choices
+        (call,) = choice.message.tool_calls
+        assert choice.finish_reason == "tool_calls" and call.function.name in "fg"
+        jsonschema.validate(json.loads(call.function.arguments), CHOOSY)
+
+
 def test_schemas_that_cannot_be_held_to(front):
     hard = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
     tools = [tool(name="f"), tool(name="g", parameters=hard)]
@@ -424,3 +434,52 @@ def test_what_is_wrong_is_named(front, fields, param, words):
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["param"] == param and words in error["message"]
+
+
+def strict(**schema: Any) -> list[dict[str, Any]]:
+    """One tool whose schema must be held to."""
+    return [tool(parameters={"type": "object"} | schema, strict=True)]
+
+
+HOSTILE = [
+    [tool(name=f"t{n}") for n in range(500)],
+    [tool(name=f"t{n}", description="x" * 200) for n in range(128)],
+    strict(properties={"a": {"$ref": "#"}}, **{"$ref": "#/properties/a"}),
+    strict(properties={"a": {"$ref": "#/$defs/nowhere"}}),
+    strict(properties={"a": {"type": "string", "pattern": "(?<=a)b"}}),
+    strict(properties={"a": {"type": "string", "pattern": "((a{1,999}){1,999}){1,999}b(?=c)"}}),
+    strict(properties={"a": False}, required=["a"]),
+]
+
+
+def test_hostile_tools_disturb_nobody(front):
+    """Another stream goes on, and says what it would have said."""
+    plain = {"messages": HI, "seed": 7002, "ignore_eos": True, "max_tokens": 1500, "stream": True}
+    text = expected(chat_prompt("hi"), seed=7002, ignore_eos=True, max_tokens=1500)[1]
+
+    async def read() -> str:
+        said: list[str] = []
+        async with front.http.stream("POST", "/v1/chat/completions", json=plain) as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    said += [
+                        choice["delta"].get("content", "")
+                        for choice in json.loads(line[6:])["choices"]
+                    ]
+        return "".join(said)
+
+    async def main() -> tuple[str, list[tuple[int, float]]]:
+        stream = asyncio.create_task(read())
+        outcomes = []
+        for tools in HOSTILE:
+            started_s = time.monotonic()
+            response = await front.http.post(
+                "/v1/chat/completions", json={"messages": HI, "tools": tools, "max_tokens": 5}
+            )
+            outcomes.append((response.status_code, time.monotonic() - started_s))
+        return await stream, outcomes
+
+    said, outcomes = front.run(main())
+    assert said == text
+    assert [status for status, _ in outcomes] == [400] * len(HOSTILE)
+    assert max(took_s for _, took_s in outcomes) < 5.0

@@ -150,7 +150,7 @@ class _Rules:
         else:
             self.lines.append(f"thought[lazy]: /{_ANY}{_quoted(first)}/")
             close = "thought"
-        self.lines.append(rf"SPACE: /{_SPACE}/")
+        self.lines.append(r"SPACE: /\s{0,8}/")
         if opened:
             return f"{close} SPACE"
         return f"({self.spell(OPEN)} {close} SPACE)?"
