@@ -29,8 +29,13 @@ from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.text.tools.tool import Toolbox
 from jaxserve.types import ModelInfo
 
-#: Names that `chat_template_kwargs` may not take: the template's own arguments.
-_RESERVED = frozenset({"self", "messages", "tools", "add_generation_prompt", "conversation"})
+#: Names that `chat_template_kwargs` may not take: arguments of rendering itself.
+_RESERVED = frozenset(
+    {
+        *("self", "template", "messages", "toolbox", "tools"),
+        *("add_generation_prompt", "conversation"),
+    }
+)
 
 
 async def read_chat(
@@ -82,7 +87,7 @@ def read_messages(
 
     async def render() -> tuple[str, list[int]]:
         text = await frontend.render(
-            messages, toolbox=toolbox, add_generation_prompt=add_generation_prompt, **extra
+            messages, toolbox, add_generation_prompt=add_generation_prompt, **extra
         )
         ids = await frontend.encode(text, add_special_tokens=add_special_tokens)
         if not ids:

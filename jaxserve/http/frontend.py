@@ -23,12 +23,14 @@ from jaxserve.protocol.streams import RESTARTING
 from jaxserve.text.dialect import Dialect
 from jaxserve.text.template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
-from jaxserve.types import ModelInfo
+from jaxserve.text.tools.tool import Toolbox
+from jaxserve.types import Grammar, ModelInfo
 
 #: Longer texts are tokenized in a thread, so that other streams go on.
 INLINE_CHARACTERS = 2048
-#: More messages are rendered in a thread.
+#: More messages are rendered in a thread; so are larger tools, and their grammars made there.
 INLINE_MESSAGES = 64
+INLINE_TOOL_BYTES = 8192
 
 
 @dataclass(kw_only=True)
@@ -125,7 +127,7 @@ class Frontend:
             self.tokenizer.encode, text, add_special_tokens=add_special_tokens
         )
 
-    async def render(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
+    async def render(self, messages: list[dict[str, Any]], toolbox: Toolbox, **kwargs: Any) -> str:
         """Messages through the chat template (`Dialect.render`).
 
         Raises:
@@ -136,9 +138,18 @@ class Frontend:
                 "this model has no chat template; use /v1/completions, or give "
                 "model.chat_template at start"
             )
-        if len(messages) <= INLINE_MESSAGES:
+        kwargs["toolbox"] = toolbox
+        if len(messages) <= INLINE_MESSAGES and toolbox.num_bytes <= INLINE_TOOL_BYTES:
             return self.dialect.render(self.template, messages, **kwargs)
         return await asyncio.to_thread(self.dialect.render, self.template, messages, **kwargs)
+
+    async def grammar(
+        self, toolbox: Toolbox, prompt: str, content: Grammar | None
+    ) -> Grammar | None:
+        """What an output must match (`Dialect.grammar`)."""
+        if toolbox.num_bytes <= INLINE_TOOL_BYTES:
+            return self.dialect.grammar(toolbox, prompt, content)
+        return await asyncio.to_thread(self.dialect.grammar, toolbox, prompt, content)
 
     async def check_grammar(self, wanted: Wanted | None, model: ModelInfo) -> None:
         """Returns where a request's grammar is right, or it has none.

@@ -40,7 +40,7 @@ async def plan_message(
         options.shown_tokens = frozenset(dialect.special_tokens.values())
     await frontend.check_grammar(options.wanted, model)
     content = options.wanted.grammar if options.wanted is not None else None
-    grammar = dialect.grammar(toolbox, prompt, content)
+    grammar = await frontend.grammar(toolbox, prompt, content)
     if grammar is None or grammar is content:
         return
     param = "tools" if toolbox else options.wanted.param if options.wanted else ""
@@ -51,7 +51,7 @@ async def plan_message(
         loose = await _loosened(frontend, model, toolbox)
         if loose == toolbox:
             raise
-        grammar = dialect.grammar(loose, prompt, content)
+        grammar = await frontend.grammar(loose, prompt, content)
         assert grammar is not None
         wanted = Wanted(grammar, param)
         await frontend.check_grammar(wanted, model)

@@ -68,7 +68,7 @@ async def read_response(
                 param=options.wanted.param,
             )
         options.wanted = wanted
-    text = await frontend.render(messages, toolbox=toolbox, add_generation_prompt=True)
+    text = await frontend.render(messages, toolbox, add_generation_prompt=True)
     prompt = await frontend.encode(text, add_special_tokens=False)
     if not prompt:
         raise InvalidRequest("input comes to an empty prompt", param="input")

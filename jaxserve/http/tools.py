@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from jaxserve.errors import InvalidRequest
 from jaxserve.http.body import Fields, show
 from jaxserve.text.tools.tool import MAX_TOOLS, NAME, Tool, Toolbox
@@ -22,6 +24,7 @@ def read_toolbox(fields: Fields, *, flat: bool = False) -> Toolbox:
         InvalidRequest: what is wrong, by field, value and limit.
     """
     tools = _tools(fields, flat)
+    num_bytes = len(msgspec.json.encode(fields.peek("tools"))) if tools else 0
     several = fields.flag("parallel_tool_calls", True)
     names = frozenset(tool.name for tool in tools)
     choice = fields.take("tool_choice")
@@ -37,6 +40,7 @@ def read_toolbox(fields: Fields, *, flat: bool = False) -> Toolbox:
             callable=frozenset() if choice == "none" else names,
             required=choice == "required",
             several=several,
+            num_bytes=num_bytes,
         )
     inner = fields.nested("tool_choice")
     assert inner is not None
@@ -45,12 +49,24 @@ def read_toolbox(fields: Fields, *, flat: bool = False) -> Toolbox:
         name = _chosen_name(inner, flat)
         inner.finish()
         _check_known(fields, "tool_choice", [name], names)
-        return Toolbox(tools=tools, callable=frozenset({name}), required=True, several=False)
+        return Toolbox(
+            tools=tools,
+            callable=frozenset({name}),
+            required=True,
+            several=False,
+            num_bytes=num_bytes,
+        )
     if kind == "allowed_tools":
         required, chosen = _allowed(inner, flat)
         inner.finish()
         _check_known(fields, "tool_choice", chosen, names)
-        return Toolbox(tools=tools, callable=frozenset(chosen), required=required, several=several)
+        return Toolbox(
+            tools=tools,
+            callable=frozenset(chosen),
+            required=required,
+            several=several,
+            num_bytes=num_bytes,
+        )
     raise inner.wrong("type", "function or allowed_tools", kind)
 
 

@@ -96,19 +96,21 @@ class Source:
             yield
 
     def find(self, literals: Sequence[str]) -> tuple[str, str]:
-        """Takes text up to the first of some literals, and the literal.
+        """Takes text up to the first of some literals, and the literal; none may begin another.
 
         Returns:
             The text that is certain to stand before any of them, and the literal that was found;
             empty if none was, or it may not have come completely.
         """
         rest = self._text[self._at :]
-        places = [(rest.find(literal), -len(literal), literal) for literal in literals]
-        found = min((place for place in places if place[0] >= 0), default=None)
-        if found is not None:
-            at, _, literal = found
-            self._at += at + len(literal)
-            return rest[:at], literal
+        at, found = len(rest), ""
+        for literal in literals:
+            place = rest.find(literal)
+            if 0 <= place < at:
+                at, found = place, literal
+        if found:
+            self._at += at + len(found)
+            return rest[:at], found
         held = 0 if self.ended else _num_held(rest, literals)
         self._at += len(rest) - held
         return rest[: len(rest) - held], ""
@@ -116,9 +118,12 @@ class Source:
 
 def _num_held(text: str, literals: Sequence[str]) -> int:
     """Characters at the end of a text that may begin one of the literals."""
-    longest = max(map(len, literals), default=1) - 1
-    for num in range(min(longest, len(text)), 0, -1):
-        tail = text[-num:]
-        if any(literal.startswith(tail) for literal in literals):
-            return num
-    return 0
+    held = 0
+    for literal in literals:
+        at = text.find(literal[0], max(0, len(text) - len(literal) + 1))
+        while at >= 0:
+            if literal.startswith(text[at:]):
+                held = max(held, len(text) - at)
+                break
+            at = text.find(literal[0], at + 1)
+    return held

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import time
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from typing import Any
 import jsonschema
 import openai
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from jaxserve.config import ToolsConfig
@@ -483,3 +486,82 @@ def test_hostile_tools_disturb_nobody(front):
     assert said == text
     assert [status for status, _ in outcomes] == [400] * len(HOSTILE)
     assert max(took_s for _, took_s in outcomes) < 5.0
+
+
+CONVERSATION: dict[str, Any] = {
+    "messages": [
+        {"role": "developer", "content": [{"type": "text", "text": "a"}]},
+        {"role": "user", "content": "hi"},
+        {
+            "role": "assistant",
+            "content": None,
+            "reasoning_content": "hm",
+            "tool_calls": [
+                {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+            ],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "x"},
+    ],
+    "tools": CHOOSY_TOOLS,
+    "tool_choice": {
+        "type": "allowed_tools",
+        "allowed_tools": {"mode": "auto", "tools": [ONLY_G]},
+    },
+    "parallel_tool_calls": False,
+    "max_tokens": 3,
+}
+ITEMS: dict[str, Any] = {
+    "input": [
+        {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "b"}]},
+        {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "1", "output": "x"},
+    ],
+    "instructions": "be brief",
+    "tools": [{"type": "function", "name": "f", "parameters": CHOOSY, "strict": True}],
+    "tool_choice": {"type": "function", "name": "f"},
+    "text": {"format": {"type": "json_schema", "name": "x", "schema": CHOOSY}},
+    "include": ["message.output_text.logprobs"],
+    "max_output_tokens": 3,
+}
+
+
+def places_in(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths of all values inside a value."""
+    pairs: Any = ()
+    if isinstance(value, dict):
+        pairs = value.items()
+    elif isinstance(value, list):
+        pairs = enumerate(value)
+    return [path, *(found for key, inner in pairs for found in places_in(inner, (*path, key)))]
+
+
+WHERE = [
+    (path, body, place)
+    for path, body in (("/v1/chat/completions", CONVERSATION), ("/v1/responses", ITEMS))
+    for place in places_in(body)[1:]
+]
+odd_values = st.one_of(
+    st.none(), st.booleans(), st.integers(-2, 300), st.text(max_size=6), st.just(10**30),
+    st.sampled_from([[], {}, [[]], [{}], {"type": "function"}, "function", "required", 0.5]),
+)  # fmt: skip
+
+
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(where=st.sampled_from(WHERE), value=odd_values)
+def test_one_odd_value_never_gives_a_500(front, where, value):
+    path, body, place = where
+    changed = copy.deepcopy(body)
+    inner: Any = changed
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    response = front.post(path, changed | {"max_completion_tokens": None, "seed": 1})
+    assert response.status_code in (200, 400), response.text
+    if response.status_code == 400:
+        assert response.json()["error"]["param"]
+
+
+def test_these_bodies_are_right_where_nothing_is_changed(front):
+    front.ok("/v1/chat/completions", CONVERSATION)
+    front.ok("/v1/responses", ITEMS)

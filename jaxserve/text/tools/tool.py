@@ -60,12 +60,14 @@ class Toolbox:
         callable: names of those that it may call; none for `tool_choice: none`.
         required: it must call one.
         several: it may call more than one.
+        num_bytes: of the tools as JSON, so that it is known how much work they are.
     """
 
     tools: Sequence[Tool] = ()
     callable: frozenset[str] = field(default_factory=frozenset)
     required: bool = False
     several: bool = True
+    num_bytes: int = 0
 
     @property
     def callables(self) -> list[Tool]:
