@@ -15,7 +15,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxserve.scheduler.drafts import Drafts
 from jaxserve.scheduler.host_pages import HostTable
@@ -24,6 +24,7 @@ from jaxserve.types import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
     from jaxserve.scheduler.accounts import Account
+    from jaxserve.structured.constraint import Constraint
 
 
 class SequenceState(enum.Enum):
@@ -109,7 +110,7 @@ class Sequence:
     followers: list[Sequence] = field(default_factory=list)
     leader: Sequence | None = None
     drafts: Drafts | None = None
-    constraint: Any = None
+    constraint: Constraint | None = None
     num_computed: int = 0
     num_planned: int = 0
     decode_base: int = 0

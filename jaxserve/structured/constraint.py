@@ -73,13 +73,19 @@ class Constraint:
 
     def admitted(self, draft: list[int]) -> int:
         """How many of these tokens may follow the known ones, in order."""
-        self.follow()
-        return self.matcher.admitted(draft)
+        return self.matcher.admitted(draft) if self._follows() else 0
 
     def forced(self) -> list[int]:
         """Tokens that spell what must follow the known ones."""
-        self.follow()
-        return self.matcher.forced()
+        return self.matcher.forced() if self._follows() else []
+
+    def _follows(self) -> bool:
+        """Whether it can go on; if not, the next mask says why."""
+        try:
+            self.follow()
+        except GrammarError:
+            return False
+        return True
 
     def refine(self, mask: UInt[np.ndarray, "W"], draft: list[int]) -> None:
         """Completes a mask of llguidance's, in place, and sees to it that something is left.

@@ -7,7 +7,6 @@ module="tests.fakes.engine")` for a real child over ZeroMQ.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
 
 from jaxserve.config import Config
 from jaxserve.engine import process
@@ -58,13 +57,13 @@ def fake_parts(config: Config, progress: Progressing) -> Parts:
     )
 
 
-def oracle(
-    prompt: list[int],
-    sampling: SamplingParams,
-    choice: int = 0,
-    allowed: Callable[[list[int]], Sequence[int]] | None = None,
-) -> list[int]:
-    """The tokens that this engine emits; allowed: those that may follow an output."""
+def oracle(prompt: list[int], sampling: SamplingParams, choice: int = 0) -> list[int]:
+    """The tokens that this engine emits."""
+    allowed = None
+    if sampling.grammar is not None:
+        from tests.fakes.grammar import allowed_by
+
+        allowed = allowed_by(sampling.grammar, sampling.stop_token_ids)
     return executor.oracle(
         prompt,
         sampling,

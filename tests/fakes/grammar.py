@@ -1,6 +1,6 @@
 """Grammars over the fake vocabulary, and what they admit, found without the engine's own matchers.
 
-The fake engine's end token is 2, so here the vocabulary is the bytes, with that one for the end.
+The vocabulary is the bytes, but for the fake engine's end token, which is 2.
 """
 
 from __future__ import annotations
@@ -26,14 +26,21 @@ def vocabulary() -> Vocabulary:
 TABLE = token_table(vocabulary(), VOCAB_SIZE, (EOS,))
 
 
-def allowed_by(grammar: Grammar) -> Callable[[list[int]], list[int]]:
-    """The tokens that may follow an output, ascending: a matcher of its own, from the beginning."""
+def allowed_by(
+    grammar: Grammar, stop_token_ids: tuple[int, ...] = ()
+) -> Callable[[list[int]], list[int]]:
+    """The tokens that may follow an output, ascending: a matcher of its own, from the beginning.
+
+    Args:
+        stop_token_ids: come where the grammar may end, and only there.
+    """
 
     def allowed(output: list[int]) -> list[int]:
         matcher = LLMatcher(TABLE, _source(grammar), log_level=0)
         assert matcher.consume_tokens(output) or not output, matcher.get_error()
         mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         bits = np.unpackbits(mask, bitorder="little")[:VOCAB_SIZE]
+        bits[list(stop_token_ids)] = bits[EOS]
         return np.flatnonzero(bits).tolist()
 
     return allowed

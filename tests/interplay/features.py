@@ -20,6 +20,7 @@ from jaxserve.settings import load_config
 from jaxserve.types import FinishReason, SamplingParams, TokenLogprobs
 from tests.fakes.engine import GROUPS, fake_parts, oracle
 from tests.fakes.executor import FakeExecutor, oracle_logprob
+from tests.fakes.grammar import vocabulary
 from tests.interplay.lives import ReplayingClient
 
 #: A small engine, that fills up and chunks: features change it.
@@ -125,7 +126,7 @@ class Trial:
                 return thread.connect()
 
             self._again = lambda: self.client.again(launch())
-            self.client = ReplayingClient(launch())
+            self.client = ReplayingClient(launch(), vocabulary)
             self.client.start()
             self.client.ready()
             for feature in self.features:
