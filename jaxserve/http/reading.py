@@ -13,7 +13,6 @@ from jaxserve.errors import GrammarError
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.sampling import Options
 from jaxserve.http.structured import Wanted
-from jaxserve.structured.grammars import json_schema
 from jaxserve.text.tools.tool import Tool, Toolbox
 from jaxserve.types import ModelInfo
 
@@ -40,22 +39,20 @@ async def plan_message(
         options.shown_tokens = frozenset(dialect.special_tokens.values())
     await frontend.check_grammar(options.wanted, model)
     content = options.wanted.grammar if options.wanted is not None else None
-    grammar = await frontend.grammar(toolbox, prompt, content)
-    if grammar is None or grammar is content:
-        return
-    param = "tools" if toolbox else options.wanted.param if options.wanted else ""
-    wanted = Wanted(grammar, param)
+    param = "tools" if toolbox or options.wanted is None else options.wanted.param
     try:
-        await frontend.check_grammar(wanted, model)
+        grammar = await frontend.grammar(toolbox, prompt, content)
+        if grammar is None or grammar is content:
+            return
+        await frontend.check_grammar(Wanted(grammar, param), model)
     except GrammarError:
         loose = await _loosened(frontend, model, toolbox)
         if loose == toolbox:
             raise
         grammar = await frontend.grammar(loose, prompt, content)
         assert grammar is not None
-        wanted = Wanted(grammar, param)
-        await frontend.check_grammar(wanted, model)
-    options.wanted = wanted
+        await frontend.check_grammar(Wanted(grammar, param), model)
+    options.wanted = Wanted(grammar, param)
 
 
 async def _loosened(frontend: Frontend, model: ModelInfo, toolbox: Toolbox) -> Toolbox:
@@ -76,9 +73,11 @@ async def _loosened(frontend: Frontend, model: ModelInfo, toolbox: Toolbox) -> T
 
 
 async def _held_or_loose(frontend: Frontend, model: ModelInfo, tool: Tool) -> Tool:
-    schema = Wanted(json_schema(tool.schema), tool.param)
+    alone = Toolbox(tools=[tool], callable=frozenset({tool.name}), required=True, several=False)
     try:
-        await frontend.check_grammar(schema, model)
+        grammar = await frontend.grammar(alone, "", None)
+        assert grammar is not None
+        await frontend.check_grammar(Wanted(grammar, tool.param), model)
     except GrammarError:
         if tool.strict:
             raise

@@ -120,6 +120,7 @@ class Dialect:
 
         Raises:
             InvalidRequest: that is not a JSON schema, and there are tools.
+            GrammarError: a tool's schema cannot be written in the notation.
         """
         opened = self.reasons and reasoning.is_open(prompt)
         if not toolbox:

@@ -347,6 +347,20 @@ def test_a_call_that_is_begun_is_held_to(front):
         jsonschema.validate(json.loads(call.function.arguments), CHOOSY)
 
 
+@pytest.mark.parametrize("parser", ["hermes", "pythonic"])
+def test_any_schema_gives_an_answer_or_a_400(engine, parser):
+    made = Front(engine, tools=ToolsConfig(parser=parser))
+    odd = ({"properties": 5}, {"properties": {"a": 5}}, {"required": 7}, {"$ref": 5}, {"enum": 3})
+    for schema in (*odd, {"properties": {"a b": {}}}, {"anyOf": []}, {"type": "object", "not": {}}):
+        for strict in (False, True):
+            tools = [tool(parameters=schema, strict=strict)]
+            response = made.post(
+                "/v1/chat/completions", {"messages": HI, "tools": tools, "max_tokens": 3}
+            )
+            assert response.status_code in ((200, 400) if strict else (200,)), response.text
+    made.close()
+
+
 def test_schemas_that_cannot_be_held_to(front):
     hard = {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}
     tools = [tool(name="f"), tool(name="g", parameters=hard)]

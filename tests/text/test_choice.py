@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxserve.errors import InvalidRequest
 from jaxserve.text.choice import ChoiceText, TextDelta
-from tests.fakes.tokenizer import BOS, EOS, ByteTokenizer
+from tests.fakes.tokenizer import BOS, EOS, IM_END, IM_START, ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 

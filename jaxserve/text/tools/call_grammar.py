@@ -6,25 +6,24 @@ and arguments that match its schema.
     start: FREE | begin_0 call (between call)* after        tool_choice auto
     start: trigger call (between call)* after               required, or a tool by name
 
-Free text holds no trigger of the notation: where a trigger is complete, a call has to follow. Calls
-end the message. Written in Lark as llguidance extends it (lazy terminals, `&`, `~`, `%json`).
+Free text holds no trigger of the notation: where one is complete, a call has to follow, since lazy
+terminals end there and win. Calls end the message. Written in Lark as llguidance extends it (lazy
+terminals, `&`, `~`, `%json`).
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 
-from jaxserve.structured.grammars import json_schema
 from jaxserve.text.reasoning import CLOSE, OPEN
+from jaxserve.text.tools.arguments import json_rule, keyword_rules, quoted
 from jaxserve.text.tools.notation import Form, Notation
 from jaxserve.text.tools.tool import Tool, Toolbox
 from jaxserve.types import Grammar
 
 _ANY = r"(.|\n)*"
 _SPACE = r"\s*"
-_SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def call_grammar(
@@ -44,6 +43,9 @@ def call_grammar(
         reasons: the model may reason first; opened: its prompt has begun the thought.
         content: a JSON schema that words must match, which then are all of the message; None for
             any words.
+
+    Raises:
+        GrammarError: a schema cannot be written in this notation.
     """
     tools = toolbox.callables
     rules = _Rules(special_tokens)
@@ -61,7 +63,7 @@ def call_grammar(
         head = rules.spell(form.trigger) if at_once else rules.begin(number, form.trigger, barred)
         options.append(f"{head} {rest}")
     if not toolbox.required:
-        options.append(rules.words(forms, barred, content))
+        options.append(rules.words(barred, content))
     start = f"start: {thought} ({' | '.join(options)})"
     return Grammar(kind="lark", text="\n".join([start, *rules.lines, ""]))
 
@@ -72,7 +74,7 @@ def thought_grammar(
     """Content, a JSON schema, behind reasoning that is free."""
     rules = _Rules(special_tokens)
     thought = rules.thought(opened=opened)
-    words = rules.words((), (), content)
+    words = rules.words((), content)
     return Grammar(kind="lark", text="\n".join([f"start: {thought} {words}", *rules.lines, ""]))
 
 
@@ -91,9 +93,9 @@ class _Rules:
         """arguments_N: what stands between a call's opening and its close."""
         name = f"arguments_{index}"
         if keywords:
-            self.lines += _keyword_rules(name, tool.schema)
+            self.lines += keyword_rules(name, tool)
         else:
-            self.lines.append(f"{name}: {_json(_as_object(tool.schema))}")
+            self.lines.append(f"{name}: {json_rule(_as_object(tool.schema))}")
 
     def calls(self, number: int, form: Form, tools: Sequence[Tool], *, several: bool) -> str:
         """The calls of one form, behind its trigger."""
@@ -127,16 +129,11 @@ class _Rules:
         self.lines.append(f"{name}[lazy]: BEGIN_{number}")
         return f"{name} {_spelt(pieces[1:])}"
 
-    def words(self, forms: Sequence[Form], barred: Sequence[str], content: Grammar | None) -> str:
+    def words(self, barred: Sequence[str], content: Grammar | None) -> str:
         """A message without calls."""
         if content is not None:
             self.lines.append(f"words: %json {content.text}")
             return "words"
-        barred = list(barred)
-        for form in forms:
-            pieces = self._pieces(form.trigger)
-            if pieces and isinstance(pieces[0], str):  # text never holds a special token
-                barred.append(_ANY + _quoted(pieces[0]))
         self.lines.append(f"FREE: {_excluding(barred)}")
         return "FREE"
 
@@ -165,35 +162,6 @@ class _Rules:
         return [self._special_tokens.get(part, part) for part in parts if part]
 
 
-def _keyword_rules(name: str, schema: Mapping[str, object]) -> list[str]:
-    """A schema's properties as Python's keyword arguments, in their order.
-
-    `name_K_0` is what may follow from property K on where nothing stands before it; `name_K_1`
-    where something does.
-    """
-    properties = schema.get("properties") or {}
-    required = schema.get("required") or []
-    assert isinstance(properties, Mapping) and isinstance(required, list)
-    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    rules = [f"{name}: {name}_0_0"]
-    for place, (key, value) in enumerate(properties.items()):
-        schema_of_value = value if isinstance(value, bool) else {**shared, **value}
-        rules.append(f"{name}_value_{place}: {_json(schema_of_value)}")
-        for written, comma in enumerate(("", ", ")):
-            given = f"{_quoted_literal(f'{comma}{key}=')} {name}_value_{place} {name}_{place + 1}_1"
-            left_out = "" if key in required else f" | {name}_{place + 1}_{written}"
-            rules.append(f"{name}_{place}_{written}: {given}{left_out}")
-    last = len(properties)
-    return [*rules, f'{name}_{last}_0: ""', f'{name}_{last}_1: ""']
-
-
-def _json(schema: Mapping[str, object] | bool) -> str:
-    """A schema's values, with white space as templates write it: no more, or it may never end."""
-    document = json.loads(json_schema(schema).text)
-    document["x-guidance"] |= _SEPARATORS
-    return "%json " + json.dumps(document, ensure_ascii=False)
-
-
 def _as_object(schema: Mapping[str, object]) -> Mapping[str, object]:
     """Arguments are an object, whatever else the schema says."""
     return schema if schema.get("type") == "object" else {"type": "object", **schema}
@@ -215,8 +183,4 @@ def _quoted(text: str) -> str:
 
 
 def _spelt(pieces: Sequence[str | int]) -> str:
-    return " ".join(f"<[{p}]>" if isinstance(p, int) else _quoted_literal(p) for p in pieces)
-
-
-def _quoted_literal(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    return " ".join(f"<[{p}]>" if isinstance(p, int) else quoted(p) for p in pieces)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
+from jaxserve.errors import GrammarError
 from jaxserve.structured.grammars import json_schema
 from jaxserve.text.message import MessageReader, gather
 from jaxserve.text.tools.call_grammar import call_grammar, thought_grammar
@@ -173,6 +174,45 @@ def test_as_many_tools_as_there_may_be() -> None:
     assert outcome(grammar, last.replace("127", "128")) == last.partition("7")[2].replace(
         "", "8", 1
     )
+
+
+def pythonic(**schema: Any) -> Grammar:
+    """The grammar of one tool's calls as Python."""
+    tool = Tool(name="f", parameters=schema, param="tools[0].parameters")
+    toolbox = Toolbox(tools=[tool], callable=frozenset("f"), required=True)
+    return call_grammar(PYTHONIC, toolbox, special_tokens={})
+
+
+def test_keyword_arguments_may_be_left_out_where_the_schema_says_so() -> None:
+    grammar = pythonic(properties={name: {"type": "integer"} for name in "abc"}, required=["b"])
+    for arguments in ("a=1, b=2, c=3", "b=2", "a=1, b=2", "b=2, c=3"):
+        assert outcome(grammar, f"[f({arguments})]") is True, arguments
+    for arguments in ("", "a=1", "b=2, a=1", "a=1 b=2", "b=2, "):
+        assert outcome(grammar, f"[f({arguments})]") is not True, arguments
+    assert outcome(pythonic(properties={}), "[f()]") is True
+    assert outcome(pythonic(properties={}), "[f(a=1)]") == "a=1)]"
+    free = pythonic(type="object")
+    for arguments in ("", 'a={"b": [1, true]}', 'a="x", b_2=null'):
+        assert outcome(free, f"[f({arguments})]") is True, arguments
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"anyOf": [{}]},
+        {"properties": {}, "minProperties": 1},
+        {"properties": 5},
+        {"properties": {"a": 5}},
+        {"properties": {"a b": {}}},
+        {"properties": {"a": {}}, "required": ["b"]},
+        {"properties": {"a": {}}, "required": "a"},
+        {"properties": {"a": {}}, "required": [["a"]]},
+    ],
+)
+def test_what_keyword_arguments_cannot_say_is_refused(schema) -> None:
+    with pytest.raises(GrammarError, match="as Python cannot be held to") as refused:
+        pythonic(**schema)
+    assert refused.value.param == "tools[0].parameters"
 
 
 @pytest.mark.parametrize("notation", [HERMES, LLAMA3, MISTRAL, MISTRAL_NAMED, JSON, PYTHONIC])
