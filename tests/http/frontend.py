@@ -20,6 +20,7 @@ from jaxserve.config import (
     LimitsConfig,
     ModelConfig,
     SchedulerConfig,
+    StructuredConfig,
 )
 from jaxserve.engine.thread import EngineThread
 from jaxserve.http.app import create_app
@@ -89,6 +90,7 @@ class Front:
         keys: KeyRing | None = None,
         limits: LimitsConfig | None = None,
         store: Store | None = None,
+        structured: StructuredConfig | None = None,
         **headers: str,
     ) -> None:
         self.engine = engine
@@ -106,6 +108,7 @@ class Front:
             keys=keys,
             limits=limits,
             store=store,
+            structured=structured,
         )
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app, raise_app_exceptions=False),
@@ -154,10 +157,11 @@ def front(
     *,
     limits: LimitsConfig | None = None,
     store: Store | None = None,
+    structured: StructuredConfig | None = None,
 ) -> Iterator[Front]:
     """An application over an engine of its own."""
     with EngineThread(config, fake_parts) as engine:
-        made = Front(engine, http, keys, limits, store)
+        made = Front(engine, http, keys, limits, store, structured)
         try:
             yield made
         finally:
