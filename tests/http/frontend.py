@@ -20,6 +20,7 @@ from jaxserve.config import (
     LimitsConfig,
     ModelConfig,
     SchedulerConfig,
+    StructuredConfig,
     ToolsConfig,
 )
 from jaxserve.engine.thread import EngineThread
@@ -93,6 +94,7 @@ class Front:
         keys: KeyRing | None = None,
         limits: LimitsConfig | None = None,
         store: Store | None = None,
+        structured: StructuredConfig | None = None,
         tools: ToolsConfig | None = None,
         **headers: str,
     ) -> None:
@@ -111,6 +113,7 @@ class Front:
             keys=keys,
             limits=limits,
             store=store,
+            structured=structured,
             tools=tools,
         )
         self.http = httpx.AsyncClient(
@@ -160,10 +163,11 @@ def front(
     *,
     limits: LimitsConfig | None = None,
     store: Store | None = None,
+    structured: StructuredConfig | None = None,
 ) -> Iterator[Front]:
     """An application over an engine of its own."""
     with EngineThread(config, fake_parts) as engine:
-        made = Front(engine, http, keys, limits, store)
+        made = Front(engine, http, keys, limits, store, structured)
         try:
             yield made
         finally:
