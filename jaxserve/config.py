@@ -214,6 +214,29 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StructuredConfig:
+    """Output that must match a grammar.
+
+    Attributes:
+        max_grammar_bytes: larger schemas, patterns and grammars are refused.
+        check_timeout_s: a grammar that takes longer to compile is refused; the process that
+            compiles it first is ended.
+        check_memory_bytes: likewise for one that needs more memory.
+        cached_grammars: compiled grammars that the engine keeps, and verdicts that a front end
+            keeps.
+        mask_threads: threads that make the masks of a step's rows; 0 takes the cores.
+        step_fuel: what one mask may cost, in llguidance's units, before its row is ended.
+    """
+
+    max_grammar_bytes: int = 1024 * 1024
+    check_timeout_s: float = 2.0
+    check_memory_bytes: int = 2 * 1024 * 1024 * 1024
+    cached_grammars: int = 256
+    mask_threads: int = 0
+    step_fuel: int = 200_000
+
+
+@dataclass(frozen=True, kw_only=True)
 class HttpConfig:
     """The HTTP front end.
 
@@ -246,6 +269,21 @@ class HttpConfig:
     drain_timeout_s: float = 60.0
     heartbeat_s: float = 10.0
     restart_wait_s: float = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolsConfig:
+    """How the model's messages are read: calls of tools, and reasoning.
+
+    Attributes:
+        parser: the notation of calls: "hermes" (Qwen's, too), "llama3", "mistral", "pythonic"
+            (Gemma, Llama 4), "json", or "auto" (by the chat template; the log says which).
+        reasoning: "think" (between <think> and </think>), "none", or "auto" (as the chat template
+            has it).
+    """
+
+    parser: str = "auto"
+    reasoning: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,7 +344,9 @@ class Config:
     parallel: ParallelConfig = ParallelConfig()
     engine: EngineConfig = EngineConfig()
     http: HttpConfig = HttpConfig()
+    tools: ToolsConfig = ToolsConfig()
     limits: LimitsConfig = LimitsConfig()
+    structured: StructuredConfig = StructuredConfig()
     logging: LoggingConfig = LoggingConfig()
 
 
@@ -322,6 +362,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kernels.attention": ("auto", "xla", "cpu", "tpu", "gpu"),
     "kernels.matmul": ("auto", "xla", "cpu"),
     "kernels.layers": ("auto", "unrolled", "scanned"),
+    "tools.parser": ("auto", "hermes", "llama3", "mistral", "pythonic", "json"),
+    "tools.reasoning": ("auto", "think", "none"),
     "limits.when_store_fails": ("local", "open", "closed"),
     "logging.level": ("debug", "info", "warning", "error"),
 }
@@ -375,4 +417,10 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "limits.overload_after_s": (0.1, 86400),
     "limits.low_priority_max_tokens": (1, 2**31 - 1),
     "http.restart_wait_s": (0, 86400),
+    "structured.max_grammar_bytes": (1, 2**31),
+    "structured.check_timeout_s": (0.05, 600),
+    "structured.check_memory_bytes": (2**28, 2**44),
+    "structured.cached_grammars": (1, 1_000_000),
+    "structured.mask_threads": (0, 256),
+    "structured.step_fuel": (1000, 2**31 - 1),
 }

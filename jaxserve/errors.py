@@ -46,6 +46,12 @@ class ContextTooLong(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class GrammarError(InvalidRequest):
+    """A grammar is wrong, too complex, or leaves no token to sample."""
+
+    code = "invalid_grammar"
+
+
 class PayloadTooLarge(InvalidRequest):
     """The body is larger than `http.max_body_bytes`."""
 

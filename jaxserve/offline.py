@@ -37,6 +37,7 @@ from jaxserve.text.answer import Answer, Choice, Generation, Piece
 from jaxserve.text.request import PlannedRequest, Request, make_request, plan
 from jaxserve.text.template import ChatTemplate, load_chat_template
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.text.vocabulary import vocabulary_of
 from jaxserve.types import ModelInfo
 
 __all__ = ["LLM", "Choice", "Generation", "Piece", "Request"]
@@ -115,7 +116,11 @@ class LLM:
         self._bars = show_progress
         #: Sequences at the engine at once: enough that none of its rows waits for us.
         self._window = max(1, min(2 * config.scheduler.max_rows, config.scheduler.max_waiting))
-        self._client = SyncClient(engine.connect(), silence_s=config.engine.step_timeout_s + 30.0)
+        self._client = SyncClient(
+            engine.connect(),
+            silence_s=config.engine.step_timeout_s + 30.0,
+            vocabulary=lambda: vocabulary_of(tokenizer),
+        )
         self._client.start()
         model = self._client.ready().model
         assert model is not None, "a ready engine has a model"

@@ -31,6 +31,37 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"  # the engine failed
 
 
+#: Kinds of `Grammar`.
+GRAMMAR_KINDS = ("json_schema", "regex", "lark", "ebnf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grammar:
+    """What an output must match (`jaxserve.structured.grammars` makes them).
+
+    Attributes:
+        kind: "json_schema", "regex" (of the `regex` crate), "lark" (as llguidance extends it), or
+            "ebnf" (as llama.cpp writes it: `root ::= …`).
+        text: its source.
+    """
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """What tokens say, for whoever holds output to a grammar without a tokenizer.
+
+    Attributes:
+        tokens: bytes of each, by id.
+        special_token_ids: control tokens, which no text spells.
+    """
+
+    tokens: tuple[bytes, ...]
+    special_token_ids: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one sequence are chosen; every field is honoured on the device.
@@ -55,6 +86,7 @@ class SamplingParams:
         bad_words: token sequences that must never be completed.
         logprobs: None, or how many alternatives to report beside the sampled token (0 = just it).
         prompt_logprobs: the same for each prompt token after the first.
+        grammar: what the output must match; None where it is free.
     """
 
     max_tokens: int
@@ -74,6 +106,7 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

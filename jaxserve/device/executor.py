@@ -1,7 +1,8 @@
 """Runs steps on the device: compiles every program, launches, reads back.
 
 `launch` applies the step's changes of state, transfers its inputs as one array and starts its
-program without waiting; `collect` waits for that step's tokens. Calls form one chain, since each
+program without waiting; `collect` waits for that step's tokens. Between them a masked step gets its
+masks by `sample`, before anything else is launched. Calls form one chain, since each
 takes the state that the one before returned. Owned by the engine's thread.
 
 Where the mesh holds several copies of the model, a step has inputs for each of them, all of one
@@ -23,25 +24,28 @@ import os
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Lowered
+from jaxtyping import UInt
 
 from jaxserve.device import programs
 from jaxserve.device.compiles import compile_counter
 from jaxserve.device.host_store import HostStore
 from jaxserve.device.hosts import Hosts
 from jaxserve.device.lowering import Lowering, Wanted, integers, shapes
+from jaxserve.device.masked import make_sampling, masked_inputs, padding_masks
 from jaxserve.device.packing import NO_GROUP, StepLayout
 from jaxserve.device.plans import Call, PlanLayout
 from jaxserve.device.programs import StepResults
 from jaxserve.device.sharding import tensor_parallel
 from jaxserve.device.state import DeviceState
 from jaxserve.device.step import (
+    MaskedSampling,
     Program,
     SlotWrite,
     StepInputs,
@@ -62,11 +66,12 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A step that runs: its results, which may not be there yet."""
+    """A step that runs: its results, which may not be there yet; tokens: a masked step's."""
 
     inputs: Sequence[StepInputs]
     results: StepResults | None
     launched_ns: int
+    sampled: StepResults | None = None
 
 
 class Executor:
@@ -110,6 +115,7 @@ class Executor:
             program: StepLayout(program, num_groups=len(state.page_tables), page_size=page_size)
             for program in steps
         }
+        self._samplings = sorted({p.sampling for p in steps if p.decode_steps == 1})
         self._no_writes = {_slots_key(writes): writes for writes in self._padding_writes()}
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
         self._plans = PlanLayout({})
@@ -165,6 +171,11 @@ class Executor:
             step = programs.make_step(self._structure, layout, self._page_size, spread)
             cost = program.num_tokens * (1 + program.prompt_logprobs) * program.decode_steps
             wanted[program] = Wanted(step, integers(layout.size), cost)
+        for sampling in self._samplings:
+            masks = padding_masks(sampling, self._model.spec.vocab_size)
+            inputs = masked_inputs(self._empty(sampling), masks, logprobs=False)
+            choose = make_sampling(self._structure, sampling, spread)
+            wanted[sampling] = Wanted(choose, shapes(inputs), sampling.num_places)
         for writes in self._padding_writes():
             wanted[_slots_key(writes)] = Wanted(programs.write_slots, shapes(writes))
         wanted["entries"] = Wanted(programs.write_page_tables, shapes(programs.packed_entries(())))
@@ -208,6 +219,10 @@ class Executor:
         """Runs every program once, without effect: nothing is set up lazily later."""
         for program in self._layouts:
             self.collect(self.launch([empty_inputs(program, self._max_rows)] * self._copies))
+        for sampling in self._samplings:
+            launched = self.launch([self._empty(sampling)] * self._copies)
+            masks = padding_masks(sampling, self._model.spec.vocab_size)
+            self.collect(self.sample(launched, [masks] * self._copies))
         for writes in self._padding_writes():
             self._change(_slots_key(writes), 0, writes, writes)
         self._write_entries(0, [(NO_GROUP, 0, 0, 0)])
@@ -217,6 +232,11 @@ class Executor:
         if self._store is not None:
             self._store.warm_up(self._move_pages, lambda: jax.block_until_ready(self._state))
         jax.block_until_ready(self._state)
+
+    def _empty(self, sampling: MaskedSampling) -> StepInputs:
+        """A masked step without rows, of a program that leaves this sampling."""
+        program = next(p for p in self._layouts if p.sampling == sampling and p.decode_steps == 1)
+        return replace(empty_inputs(program, self._max_rows), masked=True)
 
     def _padding_writes(self) -> list[SlotArrays]:
         return padding_writes(vocab_size=self._model.spec.vocab_size, max_rows=self._max_rows)
@@ -241,16 +261,34 @@ class Executor:
             self._write_entries(copy, layout.overflow(own))
             if own.page_loads and self._store is not None:
                 self._store.load(copy, own.page_loads, self._move_pages)
-        logprobs = any(own.logprobs for own in inputs)
-        packed = [layout.pack(own, logprobs=logprobs) for own in inputs]
+        logprobs, masked = (
+            any(x) for x in zip(*((i.logprobs, i.masked) for i in inputs), strict=True)
+        )
+        packed = [layout.pack(own, logprobs=logprobs, masked=masked) for own in inputs]
         launched_ns = time.monotonic_ns()
         results = self._call(program, packed[0] if self._mesh.size == 1 else np.stack(packed))
         return Launched(inputs, results, launched_ns)
 
+    def sample(self, launched: Launched, masks: Sequence[UInt[np.ndarray, "N W"]]) -> Launched:
+        """Starts the sampling of the masked step that was launched last; does not wait for it.
+
+        Args:
+            masks: of each copy of the model; as `mask_logits` takes them.
+        """
+        inputs = launched.inputs
+        logprobs = any(own.logprobs for own in inputs)
+        packed: list[Any] = [
+            masked_inputs(own, mask, logprobs=logprobs)
+            for own, mask in zip(inputs, masks, strict=True)
+        ]
+        if self._mesh.size > 1:
+            packed = [jax.tree.map(lambda *parts: np.stack(parts), *packed)]
+        return replace(launched, sampled=self._call(inputs[0].program.sampling, packed[0]))
+
     def collect(self, launched: Launched) -> list[StepOutputs]:
         """Waits for a step's results, those of each copy."""
-        inputs, results = launched.inputs, launched.results
-        assert results is not None
+        inputs, results = launched.inputs, launched.sampled or launched.results
+        assert results is not None and launched.results is not None
         token_ids = np.asarray(results.token_ids)
         ready_ns = time.monotonic_ns()
         device_ns = ready_ns - max(launched.launched_ns, self._ready_ns)
@@ -259,8 +297,8 @@ class Executor:
         logprobs = of_prompt = None
         if any(own.logprobs for own in inputs):
             logprobs = np.asarray(results.logprobs)
-        if results.prompt_logprobs is not None:
-            of_prompt = np.asarray(results.prompt_logprobs)
+        if launched.results.prompt_logprobs is not None:
+            of_prompt = np.asarray(launched.results.prompt_logprobs)
         outputs, page_ns = [], self.page_ns
         for copy, own in enumerate(inputs):
             place = ... if self._mesh.size == 1 else copy
@@ -298,7 +336,7 @@ class Executor:
         if self._calls is None or self._hosts is None:
             return self._run(key, inputs)
         self._calls.append((key, inputs))
-        if not isinstance(key, Program):
+        if not isinstance(key, Program | MaskedSampling):
             return None
         calls, self._calls = self._calls, []
         self._hosts.broadcast(self._plans.pack(calls))
@@ -310,7 +348,7 @@ class Executor:
     def _run(self, key: Hashable, inputs: Any) -> StepResults | None:
         """Starts one program."""
         compiled = self._compiled[key]
-        if not isinstance(key, Program):
+        if not isinstance(key, Program | MaskedSampling):
             self._state = compiled(self._state, inputs)
             return None
         self._state, results = compiled(self._params, self._state, inputs)

@@ -20,7 +20,7 @@ ENTRY_FIELDS = 4  # group, slot, index, page
 #: Group of the entries that pad: no group has it.
 NO_GROUP = -1
 _MIN_ENTRIES = 8
-_SCALARS = 3  # live rows, decode rows, logprobs
+_SCALARS = 4  # live rows, decode rows, logprobs, masked
 
 
 @jax.tree_util.register_dataclass
@@ -38,6 +38,7 @@ class StepArrays:
     num_live_rows: Int[Array, ""]
     num_decode_rows: Int[Array, ""]
     logprobs: Bool[Array, ""]
+    masked: Bool[Array, ""]
 
 
 class StepLayout:
@@ -74,15 +75,19 @@ class StepLayout:
             for (name, size), end in zip(sizes.items(), ends, strict=True)
         }
 
-    def pack(self, inputs: StepInputs, *, logprobs: bool) -> Int[np.ndarray, "X"]:
+    def pack(
+        self, inputs: StepInputs, *, logprobs: bool, masked: bool = False
+    ) -> Int[np.ndarray, "X"]:
         """A new array with everything but the entries beyond `num_entries`.
 
         Args:
             logprobs: whether the step computes log-probabilities of sampled tokens.
+            masked: whether it leaves sampling to another program.
         """
         packed = np.empty(self.size, np.int32)
         places = self._places
-        packed[places["scalars"]] = (inputs.num_live_rows, inputs.num_decode_rows, logprobs)
+        scalars = (inputs.num_live_rows, inputs.num_decode_rows, logprobs, masked)
+        packed[places["scalars"]] = scalars
         packed[places["rows"]] = inputs.rows
         packed[places["query_starts"]] = inputs.query_starts
         packed[places["context_lens"]] = inputs.context_lens
@@ -115,6 +120,7 @@ class StepLayout:
             num_live_rows=scalars[0],
             num_decode_rows=scalars[1],
             logprobs=scalars[2] != 0,
+            masked=scalars[3] != 0,
         )
 
 

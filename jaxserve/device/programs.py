@@ -4,9 +4,10 @@ A step: page-table deltas → each row's page table → tokens (the host's, or t
 sampled last for the slot) → model over the paged cache → hidden states of the rows that end →
 logits → the next token of each row, which stays here as the slot's last token. With several decode
 steps the part from the tokens on is a loop inside the call. A verification program samples after
-every token, and keeps the samples that its drafts led to (`acceptance`).
+every token, and keeps the samples that its drafts led to (`acceptance`). A masked step ends with
+the hidden states, which stay in the state until `masked` goes on from there.
 
-Everything is a pure function of (parameters, state, one packed array) and returns the new state,
+Everything is a pure function of (parameters, state, host's arrays) and returns the new state,
 whose buffers are the donated ones.
 """
 
@@ -33,6 +34,7 @@ from jaxserve.sampling.logprobs import Logprobs, logprobs_if, prompt_logprobs
 from jaxserve.sampling.sample import sample
 from jaxserve.sampling.slots import SlotArrays, apply_writes
 from jaxserve.sampling.spread import ONE_DEVICE, Spread
+from jaxserve.sampling.state import SamplingState
 from jaxserve.types import MAX_LOGPROBS
 from pallas_kernels.ragged import RaggedBatch
 
@@ -57,6 +59,10 @@ class StepResults:
 # Traced once for each number of rows, not once for each program.
 _sample = jax.jit(sample, static_argnames="spread")
 _logprobs_if = jax.jit(logprobs_if, static_argnames="spread")
+
+#: The slots' last tokens, the tokens that rows got, and their log-probabilities.
+Chosen = tuple[Int[Array, "S+1"], Int[Array, "*B R"], Int[Array, "*B R 42"]]
+_LOGPROB_COLUMNS = 2 + 2 * MAX_LOGPROBS
 
 Step = Callable[[list[Array], DeviceState, Array], tuple[DeviceState, StepResults]]
 
@@ -152,23 +158,22 @@ class _Run:
         """Returns the state, the sampled tokens, and log-probabilities."""
         inputs = self.inputs
         tokens = self._run_model(state, context_lens)
-        state, hidden = tokens.state, tokens.hidden
+        state, ends = tokens.state, tokens.hidden
         with jax.named_scope("sampling"):
-            ends = hidden
             if not self.layout.program.is_decode:
-                ends = hidden[jnp.maximum(inputs.query_starts[1:] - 1, 0)]
-            logits = self.model.logits(ends, inputs.num_live_rows)
-            sampled = _sample(
-                logits,
-                state.sampling,
-                inputs.rows,
-                context_lens,
-                inputs.samples,
-                spread=self.spread,
-            )
-            logprobs = _logprobs_if(inputs.logprobs, logits, sampled, spread=self.spread)
-            state = self._keep_last(state, sampled)
-        return state, sampled, pack_logprobs(logprobs), self._of_prompt(hidden)
+                ends = ends[jnp.maximum(inputs.query_starts[1:] - 1, 0)]
+
+            def choose() -> Chosen:
+                logits = self.model.logits(ends, inputs.num_live_rows)
+                places = inputs.rows, context_lens, inputs.samples
+                sampled, logprobs = sample_rows(
+                    logits, logits, state.sampling, places, inputs.logprobs, self.spread
+                )
+                last = keep_last(state.last_tokens, inputs.rows, inputs.samples, sampled)
+                return last, sampled, pack_logprobs(logprobs)
+
+            state, sampled, logprobs = self._choose_or_leave(state, ends, choose)
+        return state, sampled, logprobs, self._of_prompt(tokens.hidden)
 
     def verify(
         self, state: DeviceState, context_lens: Int[Array, "R"]
@@ -178,24 +183,46 @@ class _Run:
         tokens = self._run_model(state, context_lens)
         state = tokens.state
         with jax.named_scope("sampling"):
-            logits = self.model.logits(tokens.hidden, inputs.query_starts[-1])
-            sampled = _sample(
-                logits,
-                state.sampling,
-                tokens.slots,
-                tokens.positions + 1,
-                tokens.live,
-                spread=self.spread,
-            )
-            logprobs = _logprobs_if(inputs.logprobs, logits, sampled, spread=self.spread)
-            accepted = accept(
-                sampled,
-                tokens.token_ids,
-                inputs.query_starts,
-                self.layout.program.draft_tokens,
-            )
-            state = self._keep_last(state, accepted.last)
-        return state, accepted.token_ids, pack_logprobs(logprobs)[accepted.places]
+
+            def choose() -> Chosen:
+                logits = self.model.logits(tokens.hidden, inputs.query_starts[-1])
+                places = tokens.slots, tokens.positions + 1, tokens.live
+                sampled, logprobs = sample_rows(
+                    logits, logits, state.sampling, places, inputs.logprobs, self.spread
+                )
+                num_drafts = self.layout.program.draft_tokens
+                accepted = accept(sampled, tokens.token_ids, inputs.query_starts, num_drafts)
+                last = keep_last(state.last_tokens, inputs.rows, inputs.samples, accepted.last)
+                return last, accepted.token_ids, pack_logprobs(logprobs)[accepted.places]
+
+            return self._choose_or_leave(state, tokens.hidden, choose)
+
+    def _choose_or_leave(
+        self, state: DeviceState, hidden: Float[Array, "N D"], choose: Callable[[], Chosen]
+    ) -> tuple[DeviceState, Int[Array, "*B R"], Int[Array, "*B R 42"]]:
+        """Samples; or leaves that, with the hidden states, to the program that has masks.
+
+        Returns:
+            The state, the tokens and their log-probabilities: zeros where that is left.
+        """
+        program = self.layout.program
+        if program.decode_steps > 1:
+            last, token_ids, logprobs = choose()
+            return replace(state, last_tokens=last), token_ids, logprobs
+
+        def choose_now() -> tuple[Array, ...]:
+            return *choose(), state.hidden
+
+        def leave() -> tuple[Array, ...]:
+            shape = (program.num_rows,)
+            if program.draft_tokens:
+                shape = (1 + program.draft_tokens, *shape)
+            kept = state.hidden.at[: hidden.shape[0]].set(hidden.astype(state.hidden.dtype))
+            beside = jnp.zeros((*shape, _LOGPROB_COLUMNS), jnp.int32)
+            return state.last_tokens, jnp.zeros(shape, jnp.int32), beside, kept
+
+        last, token_ids, logprobs, kept = jax.lax.cond(self.inputs.masked, leave, choose_now)
+        return replace(state, last_tokens=last, hidden=kept), token_ids, logprobs
 
     def _run_model(self, state: DeviceState, context_lens: Int[Array, "R"]) -> _Tokens:
         program, inputs = self.layout.program, self.inputs
@@ -237,17 +264,40 @@ class _Run:
             return 1 + program.draft_tokens
         return 1 if program.is_decode else program.num_tokens
 
-    def _keep_last(self, state: DeviceState, last: Int[Array, "R"]) -> DeviceState:
-        """Each sampling row's last token is its slot's next input."""
-        inputs, nowhere = self.inputs, state.last_tokens.shape[0]
-        slots = jnp.where(inputs.samples, inputs.rows, nowhere)
-        return replace(state, last_tokens=state.last_tokens.at[slots].set(last, mode="drop"))
-
     def _of_prompt(self, hidden: Float[Array, "T D"]) -> Int[Array, "T 42"] | None:
         if self.inputs.next_token_ids is None:
             return None
         found = prompt_logprobs(self.model.logits, hidden, self.inputs.next_token_ids, self.spread)
         return pack_logprobs(found)
+
+
+def sample_rows(
+    logits: Float[Array, "N V"],
+    allowed: Float[Array, "N V"],
+    state: SamplingState,
+    places: tuple[Int[Array, "N"], Int[Array, "N"], Bool[Array, "N"]],
+    wants_logprobs: Bool[Array, ""],
+    spread: Spread,
+) -> tuple[Int[Array, "N"], Logprobs]:
+    """A token for each place, and its log-probabilities if any are wanted.
+
+    Args:
+        allowed: the logits to sample by: all of them, or what masks leave.
+        places: slot, position of the sampled token, and whether one is wanted.
+    """
+    sampled = _sample(allowed, state, *places, spread=spread)
+    return sampled, _logprobs_if(wants_logprobs, logits, sampled, spread=spread)
+
+
+def keep_last(
+    last_tokens: Int[Array, "S+1"],
+    slots: Int[Array, "R"],
+    samples: Bool[Array, "R"],
+    sampled: Int[Array, "R"],
+) -> Int[Array, "S+1"]:
+    """Each sampling row's last token is its slot's next input."""
+    slots = jnp.where(samples, slots, last_tokens.shape[0])
+    return last_tokens.at[slots].set(sampled, mode="drop")
 
 
 def write_entries(

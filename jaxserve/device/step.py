@@ -4,6 +4,11 @@
 returns `StepOutputs`. Plain numpy on both sides, so that a fake executor needs no device and the
 step can be broadcast as bytes.
 
+Where a row's next token has to match a grammar, which tokens may come depends on the one before,
+and that is read while the step runs already. Such a step (`StepInputs.masked`) runs the model
+alone; then `MaskedSampling`, a program of its own, samples all its rows by masks that the host has
+made meanwhile.
+
 Layout of a step's tokens: the decoding rows come first, one token each, then the chunks. In a
 verification program a chunk is the last known token of a row and drafts of what follows it. Row r
 owns tokens query_starts[r] : query_starts[r + 1]. Slots are the persistent row positions of device
@@ -48,6 +53,11 @@ class Program:
         return self.num_tokens == self.num_rows
 
     @property
+    def sampling(self) -> MaskedSampling:
+        """The program that samples its rows where they have masks."""
+        return MaskedSampling(num_rows=self.num_rows, draft_tokens=self.draft_tokens)
+
+    @property
     def name(self) -> str:
         """Short name for logs and metrics: `decode_r32_k8`, `mixed_r32_t512`, `verify_r8_d7`."""
         if self.draft_tokens:
@@ -56,6 +66,28 @@ class Program:
         size = f"r{self.num_rows}" + ("" if self.is_decode else f"_t{self.num_tokens}")
         steps = f"_k{self.decode_steps}" if self.decode_steps > 1 else ""
         return f"{kind}_{size}{steps}" + ("_plp" if self.prompt_logprobs else "")
+
+
+@dataclass(frozen=True, slots=True, order=True, kw_only=True)
+class MaskedSampling:
+    """Shape of the program that samples what a step's model has computed.
+
+    Attributes:
+        num_rows, draft_tokens: of the step's program.
+    """
+
+    num_rows: int
+    draft_tokens: int = 0
+
+    @property
+    def num_places(self) -> int:
+        """Tokens after which one is sampled: each row's last, or every one where drafts are."""
+        return self.num_rows * (1 + self.draft_tokens)
+
+    @property
+    def name(self) -> str:
+        """Short name for logs and metrics: `sample_r32`, `sample_r8_d7`."""
+        return f"sample_r{self.num_rows}" + (f"_d{self.draft_tokens}" if self.draft_tokens else "")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -94,6 +126,8 @@ class StepInputs:
         page_entries: (group, slot, index, page) page-table deltas, applied before the step.
         page_loads: (group, host page, page), applied last before the step.
         logprobs: whether any sampling row asked for log-probabilities.
+        masked: whether any sampling row's token has to match a grammar: the step leaves sampling
+            to `MaskedSampling`. Never with several decode steps.
     """
 
     program: Program
@@ -111,6 +145,7 @@ class StepInputs:
     page_saves: list[tuple[int, int, int]] = field(default_factory=list)
     page_loads: list[tuple[int, int, int]] = field(default_factory=list)
     logprobs: bool = False
+    masked: bool = False
 
 
 def empty_inputs(program: Program, scratch: int) -> StepInputs:

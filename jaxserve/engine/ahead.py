@@ -144,12 +144,16 @@ class Ahead:
                 backend=self.model.options.attention,
             )
         )
+        spec, dtype = self.model.spec, self.model.options.activations
+        hidden = hidden_states(self.buckets.programs, spec.hidden_size, dtype)
         state = jax.eval_shape(
             lambda: fresh_state(
                 len(cache.groups),
                 num_slots=mesh.shape["data"] * (self.config.scheduler.max_rows + 1),
                 vocab_size=self.info.vocab_size,
                 pages_per_sequence=pages_per_sequence(self.info.max_context, page_size),
+                hidden=(mesh.shape["data"] * hidden.shape[0], *hidden.shape[1:]),
+                dtype=dtype,
             )
         )
         state = jax.tree.map(lambda x: _placed(x, by_data(mesh)), state)

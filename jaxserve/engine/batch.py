@@ -56,6 +56,7 @@ class BatchBuilder:
     def __init__(self, max_rows: int) -> None:
         self._max_rows = max_rows
         self._logprobs = np.zeros(max_rows, np.bool_)  # by slot: log-probabilities are wanted
+        self._masked = np.zeros(max_rows, np.bool_)  # likewise: a grammar holds it
         self._slots = np.zeros(0, np.int32)  # of the decoding rows, in order
         self._contexts = np.zeros(0, np.int32)  # their KV lengths, as of the steps launched
         self._quiet: _Rows | None = None  # the last step's, while nobody joins or leaves
@@ -64,6 +65,7 @@ class BatchBuilder:
         """Takes in who joined and left; returns the size of the plan's step."""
         for join in plan.joins:
             self._logprobs[join.slot] = join.sampling.logprobs is not None
+            self._masked[join.slot] = join.sampling.grammar is not None
         if plan.decode_leaves or plan.decode_joins:
             self._change_rows(plan)
         num_decode = self._num_decode(plan)
@@ -111,6 +113,7 @@ class BatchBuilder:
             page_saves=[(save.group, save.page, save.host_page) for save in plan.page_saves],
             page_loads=[(load.group, load.host_page, load.page) for load in plan.page_loads],
             logprobs=rows.logprobs,
+            masked=rows.masked,
         )
 
     def _num_decode(self, plan: Plan) -> int:
@@ -135,7 +138,7 @@ class BatchBuilder:
         quiet = self._quiet
         if quiet is None or not quiet.fits(program):
             quiet = _Rows(program, self._max_rows)
-            quiet.fill_decode(self._slots, bool(self._logprobs[self._slots].any()))
+            self._fill_decode(quiet, self._slots)
             quiet.freeze()
             self._quiet = quiet
         quiet.program = program
@@ -146,7 +149,7 @@ class BatchBuilder:
         num_decode = self._num_decode(plan)
         slots = self._slots[:num_decode]
         rows = _Rows(program, self._max_rows)
-        rows.fill_decode(slots, bool(self._logprobs[slots].any()))
+        self._fill_decode(rows, slots)
         start = num_decode
         for row, chunk in enumerate(plan.chunks, num_decode):
             end = start + len(chunk.token_ids)
@@ -157,9 +160,15 @@ class BatchBuilder:
             rows.next_token_ids[start : end - 1] = rows.token_ids[start + 1 : end]
             rows.next_token_ids[end - 1] = chunk.next_token_id or 0
             rows.logprobs |= chunk.samples and bool(self._logprobs[chunk.slot])
+            rows.masked |= chunk.samples and bool(self._masked[chunk.slot])
             start = end
         rows.freeze()
         return rows
+
+    def _fill_decode(self, rows: _Rows, slots: Int[np.ndarray, "n"]) -> None:
+        rows.fill_decode(slots)
+        rows.logprobs = bool(self._logprobs[slots].any())
+        rows.masked = bool(self._masked[slots].any())
 
 
 class _Rows:
@@ -167,6 +176,7 @@ class _Rows:
 
     __slots__ = (
         "logprobs",
+        "masked",
         "next_token_ids",
         "program",
         "query_starts",
@@ -177,7 +187,7 @@ class _Rows:
 
     def __init__(self, program: Program, scratch: int) -> None:
         self.program = program
-        self.logprobs = False
+        self.logprobs = self.masked = False
         self.slots: Int[np.ndarray, "R"] = np.full(program.num_rows, scratch, np.int32)
         self.query_starts: Int[np.ndarray, "R+1"] = np.zeros(program.num_rows + 1, np.int32)
         self.token_ids: Int[np.ndarray, "T"] = np.zeros(program.num_tokens, np.int32)
@@ -189,14 +199,13 @@ class _Rows:
         own = self.program
         return (own.num_rows, own.num_tokens) == (program.num_rows, program.num_tokens)
 
-    def fill_decode(self, slots: Int[np.ndarray, "n"], logprobs: bool) -> None:
+    def fill_decode(self, slots: Int[np.ndarray, "n"]) -> None:
         """The decoding rows: one token each."""
         num_rows = len(slots)
         self.slots[:num_rows] = slots
         self.query_starts[: num_rows + 1] = np.arange(num_rows + 1)
         self.query_starts[num_rows + 1 :] = num_rows
         self.samples[:num_rows] = True
-        self.logprobs = logprobs
 
     def freeze(self) -> None:
         """No array is written after this."""

@@ -130,6 +130,7 @@ def _check_sampling(sampling: SamplingParams, model: ModelInfo) -> None:
         _check_range("length of a bad word", len(word), 1, types.MAX_BAD_WORD_TOKENS)
         _check_tokens("bad_words", word, model)
     _check_something_is_left(sampling, model)
+    _check_grammar(sampling)
 
 
 def _check_something_is_left(sampling: SamplingParams, model: ModelInfo) -> None:
@@ -149,6 +150,19 @@ def _check_something_is_left(sampling: SamplingParams, model: ModelInfo) -> None
                 "first: only tokens that end the sequence are allowed",
                 param="min_tokens",
             )
+
+
+def _check_grammar(sampling: SamplingParams) -> None:
+    grammar = sampling.grammar
+    if grammar is None:
+        return
+    if grammar.kind not in types.GRAMMAR_KINDS:
+        raise InvalidRequest(f"there is no kind of grammar {grammar.kind[:40]!r}")
+    if sampling.ignore_eos:
+        raise InvalidRequest(
+            "ignore_eos cannot be used with a grammar, whose end is an end token",
+            param="ignore_eos",
+        )
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

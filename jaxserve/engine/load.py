@@ -26,7 +26,7 @@ from jaxserve.device.hosts import Hosts
 from jaxserve.device.meeting import connect
 from jaxserve.device.memory import Memory, host_memory, least_memory
 from jaxserve.device.sharding import make_mesh, param_sharding, tensor_parallel
-from jaxserve.device.state import init_device_state
+from jaxserve.device.state import hidden_states, init_device_state
 from jaxserve.engine.batches import Batches
 from jaxserve.engine.layout import log_layout
 from jaxserve.engine.parts import Parts, Progressing
@@ -385,6 +385,7 @@ def _executor(
         max_rows=config.scheduler.max_rows,
         vocab_size=info.vocab_size,
         pages_per_sequence=pages_per_sequence(info.max_context, page_size),
+        hidden=hidden_states(buckets.programs, model.spec.hidden_size, model.options.activations),
         mesh=mesh,
     )
     return Executor(model, state, buckets.programs, page_size, mesh, hosts, host_pages)

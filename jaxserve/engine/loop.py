@@ -18,6 +18,9 @@ What one step of delay means:
 - *Preemption.* A preempted sequence's launched tokens are still read and sent. It is let in again
   only when they have been, since it goes on from the known tokens, be its pages loaded from the
   host or computed again. They are saved before the plan's step, so after all launched ones.
+- *Grammars.* Which token may come next is known once the one before has been read. The next
+  step's model runs meanwhile, and its tokens are sampled by a program of their own, launched when
+  the masks are made (`engine.grammars`). Plain rows of such a step are sampled with the others.
 - *Several decode steps* in one call happen only when nobody waits, no prompt is being computed and
   no row ends within them; stop tokens then cost up to two calls' worth of discarded tokens.
 
@@ -32,14 +35,22 @@ import os
 import time
 from collections.abc import Hashable
 
+from jaxserve.config import StructuredConfig
 from jaxserve.engine.backlog import Backlog
 from jaxserve.engine.check import check_submit, request_number, resumed
+from jaxserve.engine.grammars import Grammars
 from jaxserve.engine.outbox import Outbox
 from jaxserve.engine.probation import Probation
 from jaxserve.engine.recorder import NoRecorder, Recorder
 from jaxserve.engine.statistics import Statistics, prefill_tokens, record_of
 from jaxserve.engine.turn import Batch, Executor, InFlight
-from jaxserve.errors import DeviceFailure, JaxserveError, Overloaded
+from jaxserve.errors import (
+    ConfigError,
+    DeviceFailure,
+    GrammarError,
+    JaxserveError,
+    Overloaded,
+)
 from jaxserve.protocol.messages import (
     Cancel,
     ClientMessage,
@@ -50,6 +61,7 @@ from jaxserve.protocol.messages import (
     Goodbye,
     SequenceRecord,
     Submit,
+    UseVocabulary,
 )
 from jaxserve.protocol.server import ServerTransport
 from jaxserve.scheduler.copies import Schedulers
@@ -61,6 +73,8 @@ logger = logging.getLogger(__name__)
 
 #: How long an idle engine waits for a message before it looks around.
 IDLE_WAIT_S = 0.5
+#: The same while a grammar is being compiled, whose end is no message.
+COMPILING_WAIT_S = 0.002
 
 
 class Engine:
@@ -72,6 +86,7 @@ class Engine:
         server: the road to the clients.
         recorder: told what runs, for whoever watches this process.
         probation: which requests have to wait for what ended the engine before to be found.
+        grammars: of requests whose output must match one.
 
     Attributes:
         in_flight: the step that runs on the device.
@@ -88,9 +103,11 @@ class Engine:
         server: ServerTransport,
         recorder: Recorder | None = None,
         probation: Probation | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self._recorder = recorder or NoRecorder()
         self._probation = probation or Probation((), (), 0, self._recorder)
+        self._grammars = grammars or Grammars(StructuredConfig(), model)
         self.scheduler = scheduler
         self.batch = batch
         self.executor = executor
@@ -116,6 +133,8 @@ class Engine:
         launched = self._launch(plans) if plans is not None else None
         if self.in_flight is not None:
             self._deliver(self.in_flight)
+        if launched is not None and any(inputs.masked for inputs in launched.inputs):
+            self._mask(launched)
         self.in_flight = launched
 
     def serve(self) -> None:
@@ -123,7 +142,8 @@ class Engine:
         try:
             while not self._stopping:
                 idle = self.in_flight is None and not self.scheduler.has_work
-                self.receive(IDLE_WAIT_S if idle else 0.0)
+                wait_s = COMPILING_WAIT_S if self._grammars.num_held else IDLE_WAIT_S
+                self.receive(wait_s if idle else 0.0)
                 self.step()
         except Exception as error:
             self._fail(error)
@@ -166,6 +186,19 @@ class Engine:
         if self._outbox.wants_stats:
             self._outbox.send_stats(self._statistics.of(step, outputs[0]))
 
+    def _mask(self, step: InFlight) -> None:
+        """Has a launched step sample by masks, now that the tokens before it are known."""
+        masks, failed = self._grammars.masks(step.inputs, self.scheduler.owners)
+        step.launched = self.executor.sample(step.launched, masks)
+        self._give_up(failed)
+
+    def _give_up(self, failed: list[tuple[Sequence, GrammarError]]) -> None:
+        """Ends sequences that their grammars cannot be held to."""
+        now_ns = time.monotonic_ns()
+        for sequence, error in failed:
+            self.scheduler.cancel(sequence, FinishReason.ERROR)
+            self._finish(sequence, now_ns, error)
+
     # ------------------------------------------------------------------ messages
 
     def receive(self, timeout_s: float) -> None:
@@ -174,6 +207,8 @@ class Engine:
             if message is not None:
                 self.handle(client, message)
         for client, submit in self._probation.release():
+            self._let_in(client, submit)
+        for client, submit in self._grammars.release():
             self._let_in(client, submit)
         self._outbox.send()
 
@@ -201,8 +236,11 @@ class Engine:
             case Goodbye():
                 self.cancel(client, list(self._live.get(client, ())), FinishReason.CANCELLED)
                 self._probation.forget(client)
+                self._grammars.forget(client)
                 self._live.pop(client, None)
                 self._outbox.forget(client)
+            case UseVocabulary():
+                self._use(message)
 
     def submit(self, client: Hashable, message: Submit) -> None:
         """Lets a request in, has it wait, or refuses it: each sequence ends with the error."""
@@ -226,6 +264,9 @@ class Engine:
             request = request_number(message.request_key)
             self._recorder.arriving(request)
             prompt = check_submit(message, self._model)
+            if self._grammars.holds(client, message):
+                self._recorder.arriving(0)
+                return
             sequences = self.scheduler.submit(
                 [(client, sequence_id) for sequence_id in message.sequence_ids],
                 prompt,
@@ -244,6 +285,7 @@ class Engine:
             live.update(zip(message.sequence_ids, sequences, strict=True))
             self._backlog.enter(sequences, message.priority, message.tenant, message.weight)
             self._probation.watch(message, sequences)
+            self._give_up(self._grammars.constrain(message, sequences))
         self._recorder.arriving(0)
         now_ns = time.monotonic_ns()
         for sequence, error in self.scheduler.take_shed():
@@ -258,8 +300,15 @@ class Engine:
             if sequence is not None:
                 self.scheduler.cancel(sequence, reason)
                 self._finish(sequence, now_ns)
-        if waiting := self._probation.withdraw(client, sequence_ids, reason):
-            self._outbox.events(client).finished.extend(waiting)
+        for waiting in (self._probation, self._grammars):
+            if ended := waiting.withdraw(client, sequence_ids, reason):
+                self._outbox.events(client).finished.extend(ended)
+
+    def _use(self, message: UseVocabulary) -> None:
+        try:
+            self._grammars.use(message.vocabulary)
+        except ConfigError as error:
+            logger.warning("%s", error.message)
 
     def drain(self) -> None:
         """Refuses new requests from now on."""
@@ -273,7 +322,7 @@ class Engine:
             pid=os.getpid(),
             step_age_s=(time.monotonic_ns() - self.step_ns) / 1e9,
             running=self.scheduler.num_running,
-            waiting=self.scheduler.num_waiting + self._probation.num_held,
+            waiting=self.scheduler.num_waiting + self._probation.num_held + self._grammars.num_held,
             pages_used=self.scheduler.pages_used,
             pages_total=self.scheduler.pages_total,
             pages_cached=self.scheduler.pages_cached,

@@ -26,6 +26,7 @@ from typing import NoReturn
 
 from jaxserve.config import Config
 from jaxserve.device.hosts import EXIT_LOST, Hosts
+from jaxserve.engine.grammars import Grammars
 from jaxserve.engine.greeter import Greeter
 from jaxserve.engine.loop import Engine
 from jaxserve.engine.parts import Factory, Parts, Progressing
@@ -168,7 +169,13 @@ def build_engine(
         cache=config.cache,
         batch_invariant=config.engine.batch_invariant,
     )
-    return Engine(parts.model, scheduler, parts.batch, parts.executor, server, recorder, probation)
+    grammars = Grammars(config.structured, parts.model)
+    return Engine(
+        *(parts.model, scheduler, parts.batch, parts.executor, server),
+        recorder=recorder,
+        probation=probation,
+        grammars=grammars,
+    )
 
 
 def _recorder(settings: EngineSettings) -> Recorder:

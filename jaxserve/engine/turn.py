@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+from jaxtyping import UInt
+
 from jaxserve.device.step import StepInputs, StepOutputs
 from jaxserve.scheduler.plan import Plan
 
@@ -23,6 +26,10 @@ class Executor(Protocol):
 
     def launch(self, inputs: Sequence[StepInputs]) -> Any:
         """Starts a device call and returns what `collect` takes; does not wait."""
+        ...
+
+    def sample(self, launched: Any, masks: Sequence[UInt[np.ndarray, "N W"]]) -> Any:
+        """Starts the sampling of the masked step that was launched last, by each copy's masks."""
         ...
 
     def collect(self, launched: Any) -> list[StepOutputs]:

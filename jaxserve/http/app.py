@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 
-from jaxserve.config import HttpConfig, LimitsConfig
+from jaxserve.config import HttpConfig, LimitsConfig, StructuredConfig, ToolsConfig
 from jaxserve.errors import InvalidRequest, JaxserveError
 from jaxserve.http.auth import Authentication, KeyRing
 from jaxserve.http.chat import read_chat
@@ -27,13 +27,17 @@ from jaxserve.http.errors import MethodNotAllowed, NotFound, error_body, send_er
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.gate import CAPPED_HEADER, Gate
 from jaxserve.http.generate import GenerationEndpoint
+from jaxserve.http.grammars import GrammarChecker
 from jaxserve.http.metrics import Metrics
 from jaxserve.http.probes import Health, Models, PrometheusMetrics, Ready
+from jaxserve.http.responses import read_response
 from jaxserve.http.tokens import Detokenize, Tokenize
 from jaxserve.limits.store import Store
 from jaxserve.protocol.client import EngineClient
+from jaxserve.text.dialect import make_dialect
 from jaxserve.text.template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.text.vocabulary import vocabulary_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +67,8 @@ def create_app(
     metrics: Metrics | None = None,
     limits: LimitsConfig | None = None,
     store: Store | None = None,
+    tools: ToolsConfig | None = None,
+    structured: StructuredConfig | None = None,
 ) -> Arrival:
     """The application over a client that has been started.
 
@@ -73,16 +79,20 @@ def create_app(
         metrics: of this process; its own where None.
         limits: of admission; the defaults where None.
         store: of rate limits; None where no key has any.
+        tools: how messages are read; the defaults where None.
+        structured: what grammars may take; the defaults where None.
     """
     metrics = metrics or Metrics(lambda: client.status)
     frontend = Frontend(
         client=client,
         tokenizer=tokenizer,
         template=template,
+        dialect=make_dialect(template, tokenizer, tools or ToolsConfig()),
         config=config,
         keys=keys or KeyRing(),
         gate=Gate(client, limits or LimitsConfig(), metrics, store, config.workers),
         metrics=metrics,
+        grammars=GrammarChecker(structured or StructuredConfig(), lambda: vocabulary_of(tokenizer)),
         page_size=page_size,
         started_s=int(time.time()),
     )
@@ -91,6 +101,7 @@ def create_app(
         routes=[
             Route("/v1/chat/completions", GenerationEndpoint(frontend, read_chat), methods=post),
             Route("/v1/completions", GenerationEndpoint(frontend, read_completion), methods=post),
+            Route("/v1/responses", GenerationEndpoint(frontend, read_response), methods=post),
             Route("/v1/models", Models(frontend), methods=get),
             Route("/v1/models/{name:path}", Models(frontend), methods=get),
             Route("/tokenize", Tokenize(frontend), methods=post),

@@ -47,7 +47,7 @@ ELSEWHERE = frozenset(
     }
 )
 #: Containers inside containers that a body may have.
-MAX_DEPTH = 32
+MAX_DEPTH = 64
 
 
 async def read_object(scope: Any, receive: Any, max_bytes: int) -> Fields:

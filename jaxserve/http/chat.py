@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from jaxserve import types
-from jaxserve.errors import InvalidRequest
+from jaxserve.errors import InvalidRequest, JaxserveError
 from jaxserve.http.auth import Identity
 from jaxserve.http.body import Fields
+from jaxserve.http.errors import error_event
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.generation import Delta, Usage
 from jaxserve.http.logprobs import chat_logprobs, prompt_logprobs
+from jaxserve.http.messages import chat_messages
+from jaxserve.http.reading import plan_message
 from jaxserve.http.sampling import (
     Options,
     plan_outputs,
@@ -18,15 +22,20 @@ from jaxserve.http.sampling import (
     refuse_unsupported,
     with_candidates_ranked,
 )
+from jaxserve.http.tools import read_toolbox
 from jaxserve.http.wire import Answer, Head, Work, encode, usage_fields
+from jaxserve.text.message import CallEnd, CallStart, CallText, Part, Text, Thought, gather
 from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.text.tools.tool import Toolbox
 from jaxserve.types import ModelInfo
 
-ROLES = ("system", "developer", "user", "assistant")
-MAX_MESSAGES = 10_000
-
-#: Names that `chat_template_kwargs` may not take: the template's own arguments.
-_RESERVED = frozenset({"self", "messages", "tools", "add_generation_prompt", "conversation"})
+#: Names that `chat_template_kwargs` may not take: arguments of rendering itself.
+_RESERVED = frozenset(
+    {
+        *("self", "template", "messages", "toolbox", "tools"),
+        *("add_generation_prompt", "conversation"),
+    }
+)
 
 
 async def read_chat(
@@ -37,14 +46,16 @@ async def read_chat(
     Raises:
         InvalidRequest, ContextTooLong, Forbidden: what is wrong, by field, value and limit.
     """
-    render = read_messages(fields, frontend)
+    toolbox = read_toolbox(fields)
+    render = read_messages(fields, frontend, toolbox)
     options = read_options(fields, model, frontend.tokenizer, identity, frontend.config.max_choices)
     _read_max_tokens(fields, options)
     num_top = _num_top(fields, options)
     _refuse_unsupported(fields)
     refuse_unsupported(fields)
     fields.finish()
-    prompt = await render()
+    text, prompt = await render()
+    await plan_message(frontend, model, options, toolbox, text)
     with_candidates_ranked(options)
     samplings = plan_outputs(
         options, [len(prompt)], None, model, frontend.positions_in_cache(), prompt_field="messages"
@@ -53,13 +64,15 @@ async def read_chat(
     return Work(prompts=[prompt], samplings=samplings, options=options, wire=wire)
 
 
-def read_messages(fields: Fields, frontend: Frontend) -> Any:
+def read_messages(
+    fields: Fields, frontend: Frontend, toolbox: Toolbox
+) -> Callable[[], Awaitable[tuple[str, list[int]]]]:
     """Reads the messages and what shapes their rendering.
 
     Returns:
         An async function that renders and tokenizes them: called once all else has been checked.
     """
-    messages = _messages(fields)
+    messages = chat_messages(fields)
     add_generation_prompt = fields.flag("add_generation_prompt", True)
     add_special_tokens = fields.flag("add_special_tokens", False)
     extra = fields.mapping("chat_template_kwargs")
@@ -72,17 +85,14 @@ def read_messages(fields: Fields, frontend: Frontend) -> Any:
     fields.neutral("continue_final_message", False)
     fields.neutral("documents")
 
-    async def render() -> list[int]:
-        if frontend.template is None:
-            raise InvalidRequest(
-                "this model has no chat template; use /v1/completions, or give "
-                "model.chat_template at start"
-            )
-        text = await frontend.render(messages, add_generation_prompt=add_generation_prompt, **extra)
+    async def render() -> tuple[str, list[int]]:
+        text = await frontend.render(
+            messages, toolbox, add_generation_prompt=add_generation_prompt, **extra
+        )
         ids = await frontend.encode(text, add_special_tokens=add_special_tokens)
         if not ids:
             raise InvalidRequest("messages come to an empty prompt", param="messages")
-        return ids
+        return text, ids
 
     return render
 
@@ -111,6 +121,7 @@ class ChatWire:
         self._prompt = prompt
         self._plain = num_top is None and not options.return_token_ids
         self._opened: set[int] = set()
+        self._num_calls: dict[int, int] = {}
         before, self._after = self._head.event_parts()
         self._before = [
             before + b'{"index":%d,"delta":{"content":' % index for index in range(options.n)
@@ -124,25 +135,67 @@ class ChatWire:
         if index not in self._opened:
             self._opened.add(index)
             opening = self._opening(index)
+        if self._options.reader is not None:
+            return opening + self._read_events(delta)
         if self._plain and delta.finish_reason is None:
             if not delta.text:
                 return opening
             return opening + self._before[index] + encode(delta.text) + self._bare
         if not (delta.text or delta.token_ids or delta.finish_reason):
             return opening
-        choice: dict[str, Any] = {
-            "index": index,
-            "delta": {"content": delta.text} if delta.text else {},
-            "logprobs": self._logprobs(delta) if delta.token_ids else None,
-            "finish_reason": delta.finish_reason,
-        }
-        if self._options.return_token_ids:
-            choice["token_ids"] = delta.token_ids
-        return opening + self._head.event_parts()[0] + encode(choice) + self._after
+        content = {"content": delta.text} if delta.text else {}
+        return opening + self._event(delta, content, last=True)
 
-    def usage_event(self, usage: Usage) -> bytes:
+    def _read_events(self, delta: Delta) -> bytes:
+        """A delta of a message that is read: an event for each part."""
+        shown = [content for part in delta.parts if (content := self._part(delta.choice, part))]
+        if not shown and not (delta.finish_reason or (delta.token_ids and not self._plain)):
+            return b""
+        if not shown or (delta.finish_reason and "tool_calls" in shown[-1]):
+            shown.append({})
+        last = len(shown) - 1
+        return b"".join(
+            self._event(delta, content, last=index == last) for index, content in enumerate(shown)
+        )
+
+    def _part(self, index: int, part: Part) -> dict[str, Any]:
+        """A part of a message as a chunk's `delta`; empty if it does not show."""
+        match part:
+            case Text(text):
+                return {"content": text}
+            case Thought(text):
+                return {"reasoning_content": text}
+            case CallStart(call_id, name):
+                number = self._num_calls.get(index, 0)
+                self._num_calls[index] = number + 1
+                function = {"name": name, "arguments": ""}
+                call = {"index": number, "id": call_id, "type": "function", "function": function}
+                return {"tool_calls": [call]}
+            case CallText(text):
+                number = self._num_calls[index] - 1
+                return {"tool_calls": [{"index": number, "function": {"arguments": text}}]}
+            case CallEnd():
+                return {}
+
+    def _event(self, delta: Delta, content: dict[str, Any], *, last: bool) -> bytes:
+        """One event; the last of a delta has its tokens and its reason to end."""
+        choice: dict[str, Any] = {
+            "index": delta.choice,
+            "delta": content,
+            "logprobs": self._logprobs(delta) if last and delta.token_ids else None,
+            "finish_reason": delta.finish_reason if last else None,
+        }
+        if last and self._options.return_token_ids:
+            choice["token_ids"] = delta.token_ids
+        return self._head.event_parts()[0] + encode(choice) + self._after
+
+    def ending(self, usage: Usage) -> bytes:
         """See `Wire`."""
-        return self._head.usage_event(usage)
+        return self._head.ending(usage)
+
+    def failure(self, error: JaxserveError) -> bytes:
+        """See `Wire`."""
+        return error_event(error)
 
     def document(self, answers: list[Answer], usage: Usage) -> bytes:
         """See `Wire`."""
@@ -164,7 +217,7 @@ class ChatWire:
     def _choice(self, index: int, delta: Delta) -> dict[str, Any]:
         choice: dict[str, Any] = {
             "index": index,
-            "message": {"role": "assistant", "content": delta.text, "refusal": None},
+            "message": self._message(delta),
             "logprobs": self._logprobs(delta),
             "finish_reason": delta.finish_reason,
         }
@@ -172,6 +225,25 @@ class ChatWire:
             choice["prompt_token_ids"] = self._prompt
             choice["token_ids"] = delta.token_ids
         return choice
+
+    def _message(self, delta: Delta) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": delta.text, "refusal": None}
+        if self._options.reader is None:
+            return message
+        read = gather(delta.parts)
+        message["content"] = read.text or (None if read.calls else "")
+        if read.reasoning is not None:
+            message["reasoning_content"] = read.reasoning
+        if read.calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for call in read.calls
+            ]
+        return message
 
     def _opening(self, index: int) -> bytes:
         """The event that names the role; with the prompt's tokens if asked for."""
@@ -190,58 +262,6 @@ class ChatWire:
         if self._num_top is None:
             return None
         return chat_logprobs(self._tokenizer, delta.logprobs, self._num_top)
-
-
-def _messages(fields: Fields) -> list[dict[str, Any]]:
-    values = fields.take("messages")
-    if type(values) is not list or not 0 < len(values) <= MAX_MESSAGES:
-        raise fields.wrong("messages", f"a list of 1 to {MAX_MESSAGES} messages", values)
-    messages = []
-    for index, value in enumerate(values):
-        if type(value) is not dict:
-            raise fields.wrong(f"messages[{index}]", "an object", value)
-        messages.append(_message(Fields(value, f"messages[{index}].")))
-    return messages
-
-
-def _message(fields: Fields) -> dict[str, Any]:
-    role = fields.take("role")
-    if type(role) is not str or role not in ROLES:
-        if role in ("tool", "function"):
-            raise fields.wrong("role", f"{', '.join(ROLES)} (tools are not supported)", role)
-        raise fields.wrong("role", f"one of {', '.join(ROLES)}", role)
-    message = {"role": "system" if role == "developer" else role, "content": _content(fields)}
-    name = fields.text("name")
-    if name is not None:
-        message["name"] = name
-    fields.neutral("tool_calls", [])
-    for unused in ("refusal", "annotations", "audio", "function_call", "tool_call_id"):
-        fields.neutral(unused, [])
-    fields.finish()
-    return message
-
-
-def _content(fields: Fields) -> str:
-    value = fields.take("content")
-    if type(value) is str:
-        return value
-    if type(value) is not list or not value:
-        raise fields.wrong("content", "a string or a list of text parts", value)
-    texts = []
-    for index, part in enumerate(value):
-        if type(part) is not dict:
-            raise fields.wrong(f"content[{index}]", "a text part", part)
-        part_fields = fields.inner(part, f"content[{index}].")
-        if part.get("type") != "text":
-            part_fields.take("type")
-            raise part_fields.wrong("type", "text, the only kind supported", part.get("type"))
-        part_fields.take("type")
-        text = part_fields.text("text")
-        if text is None:
-            raise part_fields.wrong("text", "a string", None)
-        texts.append(text)
-        part_fields.finish()
-    return "\n".join(texts)
 
 
 def _read_max_tokens(fields: Fields, options: Options) -> None:
@@ -272,9 +292,6 @@ def _num_top(fields: Fields, options: Options) -> int | None:
 
 
 def _refuse_unsupported(fields: Fields) -> None:
-    fields.neutral("tools", [])
-    fields.neutral("tool_choice", "none", "auto")
-    fields.neutral("parallel_tool_calls", True, False)
     fields.neutral("functions", [])
     fields.neutral("function_call", "none", "auto")
     fields.neutral("modalities", ["text"])

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from jaxserve import types
-from jaxserve.errors import InvalidRequest
+from jaxserve.errors import InvalidRequest, JaxserveError
 from jaxserve.http.auth import Identity
 from jaxserve.http.body import Fields
+from jaxserve.http.errors import error_event
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.generation import Delta, Usage
 from jaxserve.http.logprobs import TextOffsets, completion_logprobs, prompt_logprobs
@@ -70,6 +71,7 @@ async def read_completion(
     ]
     if not all(prompts):
         raise InvalidRequest("prompt is empty; it needs at least one token", param="prompt")
+    await frontend.check_grammar(options.wanted, model)
     with_candidates_ranked(options)
     samplings = plan_outputs(
         options,
@@ -148,9 +150,13 @@ class CompletionWire:
                 choice["prompt_token_ids"] = self._prompts[index // self._options.n]
         return self._before + encode(choice) + self._after
 
-    def usage_event(self, usage: Usage) -> bytes:
+    def ending(self, usage: Usage) -> bytes:
         """See `Wire`."""
-        return self._head.usage_event(usage)
+        return self._head.ending(usage)
+
+    def failure(self, error: JaxserveError) -> bytes:
+        """See `Wire`."""
+        return error_event(error)
 
     def document(self, answers: list[Answer], usage: Usage) -> bytes:
         """See `Wire`."""

@@ -10,12 +10,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from jaxserve.http.auth import Identity
 from jaxserve.http.body import Fields
 from jaxserve.http.sampling import PRIORITIES
 from jaxserve.limits.deadline import MAX_TIMEOUT_S
 from jaxserve.limits.estimate import MESSAGE_BYTES, TEMPLATE_BYTES
 from jaxserve.limits.wait import Newcomer
+
+encode = msgspec.json.Encoder().encode
 
 _MAX_TOKENS = 2**31 - 1
 _MIN_TIMEOUT_S = 0.001
@@ -64,9 +68,8 @@ def read_demand(fields: Fields, identity: Identity) -> Demand:
     timeout_s = fields.number("timeout", math.inf, _MIN_TIMEOUT_S, MAX_TIMEOUT_S)
     text_bytes, prompt_tokens, prompts = _prompts(fields)
     candidates = max(_integer(fields, "n", 1), _integer(fields, "best_of", 1))
-    max_tokens = max(
-        _integer(fields, "max_completion_tokens", 0), _integer(fields, "max_tokens", 0)
-    )
+    names = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+    max_tokens = max(_integer(fields, name, 0) for name in names)
     user, priority = fields.peek("user"), fields.peek("priority")
     priority = PRIORITIES.get(priority, priority) if type(priority) is str else priority
     return Demand(
@@ -84,8 +87,13 @@ def read_demand(fields: Fields, identity: Identity) -> Demand:
 def _prompts(fields: Fields) -> tuple[int, int, int]:
     """Bytes of text, token ids, and number of prompts."""
     messages = fields.peek("messages")
+    if messages is None:
+        messages = fields.peek("input")
+        if type(messages) is str:
+            messages = [{"content": messages}]
     if type(messages) is list:
-        return TEMPLATE_BYTES + sum(map(_message_bytes, messages)), 0, 1
+        text_bytes = sum(map(_message_bytes, messages)) + _instruction_bytes(fields)
+        return TEMPLATE_BYTES + text_bytes, 0, 1
     prompt = fields.peek("prompt")
     values = prompt if type(prompt) is list and prompt else [prompt]
     if type(values[0]) is int:
@@ -97,10 +105,21 @@ def _prompts(fields: Fields) -> tuple[int, int, int]:
 def _message_bytes(message: Any) -> int:
     if type(message) is not dict:
         return 0
-    content = message.get("content")
-    parts = content if type(content) is list else [content]
-    texts = [part.get("text") if type(part) is dict else part for part in parts]
-    return MESSAGE_BYTES + sum(_text_bytes(text) for text in texts if type(text) is str)
+    texts: list[Any] = [message.get("arguments")]
+    for name in ("content", "output"):
+        content = message.get(name)
+        parts = content if type(content) is list else [content]
+        texts += [part.get("text") if type(part) is dict else part for part in parts]
+    calls = message.get("tool_calls")
+    call_bytes = len(encode(calls)) if type(calls) is list else 0
+    return MESSAGE_BYTES + call_bytes + sum(_text_bytes(t) for t in texts if type(t) is str)
+
+
+def _instruction_bytes(fields: Fields) -> int:
+    """Of what is said beside the messages."""
+    tools, instructions = fields.peek("tools"), fields.peek("instructions")
+    tool_bytes = len(encode(tools)) if type(tools) is list else 0
+    return tool_bytes + (_text_bytes(instructions) if type(instructions) is str else 0)
 
 
 def _text_bytes(text: str) -> int:

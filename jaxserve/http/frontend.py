@@ -11,21 +11,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxserve.config import HttpConfig
-from jaxserve.errors import DeviceFailure, Overloaded, RequestTimeout
+from jaxserve.errors import DeviceFailure, InvalidRequest, Overloaded, RequestTimeout
 from jaxserve.http.auth import KeyRing
 from jaxserve.http.body import Fields, read_object
 from jaxserve.http.gate import Gate
+from jaxserve.http.grammars import GrammarChecker
 from jaxserve.http.metrics import Metrics
+from jaxserve.http.structured import Wanted
 from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.streams import RESTARTING
+from jaxserve.text.dialect import Dialect
 from jaxserve.text.template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
-from jaxserve.types import ModelInfo
+from jaxserve.text.tools.tool import Toolbox
+from jaxserve.types import Grammar, ModelInfo
 
 #: Longer texts are tokenized in a thread, so that other streams go on.
 INLINE_CHARACTERS = 2048
-#: More messages are rendered in a thread.
+#: More messages are rendered in a thread; so are larger tools, and their grammars made there.
 INLINE_MESSAGES = 64
+INLINE_TOOL_BYTES = 8192
 
 
 @dataclass(kw_only=True)
@@ -34,6 +39,7 @@ class Frontend:
 
     Attributes:
         template: None where the model has no chat template.
+        dialect: how the model's messages are written and read.
         page_size: tokens a KV page, to know what the cache can hold.
         started_s: wall clock, the `created` of /v1/models.
         draining: no new work is taken.
@@ -42,10 +48,12 @@ class Frontend:
     client: EngineClient
     tokenizer: Tokenizer
     template: ChatTemplate | None
+    dialect: Dialect
     config: HttpConfig
     keys: KeyRing
     gate: Gate
     metrics: Metrics
+    grammars: GrammarChecker
     page_size: int
     started_s: int
     draining: bool = False
@@ -119,12 +127,39 @@ class Frontend:
             self.tokenizer.encode, text, add_special_tokens=add_special_tokens
         )
 
-    async def render(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
-        """Messages through the chat template, which there must be."""
-        assert self.template is not None
-        if len(messages) <= INLINE_MESSAGES:
-            return self.template.render(messages, **kwargs)
-        return await asyncio.to_thread(self.template.render, messages, **kwargs)
+    async def render(self, messages: list[dict[str, Any]], toolbox: Toolbox, **kwargs: Any) -> str:
+        """Messages through the chat template (`Dialect.render`).
+
+        Raises:
+            InvalidRequest: the model has none, or it refuses these messages.
+        """
+        if self.template is None:
+            raise InvalidRequest(
+                "this model has no chat template; use /v1/completions, or give "
+                "model.chat_template at start"
+            )
+        kwargs["toolbox"] = toolbox
+        if len(messages) <= INLINE_MESSAGES and toolbox.num_bytes <= INLINE_TOOL_BYTES:
+            return self.dialect.render(self.template, messages, **kwargs)
+        return await asyncio.to_thread(self.dialect.render, self.template, messages, **kwargs)
+
+    async def grammar(
+        self, toolbox: Toolbox, prompt: str, content: Grammar | None
+    ) -> Grammar | None:
+        """What an output must match (`Dialect.grammar`)."""
+        if toolbox.num_bytes <= INLINE_TOOL_BYTES:
+            return self.dialect.grammar(toolbox, prompt, content)
+        return await asyncio.to_thread(self.dialect.grammar, toolbox, prompt, content)
+
+    async def check_grammar(self, wanted: Wanted | None, model: ModelInfo) -> None:
+        """Returns where a request's grammar is right, or it has none.
+
+        Raises:
+            GrammarError: it is wrong, or takes too much to compile.
+            Overloaded: others are being checked for too long.
+        """
+        if wanted is not None:
+            await self.grammars.check(wanted.grammar, model, wanted.param)
 
     def enter(self) -> None:
         """A request has come."""

@@ -1,6 +1,7 @@
-"""The one endpoint behind chat and completions: read, submit, answer in pieces or whole.
+"""The one endpoint behind chat, completions and responses: read, submit, answer in pieces or whole.
 
-`read_chat` and `read_completion` say what a body asks for; from there on both take this path.
+`read_chat`, `read_completion` and `read_response` say what a body asks for; from there on all take
+this path.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import Any
 from jaxserve.errors import DeviceFailure, JaxserveError, ModelNotFound, Overloaded
 from jaxserve.http.auth import Identity
 from jaxserve.http.body import Fields, show
-from jaxserve.http.errors import error_event, send_json
+from jaxserve.http.errors import send_json
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.generation import Delta, Generation
-from jaxserve.http.sse import DONE, Departure, EventStream
+from jaxserve.http.sse import Departure, EventStream
 from jaxserve.http.wire import Answer, Work
 from jaxserve.types import ModelInfo
 
@@ -123,19 +124,18 @@ async def _stream(
                 data += b"".join([wire.events(delta) for delta in deltas[1:]])
             if data:
                 await events.write(data)
-        last = wire.usage_event(generation.usage) if work.options.include_usage else b""
-        await events.end(last + DONE)
+        await events.end(wire.ending(generation.usage))
     except JaxserveError as error:
         if departure.gone:
             return
         if not events.started:
             raise
-        await events.end(error_event(error))
+        await events.end(wire.failure(error))
     except Exception:
         if not events.started:
             raise
         logger.exception("a stream failed")
-        await events.end(error_event(DeviceFailure("the server failed to write this stream")))
+        await events.end(wire.failure(DeviceFailure("the server failed to write this stream")))
     finally:
         events.close()
 
@@ -148,6 +148,7 @@ def _joined(index: int, parts: list[Delta]) -> Delta:
         [entry for part in parts for entry in part.logprobs],
         [entry for part in parts for entry in part.prompt_logprobs],
         parts[-1].finish_reason,
+        [part for delta in parts for part in delta.parts],
     )
 
 

@@ -21,9 +21,13 @@ from jaxserve.http.metrics import Metrics
 from jaxserve.http.sampling import Options
 from jaxserve.protocol.client import EngineClient, SequenceEvent, Stream
 from jaxserve.protocol.messages import Finished
-from jaxserve.text.choice import ChoiceText
+from jaxserve.text.choice import ChoiceText, TextDelta
+from jaxserve.text.message import MessageReader, Part, joined
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import FinishReason, SamplingParams, TokenLogprobs
+
+#: Why a message of calls ends, in OpenAI's word.
+TOOL_CALLS = "tool_calls"
 
 
 @dataclass(slots=True)
@@ -34,7 +38,8 @@ class Delta:
         choice: prompt index × candidates + candidate.
         token_ids, logprobs: of the tokens that belong to the output; text may lag behind them.
         prompt_logprobs: of prompt tokens after the first; with a prompt's first choice only.
-        finish_reason: "stop" or "length" in the choice's last delta.
+        finish_reason: "stop", "length" or "tool_calls" in the choice's last delta.
+        parts: what `text` brings of the message, where the request's messages are read.
     """
 
     choice: int
@@ -43,24 +48,31 @@ class Delta:
     logprobs: Sequence[TokenLogprobs] = ()
     prompt_logprobs: Sequence[TokenLogprobs] = ()
     finish_reason: str | None = None
+    parts: Sequence[Part] = ()
 
 
 @dataclass(slots=True, kw_only=True)
 class Usage:
-    """Tokens of a whole request; every candidate's output counts."""
+    """Tokens of a whole request; every candidate's output counts.
+
+    Attributes:
+        reasoning_tokens: of the completion's, those of the reasoning.
+    """
 
     prompt_tokens: int
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 class _Choice:
     """One sequence, as far as it has come."""
 
-    __slots__ = ("done", "last_ns", "text")
+    __slots__ = ("done", "last_ns", "reader", "text")
 
-    def __init__(self, text: ChoiceText) -> None:
+    def __init__(self, text: ChoiceText, reader: MessageReader | None) -> None:
         self.text = text
+        self.reader = reader
         self.done = False
         self.last_ns = 0
 
@@ -105,7 +117,9 @@ class Generation:
                     stop=options.stop,
                     include_stop=options.include_stop,
                     skip_special_tokens=options.skip_special_tokens,
-                )
+                    shown=options.shown_tokens,
+                ),
+                options.reader() if options.reader is not None else None,
             )
             for prompt in prompts
             for _ in range(options.candidates)
@@ -198,12 +212,19 @@ class Generation:
             delta.text += tail.text
             delta.finish_reason = _finish_reason(event.finished, tail.stopped)
             choice.done = True
+            if choice.reader is not None:
+                delta.parts = [*delta.parts, *choice.reader.add(tail.text)]
+        if choice.done and choice.reader is not None:
+            _finish_message(choice.reader, delta)
         deltas.append(delta)
 
     def _add_tokens(
         self, choice: _Choice, delta: Delta, stream: Stream, event: SequenceEvent
     ) -> None:
-        added = choice.text.add(event.token_ids)
+        if choice.reader is None:
+            added = choice.text.add(event.token_ids)
+        else:
+            added = self._read(choice.text, choice.reader, delta, event.token_ids)
         num_tokens = added.num_tokens
         self.usage.completion_tokens += num_tokens
         delta.text = added.text
@@ -217,6 +238,25 @@ class Generation:
             choice.done = True
             stream.cancel(event.choice, FinishReason.STOP)
 
+    def _read(
+        self, text: ChoiceText, reader: MessageReader, delta: Delta, token_ids: Sequence[int]
+    ) -> TextDelta:
+        """Token by token, since a message may end between two, as at a stop string."""
+        whole = TextDelta()
+        parts: list[Part] = []
+        for token_id in token_ids:
+            thinks = reader.thinking
+            added = text.add((token_id,))
+            parts += reader.add(added.text)
+            whole.text += added.text
+            whole.num_tokens += added.num_tokens
+            self.usage.reasoning_tokens += thinks or reader.thinking
+            whole.stopped = added.stopped or reader.done
+            if whole.stopped:
+                break
+        delta.parts = parts
+        return whole
+
     def _measure(self, choice: _Choice, event: SequenceEvent) -> None:
         last_ns, choice.last_ns = choice.last_ns, event.at_ns
         if last_ns:
@@ -226,6 +266,13 @@ class Generation:
         if self._first_token:
             self._first_token = False
             self._metrics.first_token((time.monotonic_ns() - self._arrived_ns) / 1e9)
+
+
+def _finish_message(reader: MessageReader, delta: Delta) -> None:
+    """The message's last parts; one of whole calls has a reason of its own."""
+    delta.parts = joined([*delta.parts, *reader.finish()])
+    if delta.finish_reason == FinishReason.STOP.value and reader.called:
+        delta.finish_reason = TOOL_CALLS
 
 
 def _finish_reason(finished: Finished, stopped: bool) -> str:

@@ -7,6 +7,7 @@ refused by `refuse_unsupported`. Bounds that depend on the prompt are checked in
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from jaxserve import types
 from jaxserve.errors import ContextTooLong, Forbidden, InvalidRequest
 from jaxserve.http.auth import MAX_PRIORITY, Identity
 from jaxserve.http.body import Fields
+from jaxserve.http.structured import Wanted, read_grammar
+from jaxserve.text.message import MessageReader
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import ModelInfo, SamplingParams
 
@@ -32,9 +35,12 @@ class Options:
     Attributes:
         n: choices to answer with; candidates (best_of): sequences to generate for each prompt.
         max_tokens: None for the endpoint's default; max_tokens_field: which parameter said so.
+        wanted: the grammar that the output must match; checked by the endpoint.
         sampling: fields of `SamplingParams` that do not depend on the prompt.
         cache_salt: only requests with the same one share cached pages.
         discard: run the prompt only, and drop the one token the engine must generate.
+        reader: makes what reads a choice's text as a message; None where it is plain text.
+        shown_tokens: control tokens that this needs to see.
     """
 
     n: int
@@ -47,10 +53,13 @@ class Options:
     return_token_ids: bool
     priority: int
     sampling: dict[str, Any]
+    wanted: Wanted | None = None
     cache_salt: str = ""
     max_tokens: int | None = None
     max_tokens_field: str = "max_tokens"
     discard: bool = False
+    reader: Callable[[], MessageReader] | None = None
+    shown_tokens: Collection[int] = ()
 
 
 def read_options(
@@ -89,6 +98,7 @@ def read_options(
         priority=_priority(fields, identity),
         cache_salt=_cache_salt(fields),
         sampling=_sampling(fields, model, tokenizer),
+        wanted=read_grammar(fields, tokenizer),
     )
 
 
@@ -101,10 +111,6 @@ def refuse_unsupported(fields: Fields) -> None:
     fields.neutral("prompt_cache_retention")
     fields.neutral("store", False)
     fields.neutral("service_tier", "auto", "default")
-    fields.neutral("response_format", {"type": "text"})
-    fields.neutral("structured_outputs")
-    for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar"):
-        fields.neutral(name)
     fields.neutral("use_beam_search", False)
     fields.neutral("length_penalty", 1.0, 1)
     fields.neutral("truncate_prompt_tokens")
@@ -160,7 +166,8 @@ def plan_outputs(
                 f"min_tokens is {min_tokens}, over max_tokens, which is {max_tokens}",
                 param="min_tokens",
             )
-        samplings.append(SamplingParams(max_tokens=max_tokens, **options.sampling))
+        grammar = None if options.wanted is None else options.wanted.grammar
+        samplings.append(SamplingParams(max_tokens=max_tokens, grammar=grammar, **options.sampling))
     return samplings
 
 

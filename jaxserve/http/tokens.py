@@ -10,6 +10,7 @@ from jaxserve.http.chat import read_messages
 from jaxserve.http.errors import send_json
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.generate import check_model
+from jaxserve.http.tools import read_toolbox
 
 
 class Tokenize:
@@ -26,9 +27,9 @@ class Tokenize:
         check_model(fields, model)
         with_strings = fields.flag("return_token_strs", False)
         if fields.take("messages") is not None:
-            render = read_messages(fields, frontend)
+            render = read_messages(fields, frontend, read_toolbox(fields))
             fields.finish()
-            ids = await render()
+            _, ids = await render()
         else:
             text, add_special_tokens = _prompt(fields)
             ids = await frontend.encode(text, add_special_tokens=add_special_tokens)

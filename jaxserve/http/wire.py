@@ -14,8 +14,10 @@ from typing import Any, Protocol
 
 import msgspec
 
+from jaxserve.errors import JaxserveError
 from jaxserve.http.generation import Delta, Usage
 from jaxserve.http.sampling import Options
+from jaxserve.http.sse import DONE
 from jaxserve.types import SamplingParams, TokenLogprobs
 
 encode = msgspec.json.Encoder().encode
@@ -28,8 +30,12 @@ class Wire(Protocol):
         """A delta as server-sent events; empty if it brings nothing that shows."""
         ...
 
-    def usage_event(self, usage: Usage) -> bytes:
-        """The event that `stream_options.include_usage` asks for."""
+    def ending(self, usage: Usage) -> bytes:
+        """The last events of a stream."""
+        ...
+
+    def failure(self, error: JaxserveError) -> bytes:
+        """The last events of a stream that cannot go on."""
         ...
 
     def document(self, answers: list[Answer], usage: Usage) -> bytes:
@@ -78,17 +84,22 @@ class Head:
         after = b'],"usage":null}\n\n' if self._include_usage else b"]}\n\n"
         return before, after
 
-    def usage_event(self, usage: Usage) -> bytes:
-        """The last event before [DONE], if usage was asked for."""
+    def ending(self, usage: Usage) -> bytes:
+        """The usage, if it was asked for, and [DONE]."""
+        if not self._include_usage:
+            return DONE
         document = {**self.fields, "choices": [], "usage": usage_fields(usage)}
-        return b"data: " + encode(document) + b"\n\n"
+        return b"data: " + encode(document) + b"\n\n" + DONE
 
 
 def usage_fields(usage: Usage) -> dict[str, Any]:
     """OpenAI's usage object."""
-    return {
+    fields: dict[str, Any] = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+    if usage.reasoning_tokens:
+        fields["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
+    return fields

@@ -35,6 +35,7 @@ from jaxserve.protocol.parent import follow_parent
 from jaxserve.protocol.zmq import ZmqClient
 from jaxserve.text.template import ChatTemplate, load_chat_template
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.text.vocabulary import vocabulary_of
 
 LISTENING = b"listening\n"
 
@@ -99,6 +100,7 @@ async def _serve(
         on_stats=metrics.step if settings.index == 0 else None,
         supervised=True,
         on_replay=metrics.replays,
+        vocabulary=lambda: vocabulary_of(tokenizer),
     )
 
     def on_news(news: News) -> None:
@@ -128,9 +130,12 @@ async def _serve(
         metrics=metrics,
         limits=config.limits,
         store=store,
+        tools=config.tools,
+        structured=config.structured,
     )
     await Server(app, config.http, _say_listening).run_on(listener, lambda: os._exit(1))
     await app.frontend.gate.close()
+    await app.frontend.grammars.close()
     await client.close()
 
 

@@ -44,9 +44,10 @@ from jaxserve.protocol.transport import (
     HEARTBEAT_S,
     MAX_PAUSE_S,
     ClientTransport,
+    Teller,
     submit_message,
 )
-from jaxserve.types import FinishReason, SamplingParams
+from jaxserve.types import FinishReason, SamplingParams, Vocabulary
 
 __all__ = ["ClientTransport", "EngineClient", "SequenceEvent", "Stream", "SyncClient", "SyncStream"]
 
@@ -69,6 +70,7 @@ class EngineClient:
             `fail`; silence and the process's end are nothing to this client then.
         on_replay: called, each time they change, with the requests that went on in another engine
             so far, and with those that were refused for ending it each time.
+        vocabulary: makes what an engine is sent before the first request that has a grammar.
     """
 
     def __init__(
@@ -80,8 +82,10 @@ class EngineClient:
         silence_s: float = 150.0,
         supervised: bool = False,
         on_replay: Callable[[int, int], None] = lambda replayed, quarantined: None,
+        vocabulary: Callable[[], Vocabulary] | None = None,
     ) -> None:
         self._on_replay = on_replay
+        self._teller = Teller(vocabulary)
         self._num_replayed = 0
         self._transport: ClientTransport | None = transport  # None: between two lives
         self._dispatcher = Dispatcher(on_stats, on_progress, journal=supervised)
@@ -198,7 +202,7 @@ class EngineClient:
     def send(self, message: ClientMessage) -> None:
         """Sends a message as it is; `submit`, `cancel` and `drain` are built on it."""
         if self._transport is not None:
-            self._transport.send(message)
+            self._teller.send(self._transport, message)
 
     async def ready(self) -> EngineStatus:
         """Waits until the engine serves (or drains); its status then carries the model.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from jaxserve.types import FinishReason, ModelInfo, SamplingParams, TokenLogprobs
+from jaxserve.types import FinishReason, ModelInfo, SamplingParams, TokenLogprobs, Vocabulary
 
 # ---------------------------------------------------------------------------- client → engine
 
@@ -94,7 +94,14 @@ class Goodbye:
     """This client leaves: all its sequences are cancelled, and nothing more is sent to it."""
 
 
-ClientMessage = Submit | Cancel | Drain | GetStatus | Goodbye
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UseVocabulary:
+    """What tokens say: sent before the first request that has a grammar, in each life."""
+
+    vocabulary: Vocabulary
+
+
+ClientMessage = Submit | Cancel | Drain | GetStatus | Goodbye | UseVocabulary
 
 # ---------------------------------------------------------------------------- engine → client
 

@@ -24,8 +24,8 @@ from jaxserve.protocol.messages import (
 )
 from jaxserve.protocol.parent import has_ended
 from jaxserve.protocol.streams import Dispatcher, SequenceEvent, StreamState
-from jaxserve.protocol.transport import HEARTBEAT_S, ClientTransport, submit_message
-from jaxserve.types import FinishReason, SamplingParams
+from jaxserve.protocol.transport import HEARTBEAT_S, ClientTransport, Teller, submit_message
+from jaxserve.types import FinishReason, SamplingParams, Vocabulary
 
 
 class SyncStream:
@@ -80,8 +80,10 @@ class SyncClient:
         on_stats: Callable[[StepStats], None] | None = None,
         on_progress: Callable[[Progress], None] | None = None,
         silence_s: float = 150.0,
+        vocabulary: Callable[[], Vocabulary] | None = None,
     ) -> None:
         self._transport = transport
+        self._teller = Teller(vocabulary)
         self._dispatcher = Dispatcher(on_stats, on_progress)
         self._inbox: queue.SimpleQueue[EngineMessage] = queue.SimpleQueue()
         self._silence_s = silence_s
@@ -132,7 +134,7 @@ class SyncClient:
 
     def send(self, message: ClientMessage) -> None:
         """Sends a message as it is."""
-        self._transport.send(message)
+        self._teller.send(self._transport, message)
 
     def ready(self) -> EngineStatus:
         """Waits until the engine serves; raises `DeviceFailure` if it fails to start."""

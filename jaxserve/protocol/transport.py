@@ -6,9 +6,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from jaxserve.protocol.messages import ClientMessage, EngineMessage, Submit, TokenSegment
+from jaxserve.protocol.messages import (
+    ClientMessage,
+    EngineMessage,
+    Submit,
+    TokenSegment,
+    UseVocabulary,
+)
 from jaxserve.protocol.streams import StreamState
-from jaxserve.types import SamplingParams
+from jaxserve.types import SamplingParams, Vocabulary
 
 #: How often a client asks for the engine's status, which is also its own sign of life.
 HEARTBEAT_S = 1.0
@@ -34,6 +40,28 @@ class ClientTransport(Protocol):
     def abandon(self) -> None:
         """Lets go of the road at once: the engine at its end has died."""
         ...
+
+
+class Teller:
+    """Sends a client's messages, the vocabulary before the first that an engine needs it for.
+
+    Args:
+        vocabulary: makes it; None where no request may have a grammar.
+    """
+
+    def __init__(self, vocabulary: Callable[[], Vocabulary] | None) -> None:
+        self._make = vocabulary
+        self._made: Vocabulary | None = None
+        self._told: ClientTransport | None = None
+
+    def send(self, transport: ClientTransport, message: ClientMessage) -> None:
+        """Sends a message on the road to an engine."""
+        has_grammar = isinstance(message, Submit) and message.sampling.grammar is not None
+        if has_grammar and self._told is not transport and self._make is not None:
+            self._made = self._made or self._make()
+            self._told = transport  # each life of the engine has a road of its own
+            transport.send(UseVocabulary(vocabulary=self._made))
+        transport.send(message)
 
 
 def submit_message(

@@ -28,6 +28,7 @@ from jaxserve.scheduler.phases import IN_TURN, Phase
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.scheduler import Commit, Scheduler
 from jaxserve.scheduler.sequence import Resumed, Sequence
+from jaxserve.scheduler.slots import Owners
 from jaxserve.types import FinishReason, ModelInfo, SamplingParams
 
 
@@ -250,6 +251,10 @@ class Schedulers:
                     self._last_phase = phase
                     break
         return plans
+
+    def owners(self, copy: int) -> Owners:
+        """As `Scheduler.owners`, of a copy that had a plan."""
+        return self._schedulers[copy].owners()
 
     def measured(
         self,

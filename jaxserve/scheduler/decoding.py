@@ -24,10 +24,12 @@ class DecodeSet:
 
     Attributes:
         clock: decode steps launched so far.
+        num_constrained: members that a grammar holds, which the host has to see after each step.
     """
 
     def __init__(self, page_size: int, meter: Meter) -> None:
         self.clock = 0
+        self.num_constrained = 0
         self._meter = meter
         self._page_size = page_size
         self._members: dict[Sequence, None] = {}
@@ -56,6 +58,7 @@ class DecodeSet:
         sequence.decode_base = sequence.num_computed - self.clock
         sequence.end_clock = self.clock + sequence.sampling.max_tokens - sequence.num_planned
         self._members[sequence] = None
+        self.num_constrained += sequence.sampling.grammar is not None
         self._opening[-sequence.decode_base % self._page_size][sequence] = None
         self._ending.setdefault(sequence.end_clock, {})[sequence] = None
         self._joins[sequence] = None
@@ -65,6 +68,7 @@ class DecodeSet:
         """A member leaves; its counts are brought up to what has been launched."""
         self._meter.end(sequence)
         del self._members[sequence]
+        self.num_constrained -= sequence.sampling.grammar is not None
         del self._opening[-sequence.decode_base % self._page_size][sequence]
         ending = self._ending[sequence.end_clock]
         del ending[sequence]

@@ -13,6 +13,8 @@ drafting rows are planned together.
 - Decoding rows beside go on while a verification is read, so that a drafting row then has a step in
   every other call only. Without any, nothing is lost but the host's time.
 
+A row that a grammar holds drafts what the grammar says must come (`guided`).
+
 Rows whose sampling looks back at the tokens before do not draft: the device would have to take
 rejected drafts out of what it remembers.
 """
@@ -26,6 +28,7 @@ from jaxserve.config import SchedulerConfig
 from jaxserve.scheduler.decoding import DecodeSet
 from jaxserve.scheduler.draft_costs import DraftCosts
 from jaxserve.scheduler.drafts import Drafts
+from jaxserve.scheduler.guided import GuidedDrafts
 from jaxserve.scheduler.pages import PageAllocator
 from jaxserve.scheduler.sequence import Sequence, SequenceState
 
@@ -79,7 +82,7 @@ class DraftSet:
             if sequence.looks_back:
                 continue
             if sequence.drafts is None:
-                sequence.drafts = Drafts(sequence.token_ids, sequence.prompt_len)
+                sequence.drafts = _drafts(sequence)
             sequence.drafts.take_in()
 
     def remove(self, sequence: Sequence) -> None:
@@ -129,10 +132,11 @@ class DraftSet:
         for sequence, length in zip(members, lengths, strict=True):
             start = sequence.num_computed  # and as far as pages are free: nobody is set back
             length = min(length, self._pages.reachable(sequence.table, start) - start - 1)
-            if length > 0:
-                entries = self._pages.extend(sequence.table, start, start + 1 + length)
+            draft = _guess(sequence, length) if length > 0 else []
+            if draft:
+                entries = self._pages.extend(sequence.table, start, start + 1 + len(draft))
                 assert entries is not None
-                self._drafted.append(Drafted(sequence, _guess(sequence, length), entries))
+                self._drafted.append(Drafted(sequence, draft, entries))
 
     def _call_for_drafts(self, exempt: set[Sequence]) -> None:
         """Takes decoding rows out, if it pays: they draft when their tokens have been read.
@@ -196,8 +200,16 @@ class DraftSet:
         chance = 1.0
         for ahead in range(num_unread + min(self._draft_tokens, left)):
             chance *= drafts.accuracy(ahead)
+            if not chance:
+                return
             if ahead >= num_unread:
                 yield chance
+
+
+def _drafts(sequence: Sequence) -> Drafts:
+    known = sequence.token_ids, sequence.prompt_len
+    guide = sequence.constraint
+    return Drafts(*known) if guide is None else GuidedDrafts(*known, guide)
 
 
 def _guess(sequence: Sequence, length: int) -> list[int]:

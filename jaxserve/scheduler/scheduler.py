@@ -40,6 +40,7 @@ from jaxserve.scheduler.queue import WaitingQueue
 from jaxserve.scheduler.rows import Rows
 from jaxserve.scheduler.sequence import Resumed, Sequence, SequenceState
 from jaxserve.scheduler.shedding import Shedding
+from jaxserve.scheduler.slots import Owners
 from jaxserve.scheduler.spill import Spill
 from jaxserve.scheduler.swap import Swap
 from jaxserve.types import FinishReason, ModelInfo, SamplingParams
@@ -261,6 +262,10 @@ class Scheduler:
         self._rows.choices.queue_forked()
         return plan
 
+    def owners(self) -> Owners:
+        """By slot, who takes part in the plan that was made last."""
+        return self._launched[-1].owners
+
     def commit(
         self,
         rows: list[int],
@@ -321,7 +326,7 @@ class Scheduler:
         steps = self._config.decode_steps
         if steps == 1 or self.num_waiting or self._rows.prefilling or not len(self._rows.decoding):
             return 1
-        if len(self._rows.drafting):
+        if len(self._rows.drafting) or self._rows.decoding.num_constrained:
             return 1
         if self._rows.decoding.any_done_within(steps):
             return 1

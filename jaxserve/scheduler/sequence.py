@@ -24,6 +24,7 @@ from jaxserve.types import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
     from jaxserve.scheduler.accounts import Account
+    from jaxserve.structured.constraint import Constraint
 
 
 class SequenceState(enum.Enum):
@@ -77,6 +78,7 @@ class Sequence:
         num_computed: positions whose KV is launched; while decoding see `decode_base`.
         num_planned: output tokens launched, read back or not; drafts among them.
         drafts: guesses of its next tokens, once it has been followed for them.
+        constraint: what holds its output to its grammar (`structured.constraint.Constraint`).
         num_drafted, num_kept: drafts launched; and those of them whose KV it went on with.
         decode_base: while decoding, the next position is this plus the scheduler's clock.
         end_clock: while decoding, the clock at which all its tokens are launched.
@@ -108,6 +110,7 @@ class Sequence:
     followers: list[Sequence] = field(default_factory=list)
     leader: Sequence | None = None
     drafts: Drafts | None = None
+    constraint: Constraint | None = None
     num_computed: int = 0
     num_planned: int = 0
     decode_base: int = 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import codecs
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from jaxserve.errors import InvalidRequest
@@ -49,6 +49,7 @@ class ChoiceText:
         stop: strings that end the output. If several could, the one completed first does.
         include_stop: whether the stop string itself is part of the text.
         skip_special_tokens: whether control tokens are left out of the text.
+        shown: control tokens that are part of the text nevertheless.
 
     Raises:
         InvalidRequest: a stop string is empty.
@@ -58,6 +59,7 @@ class ChoiceText:
         "_buffer",
         "_decoder",
         "_include_stop",
+        "_shown",
         "_skip_special_tokens",
         "_stopped",
         "_strip",
@@ -72,12 +74,14 @@ class ChoiceText:
         stop: Sequence[str] = (),
         include_stop: bool = False,
         skip_special_tokens: bool = True,
+        shown: Collection[int] = (),
     ) -> None:
         if "" in stop:
             raise InvalidRequest("a stop string must have at least one character", param="stop")
         self._tokenizer = tokenizer
         self._include_stop = include_stop
         self._skip_special_tokens = skip_special_tokens
+        self._shown = shown
         self._stopped = False
         self._buffer = _StopBuffer(stop) if stop else None
         self._decoder = _NEW_UTF8("replace")
@@ -109,7 +113,11 @@ class ChoiceText:
         return TextDelta(text, 0, stopped=self._stopped)
 
     def _bytes(self, token_id: int) -> bytes:
-        if self._skip_special_tokens and self._tokenizer.is_special(token_id):
+        if (
+            self._skip_special_tokens
+            and self._tokenizer.is_special(token_id)
+            and token_id not in self._shown
+        ):
             return b""
         data = self._tokenizer.token_bytes(token_id)
         if self._strip and data:

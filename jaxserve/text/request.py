@@ -19,7 +19,7 @@ from jaxserve import types
 from jaxserve.errors import ContextTooLong, InvalidRequest
 from jaxserve.text.template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
-from jaxserve.types import ModelInfo, SamplingParams
+from jaxserve.types import Grammar, ModelInfo, SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
 #: Names that `Request.template` may not have: they are `ChatTemplate.render`'s own.
@@ -40,6 +40,7 @@ class Request:
         skip_special_tokens: whether control tokens are left out of the text.
         seed: None draws one.
         cache_salt: only requests with the same one share cached pages.
+        grammar: what the output must match (`jaxserve.structured.grammars`).
         temperature … prompt_logprobs: as in `SamplingParams`, with its defaults (temperature 1,
             nothing cut off, no penalties). Beyond it, logit_bias may be a mapping (its keys may be
             written as text, as JSON does) and bad_words may hold strings.
@@ -70,6 +71,7 @@ class Request:
     bad_words: Sequence[str | Sequence[int]] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     @property
     def stops(self) -> list[str]:
@@ -223,6 +225,10 @@ def _sampling(request: Request, tokenizer: Tokenizer, max_tokens: int) -> Sampli
         "logit_bias": _logit_bias(request.logit_bias),
         "bad_words": _bad_words(request.bad_words, tokenizer),
     }
+    if request.grammar is not None:
+        if not isinstance(request.grammar, Grammar):
+            raise _wrong("grammar", "what jaxserve.structured.grammars makes", request.grammar)
+        values["grammar"] = request.grammar
     if request.allowed_token_ids is not None:
         allowed = _integers("allowed_token_ids", request.allowed_token_ids)
         values["allowed_token_ids"] = tuple(allowed)

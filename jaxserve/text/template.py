@@ -76,9 +76,16 @@ class ChatTemplate:
         tools_source: str = "",
     ) -> None:
         self.source = source
+        self.tools_source = tools_source
         self._special_tokens = dict(special_tokens or {})
         self._template = _compile(source)
         self._tools_template = _compile(tools_source) if tools_source else self._template
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether it writes the tools of a request."""
+        words = _ENVIRONMENT.lex(self.source + self.tools_source)
+        return any(kind == "name" and word == "tools" for _, kind, word in words)
 
     def render(
         self,

@@ -42,7 +42,12 @@ class Device:
             GROUPS, NUM_PAGES, page_size=PAGE_SIZE, dtype=dtype, mesh=mesh, backend="xla"
         )
         self.state = init_device_state(
-            cache, max_rows=2, vocab_size=32, pages_per_sequence=4, mesh=mesh
+            cache,
+            max_rows=2,
+            vocab_size=32,
+            pages_per_sequence=4,
+            hidden=jax.ShapeDtypeStruct((2, 8), "float32"),
+            mesh=mesh,
         )
         self.copies = mesh.shape["data"]
         self.store = HostStore(cache, HOST_PAGES, mesh)

@@ -9,7 +9,7 @@ The reference is `tests.models.driver`: one sequence alone, one token a step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 
@@ -22,12 +22,13 @@ from jaxserve.device.buckets import Buckets
 from jaxserve.device.cache import init_cache, pages_per_sequence
 from jaxserve.device.executor import Executor
 from jaxserve.device.sharding import make_mesh
-from jaxserve.device.state import DeviceState, init_device_state
+from jaxserve.device.state import DeviceState, hidden_states, init_device_state
 from jaxserve.device.step import StepOutputs
 from jaxserve.engine.batches import Batches
 from jaxserve.models.decoder import Decoder
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequence import Sequence
+from jaxserve.structured.constraint import token_bits
 from jaxserve.types import ModelInfo, SamplingParams
 from tests.models.driver import Driver
 
@@ -62,6 +63,11 @@ def fresh_state(
         max_rows=limits.max_rows,
         vocab_size=model.spec.vocab_size,
         pages_per_sequence=pages_per_sequence(MAX_CONTEXT, PAGE_SIZE),
+        hidden=hidden_states(
+            Buckets(limits, row_growth=4).programs,
+            model.spec.hidden_size,
+            model.options.activations,
+        ),
         mesh=MESH,
     )
 
@@ -202,7 +208,9 @@ class Rig:
         self.prompt_logprobs: dict[Sequence, Beside] = {}
         self.programs: list[str] = []
         self.outputs: list[StepOutputs] = []
-        self.copies = self.prefixes = 0
+        self.copies = self.prefixes = self.num_masked = 0
+        #: Of a row that has a grammar: tokens that may follow its output.
+        self.allowed: Callable[[list[int]], Iterable[int]] = lambda outputs: range(info.vocab_size)
         self._in_flight = None
 
     def submit(self, prompt: Seq[int], *, n: int = 1, **sampling) -> list[Sequence]:
@@ -228,7 +236,29 @@ class Rig:
             launched = (inputs, self.executor.launch([inputs]))
         if self._in_flight is not None:
             self._read(*self._in_flight)
+        if launched is not None and launched[0].masked:
+            inputs, step = launched
+            launched = (inputs, self.executor.sample(step, [self._masks(inputs)]))
+            self.num_masked += 1
         self._in_flight = launched
+
+    def _masks(self, inputs) -> np.ndarray:
+        """What `allowed` says, of each place that has a row with a grammar."""
+        sampling, owners = inputs.program.sampling, self.scheduler.owners()
+        vocab_size = self.scheduler._model.vocab_size
+        masks = np.full((sampling.num_places, -(-vocab_size // 32)), 0xFFFF_FFFF, np.uint32)
+        for row in range(inputs.num_live_rows):
+            sequence = owners[inputs.rows[row]]
+            if sequence is None or sequence.sampling.grammar is None or not inputs.samples[row]:
+                continue
+            place, draft = row, []
+            if sampling.draft_tokens:
+                place, end = inputs.query_starts[row : row + 2].tolist()
+                draft = inputs.token_ids[place + 1 : end].tolist()
+            for ahead in range(len(draft) + 1):
+                outputs = sequence.token_ids[sequence.prompt_len :] + draft[:ahead]
+                masks[place + ahead] = token_bits(self.allowed(outputs), vocab_size)
+        return masks
 
     def run(self, limit: int = 1000) -> None:
         """Turns until nothing is left to do; nothing may be compiled meanwhile."""

@@ -22,6 +22,7 @@ class ExactBatch:
 
     def __init__(self) -> None:
         self._wants: dict[int, bool] = {}  # slot → log-probabilities
+        self._masked: dict[int, bool] = {}  # slot → a grammar
         self._decoding: list[int] = []
         self._lengths: dict[int, int] = {}  # slot of a decoding row → tokens whose KV is written
 
@@ -30,6 +31,7 @@ class ExactBatch:
         (plan,) = plans
         assert plan is not None
         self._wants |= {join.slot: join.sampling.logprobs is not None for join in plan.joins}
+        self._masked |= {join.slot: join.sampling.grammar is not None for join in plan.joins}
         for slot in plan.decode_leaves:
             self._decoding.remove(slot)
         for slot, start in zip(plan.decode_joins, plan.decode_starts, strict=True):
@@ -88,6 +90,9 @@ class ExactBatch:
             page_loads=[(load.group, load.host_page, load.page) for load in plan.page_loads],
             logprobs=any(
                 self._wants[slot] for slot in decoding + [c.slot for c in plan.chunks if c.samples]
+            ),
+            masked=any(
+                self._masked[slot] for slot in decoding + [c.slot for c in plan.chunks if c.samples]
             ),
         )
         for slot in decoding:
@@ -155,7 +160,7 @@ class ComparedBatch:
             assert array[:live].tolist() == expected.tolist()
             assert (array[live:] == padding).all()
         changes = ("page_saves", "slot_writes", "page_copies", "page_entries", "page_loads")
-        for name in (*changes, "logprobs"):
+        for name in (*changes, "logprobs", "masked"):
             assert getattr(built, name) == getattr(exact, name)
         self.check()
         self._kept.append((built, [array.copy() for array in _arrays(built)]))

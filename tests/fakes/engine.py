@@ -59,6 +59,11 @@ def fake_parts(config: Config, progress: Progressing) -> Parts:
 
 def oracle(prompt: list[int], sampling: SamplingParams, choice: int = 0) -> list[int]:
     """The tokens that this engine emits."""
+    allowed = None
+    if sampling.grammar is not None:
+        from tests.fakes.grammar import allowed_by
+
+        allowed = allowed_by(sampling.grammar, sampling.stop_token_ids)
     return executor.oracle(
         prompt,
         sampling,
@@ -66,6 +71,7 @@ def oracle(prompt: list[int], sampling: SamplingParams, choice: int = 0) -> list
         groups=GROUPS,
         vocab_size=VOCAB_SIZE,
         eos_token_ids=(EOS,),
+        allowed=allowed,
     )
 
 

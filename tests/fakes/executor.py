@@ -14,7 +14,8 @@ host memory, where a page that was not saved, or saved for somebody else, gives 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -60,14 +61,22 @@ def _history_hash(by_group: Seen) -> int:
 
 
 def _pick(
-    hashed: int, seen: Seen, sampling: SamplingParams, choice: int, prompt_len: int, vocab_size: int
+    hashed: int,
+    seen: Seen,
+    sampling: SamplingParams,
+    choice: int,
+    prompt_len: int,
+    vocab_size: int,
+    allowed: Sequence[int] | None = None,
 ) -> int:
     keyed = hashed + sampling.seed * 3 + choice * 1_000_003 + prompt_len * 65_537
     mixed = _mix(keyed & _MASK)
     tokens = seen[-1][0]
     if sampling.top_k == ECHO and len(tokens) >= ECHO_PERIOD and mixed % 8:
-        return int(tokens[-ECHO_PERIOD])
-    return mixed % vocab_size
+        echo = int(tokens[-ECHO_PERIOD])
+        if allowed is None or echo in allowed:
+            return echo
+    return mixed % vocab_size if allowed is None else allowed[mixed % len(allowed)]
 
 
 def _looks_back(sampling: SamplingParams) -> bool:
@@ -110,8 +119,13 @@ def oracle(
     groups: Sequence[CacheGroup],
     vocab_size: int,
     eos_token_ids: Sequence[int],
+    allowed: Callable[[list[int]], Sequence[int]] | None = None,
 ) -> list[int]:
-    """The tokens that must be emitted after a prompt, computed alone and without pages."""
+    """The tokens that must be emitted after a prompt, computed alone and without pages.
+
+    Args:
+        allowed: the tokens that may follow an output, ascending; all where None.
+    """
     stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(eos_token_ids))
     history = list(prompt)
     while len(history) - len(prompt) < sampling.max_tokens:
@@ -121,7 +135,8 @@ def oracle(
             hashed ^= _seen_hash(enumerate(history), 0)
         elif _counts_outputs(sampling):
             hashed ^= _seen_hash(enumerate(history), len(prompt))
-        token = _pick(hashed, seen, sampling, choice, len(prompt), vocab_size)
+        may_come = None if allowed is None else allowed(history[len(prompt) :])
+        token = _pick(hashed, seen, sampling, choice, len(prompt), vocab_size, may_come)
         if token in stops:
             break
         history.append(token)
@@ -133,13 +148,21 @@ def oracle_logprob(history: Sequence[int], token: int, groups: Sequence[CacheGro
     return _logprob(history_hash(history, groups), token)
 
 
+@dataclass
+class Unsampled:
+    """A masked step that waits for its masks: of each row, slot, first place, end and drafts."""
+
+    inputs: StepInputs
+    spans: list[tuple[int, int, int, np.ndarray]]
+
+
 class FakeExecutor:
     """Runs steps on the host; see the module.
 
     Attributes:
         num_positions: positions run so far; num_sampled: tokens sampled so far.
         num_accepted: drafts so far that were what was sampled in their places.
-        calls: device calls so far, by decode steps a call.
+        calls: device calls so far, by decode steps a call; num_masked: of these, masked ones.
         num_mixed: of these, calls in which decoding rows stood beside chunks of several tokens.
         device_ns, page_ns: what each step tells (see `StepOutputs`).
         fail_at: step number at which `launch` raises, if set.
@@ -164,6 +187,7 @@ class FakeExecutor:
         self.num_accepted = 0
         self.calls: list[int] = []
         self.num_mixed = 0
+        self.num_masked = 0
         self.fail_at: int | None = None
         self.compiles_after_warmup = 0
         self.device_ns = 0
@@ -174,15 +198,31 @@ class FakeExecutor:
         self._host = [np.full((pages, 2, page_size), 10**6, np.int64) for pages in host_pages]
         self._tables = [np.zeros((max_rows + 1, max_pages), np.int64) for _ in groups]
         self._last = np.zeros(max_rows + 1, np.int64)
+        self._open: list[StepOutputs | Unsampled] = []
         self._slots: list[tuple[SamplingParams, int, int] | None] = [None] * (max_rows + 1)
         self._seen: list[list[tuple[int, int]]] = [[] for _ in range(max_rows + 1)]
 
-    def launch(self, inputs: Sequence[StepInputs]) -> list[StepOutputs]:
+    def launch(self, inputs: Sequence[StepInputs]) -> list[StepOutputs | Unsampled]:
         """Runs the step of one copy at once; the results wait for `collect`."""
         (own,) = inputs
-        return [self._run(own)]
+        assert not any(isinstance(step, Unsampled) for step in self._open), "it has no masks yet"
+        self._open = [self._run(own)]
+        return self._open
 
-    def _run(self, inputs: StepInputs) -> StepOutputs:
+    def sample(
+        self, launched: list[StepOutputs | Unsampled], masks: Sequence[np.ndarray]
+    ) -> list[StepOutputs | Unsampled]:
+        """Samples the step that was launched last by its masks."""
+        (step,), (own,) = launched, masks
+        assert launched is self._open and isinstance(step, Unsampled)
+        sampling = step.inputs.program.sampling
+        assert own.shape == (sampling.num_places, -(-self.vocab_size // 32))
+        assert own.dtype == np.uint32
+        self.num_masked += 1
+        self._open = [self._outputs(step.inputs, [self._sample_rows(step.inputs, step.spans, own)])]
+        return self._open
+
+    def _run(self, inputs: StepInputs) -> StepOutputs | Unsampled:
         if self.fail_at == len(self.calls):
             raise RuntimeError("the fake device was told to fail")
         self.calls.append(inputs.program.decode_steps)
@@ -190,7 +230,18 @@ class FakeExecutor:
         num_chunks = inputs.num_live_rows - inputs.num_decode_rows
         self.num_mixed += bool(inputs.num_decode_rows) and chunk_tokens > num_chunks
         self._change_state(inputs)
-        steps = [self._decode_step(inputs, i) for i in range(inputs.program.decode_steps)]
+        if inputs.masked:
+            assert inputs.program.decode_steps == 1
+            return Unsampled(inputs, self._enter(inputs, 0))
+        steps = [
+            self._sample_rows(inputs, self._enter(inputs, step), None)
+            for step in range(inputs.program.decode_steps)
+        ]
+        return self._outputs(inputs, steps)
+
+    def _outputs(
+        self, inputs: StepInputs, steps: list[tuple[np.ndarray, np.ndarray]]
+    ) -> StepOutputs:
         tokens = np.concatenate([tokens for tokens, _ in steps])
         outputs = StepOutputs(token_ids=tokens, device_ns=self.device_ns, page_ns=self.page_ns)
         if inputs.logprobs:
@@ -200,9 +251,11 @@ class FakeExecutor:
             outputs.prompt_logprobs = self._prompt_logprobs(inputs)
         return outputs
 
-    def collect(self, launched: list[StepOutputs]) -> list[StepOutputs]:
+    def collect(self, launched: list[StepOutputs | Unsampled]) -> list[StepOutputs]:
         """The results of a launched step."""
-        return launched
+        (step,) = launched
+        assert isinstance(step, StepOutputs), "a masked step was not sampled"
+        return [step]
 
     def count_work(self, inputs: StepInputs) -> tuple[int, int]:
         """No FLOPs, no bytes."""
@@ -226,8 +279,8 @@ class FakeExecutor:
             assert page > 0, "page 0 is never handed out"
             self._tokens[group][page], self._positions[group][page] = self._host[group][host_page]
 
-    def _decode_step(self, inputs: StepInputs, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and hashes, [1 + draft_tokens, R]."""
+    def _enter(self, inputs: StepInputs, step: int) -> list[tuple[int, int, int, np.ndarray]]:
+        """Writes a decode step's tokens."""
         starts = inputs.query_starts
         spans = []
         for row in range(inputs.num_live_rows):  # all rows write before any reads, as on a device
@@ -240,17 +293,28 @@ class FakeExecutor:
             self._write(slot, np.arange(end - num, end), tokens)
             self._seen[slot] += zip(range(end - num, end), tokens.tolist(), strict=True)
             num_drafts = num - 1 if inputs.program.draft_tokens else 0
-            spans.append((slot, end - num_drafts, tokens[num - num_drafts :]))
+            place = int(starts[row]) if inputs.program.draft_tokens else row
+            spans.append((slot, place, end - num_drafts, tokens[num - num_drafts :]))
             self.num_positions += num
+        return spans
+
+    def _sample_rows(
+        self,
+        inputs: StepInputs,
+        spans: list[tuple[int, int, int, np.ndarray]],
+        masks: np.ndarray | None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and hashes, [1 + draft_tokens, R]."""
         shape = 1 + inputs.program.draft_tokens, inputs.program.num_rows
         sampled = np.full(shape, NOT_ACCEPTED, np.int64)
         hashes = np.zeros(shape, np.uint64)
-        for row, (slot, end, drafts) in enumerate(spans):
+        for row, (slot, first, end, drafts) in enumerate(spans):
             if not inputs.samples[row]:
                 continue
             self.num_sampled += 1 + len(drafts)
             for place in range(1 + len(drafts)):
-                token, hashed = self._sample(slot, end + place)
+                mask = None if masks is None else masks[first + place]
+                token, hashed = self._sample(slot, end + place, mask)
                 sampled[place, row], hashes[place, row] = token, hashed
                 self._last[slot] = token
                 if place == len(drafts) or token != drafts[place]:
@@ -258,7 +322,7 @@ class FakeExecutor:
                 self.num_accepted += 1
         return sampled, hashes
 
-    def _sample(self, slot: int, end: int) -> tuple[int, int]:
+    def _sample(self, slot: int, end: int, mask: np.ndarray | None) -> tuple[int, int]:
         """The token after a slot's first `end` ones, and the hash it comes of."""
         state = self._slots[slot]
         assert state is not None, f"slot {slot} was never joined"
@@ -269,7 +333,11 @@ class FakeExecutor:
             hashed ^= _seen_hash(self._seen[slot], 0)
         elif _counts_outputs(sampling):
             hashed ^= _seen_hash(self._seen[slot], prompt_len)
-        return _pick(hashed, seen, sampling, choice, prompt_len, self.vocab_size), hashed
+        allowed = None
+        if mask is not None and not (mask == 0xFFFF_FFFF).all():
+            allowed = [t for t in range(self.vocab_size) if mask[t >> 5] >> (t & 31) & 1]
+        picked = _pick(hashed, seen, sampling, choice, prompt_len, self.vocab_size, allowed)
+        return picked, hashed
 
     def _write(self, slot: int, positions: np.ndarray, tokens: np.ndarray) -> None:
         for group, table in enumerate(self._tables):

@@ -15,7 +15,7 @@ from jaxserve.device.step import StepInputs, StepOutputs
 from jaxserve.engine import process
 from jaxserve.engine.parts import Parts, Progressing
 from tests.fakes import engine
-from tests.fakes.executor import FakeExecutor
+from tests.fakes.executor import FakeExecutor, Unsampled
 
 KILLER = 511
 HANGER = 510
@@ -27,7 +27,7 @@ class DeadlyExecutor(FakeExecutor):
 
     _first: dict[int, int]  # by slot: the first token of what runs there
 
-    def _run(self, inputs: StepInputs) -> StepOutputs:
+    def _run(self, inputs: StepInputs) -> StepOutputs | Unsampled:
         starts = inputs.query_starts
         for row in range(inputs.num_live_rows):
             slot, length = int(inputs.rows[row]), int(inputs.context_lens[row])

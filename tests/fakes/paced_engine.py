@@ -11,6 +11,9 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from jaxserve.config import Config
 from jaxserve.device.step import StepInputs, StepOutputs
@@ -39,7 +42,7 @@ class PacedExecutor:
         """None ever."""
         return 0
 
-    def launch(self, inputs: Sequence[StepInputs]) -> tuple[float, float, list[StepOutputs]]:
+    def launch(self, inputs: Sequence[StepInputs]) -> tuple[float, float, Any]:
         """Starts a call behind the one before."""
         (own,) = inputs
         prefill_tokens = int(own.query_starts[own.num_live_rows]) - own.num_decode_rows
@@ -47,9 +50,17 @@ class PacedExecutor:
         self._free_s = max(self._free_s, time.monotonic()) + took_s
         return self._free_s, took_s, self._device.launch(inputs)
 
-    def collect(self, launched: tuple[float, float, list[StepOutputs]]) -> list[StepOutputs]:
+    def sample(
+        self, launched: tuple[float, float, Any], masks: Sequence[np.ndarray]
+    ) -> tuple[float, float, Any]:
+        """At the end of the same call."""
+        at_s, took_s, step = launched
+        return at_s, took_s, self._device.sample(step, masks)
+
+    def collect(self, launched: tuple[float, float, Any]) -> list[StepOutputs]:
         """Waits until the call is over."""
-        at_s, took_s, outputs = launched
+        at_s, took_s, step = launched
+        outputs = self._device.collect(step)
         time.sleep(max(0.0, at_s - time.monotonic()))
         outputs[0].device_ns = int(took_s * 1e9)
         return outputs

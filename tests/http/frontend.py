@@ -20,12 +20,15 @@ from jaxserve.config import (
     LimitsConfig,
     ModelConfig,
     SchedulerConfig,
+    StructuredConfig,
+    ToolsConfig,
 )
 from jaxserve.engine.thread import EngineThread
 from jaxserve.http.app import create_app
 from jaxserve.http.auth import KeyRing
 from jaxserve.limits.store import Store
 from jaxserve.protocol.client import EngineClient
+from jaxserve.text.vocabulary import vocabulary_of
 from jaxserve.types import SamplingParams
 from tests.fakes.engine import fake_parts, oracle
 from tests.fakes.tokenizer import ByteTokenizer
@@ -41,6 +44,9 @@ TIMEOUT_S = 60
 
 class PlainTemplate:
     """A chat template that needs no Jinja: one line a message."""
+
+    source = tools_source = ""
+    knows_tools = False
 
     def render(
         self,
@@ -88,11 +94,15 @@ class Front:
         keys: KeyRing | None = None,
         limits: LimitsConfig | None = None,
         store: Store | None = None,
+        structured: StructuredConfig | None = None,
+        tools: ToolsConfig | None = None,
         **headers: str,
     ) -> None:
         self.engine = engine
         self._runner = asyncio.Runner()
-        self.client = EngineClient(engine.connect())
+        self.client = EngineClient(
+            engine.connect(), vocabulary=lambda: vocabulary_of(ByteTokenizer())
+        )
         self.run(self._start())
         self.app = create_app(
             self.client,
@@ -103,6 +113,8 @@ class Front:
             keys=keys,
             limits=limits,
             store=store,
+            structured=structured,
+            tools=tools,
         )
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app, raise_app_exceptions=False),
@@ -134,6 +146,7 @@ class Front:
         """Ends the client and the loop."""
         self.run(self.http.aclose())
         self.run(self.app.frontend.gate.close())
+        self.run(self.app.frontend.grammars.close())
         self.run(self.client.close())
         self._runner.close()
 
@@ -150,10 +163,11 @@ def front(
     *,
     limits: LimitsConfig | None = None,
     store: Store | None = None,
+    structured: StructuredConfig | None = None,
 ) -> Iterator[Front]:
     """An application over an engine of its own."""
     with EngineThread(config, fake_parts) as engine:
-        made = Front(engine, http, keys, limits, store)
+        made = Front(engine, http, keys, limits, store, structured)
         try:
             yield made
         finally:

@@ -14,6 +14,8 @@ import httpx
 
 from tests.http.test_serve import TIMEOUT_S, children, command
 
+#: Modules of tests.fakes that are engines.
+ENGINES = ("engine", "killer", "paced_engine")
 #: Everything that a storm does is done within this time.
 STORM_S = 120
 
@@ -87,7 +89,7 @@ def engine_of(server_pid: int) -> int | None:
     """The engine's pid, if there is one now."""
     for pid in children(server_pid):
         try:
-            if "fakes.engine" in command(pid) or "fakes.killer" in command(pid):
+            if any(f"fakes.{name}" in command(pid) for name in ENGINES):
                 return pid
         except OSError:  # it ended just now
             pass

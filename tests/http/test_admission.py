@@ -67,6 +67,18 @@ def test_a_stream_that_has_begun_ends_with_the_error(long: Front):
     wait_idle(long)
 
 
+def test_a_response_has_deadlines_too():
+    body = {"input": "hi", "max_output_tokens": 50_000, "ignore_eos": True, "timeout": 0.5}
+    with make_front(config=LONG) as made:
+        streamed = made.post("/v1/responses", body | {"stream": True})
+        assert streamed.status_code == 200
+        *_, last = streamed.text.strip().split("\n\n")
+        assert last.startswith("event: response.failed\n")
+        error = json.loads(last.partition("data: ")[2])["response"]["error"]
+        assert error["code"] == "server_error" and "deadline" in error["message"]
+        wait_idle(made)
+
+
 def test_the_default_deadline_is_for_those_that_name_none():
     with make_front(config=LONG, limits=LimitsConfig(default_timeout_s=0.3)) as made:
         assert made.post(CHAT, ENDLESS).status_code == 504
@@ -179,7 +191,9 @@ def test_a_refusal_comes_before_any_work_within_5_ms(monkeypatch):
             assert 60 >= int(head["retry-after"]) >= 1
             best_s = min(best_s, seconds)
         assert best_s < 0.005
+    monkeypatch.undo()
     with loaded() as made:
+        refuse_to_tokenize(monkeypatch)
         best_s = 1.0
         for _ in range(30):
             status, _, reads, seconds = call(made, {}, body | {"timeout": 5})

@@ -13,6 +13,7 @@ from tests.http.frontend import CONFIG, expected
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+RESPONSES = "/v1/responses"
 HI = [{"role": "user", "content": "hi"}]
 
 
@@ -133,7 +134,7 @@ WRONG: list[tuple[tuple[str, dict], str | None, str]] = [
     (chat(messages=[{}]), "messages[0].role", "null"),
     (chat(messages=[{"role": "wizard", "content": "x"}]), "messages[0].role", "wizard"),
     (chat(messages=[{"role": ["user"], "content": "x"}]), "messages[0].role", "list"),
-    (chat(messages=[{"role": "tool", "content": "x"}]), "messages[0].role", "tools"),
+    (chat(messages=[{"role": "tool", "content": "x"}]), "messages[0].tool_call_id", "null"),
     (chat(messages=[*HI, {"role": "user"}]), "messages[1].content", "null"),
     (chat(messages=[{"role": "user", "content": 5}]), "messages[0].content", "5"),
     (chat(messages=[{"role": "user", "content": []}]), "messages[0].content", "list of 0"),
@@ -156,7 +157,7 @@ WRONG: list[tuple[tuple[str, dict], str | None, str]] = [
     (chat(logprobs=2), "logprobs", "2"),
     (chat(top_logprobs=2), "top_logprobs", "logprobs"),
     (chat(logprobs=True, top_logprobs=21), "top_logprobs", "20"),
-    (chat(tools=[{"type": "function"}]), "tools", "not supported"),
+    (chat(tools=[{"type": "function"}]), "tools[0].function", "null"),
     (chat(tool_choice="required"), "tool_choice", "required"),
     (chat(functions=[{}]), "functions", "not supported"),
     (chat(response_format={"type": "json_schema"}), "response_format", "text"),
@@ -164,6 +165,8 @@ WRONG: list[tuple[tuple[str, dict], str | None, str]] = [
     (chat(chat_template="{{ 7*7 }}"), "chat_template", "client"),
     (chat(chat_template_kwargs={"messages": []}), "chat_template_kwargs", "messages"),
     (chat(chat_template_kwargs={"self": 1}), "chat_template_kwargs", "self"),
+    (chat(chat_template_kwargs={"toolbox": 1}), "chat_template_kwargs", "toolbox"),
+    (chat(chat_template_kwargs={"template": 1}), "chat_template_kwargs", "template"),
     (chat(chat_template_kwargs=5), "chat_template_kwargs", "5"),
     (chat(reasoning_effort="high"), "reasoning_effort", "high"),
     (chat(prompt="x"), "prompt", "unknown"),
@@ -297,6 +300,8 @@ FIELDS = (
     "min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "echo",
     "ignore_eos", "return_token_ids", "priority", "user", "metadata", "tools", "response_format",
     "chat_template_kwargs", "add_generation_prompt", "skip_special_tokens", "suffix", "tokens",
+    "tool_choice", "parallel_tool_calls", "input", "instructions", "max_output_tokens", "include",
+    "text", "reasoning",
 )  # fmt: skip
 
 json_values = st.recursive(
@@ -306,11 +311,12 @@ json_values = st.recursive(
     | st.integers(-3, 20)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=20)
-    | st.sampled_from(["fake", "user", "system", "text", "a"]),
+    | st.sampled_from(["fake", "user", "system", "text", "a", "function", "required"]),
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(
-            st.sampled_from(["role", "content", "type", "text", "5"]) | st.text(max_size=5),
+            st.sampled_from(["role", "content", "type", "text", "5", "function", "name", "format"])
+            | st.text(max_size=5),
             inner,
             max_size=4,
         )
@@ -323,12 +329,13 @@ json_values = st.recursive(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    path=st.sampled_from([CHAT, COMPLETIONS, "/tokenize", "/detokenize"]),
+    path=st.sampled_from([CHAT, COMPLETIONS, RESPONSES, "/tokenize", "/detokenize"]),
     base=st.booleans(),
     values=st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=8), json_values, max_size=5),
 )
 def test_no_body_ever_gives_a_500(front, path, base, values):
-    body = {"prompt": "hi"} if path == COMPLETIONS else {"messages": HI}
+    bodies = {COMPLETIONS: {"prompt": "hi"}, RESPONSES: {"input": "hi"}}
+    body = bodies.get(path, {"messages": HI})
     response = front.post(path, (body if base else {}) | values)
     assert response.status_code in (200, 400, 403, 404), response.text
     if response.status_code != 200:

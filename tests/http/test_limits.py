@@ -128,6 +128,22 @@ def test_headers_and_refusal_are_openais(tmp_path):
         assert 'jaxserve_requests_total{route="/v1/completions",status="429"} 3.0' in metrics
 
 
+def test_a_response_is_charged_what_it_used_and_refused_by_what_it_asks(tmp_path):
+    body = {"input": "hi", "max_output_tokens": 8, "ignore_eos": True}
+    tool = {"type": "function", "name": "f", "description": "x" * 3000}
+    with limited(tmp_path, {"limits": {"tokens_per_minute": 600}}) as server:
+        done = server.front.post("/v1/responses", body, headers=KEY)
+        used = done.json()["usage"]["total_tokens"]
+        assert server.level("tokens") == 600 - used and used == len("user: hi\nassistant: ") + 8
+        assert done.headers["x-ratelimit-remaining-tokens"] == str(600 - used)
+        for more in ({"max_output_tokens": 590}, {"tools": [tool]}, {"instructions": "x" * 3000}):
+            refused = server.front.post("/v1/responses", body | more, headers=KEY)
+            assert refused.status_code in (400, 429), more
+            code = refused.json()["error"]["code"]
+            assert code in ("request_exceeds_rate_limit", "rate_limit_exceeded"), more
+        assert server.level("tokens") == 600 - used
+
+
 def test_what_is_charged_is_what_was_used(tmp_path):
     with limited(tmp_path, {"limits": {"tokens_per_minute": 600}}) as server:
         stopped = server.complete(max_tokens=100, ignore_eos=False, prompt="ab", seed=3)

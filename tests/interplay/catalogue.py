@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from jaxserve.structured.grammars import regex
 from jaxserve.types import FinishReason
 from tests.interplay.features import Feature, Trial
 from tests.interplay.worlds import Probe
@@ -71,9 +72,20 @@ def _was_found(trial: Trial) -> bool:
     if trial.engine.scheduler.prefix_lookup_tokens == 0:  # none where output is batch-invariant
         return any("engine.batch_invariant=true" in f.settings for f in trial.features)
     if len(trial.engines) > 1:  # the last one's cache began empty
-        return trial.engines[0].scheduler.prefix_hit_tokens > 0
+        found = any(engine.scheduler.prefix_hit_tokens for engine in trial.engines)
+        return found or any(record.preemptions for record in trial.records)
     found = any(outcomes[0].record.cached_tokens >= 16 for outcomes in trial.outcomes)
     return found or any(record.preemptions for record in trial.records)
+
+
+def _grammar(probe: Probe) -> None:
+    """Some tokens must come, others may; it does not end before the probe does."""
+    probe.shape(grammar=regex("(k=[0-9]{9};){20}"), ignore_eos=False)
+
+
+def _was_masked(trial: Trial) -> bool:
+    devices = [engine.executor for engine in trial.engines]
+    return any(device.num_masked for device in devices)
 
 
 def _urgent(probe: Probe) -> None:
@@ -89,6 +101,7 @@ FEATURES = (
         before=_draft_alone,
         acted=_drafted_if_it_may,
     ),
+    Feature(name="grammar", shape=_grammar, acted=_was_masked),
     Feature(name="logprobs", shape=_logprobs),
     Feature(name="penalties", shape=_penalties),
     Feature(name="seed", shape=_seed),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Callable
 
 from jaxserve.protocol.client import ClientTransport, SyncClient
 from jaxserve.protocol.messages import Cancel, ClientMessage, GetStatus
 from jaxserve.protocol.streams import Dispatcher
+from jaxserve.types import Vocabulary
 
 
 class ReplayingClient(SyncClient):
@@ -15,8 +17,10 @@ class ReplayingClient(SyncClient):
     It takes one message in at a time, so that there is something left that a death can take.
     """
 
-    def __init__(self, transport: ClientTransport) -> None:
-        super().__init__(transport)
+    def __init__(
+        self, transport: ClientTransport, vocabulary: Callable[[], Vocabulary] | None = None
+    ) -> None:
+        super().__init__(transport, vocabulary=vocabulary)
         self._dispatcher = Dispatcher(journal=True)
 
     def send(self, message: ClientMessage) -> None:

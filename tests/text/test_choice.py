@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxserve.errors import InvalidRequest
 from jaxserve.text.choice import ChoiceText, TextDelta
-from tests.fakes.tokenizer import BOS, EOS, ByteTokenizer
+from tests.fakes.tokenizer import BOS, EOS, IM_END, IM_START, ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 
@@ -177,3 +177,9 @@ def test_time_grows_linearly(stop: list[str], text: bytes) -> None:
     long = min(seconds(80_000, stop, text) for _ in range(2))
     assert long < 8 * short * 4  # quadratic would be 64 times
     assert long / 80_000 < 50e-6
+
+
+def test_control_tokens_may_be_shown_one_by_one() -> None:
+    """A notation's markers are part of the text, the model's other control tokens are not."""
+    text = ChoiceText(ByteTokenizer(), [], shown=frozenset({IM_START}))
+    assert text.add([IM_END, 97, IM_START, IM_END]).text == "a<|im_start|>"

@@ -1,0 +1,126 @@
+"""Sampling a masked step's rows: the program that follows it, and what the host gives to that.
+
+The step has left its hidden states in the device state (`programs`). While it runs the host reads
+the tokens of the step before and makes the masks; so their cost hides behind the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, UInt
+
+from jaxserve.device.acceptance import accept
+from jaxserve.device.programs import StepResults, keep_last, pack_logprobs, sample_rows
+from jaxserve.device.state import DeviceState
+from jaxserve.device.step import MaskedSampling, StepInputs
+from jaxserve.models.decoder import Decoder
+from jaxserve.sampling.mask import mask_logits
+from jaxserve.sampling.spread import ONE_DEVICE, Spread
+from jaxserve.sampling.state import num_mask_words
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class MaskedInputs:
+    """What the host gives: N places, of R rows.
+
+    Attributes:
+        scalars: live places, and whether log-probabilities are wanted.
+        places: slot and position of the token sampled there, whether it is, and the step's token
+            there (which says whether a draft held).
+        query_starts: of each row, as `StepInputs`; samples: likewise.
+        masks: as `mask_logits` takes them.
+    """
+
+    scalars: Int[np.ndarray | Array, "2"]
+    places: Int[np.ndarray | Array, "4 N"]
+    query_starts: Int[np.ndarray | Array, "R+1"]
+    samples: Int[np.ndarray | Array, "R"]
+    masks: UInt[np.ndarray | Array, "N W"]
+
+
+def make_sampling(
+    model_structure: Any, sampling: MaskedSampling, spread: Spread = ONE_DEVICE
+) -> Callable[[list[Array], DeviceState, MaskedInputs], tuple[DeviceState, StepResults]]:
+    """The program; its results are those that the step left out.
+
+    Args:
+        model_structure: as `programs.make_step`.
+        spread: how the logits lie on the devices.
+    """
+
+    def choose(
+        params: list[Array], state: DeviceState, inputs: MaskedInputs
+    ) -> tuple[DeviceState, StepResults]:
+        model: Decoder = jax.tree.unflatten(model_structure, params)
+        slots, positions, live, token_ids = inputs.places
+        num_live, wants_logprobs = inputs.scalars
+        with jax.named_scope("sampling"):
+            logits = model.logits(state.hidden[: sampling.num_places], num_live)
+            masked = mask_logits(logits, jnp.asarray(inputs.masks))
+            places = slots, positions, live != 0
+            sampled, logprobs = sample_rows(
+                logits, masked, state.sampling, places, wants_logprobs != 0, spread
+            )
+            beside = pack_logprobs(logprobs)
+            samples, starts = inputs.samples != 0, jnp.asarray(inputs.query_starts)
+            if sampling.draft_tokens:
+                accepted = accept(sampled, token_ids, starts, sampling.draft_tokens)
+                rows = slots[jnp.minimum(starts[:-1], sampling.num_places - 1)]
+                last = keep_last(state.last_tokens, rows, samples, accepted.last)
+                found = accepted.token_ids, beside[accepted.places]
+            else:
+                last = keep_last(state.last_tokens, slots, samples, sampled)
+                found = sampled[None], beside[None]
+        state = replace(state, last_tokens=last)
+        return state, StepResults(token_ids=found[0], logprobs=found[1], prompt_logprobs=None)
+
+    return choose
+
+
+# ---------------------------------------------------------------------------- the host's side
+
+
+def masked_inputs(
+    inputs: StepInputs, masks: UInt[np.ndarray, "N W"], *, logprobs: bool
+) -> MaskedInputs:
+    """What goes with a step's masks.
+
+    Args:
+        masks: of each of the sampling's places.
+        logprobs: whether any copy of the model wants log-probabilities.
+    """
+    sampling = inputs.program.sampling
+    places = np.zeros((4, sampling.num_places), np.int32)
+    if sampling.draft_tokens:
+        num_live = int(inputs.query_starts[inputs.num_live_rows])
+        sizes = np.diff(inputs.query_starts)
+        row_of = np.repeat(np.arange(len(sizes)), sizes)
+        place = np.arange(num_live)
+        behind = inputs.query_starts[1:][row_of] - place - 1  # tokens of the row after this one
+        places[0, :num_live] = inputs.rows[row_of]
+        places[1, :num_live] = inputs.context_lens[row_of] - behind
+        places[2, :num_live] = 1
+        places[3] = inputs.token_ids[: sampling.num_places]
+    else:
+        num_live = inputs.num_live_rows
+        places[:3] = inputs.rows, inputs.context_lens, inputs.samples
+    return MaskedInputs(
+        scalars=np.array([num_live, logprobs], np.int32),
+        places=places,
+        query_starts=inputs.query_starts.astype(np.int32),
+        samples=inputs.samples.astype(np.int32),
+        masks=masks,
+    )
+
+
+def padding_masks(sampling: MaskedSampling, vocab_size: int) -> UInt[np.ndarray, "N W"]:
+    """Masks that rule nothing out."""
+    shape = (sampling.num_places, num_mask_words(vocab_size))
+    return np.full(shape, np.uint32(0xFFFF_FFFF), np.uint32)
