@@ -32,6 +32,7 @@ from jax.sharding import Mesh
 from jax.stages import Lowered
 
 from jaxserve.device import programs
+from jaxserve.device.clock import DeviceClock
 from jaxserve.device.compiles import compile_counter
 from jaxserve.device.host_store import HostStore
 from jaxserve.device.hosts import Hosts
@@ -81,6 +82,9 @@ class Executor:
         hosts: that the mesh spans, where it is more than this one.
         host_pages: of each cache group, in the host's memory, for each copy of the model; none
             where there is no host store, nor on several hosts.
+
+    Attributes:
+        clock: of the device, for whoever else launches calls on it.
     """
 
     def __init__(
@@ -115,7 +119,7 @@ class Executor:
         self._plans = PlanLayout({})
         self._counter = compile_counter()
         self._compiles_at_warmup = 0
-        self._ready_ns = 0
+        self.clock = DeviceClock()
 
     # ------------------------------------------------------------------ start-up
 
@@ -252,10 +256,7 @@ class Executor:
         inputs, results = launched.inputs, launched.results
         assert results is not None
         token_ids = np.asarray(results.token_ids)
-        ready_ns = time.monotonic_ns()
-        device_ns = ready_ns - max(launched.launched_ns, self._ready_ns)
-        idle_ns = max(0, launched.launched_ns - self._ready_ns) if self._ready_ns else 0
-        self._ready_ns = ready_ns
+        device_ns, idle_ns = self.clock.collected(launched.launched_ns)
         logprobs = of_prompt = None
         if any(own.logprobs for own in inputs):
             logprobs = np.asarray(results.logprobs)

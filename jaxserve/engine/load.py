@@ -29,6 +29,7 @@ from jaxserve.device.sharding import make_mesh, param_sharding, tensor_parallel
 from jaxserve.device.state import init_device_state
 from jaxserve.engine.batches import Batches
 from jaxserve.engine.layout import log_layout
+from jaxserve.engine.load_embedding import load_embedding
 from jaxserve.engine.parts import Parts, Progressing
 from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.models.decoder import Decoder
@@ -136,6 +137,8 @@ def parts_of(
     buckets = buckets_for(config, model.options, mesh.devices.flat[0].platform)
     host_pages = _host_pages(config, model, info, num_pages, mesh.shape["data"])
     executor = _executor(config, model, info, num_pages, host_pages, mesh, buckets, hosts)
+    # First the embedding programs: what is compiled after the executor's warm-up is counted.
+    embedding = load_embedding(config, model, mesh, executor.clock, progress)
     executor.warm_up(progress, config.engine.compile_threads)
     return Parts(
         model=info,
@@ -147,6 +150,7 @@ def parts_of(
         host_pages=host_pages,
         hosts=hosts,
         follow=executor.follow if config.parallel.host else None,
+        embedding=embedding,
     )
 
 

@@ -23,14 +23,15 @@ from collections.abc import Sequence as Seq
 from jaxserve.engine.check import request_number
 from jaxserve.engine.recorder import Recorder
 from jaxserve.errors import RequestQuarantined
-from jaxserve.protocol.messages import Finished, SequenceRecord, Submit
+from jaxserve.protocol.messages import Embed, Finished, SequenceRecord, Submit
+from jaxserve.protocol.replay import num_prompt_tokens, some_texts
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.types import FinishReason
 
 #: How long a trial waits for requests of its group, which their clients may have given up.
 ARRIVAL_S = 3.0
 
-Held = tuple[Hashable, Submit]
+Held = tuple[Hashable, Submit | Embed]
 
 
 class Probation:
@@ -70,7 +71,7 @@ class Probation:
         """Sequences that wait here."""
         return sum(len(message.sequence_ids) for _, message in self._held)
 
-    def check(self, message: Submit) -> None:
+    def check(self, message: Submit | Embed) -> None:
         """Refuses what is quarantined.
 
         Raises:
@@ -82,7 +83,7 @@ class Probation:
                 "alone; the others go on without it. Do not send it again as it is"
             )
 
-    def holds(self, client: Hashable, message: Submit) -> bool:
+    def holds(self, client: Hashable, message: Submit | Embed) -> bool:
         """Whether a request has to wait; it is kept then."""
         if self._trial == len(self._trials) and message.request_key not in self._suspects:
             return False
@@ -103,7 +104,7 @@ class Probation:
             return []
         return self._end_trial()
 
-    def watch(self, message: Submit, sequences: list[Sequence]) -> None:
+    def watch(self, message: Submit | Embed, sequences: Seq[Sequence]) -> None:
         """A request was let in as these sequences."""
         if self._trial < len(self._trials) and message.request_key in self._trials[self._trial]:
             self._watched += [(s, len(s.token_ids) + self._tokens) for s in sequences]
@@ -168,11 +169,12 @@ def _stands(sequence: Sequence, length: int) -> bool:
     return sequence.reason is not None or len(sequence.token_ids) >= length
 
 
-def _end(message: Submit, sequence_id: int, reason: FinishReason) -> Finished:
+def _end(message: Submit | Embed, sequence_id: int, reason: FinishReason) -> Finished:
     """The end of a sequence that this engine did not begin."""
-    prompt_tokens = sum(len(segment.token_ids) for segment in message.prompt)
     place = message.sequence_ids.index(sequence_id)
-    num_emitted = len(message.emitted[place]) if message.emitted else 0
+    prompt_tokens = num_prompt_tokens(message, place)
+    emitted = message.emitted if isinstance(message, Submit) else []
+    num_emitted = len(emitted[place]) if emitted else 0
     record = SequenceRecord(
         prompt_tokens=prompt_tokens,
         output_tokens=num_emitted,
@@ -184,9 +186,11 @@ def _end(message: Submit, sequence_id: int, reason: FinishReason) -> Finished:
     return Finished(sequence_id=sequence_id, reason=reason, record=record)
 
 
-def _without(message: Submit, sequence_ids: Collection[int]) -> Submit:
+def _without(message: Submit | Embed, sequence_ids: Collection[int]) -> Submit | Embed:
     """A request less some of its sequences."""
     kept = [i for i, number in enumerate(message.sequence_ids) if number not in sequence_ids]
+    if isinstance(message, Embed):
+        return some_texts(message, kept)
     choices = message.choices or list(range(len(message.sequence_ids)))
     emitted = message.emitted or [[]] * len(message.sequence_ids)
     return dataclasses.replace(

@@ -26,13 +26,14 @@ from typing import NoReturn
 
 from jaxserve.config import Config
 from jaxserve.device.hosts import EXIT_LOST, Hosts
+from jaxserve.engine.embedding import Embedding
 from jaxserve.engine.greeter import Greeter
 from jaxserve.engine.loop import Engine
 from jaxserve.engine.parts import Factory, Parts, Progressing
 from jaxserve.engine.probation import Probation
 from jaxserve.engine.recorder import FlightRecorder, NoRecorder, Recorder
 from jaxserve.errors import HostLost, JaxserveError
-from jaxserve.protocol.flight import NUM_STEPS
+from jaxserve.protocol.flight import NUM_STEPS, flight_requests
 from jaxserve.protocol.parent import follow_parent
 from jaxserve.protocol.server import ServerTransport
 from jaxserve.protocol.spawn import EngineSettings, fingerprint
@@ -168,7 +169,17 @@ def build_engine(
         cache=config.cache,
         batch_invariant=config.engine.batch_invariant,
     )
-    return Engine(parts.model, scheduler, parts.batch, parts.executor, server, recorder, probation)
+    recorder = recorder or NoRecorder()
+    return Engine(
+        parts.model,
+        scheduler,
+        parts.batch,
+        parts.executor,
+        server,
+        recorder,
+        probation,
+        Embedding(parts.embedding, config.embeddings, config.scheduler, recorder),
+    )
 
 
 def _recorder(settings: EngineSettings) -> Recorder:
@@ -177,7 +188,9 @@ def _recorder(settings: EngineSettings) -> Recorder:
         return NoRecorder()
     config = settings.config
     max_rows, copies = config.scheduler.max_rows, config.parallel.data
-    return FlightRecorder(settings.flight, config.engine, max_rows, copies)
+    return FlightRecorder(
+        settings.flight, config.engine, max_rows, copies, max_requests=flight_requests(config)
+    )
 
 
 def watch_steps(engine: Engine, timeout_s: float, on_hang: Callable[[float], None]) -> None:

@@ -18,20 +18,24 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 
-from jaxserve.config import HttpConfig, LimitsConfig
+from jaxserve.config import EmbeddingsConfig, HttpConfig, LimitsConfig
 from jaxserve.errors import InvalidRequest, JaxserveError
 from jaxserve.http.auth import Authentication, KeyRing
 from jaxserve.http.chat import read_chat
 from jaxserve.http.completions import read_completion
+from jaxserve.http.embeddings import EMBEDDINGS
 from jaxserve.http.errors import MethodNotAllowed, NotFound, error_body, send_error
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.gate import CAPPED_HEADER, Gate
 from jaxserve.http.generate import GenerationEndpoint
 from jaxserve.http.metrics import Metrics
 from jaxserve.http.probes import Health, Models, PrometheusMetrics, Ready
+from jaxserve.http.score import RERANK, SCORE
+from jaxserve.http.texts import TextsEndpoint
 from jaxserve.http.tokens import Detokenize, Tokenize
 from jaxserve.limits.store import Store
 from jaxserve.protocol.client import EngineClient
+from jaxserve.text.embedding import EmbeddingText
 from jaxserve.text.template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
 
@@ -63,6 +67,8 @@ def create_app(
     metrics: Metrics | None = None,
     limits: LimitsConfig | None = None,
     store: Store | None = None,
+    embeddings: EmbeddingText | None = None,
+    embeddings_config: EmbeddingsConfig | None = None,
 ) -> Arrival:
     """The application over a client that has been started.
 
@@ -73,6 +79,8 @@ def create_app(
         metrics: of this process; its own where None.
         limits: of admission; the defaults where None.
         store: of rate limits; None where no key has any.
+        embeddings: the text half of the model that embeds; None where there is none.
+        embeddings_config: limits of its requests; the defaults where None.
     """
     metrics = metrics or Metrics(lambda: client.status)
     frontend = Frontend(
@@ -85,12 +93,17 @@ def create_app(
         metrics=metrics,
         page_size=page_size,
         started_s=int(time.time()),
+        embeddings=embeddings,
+        embeddings_config=embeddings_config or EmbeddingsConfig(),
     )
     post, get = ["POST"], ["GET"]
     router = Router(
         routes=[
             Route("/v1/chat/completions", GenerationEndpoint(frontend, read_chat), methods=post),
             Route("/v1/completions", GenerationEndpoint(frontend, read_completion), methods=post),
+            Route("/v1/embeddings", TextsEndpoint(frontend, EMBEDDINGS), methods=post),
+            Route("/v1/score", TextsEndpoint(frontend, SCORE), methods=post),
+            Route("/v1/rerank", TextsEndpoint(frontend, RERANK), methods=post),
             Route("/v1/models", Models(frontend), methods=get),
             Route("/v1/models/{name:path}", Models(frontend), methods=get),
             Route("/tokenize", Tokenize(frontend), methods=post),

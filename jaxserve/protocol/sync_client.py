@@ -24,8 +24,8 @@ from jaxserve.protocol.messages import (
 )
 from jaxserve.protocol.parent import has_ended
 from jaxserve.protocol.streams import Dispatcher, SequenceEvent, StreamState
-from jaxserve.protocol.transport import HEARTBEAT_S, ClientTransport, submit_message
-from jaxserve.types import FinishReason, SamplingParams
+from jaxserve.protocol.transport import HEARTBEAT_S, ClientTransport, embed_message, submit_message
+from jaxserve.types import EmbeddingParams, FinishReason, SamplingParams
 
 
 class SyncStream:
@@ -126,6 +126,22 @@ class SyncClient:
             cache_salt=cache_salt,
             weight=weight,
             arrived_ns=arrived_ns,
+        )
+        self.send(self._dispatcher.begin(state, message))
+        return SyncStream(self, state)
+
+    def embed(
+        self,
+        texts: Sequence[Sequence[int]],
+        params: EmbeddingParams,
+        *,
+        second_starts: Sequence[int] = (),
+        priority: int = 0,
+    ) -> SyncStream:
+        """As `EngineClient.embed`."""
+        state = self._dispatcher.open(len(texts))
+        message = embed_message(
+            state, texts, params, second_starts=second_starts, priority=priority
         )
         self.send(self._dispatcher.begin(state, message))
         return SyncStream(self, state)

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from jaxserve.protocol.messages import ClientMessage, EngineMessage, Submit, TokenSegment
+from jaxserve.protocol.messages import ClientMessage, Embed, EngineMessage, Submit, TokenSegment
 from jaxserve.protocol.streams import StreamState
-from jaxserve.types import SamplingParams
+from jaxserve.types import EmbeddingParams, SamplingParams
 
 #: How often a client asks for the engine's status, which is also its own sign of life.
 HEARTBEAT_S = 1.0
@@ -34,6 +34,30 @@ class ClientTransport(Protocol):
     def abandon(self) -> None:
         """Lets go of the road at once: the engine at its end has died."""
         ...
+
+
+def embed_message(
+    state: StreamState,
+    texts: Sequence[Sequence[int]],
+    params: EmbeddingParams,
+    *,
+    second_starts: Sequence[int] = (),
+    priority: int = 0,
+    tenant: str = "",
+    weight: float = 1.0,
+    arrived_ns: int | None = None,
+) -> Embed:
+    """The message that asks for the vectors of a stream's texts."""
+    return Embed(
+        sequence_ids=list(state.sequence_ids),
+        texts=[list(text) for text in texts],
+        second_starts=list(second_starts),
+        params=params,
+        arrived_ns=time.monotonic_ns() if arrived_ns is None else arrived_ns,
+        priority=priority,
+        tenant=tenant,
+        weight=weight,
+    )
 
 
 def submit_message(
