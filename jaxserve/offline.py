@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from types import TracebackType
@@ -36,10 +37,10 @@ from tqdm import tqdm
 from jaxserve.config import Config
 from jaxserve.engine.thread import EngineThread
 from jaxserve.errors import ConfigError, InvalidRequest, JaxserveError
-from jaxserve.protocol.client import SyncClient
+from jaxserve.protocol.client import SyncClient, SyncStream
 from jaxserve.settings import load_config
 from jaxserve.text.answer import Answer, Choice, Generation, Piece
-from jaxserve.text.embedding import load_embedding_text
+from jaxserve.text.embedding import groups_of, load_embedding_text
 from jaxserve.text.request import PlannedRequest, Request, make_request, plan
 from jaxserve.text.template import ChatTemplate, load_chat_template
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
@@ -124,7 +125,6 @@ class LLM:
         self._bars = show_progress
         #: Sequences at the engine at once: enough that none of its rows waits for us.
         self._window = max(1, min(2 * config.scheduler.max_rows, config.scheduler.max_waiting))
-        self._most_waiting = max(1, config.scheduler.max_waiting)
         self._cuts = config.embeddings.over_length == "truncate"
         self._client = SyncClient(engine.connect(), silence_s=config.engine.step_timeout_s + 30.0)
         self._client.start()
@@ -229,12 +229,20 @@ class LLM:
             dimensions=dimensions,
         )
         cut = model.max_length if self._cuts else None
-        tokens = [each.ids for each in text.tokenizer.encode(listed, cut)]
+        tokens = text.tokenizer.encode(listed, cut)
         found: list[bytes] = [b""] * len(tokens)
-        for start in range(0, len(tokens), self._most_waiting):
-            for event in self._client.embed(tokens[start : start + self._most_waiting], params):
-                if event.finished is not None:
-                    found[start + event.choice] = event.finished.vector
+        groups = groups_of(tokens, model.group)
+        running: deque[tuple[list[int], SyncStream]] = deque()
+        while groups or running:
+            if groups:
+                group = groups.popleft()
+                stream = self._client.embed([tokens[place].ids for place in group], params)
+                running.append((group, stream))
+            if len(running) > 1 or not groups:  # the engine has the next group already
+                group, stream = running.popleft()
+                for event in stream:
+                    if event.finished is not None:
+                        found[group[event.choice]] = event.finished.vector
         return np.frombuffer(b"".join(found), np.float32).reshape(len(found), -1)
 
     def run(self, requests: Iterable[Request]) -> Generator[tuple[int, Generation | JaxserveError]]:

@@ -160,6 +160,7 @@ class EmbeddingInfo:
         pooling: one of POOLINGS, used where a request names none.
         normalize: whether vectors have length one where a request does not say.
         scores_pairs: it is a cross-encoder, which gives a score for two texts and no vectors.
+        group: texts that a client should send together at most, not to fill the queue.
     """
 
     name: str
@@ -169,6 +170,7 @@ class EmbeddingInfo:
     pooling: str
     normalize: bool
     scores_pairs: bool = False
+    group: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

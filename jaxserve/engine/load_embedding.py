@@ -17,6 +17,7 @@ from jaxserve.formats.sentence_files import SentenceFiles, read_sentence_files
 from jaxserve.models.bert import Encoder, encoder_spec
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.options import PACKED_DTYPES, ModelOptions
+from jaxserve.scheduler.embedding import group_size
 from jaxserve.types import EmbeddingInfo
 from jaxserve.weights.checkpoint import open_checkpoint
 from jaxserve.weights.load import load_encoder
@@ -124,4 +125,5 @@ def embedding_info(config: Config, model: Encoder | Decoder) -> EmbeddingInfo:
         pooling="cls" if scores_pairs else pooling,
         normalize=normalize,
         scores_pairs=scores_pairs,
+        group=group_size(config.scheduler),
     )

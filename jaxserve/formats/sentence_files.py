@@ -71,10 +71,11 @@ def read_sentence_files(directory: Path) -> SentenceFiles:
                     f"{directory / 'modules.json'}: the module {kind} is not supported; "
                     "Transformer, Pooling and Normalize are"
                 )
-    lengths = _read(directory / "sentence_bert_config.json")
+    lengths = _read(directory / "sentence_bert_config.json") or {}
     config = _read(directory / "config_sentence_transformers.json") or {}
     prompts = config.get("prompts") or {}
-    max_length = lengths.get("max_seq_length") if isinstance(lengths, dict) else None
+    tokenizer = _read(directory / "tokenizer_config.json") or {}
+    max_length = lengths.get("max_seq_length") or tokenizer.get("model_max_length")
     return SentenceFiles(
         pooling=pooling,
         normalize=normalize,

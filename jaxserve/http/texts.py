@@ -37,11 +37,10 @@ from jaxserve.http.frontend import INLINE_CHARACTERS, Frontend
 from jaxserve.http.generation import Usage
 from jaxserve.http.sse import Departure
 from jaxserve.protocol.stream import Stream
-from jaxserve.text.embedding import EmbeddingText, Tokens
+from jaxserve.text.embedding import EmbeddingText, Tokens, groups_of
 from jaxserve.types import POOLINGS, EmbeddingInfo, EmbeddingParams, FinishReason
 
-#: Texts that go to the engine together, and how many such groups are there at once.
-GROUP = 256
+#: Groups of a request's texts that are at the engine at once.
 NUM_GROUPS = 2
 
 
@@ -94,7 +93,7 @@ class TextsEndpoint:
             usage = Usage(prompt_tokens=sum(len(text.ids) for text in work.texts))
             await visit.begin_texts(usage.prompt_tokens)
             visit.follow(usage)
-            run = TextRun(frontend, work, identity, scope["jaxserve.arrived_ns"])
+            run = TextRun(frontend, model, work, identity, scope["jaxserve.arrived_ns"])
             departure = Departure(receive, run.cancel)
             try:
                 async with departure:
@@ -120,9 +119,15 @@ class TextRun:
     """The texts of one request on their way through the engine."""
 
     def __init__(
-        self, frontend: Frontend, work: TextWork, identity: Identity, arrived_ns: int
+        self,
+        frontend: Frontend,
+        model: EmbeddingInfo,
+        work: TextWork,
+        identity: Identity,
+        arrived_ns: int,
     ) -> None:
         self._client = frontend.client
+        self._group = model.group
         self._work = work
         self._identity = identity
         self._arrived_ns = arrived_ns
@@ -153,9 +158,7 @@ class TextRun:
 
     async def _run(self) -> Float32[np.ndarray, "R D"]:
         texts = self._work.texts
-        # Long ones first: texts of similar lengths share steps, and the last step is a short one.
-        order = sorted(range(len(texts)), key=lambda index: -len(texts[index].ids))
-        groups = deque(order[start : start + GROUP] for start in range(0, len(order), GROUP))
+        groups = groups_of(texts, self._group)
         running: deque[tuple[Stream, list[int]]] = deque()
         found: list[bytes] = [b""] * len(texts)
         while groups or running:

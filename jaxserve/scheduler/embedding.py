@@ -25,6 +25,9 @@ from jaxserve.scheduler.sequence import Sequence, SequenceState
 from jaxserve.scheduler.shedding import Shedding
 from jaxserve.types import EmbeddingParams, FinishReason, SamplingParams
 
+#: See `group_size`; more than a step holds would gain nothing.
+MAX_GROUP = 256
+
 _NO_SAMPLING = SamplingParams(max_tokens=1, seed=0)
 
 
@@ -46,6 +49,11 @@ class Text(Sequence):
     sampling: SamplingParams = _NO_SAMPLING
     stop_token_ids: frozenset[int] = frozenset()
     table: PageTable = field(default_factory=_no_pages)
+
+
+def group_size(config: SchedulerConfig) -> int:
+    """Texts that a client should send together: a few clients at once find room in the queue."""
+    return min(MAX_GROUP, max(1, (config.max_waiting + config.max_rows) // 4))
 
 
 class EmbeddingQueue:
@@ -111,7 +119,7 @@ class EmbeddingQueue:
             self._shedding.make_way(
                 *(len(texts), sum(map(len, texts)), priority, account),
                 num_waiting=self.num_waiting,
-                num_free_slots=0,
+                num_free_slots=self._config.max_rows,  # the next step takes about as many
                 end=self.cancel,
             )
         now_ns = self._clock_ns()

@@ -9,6 +9,7 @@ asked for.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,6 +200,15 @@ def load_embedding_text(config: EmbeddingsConfig, served: Tokenizer) -> Embeddin
         query_prefix=config.query_prefix,
         document_prefix=config.document_prefix,
     )
+
+
+def groups_of(texts: Sequence[Tokens], size: int) -> deque[list[int]]:
+    """Places of texts in groups of at most `size`, to be sent to the engine one after the other.
+
+    Long ones come first: texts of similar lengths share a step, and the last step is a short one.
+    """
+    order = sorted(range(len(texts)), key=lambda place: -len(texts[place].ids))
+    return deque(order[start : start + size] for start in range(0, len(order), size))
 
 
 def _shared(first: int, second: int, room: int) -> tuple[int, int]:

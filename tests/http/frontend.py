@@ -16,6 +16,7 @@ import httpx
 from jaxserve.config import (
     CacheConfig,
     Config,
+    EmbeddingsConfig,
     HttpConfig,
     LimitsConfig,
     ModelConfig,
@@ -27,6 +28,7 @@ from jaxserve.http.auth import KeyRing
 from jaxserve.limits.store import Store
 from jaxserve.protocol.client import EngineClient
 from jaxserve.types import SamplingParams
+from tests.fakes.embedder import fake_text
 from tests.fakes.engine import fake_parts, oracle
 from tests.fakes.tokenizer import ByteTokenizer
 
@@ -88,6 +90,7 @@ class Front:
         keys: KeyRing | None = None,
         limits: LimitsConfig | None = None,
         store: Store | None = None,
+        embeddings: EmbeddingsConfig | None = None,
         **headers: str,
     ) -> None:
         self.engine = engine
@@ -103,6 +106,8 @@ class Front:
             keys=keys,
             limits=limits,
             store=store,
+            embeddings=fake_text() if embeddings is not None and embeddings.model else None,
+            embeddings_config=embeddings,
         )
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app, raise_app_exceptions=False),
@@ -153,7 +158,7 @@ def front(
 ) -> Iterator[Front]:
     """An application over an engine of its own."""
     with EngineThread(config, fake_parts) as engine:
-        made = Front(engine, http, keys, limits, store)
+        made = Front(engine, http, keys, limits, store, config.embeddings)
         try:
             yield made
         finally:
