@@ -7,8 +7,8 @@ project never needs torch:
 
 Everything is computed in float32 on the CPU.
 
-- `minilm/`: NUM_TEXTS texts of mixed length (texts.json) and what sentence-transformers makes of them
-  (vectors.npy), with all-MiniLM-L6-v2. Some are longer than the model takes, and are cut.
+- `minilm/`: NUM_TEXTS texts of mixed length (texts.json) and what sentence-transformers makes of
+  them (vectors.npy), with all-MiniLM-L6-v2. Some are longer than the model takes, and are cut.
 - `<case>/` for `bert`, `roberta`: a tiny random checkpoint (config.json, model.safetensors), and
   reference.npz: sequences of token ids, and their vectors under each pooling by
   sentence-transformers' own module.
@@ -38,14 +38,16 @@ POOLINGS = ("cls", "mean", "max", "lasttoken", "weightedmean")
 LENGTHS = (1, 2, 3, 7, 16, 17, 33, 48)
 VOCAB = 96
 
-_WORDS = (
-    "the a of and to in that it was he for on as with his they at be this from have or by one had "
-    "not but what all were when we there can an your which their said if do will each about how up "
-    "out them then she many some so these would other into has more her two like him see time could "
-    "no make than first been its who now people my made over did down only way find use may water "
-    "long little very after words called just where most know lighthouse keeper counted ships storm "
-    "engine protocol gradient sparse tensor harbour marmalade quantum photosynthesis jurisprudence"
-).split()
+_VOCABULARY = (
+    "the a of and to in that it was he for on as with his they at be this from have or by "
+    "one had not but what all were when we there can an your which their said if do will "
+    "each about how up out them then she many some so these would other into has more her "
+    "two like him see time could no make than first been its who now people my made over "
+    "did down only way find use may water long little very after words called just where "
+    "most know lighthouse keeper counted ships storm engine protocol gradient sparse tensor "
+    "harbour marmalade quantum photosynthesis jurisprudence "
+)
+
 _SPECIAL = (
     "",
     " ",
@@ -72,11 +74,11 @@ _SPECIAL = (
 
 def texts() -> list[str]:
     """Texts of mixed length, the same on every run."""
-    chance = random.Random(11)
+    chance, words = random.Random(11), _VOCABULARY.split()
     found = list(_SPECIAL)
     while len(found) < NUM_TEXTS:
         num_words = max(1, round(chance.lognormvariate(3.0, 1.1)))
-        found.append(" ".join(chance.choice(_WORDS) for _ in range(min(num_words, 400))))
+        found.append(" ".join(chance.choice(words) for _ in range(min(num_words, 400))))
     return found
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
 
 from jaxserve.config import CacheConfig, Config, EmbeddingsConfig, SchedulerConfig
-from jaxserve.device.embed_step import EmbedProgram
 from jaxserve.engine.embedding import as_bytes
 from jaxserve.engine.loop import Engine
+from jaxserve.engine.probation import Probation
 from jaxserve.engine.process import build_engine
-from jaxserve.engine.recorder import NoRecorder
+from jaxserve.engine.recorder import AnyProgram, FlightRecorder, NoRecorder
 from jaxserve.engine.turn import InFlight, TextsInFlight
+from jaxserve.protocol.flight import Cell, FlightFile, flight_requests
 from jaxserve.protocol.messages import (
     Cancel,
     Embed,
@@ -43,7 +45,7 @@ class Steps(NoRecorder):
     def __init__(self) -> None:
         self.requests: list[list[int]] = []
 
-    def embedding(self, requests, program: EmbedProgram) -> None:
+    def embedding(self, requests: Iterable[int], program: AnyProgram) -> None:
         self.requests.append(list(requests))
 
 
@@ -77,7 +79,7 @@ class Rig:
     def run(self, limit: int = 200) -> None:
         for _ in range(limit):
             self.turn()
-            if self.kinds[-1] == "nothing" and self.engine.in_flight is None:
+            if self.kinds[-1] == "nothing" and not self.engine.status().waiting:
                 return
         raise AssertionError("it does not come to an end")
 
@@ -277,3 +279,38 @@ def test_vectors_are_cut_before_they_are_normalised():
     plain = as_bytes(raw, EmbeddingParams(pooling="mean", normalize=False))
     np.testing.assert_array_equal(np.frombuffer(plain[0], np.float32), raw[0])
     assert as_bytes(raw[:, :1], None) == [raw[0, :1].tobytes(), raw[1, :1].tobytes(), None]
+
+
+def test_texts_on_trial_wait_and_run_apart():
+    key, other = "000000000000000a", "000000000000000b"
+    rig = Rig()
+    clock = [0.0]
+    probation = Probation([(key,)], (), 4, rig.recorder, clock_s=lambda: clock[0])
+    rig.engine = build_engine(CONFIG, rig.server, rig.parts, rig.recorder, probation)
+    rig.embed([0], [text(5)], request_key=other, attempt=1)
+    rig.embed([1, 2, 3], [text(30), text(6), text(7)], request_key=key, attempt=1)
+    rig.engine.handle("c", Cancel(sequence_ids=[2]))  # while it waits
+    assert rig.engine.status().waiting == 3
+    rig.run()
+    assert rig.steps == [[30], [7], [5]]
+    ends = {end.sequence_id: end for end in rig.server.ends("c")}
+    assert ends[2].reason is FinishReason.CANCELLED and ends[2].record.prompt_tokens == 6
+    assert set(rig.vectors()) == {0, 1, 3}
+
+
+def test_the_flight_recorder_names_the_requests_of_a_step(tmp_path):
+    flight = FlightFile(tmp_path / "flight", flight_requests(CONFIG))
+    recorder = FlightRecorder(
+        flight.path, CONFIG.engine, 4, 1, max_requests=flight_requests(CONFIG)
+    )
+    rig = Rig()
+    rig.engine = build_engine(CONFIG, rig.server, rig.parts, recorder)
+    keys = [f"{number:016x}" for number in range(1, 9)]  # more than there are rows
+    for number, key in enumerate(keys):
+        rig.embed([number], [text(4)], request_key=key)
+    rig.turn()
+    assert flight.last_steps().requests == frozenset(keys)
+    assert flight.get(Cell.DEADLINE_NS) > 0
+    rig.run()
+    assert flight.get(Cell.DEADLINE_NS) == 0
+    flight.close()
