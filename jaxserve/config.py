@@ -288,7 +288,7 @@ class EmbeddingsConfig:
     """Embeddings, scores and reranking beside generation.
 
     Attributes:
-        model: "" for none; "minilm" (embedded all-MiniLM-L6-v2), a directory, a hub id, or a gs://
+        model: empty for none; "minilm" (embedded all-MiniLM-L6-v2), a directory, a hub id, or a gs://
             or s3:// address of an encoder of the BERT family; or "served": the generating model
             itself.
         name: in the API; from the model where empty.

@@ -122,6 +122,7 @@ class LLM:
         self.template = template
         self._embedding_text = load_embedding_text(config.embeddings, tokenizer)
         self._engine = engine
+        self._config = config
         self._bars = show_progress
         #: Sequences at the engine at once: enough that none of its rows waits for us.
         self._window = max(1, min(2 * config.scheduler.max_rows, config.scheduler.max_waiting))

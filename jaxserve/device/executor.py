@@ -82,9 +82,7 @@ class Executor:
         hosts: that the mesh spans, where it is more than this one.
         host_pages: of each cache group, in the host's memory, for each copy of the model; none
             where there is no host store, nor on several hosts.
-
-    Attributes:
-        clock: of the device, for whoever else launches calls on it.
+        clock: of the devices, where others launch calls on them too.
     """
 
     def __init__(
@@ -96,6 +94,7 @@ class Executor:
         mesh: Mesh,
         hosts: Hosts | None = None,
         host_pages: Sequence[int] = (),
+        clock: DeviceClock | None = None,
     ) -> None:
         self._model = model
         self._params, self._structure = jax.tree.flatten(model)
@@ -119,7 +118,7 @@ class Executor:
         self._plans = PlanLayout({})
         self._counter = compile_counter()
         self._compiles_at_warmup = 0
-        self.clock = DeviceClock()
+        self._clock = clock or DeviceClock()
 
     # ------------------------------------------------------------------ start-up
 
@@ -256,7 +255,7 @@ class Executor:
         inputs, results = launched.inputs, launched.results
         assert results is not None
         token_ids = np.asarray(results.token_ids)
-        device_ns, idle_ns = self.clock.collected(launched.launched_ns)
+        device_ns, idle_ns = self._clock.collected(launched.launched_ns)
         logprobs = of_prompt = None
         if any(own.logprobs for own in inputs):
             logprobs = np.asarray(results.logprobs)

@@ -20,6 +20,7 @@ from jaxserve.device.cache import (
     pages_per_sequence,
     pool_sizes,
 )
+from jaxserve.device.clock import DeviceClock
 from jaxserve.device.compiles import compile_counter, use_persistent_cache
 from jaxserve.device.executor import Executor
 from jaxserve.device.hosts import Hosts
@@ -129,16 +130,17 @@ def parts_of(
         ConfigError: the cache does not fit beside it.
     """
     log_layout(model, mesh)
-    info = model_info(config, model)
+    info, clock = model_info(config, model), DeviceClock()
+    embedding = load_embedding(config, model, mesh, clock, progress)  # the cache gets what is left
     num_pages = size_cache(config, model.options, info, _memory(config.cache, mesh))
     if hosts is not None:  # as many as the host with the least memory has
         pools = zip(*hosts.gather("pages", num_pages), strict=True)
         num_pages = tuple(min(pages) for pages in pools)
     buckets = buckets_for(config, model.options, mesh.devices.flat[0].platform)
     host_pages = _host_pages(config, model, info, num_pages, mesh.shape["data"])
-    executor = _executor(config, model, info, num_pages, host_pages, mesh, buckets, hosts)
-    # First the embedding programs: what is compiled after the executor's warm-up is counted.
-    embedding = load_embedding(config, model, mesh, executor.clock, progress)
+    executor = _executor(config, model, info, num_pages, host_pages, mesh, buckets, hosts, clock)
+    if embedding is not None:  # first: what is compiled after the executor's warm-up is counted
+        embedding.embedder.warm_up(progress, config.engine.compile_threads)
     executor.warm_up(progress, config.engine.compile_threads)
     return Parts(
         model=info,
@@ -373,6 +375,7 @@ def _executor(
     mesh: Mesh,
     buckets: Buckets,
     hosts: Hosts | None,
+    clock: DeviceClock,
 ) -> Executor:
     dtype, page_size = cache_dtype(config.cache, model.options), config.cache.page_size
     logger.info("KV cache: %s pages of %d tokens, %s", num_pages, page_size, dtype)
@@ -391,4 +394,4 @@ def _executor(
         pages_per_sequence=pages_per_sequence(info.max_context, page_size),
         mesh=mesh,
     )
-    return Executor(model, state, buckets.programs, page_size, mesh, hosts, host_pages)
+    return Executor(model, state, buckets.programs, page_size, mesh, hosts, host_pages, clock=clock)

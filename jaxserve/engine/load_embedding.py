@@ -1,4 +1,4 @@
-"""Loads the model that embeds beside the one that generates, and compiles its programs."""
+"""Loads the model that embeds beside the one that generates."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from jaxserve.device.embedder import Embedder
 from jaxserve.engine.parts import EmbeddingParts, Progressing
 from jaxserve.errors import ConfigError
 from jaxserve.formats.sentence_files import SentenceFiles, read_sentence_files
-from jaxserve.models.bert import Encoder, encoder_spec
+from jaxserve.models.bert import Encoder, EncoderSpec, encoder_spec
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.options import PACKED_DTYPES, ModelOptions
+from jaxserve.models.spec import ModelSpec
 from jaxserve.scheduler.embedding import group_size
 from jaxserve.types import EmbeddingInfo
 from jaxserve.weights.checkpoint import open_checkpoint
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 def load_embedding(
     config: Config, model: Decoder, mesh: Mesh, clock: DeviceClock, progress: Progressing
 ) -> EmbeddingParts | None:
-    """What `embeddings.model` asks for; None where it is empty.
+    """What `embeddings.model` asks for, its programs not compiled yet; None where it is empty.
 
     Args:
         model: that generates.
@@ -57,10 +58,8 @@ def load_embedding(
         )
     embeds = model if served else _encoder(config, mesh, progress)
     info = embedding_info(config, embeds)
-    in_grid = isinstance(embeds, Encoder) and embeds.options.attention == "xla"
-    buckets = EmbedBuckets(info.max_length, config.embeddings.embed_tokens, in_grid=in_grid)
+    buckets = buckets_of(config, embeds.spec, embeds.options)
     embedder = Embedder(embeds, buckets, config.cache.page_size, clock)
-    embedder.warm_up(progress, config.engine.compile_threads)
     return EmbeddingParts(model=info, embedder=embedder, buckets=buckets)
 
 
@@ -91,25 +90,49 @@ def encoder_options(config: Config, platform: str, head_dim: int) -> ModelOption
     return options
 
 
-def embedding_info(config: Config, model: Encoder | Decoder) -> EmbeddingInfo:
-    """What the front end needs to know: settings first, then the model's own files.
+def buckets_of(
+    config: Config, spec: EncoderSpec | ModelSpec, options: ModelOptions
+) -> EmbedBuckets:
+    """The embedding programs; raises as `max_length`."""
+    in_grid = isinstance(spec, EncoderSpec) and options.attention == "xla"
+    tokens = config.embeddings.embed_tokens
+    return EmbedBuckets(max_length(config, spec), tokens, in_grid=in_grid)
+
+
+def max_length(config: Config, spec: EncoderSpec | ModelSpec) -> int:
+    """Tokens that a text may have.
 
     Raises:
         ConfigError: embeddings.max_length is more than the model was made for.
     """
+    settings, limit = config.embeddings, spec.max_context
+    if isinstance(spec, ModelSpec):
+        limit = config.model.max_context or limit
+        own = settings.embed_tokens
+    else:
+        own = _files(config).max_length or limit
+    wanted = settings.max_length or min(own, limit)
+    if wanted > limit:
+        raise ConfigError(
+            f"embeddings.max_length is {wanted}, but the model was made for {limit} tokens"
+        )
+    return wanted
+
+
+def _files(config: Config) -> SentenceFiles:
+    """What is written beside the model, which is none that generates."""
+    return read_sentence_files(Path(resolve_encoder(config).model))
+
+
+def embedding_info(config: Config, model: Encoder | Decoder) -> EmbeddingInfo:
+    """What the front end needs to know: settings first, then the model's own files.
+
+    Raises:
+        ConfigError: as `max_length`.
+    """
     settings = config.embeddings
     served = isinstance(model, Decoder)
-    resolved = resolve_encoder(config)
-    files = SentenceFiles() if served else read_sentence_files(Path(resolved.model))
-    limit = model.spec.max_context
-    if served:
-        limit = config.model.max_context or limit
-    own = min(limit, settings.embed_tokens) if served else files.max_length or limit
-    max_length = settings.max_length or min(own, limit)
-    if max_length > limit:
-        raise ConfigError(
-            f"embeddings.max_length is {max_length}, but the model was made for {limit} tokens"
-        )
+    files = SentenceFiles() if served else _files(config)
     pooling = settings.pooling
     if pooling == "auto":
         pooling = files.pooling or ("last" if served else "mean")
@@ -118,8 +141,8 @@ def embedding_info(config: Config, model: Encoder | Decoder) -> EmbeddingInfo:
         normalize = files.normalize
     scores_pairs = isinstance(model, Encoder) and model.head is not None
     return EmbeddingInfo(
-        name=resolved.name,
-        max_length=max_length,
+        name=resolve_encoder(config).name,
+        max_length=max_length(config, model.spec),
         vocab_size=model.spec.vocab_size,
         dimensions=1 if scores_pairs else model.spec.hidden_size,
         pooling="cls" if scores_pairs else pooling,

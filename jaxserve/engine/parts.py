@@ -17,9 +17,10 @@ Progressing = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddingParts:
-    """A model that embeds, loaded, with all its programs compiled.
+    """A model that embeds, loaded.
 
     Attributes:
+        embedder: has its programs once it was warmed up.
         buckets: which texts fit one step.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,6 +43,10 @@ class Executor(Protocol):
 
 class Embedder(Protocol):
     """The device, for texts that are embedded (`device.embedder`)."""
+
+    def warm_up(self, progress: Callable[[str, int, int], None], threads: int = 0) -> None:
+        """Compiles all programs."""
+        ...
 
     def launch(self, texts: Sequence[EmbedInput]) -> Any:
         """Starts a step of texts that one program holds; does not wait."""

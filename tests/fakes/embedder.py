@@ -6,7 +6,7 @@ is all zeros; a model called "pairs" scores pairs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -62,6 +62,9 @@ class FakeEmbedder:
         self.steps: list[list[list[int]]] = []
         self.fail_at: int | None = None
         self._width = 1 if scores_pairs else DIMENSIONS
+
+    def warm_up(self, progress: Callable[[str, int, int], None], threads: int = 0) -> None:
+        """Nothing is compiled."""
 
     def launch(self, texts: Sequence[EmbedInput]) -> np.ndarray:
         """Runs it at once; the results wait for `collect`."""
