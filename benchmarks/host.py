@@ -95,6 +95,10 @@ class NoDevice:
         """See `engine.turn.Executor`."""
         return inputs[0], time.monotonic() + self._step_s
 
+    def sample(self, launched: Any, masks: Any) -> Any:
+        """Nobody asks for a grammar here."""
+        return launched
+
     def collect(self, launched: tuple[StepInputs, float]) -> list[StepOutputs]:
         """See `engine.turn.Executor`."""
         inputs, ends_s = launched

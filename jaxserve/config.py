@@ -322,6 +322,44 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EmbeddingsConfig:
+    """Embeddings, scores and reranking beside generation.
+
+    Attributes:
+        model: empty for none; "minilm" (embedded all-MiniLM-L6-v2), a directory, a hub id, or a gs://
+            or s3:// address of an encoder of the BERT family; or "served": the generating model
+            itself.
+        name: in the API; from the model where empty.
+        encoder_dtype: of an encoder's weights and states: "float32", "bfloat16" or "float16".
+        pooling: "auto" (as the model's own files say, else "mean", or "last" for "served"), "cls",
+            "mean", "max", "last" or "weightedmean".
+        normalize: "auto" (as the model's own files say, else "true"), "true" or "false".
+        max_length: tokens a text may have; 0 takes the model's own limit, or embed_tokens if that
+            is less and the model is "served".
+        over_length: of a longer text that does not say itself what to do: "error", or "truncate".
+        embed_tokens: tokens of one embedding step while nothing generates.
+        shared_embed_tokens: the same, while something does: what a generated token may have to
+            wait for. A single longer text is a step by itself all the same.
+        max_inputs: texts of one request.
+        query_prefix, document_prefix: put before texts of that `input_type`, where the model's own
+            files have no such prompt.
+    """
+
+    model: str = ""
+    name: str = ""
+    encoder_dtype: str = "float32"
+    pooling: str = "auto"
+    normalize: str = "auto"
+    max_length: int = 0
+    over_length: str = "error"
+    embed_tokens: int = 2048
+    shared_embed_tokens: int = 256
+    max_inputs: int = 2048
+    query_prefix: str = ""
+    document_prefix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """What is written to stderr.
 
@@ -347,6 +385,7 @@ class Config:
     tools: ToolsConfig = ToolsConfig()
     limits: LimitsConfig = LimitsConfig()
     structured: StructuredConfig = StructuredConfig()
+    embeddings: EmbeddingsConfig = EmbeddingsConfig()
     logging: LoggingConfig = LoggingConfig()
 
 
@@ -365,6 +404,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tools.parser": ("auto", "hermes", "llama3", "mistral", "pythonic", "json"),
     "tools.reasoning": ("auto", "think", "none"),
     "limits.when_store_fails": ("local", "open", "closed"),
+    "embeddings.encoder_dtype": ("float32", "bfloat16", "float16"),
+    "embeddings.pooling": ("auto", "cls", "mean", "max", "last", "weightedmean"),
+    "embeddings.normalize": ("auto", "true", "false"),
+    "embeddings.over_length": ("error", "truncate"),
     "logging.level": ("debug", "info", "warning", "error"),
 }
 #: Lowest and highest value of numbers.
@@ -423,4 +466,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "structured.cached_grammars": (1, 1_000_000),
     "structured.mask_threads": (0, 256),
     "structured.step_fuel": (1000, 2**31 - 1),
+    "embeddings.max_length": (0, 2**31 - 1),
+    "embeddings.embed_tokens": (16, 65536),
+    "embeddings.shared_embed_tokens": (16, 65536),
+    "embeddings.max_inputs": (1, 1_000_000),
 }

@@ -163,6 +163,12 @@ class RequestQuarantined(JaxserveError):
     code = "request_quarantined"
 
 
+class EmbeddingNotFinite(JaxserveError):
+    """The model gave no vector for a text: a number in it is not finite, or all are zero."""
+
+    code = "embedding_not_finite"
+
+
 class ConfigError(JaxserveError):
     """A configuration key, value or combination is wrong; ends start-up."""
 

@@ -9,6 +9,9 @@
         for piece in llm.stream("One, two,", temperature=0):
             print(piece.text, end="", flush=True)
 
+    with LLM(embeddings__model="minilm") as llm:        # and all-MiniLM-L6-v2 beside it
+        vectors = llm.embed(["The sea is wide.", "Der Himmel ist weit."])
+
 The engine is the server's own, turning in a thread (`engine.thread`); `LLM` is its client: it
 tokenizes, keeps a window of sequences running, and turns tokens into text with `text.choice`.
 
@@ -21,24 +24,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
+from jaxtyping import Float32
 from tqdm import tqdm
 
 from jaxserve.config import Config
 from jaxserve.engine.thread import EngineThread
 from jaxserve.errors import ConfigError, InvalidRequest, JaxserveError
-from jaxserve.protocol.client import SyncClient
+from jaxserve.protocol.client import SyncClient, SyncStream
 from jaxserve.settings import load_config
 from jaxserve.text.answer import Answer, Choice, Generation, Piece
+from jaxserve.text.embedding import groups_of, load_embedding_text
 from jaxserve.text.request import PlannedRequest, Request, make_request, plan
 from jaxserve.text.template import ChatTemplate, load_chat_template
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.text.vocabulary import vocabulary_of
-from jaxserve.types import ModelInfo
+from jaxserve.types import EmbeddingInfo, EmbeddingParams, ModelInfo
 
 __all__ = ["LLM", "Choice", "Generation", "Piece", "Request"]
 
@@ -75,13 +82,15 @@ class LLM:
             ]
             config = load_config(settings=settings)
         from jaxserve.engine.load import load_parts  # JAX, once the settings are right
-        from jaxserve.weights.sources import resolve
+        from jaxserve.weights.sources import resolve, resolve_encoder
 
         with _Bars(show_progress) as bars:
             found = resolve(config.model, config.weights, bars.show)
             name = config.model.served_name or config.model.path
             config = dataclasses.replace(
-                config, model=dataclasses.replace(config.model, path=str(found), served_name=name)
+                config,
+                model=dataclasses.replace(config.model, path=str(found), served_name=name),
+                embeddings=resolve_encoder(config, bars.show),
             )
             tokenizer = load_tokenizer(found, config.model.tokenizer)
             template = load_chat_template(found, config.model.chat_template)
@@ -112,7 +121,9 @@ class LLM:
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
+        self._embedding_text = load_embedding_text(config.embeddings, tokenizer)
         self._engine = engine
+        self._config = config
         self._bars = show_progress
         #: Sequences at the engine at once: enough that none of its rows waits for us.
         self._window = max(1, min(2 * config.scheduler.max_rows, config.scheduler.max_waiting))
@@ -121,10 +132,12 @@ class LLM:
             silence_s=config.engine.step_timeout_s + 30.0,
             vocabulary=lambda: vocabulary_of(tokenizer),
         )
+        self._cuts = config.embeddings.over_length == "truncate"
         self._client.start()
-        model = self._client.ready().model
-        assert model is not None, "a ready engine has a model"
-        self.model: ModelInfo = model
+        status = self._client.ready()
+        assert status.model is not None, "a ready engine has a model"
+        self.model: ModelInfo = status.model
+        self.embedding_model: EmbeddingInfo | None = status.embedding
 
     # ------------------------------------------------------------------------ asking
 
@@ -184,6 +197,59 @@ class LLM:
         if request.n != 1:
             raise InvalidRequest(f"a stream has one choice, got n = {request.n}", param="n")
         return self._pieces(Answer(self._client, self.tokenizer, self.plan(request)))
+
+    def embed(
+        self,
+        texts: str | Sequence[str],
+        *,
+        prompt_name: str | None = None,
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        dimensions: int = 0,
+    ) -> Float32[np.ndarray, "R D"]:
+        """The vectors of texts, by the model that `embeddings.model` names.
+
+        Texts that are too long are cut where `embeddings.over_length` is "truncate".
+
+        Args:
+            prompt_name: of the model's prompt to put before them; its default one where None.
+            pooling, normalize: as the model has it where None.
+            dimensions: of the vectors; 0 keeps all.
+
+        Raises:
+            ConfigError: no model embeds here.
+            InvalidRequest, ContextTooLong: an argument or a text is wrong.
+            EmbeddingNotFinite: the model gave no vector for a text.
+            DeviceFailure: the engine failed.
+        """
+        text, model = self._embedding_text, self.embedding_model
+        if text is None or model is None:
+            raise ConfigError('no model embeds here: LLM(embeddings__model="minilm"), for one')
+        prefix = text.prefix(prompt_name)
+        listed = [prefix + each for each in ([texts] if isinstance(texts, str) else texts)]
+        if not listed:
+            return np.empty((0, dimensions or model.dimensions), np.float32)
+        params = EmbeddingParams(
+            pooling=model.pooling if pooling is None else pooling,
+            normalize=model.normalize if normalize is None else normalize,
+            dimensions=dimensions,
+        )
+        cut = model.max_length if self._cuts else None
+        tokens = text.tokenizer.encode(listed, cut)
+        found: list[bytes] = [b""] * len(tokens)
+        groups = groups_of(tokens, model.group)
+        running: deque[tuple[list[int], SyncStream]] = deque()
+        while groups or running:
+            if groups:
+                group = groups.popleft()
+                stream = self._client.embed([tokens[place].ids for place in group], params)
+                running.append((group, stream))
+            if len(running) > 1 or not groups:  # the engine has the next group already
+                group, stream = running.popleft()
+                for event in stream:
+                    if event.finished is not None:
+                        found[group[event.choice]] = event.finished.vector
+        return np.frombuffer(b"".join(found), np.float32).reshape(len(found), -1)
 
     def run(self, requests: Iterable[Request]) -> Generator[tuple[int, Generation | JaxserveError]]:
         """Results of any number of requests as they are done, each with its request's index.

@@ -18,6 +18,9 @@ MAX_CHOICES = 128
 #: Characters of `cache_salt`.
 MAX_CACHE_SALT = 256
 
+#: How the states of a text's tokens become one vector (`models.pooling`), by index on the device.
+POOLINGS = ("cls", "mean", "max", "last", "weightedmean")
+
 #: Bounds of a tenant's share.
 MIN_WEIGHT, MAX_WEIGHT = 0.001, 1000.0
 
@@ -176,3 +179,43 @@ class ModelInfo:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     cache_groups: tuple[CacheGroup, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingInfo:
+    """What the front end and the engine's queue need to know of the model that embeds.
+
+    Attributes:
+        name: the name it is served under.
+        max_length: tokens that a text may have, special ones included.
+        vocab_size: token ids are below it.
+        dimensions: of a vector.
+        pooling: one of POOLINGS, used where a request names none.
+        normalize: whether vectors have length one where a request does not say.
+        scores_pairs: it is a cross-encoder, which gives a score for two texts and no vectors.
+        group: texts that a client should send together at most, not to fill the queue.
+    """
+
+    name: str
+    max_length: int
+    vocab_size: int
+    dimensions: int
+    pooling: str
+    normalize: bool
+    scores_pairs: bool = False
+    group: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingParams:
+    """How a text's vector is made; filled in completely by the front end.
+
+    Attributes:
+        pooling: one of POOLINGS.
+        normalize: divide it by its length, after it was cut.
+        dimensions: keep only so many of the first ones; 0 keeps all.
+    """
+
+    pooling: str
+    normalize: bool
+    dimensions: int = 0

@@ -41,6 +41,8 @@ def examine(config: Config, slice: Slice | None = None) -> int:
         "programs": _programs,
         "model": _model,
     }
+    if config.embeddings.model:
+        parts["embeddings"] = _embeddings
     if slice is not None:
         parts = {"topology": partial(describe, slice=slice)}
     for title, part in parts.items():
@@ -162,6 +164,28 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     template = load_chat_template(path, config.model.chat_template)
     yield "tokenizer", f"{tokenizer.vocab_size} tokens, ends at {list(tokenizer.eos_token_ids)}"
     yield "chat template", "yes" if template else "none"
+
+
+def _embeddings(config: Config) -> Iterator[tuple[str, str]]:
+    from pathlib import Path
+
+    from jaxserve.engine.load import devices
+    from jaxserve.engine.load_embedding import buckets_of, encoder_options
+    from jaxserve.models.bert import encoder_spec
+    from jaxserve.weights.checkpoint import open_checkpoint
+    from jaxserve.weights.sources import SERVED, resolve_encoder
+
+    settings = resolve_encoder(config)
+    yield "model", settings.model
+    if settings.model == SERVED:
+        return
+    checkpoint = open_checkpoint(Path(settings.model))
+    spec = encoder_spec(checkpoint.config, checkpoint.names())
+    options = encoder_options(config, devices()[0].platform, spec.head_dim)
+    yield "architecture", f"{spec.architecture}, {spec.num_layers} layers"
+    yield "kernels", f"matmul {options.matmul}, attention {options.attention}"
+    programs = buckets_of(config, spec, options).programs
+    yield "compiled", f"{len(programs)}: {', '.join(program.name for program in programs)}"
 
 
 def _options(config: Config, *, mixture: bool = False) -> ModelOptions:

@@ -34,6 +34,7 @@ from jax.stages import Lowered
 from jaxtyping import UInt
 
 from jaxserve.device import programs
+from jaxserve.device.clock import DeviceClock
 from jaxserve.device.compiles import compile_counter
 from jaxserve.device.host_store import HostStore
 from jaxserve.device.hosts import Hosts
@@ -86,6 +87,7 @@ class Executor:
         hosts: that the mesh spans, where it is more than this one.
         host_pages: of each cache group, in the host's memory, for each copy of the model; none
             where there is no host store, nor on several hosts.
+        clock: of the devices, where others launch calls on them too.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Executor:
         mesh: Mesh,
         hosts: Hosts | None = None,
         host_pages: Sequence[int] = (),
+        clock: DeviceClock | None = None,
     ) -> None:
         self._model = model
         self._params, self._structure = jax.tree.flatten(model)
@@ -121,7 +124,7 @@ class Executor:
         self._plans = PlanLayout({})
         self._counter = compile_counter()
         self._compiles_at_warmup = 0
-        self._ready_ns = 0
+        self._clock = clock or DeviceClock()
 
     # ------------------------------------------------------------------ start-up
 
@@ -290,10 +293,7 @@ class Executor:
         inputs, results = launched.inputs, launched.sampled or launched.results
         assert results is not None and launched.results is not None
         token_ids = np.asarray(results.token_ids)
-        ready_ns = time.monotonic_ns()
-        device_ns = ready_ns - max(launched.launched_ns, self._ready_ns)
-        idle_ns = max(0, launched.launched_ns - self._ready_ns) if self._ready_ns else 0
-        self._ready_ns = ready_ns
+        device_ns, idle_ns = self._clock.collected(launched.launched_ns)
         logprobs = of_prompt = None
         if any(own.logprobs for own in inputs):
             logprobs = np.asarray(results.logprobs)

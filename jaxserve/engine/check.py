@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 
 from jaxserve import types
-from jaxserve.errors import InvalidRequest
-from jaxserve.protocol.messages import Submit
+from jaxserve.errors import ContextTooLong, InvalidRequest
+from jaxserve.protocol.messages import Embed, Submit
 from jaxserve.scheduler.sequence import Resumed
-from jaxserve.types import ModelInfo, SamplingParams
+from jaxserve.types import EmbeddingInfo, ModelInfo, SamplingParams
 
 _KEY = re.compile("[0-9a-f]{16}")
 
@@ -45,6 +45,43 @@ def check_submit(message: Submit, model: ModelInfo) -> list[int]:
     request_number(message.request_key)
     _check_resumed(message, len(prompt), model)
     return prompt
+
+
+def check_embed(message: Embed, model: EmbeddingInfo) -> None:
+    """Sees to it that texts fit the arrays, as `check_submit` does for prompts.
+
+    Raises:
+        InvalidRequest, ContextTooLong: a value is outside what the engine can hold; names it and
+            the limit.
+    """
+    ids, texts = message.sequence_ids, message.texts
+    if not ids or len(set(ids)) != len(ids) or len(ids) != len(texts):
+        raise InvalidRequest(f"there must be one sequence for each text, got {len(texts)} texts")
+    if message.second_starts and len(message.second_starts) != len(texts):
+        raise InvalidRequest(f"second_starts must be of all {len(texts)} texts, or of none")
+    for text in texts:
+        if not text:
+            raise InvalidRequest("a text is empty; it needs at least one token", param="input")
+        if len(text) > model.max_length:
+            raise ContextTooLong(
+                f"a text has {len(text)} tokens, the limit is {model.max_length}; shorten it, or "
+                "have it truncated",
+                param="input",
+            )
+        if min(text) < 0 or max(text) >= model.vocab_size:
+            raise InvalidRequest(
+                f"token ids of a text must be between 0 and {model.vocab_size - 1}", param="input"
+            )
+    for start in message.second_starts:
+        _check_range("second_starts", start, 0, 2**31 - 1)
+    params = message.params
+    if params.pooling not in types.POOLINGS:
+        raise InvalidRequest(f"pooling must be one of {', '.join(types.POOLINGS)}", param="pooling")
+    _check_range("dimensions", params.dimensions, 0, model.dimensions)
+    _check_range("priority", message.priority, -(2**31), 2**31 - 1)
+    _check_range("weight", message.weight, types.MIN_WEIGHT, types.MAX_WEIGHT)
+    _check_range("attempt", message.attempt, 0, 2**31 - 1)
+    request_number(message.request_key)
 
 
 def request_number(request_key: str) -> int:

@@ -21,7 +21,7 @@ from jaxtyping import UInt
 
 from jaxserve.config import StructuredConfig
 from jaxserve.device.step import StepInputs
-from jaxserve.engine.held import Held, HeldRequests
+from jaxserve.engine.held import HeldRequests
 from jaxserve.errors import ConfigError, GrammarError
 from jaxserve.protocol.messages import Finished, Submit
 from jaxserve.scheduler.sequence import Sequence
@@ -46,7 +46,7 @@ class Grammars:
     def __init__(self, config: StructuredConfig, model: ModelInfo) -> None:
         self._config = config
         self._model = model
-        self._held = HeldRequests()
+        self._held: HeldRequests[Submit] = HeldRequests()
         self._pending: dict[Grammar, Build] = {}
         self._compiler: Compiler | None = None
         self._maker: MaskMaker | None = None
@@ -92,7 +92,7 @@ class Grammars:
         self._held.add(client, message)
         return True
 
-    def release(self) -> list[Held]:
+    def release(self) -> list[tuple[Hashable, Submit]]:
         """Requests whose grammar has been compiled, or found wrong; called each turn."""
         if not self._pending:
             return []

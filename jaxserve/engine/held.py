@@ -10,21 +10,20 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator
+from typing import cast
 
-from jaxserve.protocol.messages import Finished, SequenceRecord, Submit
+from jaxserve.protocol.messages import Embed, Finished, SequenceRecord, Submit
+from jaxserve.protocol.replay import num_prompt_tokens, some_texts
 from jaxserve.types import FinishReason
 
-#: A client and its request.
-Held = tuple[Hashable, Submit]
 
-
-class HeldRequests:
-    """Requests in the order of their coming."""
+class HeldRequests[Request: Submit | Embed]:
+    """Clients and their requests, in the order of their coming."""
 
     def __init__(self) -> None:
-        self._held: deque[Held] = deque()
+        self._held: deque[tuple[Hashable, Request]] = deque()
 
-    def __iter__(self) -> Iterator[Held]:
+    def __iter__(self) -> Iterator[tuple[Hashable, Request]]:
         return iter(self._held)
 
     @property
@@ -32,11 +31,11 @@ class HeldRequests:
         """Sequences that wait here."""
         return sum(len(message.sequence_ids) for _, message in self._held)
 
-    def add(self, client: Hashable, message: Submit) -> None:
+    def add(self, client: Hashable, message: Request) -> None:
         """A request waits."""
         self._held.append((client, message))
 
-    def take(self, wanted: Callable[[Submit], bool]) -> list[Held]:
+    def take(self, wanted: Callable[[Request], bool]) -> list[tuple[Hashable, Request]]:
         """Takes out those that are wanted, in their order."""
         taken = [held for held in self._held if wanted(held[1])]
         if taken:
@@ -48,7 +47,7 @@ class HeldRequests:
     ) -> list[Finished]:
         """A client cancels these: the ends of those of them that wait here."""
         withdrawn: list[Finished] = []
-        kept: deque[Held] = deque()
+        kept: deque[tuple[Hashable, Request]] = deque()
         for name, message in self._held:
             ids = set(message.sequence_ids).intersection(sequence_ids) if name == client else set()
             if ids:
@@ -65,11 +64,12 @@ class HeldRequests:
         self._held = deque(held for held in self._held if held[0] != client)
 
 
-def _end(message: Submit, sequence_id: int, reason: FinishReason) -> Finished:
+def _end(message: Submit | Embed, sequence_id: int, reason: FinishReason) -> Finished:
     """The end of a sequence that this engine did not begin."""
-    prompt_tokens = sum(len(segment.token_ids) for segment in message.prompt)
     place = message.sequence_ids.index(sequence_id)
-    num_emitted = len(message.emitted[place]) if message.emitted else 0
+    prompt_tokens = num_prompt_tokens(message, place)
+    emitted = message.emitted if isinstance(message, Submit) else []
+    num_emitted = len(emitted[place]) if emitted else 0
     record = SequenceRecord(
         prompt_tokens=prompt_tokens,
         output_tokens=num_emitted,
@@ -81,9 +81,11 @@ def _end(message: Submit, sequence_id: int, reason: FinishReason) -> Finished:
     return Finished(sequence_id=sequence_id, reason=reason, record=record)
 
 
-def _without(message: Submit, sequence_ids: Collection[int]) -> Submit:
+def _without[Request: Submit | Embed](message: Request, sequence_ids: Collection[int]) -> Request:
     """A request less some of its sequences."""
     kept = [i for i, number in enumerate(message.sequence_ids) if number not in sequence_ids]
+    if isinstance(message, Embed):
+        return cast(Request, some_texts(message, kept))
     choices = message.choices or list(range(len(message.sequence_ids)))
     emitted = message.emitted or [[]] * len(message.sequence_ids)
     return dataclasses.replace(

@@ -20,6 +20,7 @@ from jaxserve.device.cache import (
     pages_per_sequence,
     pool_sizes,
 )
+from jaxserve.device.clock import DeviceClock
 from jaxserve.device.compiles import compile_counter, use_persistent_cache
 from jaxserve.device.executor import Executor
 from jaxserve.device.hosts import Hosts
@@ -29,6 +30,7 @@ from jaxserve.device.sharding import make_mesh, param_sharding, tensor_parallel
 from jaxserve.device.state import hidden_states, init_device_state
 from jaxserve.engine.batches import Batches
 from jaxserve.engine.layout import log_layout
+from jaxserve.engine.load_embedding import load_embedding
 from jaxserve.engine.parts import Parts, Progressing
 from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.models.decoder import Decoder
@@ -128,14 +130,17 @@ def parts_of(
         ConfigError: the cache does not fit beside it.
     """
     log_layout(model, mesh)
-    info = model_info(config, model)
+    info, clock = model_info(config, model), DeviceClock()
+    embedding = load_embedding(config, model, mesh, clock, progress)  # the cache gets what is left
     num_pages = size_cache(config, model.options, info, _memory(config.cache, mesh))
     if hosts is not None:  # as many as the host with the least memory has
         pools = zip(*hosts.gather("pages", num_pages), strict=True)
         num_pages = tuple(min(pages) for pages in pools)
     buckets = buckets_for(config, model.options, mesh.devices.flat[0].platform)
     host_pages = _host_pages(config, model, info, num_pages, mesh.shape["data"])
-    executor = _executor(config, model, info, num_pages, host_pages, mesh, buckets, hosts)
+    executor = _executor(config, model, info, num_pages, host_pages, mesh, buckets, hosts, clock)
+    if embedding is not None:  # first: what is compiled after the executor's warm-up is counted
+        embedding.embedder.warm_up(progress, config.engine.compile_threads)
     executor.warm_up(progress, config.engine.compile_threads)
     return Parts(
         model=info,
@@ -147,6 +152,7 @@ def parts_of(
         host_pages=host_pages,
         hosts=hosts,
         follow=executor.follow if config.parallel.host else None,
+        embedding=embedding,
     )
 
 
@@ -369,6 +375,7 @@ def _executor(
     mesh: Mesh,
     buckets: Buckets,
     hosts: Hosts | None,
+    clock: DeviceClock,
 ) -> Executor:
     dtype, page_size = cache_dtype(config.cache, model.options), config.cache.page_size
     logger.info("KV cache: %s pages of %d tokens, %s", num_pages, page_size, dtype)
@@ -388,4 +395,4 @@ def _executor(
         hidden=hidden_states(buckets.programs, model.spec.hidden_size, model.options.activations),
         mesh=mesh,
     )
-    return Executor(model, state, buckets.programs, page_size, mesh, hosts, host_pages)
+    return Executor(model, state, buckets.programs, page_size, mesh, hosts, host_pages, clock=clock)

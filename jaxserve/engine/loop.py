@@ -21,6 +21,8 @@ What one step of delay means:
 - *Grammars.* Which token may come next is known once the one before has been read. The next
   step's model runs meanwhile, and its tokens are sampled by a program of their own, launched when
   the masks are made (`engine.grammars`). Plain rows of such a step are sampled with the others.
+- *Embedding* (`engine.embedding`) is another kind of step: where both kinds have work they take
+  turns. It stands in the same line on the device, and what was launched before it is read first.
 - *Several decode steps* in one call happen only when nobody waits, no prompt is being computed and
   no row ends within them; stop tokens then cost up to two calls' worth of discarded tokens.
 
@@ -33,28 +35,25 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Hashable
 
-from jaxserve.config import StructuredConfig
+from jaxserve.config import EmbeddingsConfig, SchedulerConfig, StructuredConfig
 from jaxserve.engine.backlog import Backlog
 from jaxserve.engine.check import check_submit, request_number, resumed
+from jaxserve.engine.embedding import Embedding
 from jaxserve.engine.grammars import Grammars
 from jaxserve.engine.outbox import Outbox
 from jaxserve.engine.probation import Probation
 from jaxserve.engine.recorder import NoRecorder, Recorder
 from jaxserve.engine.statistics import Statistics, prefill_tokens, record_of
-from jaxserve.engine.turn import Batch, Executor, InFlight
-from jaxserve.errors import (
-    ConfigError,
-    DeviceFailure,
-    GrammarError,
-    JaxserveError,
-    Overloaded,
-)
+from jaxserve.engine.turn import Batch, Executor, InFlight, TextsInFlight
+from jaxserve.errors import ConfigError, DeviceFailure, GrammarError, JaxserveError, Overloaded
 from jaxserve.protocol.messages import (
     Cancel,
     ClientMessage,
     Drain,
+    Embed,
     EngineStatus,
     Finished,
     GetStatus,
@@ -65,6 +64,7 @@ from jaxserve.protocol.messages import (
 )
 from jaxserve.protocol.server import ServerTransport
 from jaxserve.scheduler.copies import Schedulers
+from jaxserve.scheduler.embedding import Text
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.types import FinishReason, ModelInfo
@@ -87,6 +87,7 @@ class Engine:
         recorder: told what runs, for whoever watches this process.
         probation: which requests have to wait for what ended the engine before to be found.
         grammars: of requests whose output must match one.
+        embedding: the other kind of step.
 
     Attributes:
         in_flight: the step that runs on the device.
@@ -104,6 +105,7 @@ class Engine:
         recorder: Recorder | None = None,
         probation: Probation | None = None,
         grammars: Grammars | None = None,
+        embedding: Embedding | None = None,
     ) -> None:
         self._recorder = recorder or NoRecorder()
         self._probation = probation or Probation((), (), 0, self._recorder)
@@ -111,7 +113,7 @@ class Engine:
         self.scheduler = scheduler
         self.batch = batch
         self.executor = executor
-        self.in_flight: InFlight | None = None
+        self.in_flight: InFlight | TextsInFlight | None = None
         self.state = "ready"
         self.step_ns = time.monotonic_ns()
         self._model = model
@@ -120,6 +122,10 @@ class Engine:
         self._backlog = Backlog()
         self._live: dict[Hashable, dict[int, Sequence]] = {}
         self._statistics = Statistics(scheduler, executor)
+        self._embedding = embedding or Embedding(
+            None, EmbeddingsConfig(), SchedulerConfig(), self._recorder
+        )
+        self._texts_next = True
         self._stopping = False
         self._error = ""
 
@@ -129,11 +135,13 @@ class Engine:
         """One turn: plan and launch the next step, then read and send the one before."""
         self.step_ns = time.monotonic_ns()
         self._recorder.turned()
-        plans = self.scheduler.plan()
-        launched = self._launch(plans) if plans is not None else None
-        if self.in_flight is not None:
-            self._deliver(self.in_flight)
-        if launched is not None and any(inputs.masked for inputs in launched.inputs):
+        launched = self._launch_next()
+        match self.in_flight:
+            case InFlight() as step:
+                self._deliver(step)
+            case TextsInFlight() as step:
+                self._deliver_texts(step)
+        if isinstance(launched, InFlight) and any(inputs.masked for inputs in launched.inputs):
             self._mask(launched)
         self.in_flight = launched
 
@@ -141,7 +149,8 @@ class Engine:
         """Turns the loop until `stop`. Raises what a step raised, after telling the clients."""
         try:
             while not self._stopping:
-                idle = self.in_flight is None and not self.scheduler.has_work
+                work = self.scheduler.has_work or self._embedding.num_waiting
+                idle = self.in_flight is None and not work
                 wait_s = COMPILING_WAIT_S if self._grammars.num_held else IDLE_WAIT_S
                 self.receive(wait_s if idle else 0.0)
                 self.step()
@@ -152,6 +161,19 @@ class Engine:
     def stop(self) -> None:
         """Has `serve` return after the turn it is in. May be called from elsewhere."""
         self._stopping = True
+
+    def _launch_next(self) -> InFlight | TextsInFlight | None:
+        """Launches the next step: where texts wait and something is generated, each in turn."""
+        texts = None
+        if self._texts_next:
+            texts = self._embedding.launch(shared=self.scheduler.has_work)
+        self._texts_next = texts is None
+        if texts is not None:
+            return texts
+        plans = self.scheduler.plan()
+        if plans is not None:
+            return self._launch(plans)
+        return self._embedding.launch(shared=False)
 
     def _launch(self, plans: list[Plan | None]) -> InFlight:
         inputs = self.batch.build(plans)
@@ -199,6 +221,16 @@ class Engine:
             self.scheduler.cancel(sequence, FinishReason.ERROR)
             self._finish(sequence, now_ns, error)
 
+    def _deliver_texts(self, step: TextsInFlight) -> None:
+        """Reads an embedding step's vectors and sends each client its own."""
+        outputs = self._embedding.collect(step)
+        self._recorder.collected()
+        self._embedding.deliver(step, outputs, time.monotonic_ns(), self._finish)
+        self._outbox.send()
+        if self._outbox.wants_stats:
+            work = self._embedding.count_work(step)
+            self._outbox.send_stats(self._statistics.of_texts(step, outputs, work))
+
     # ------------------------------------------------------------------ messages
 
     def receive(self, timeout_s: float) -> None:
@@ -224,7 +256,7 @@ class Engine:
     def handle(self, client: Hashable, message: ClientMessage) -> None:
         """One message of one client. Whatever it holds, it harms nobody else."""
         match message:
-            case Submit():
+            case Submit() | Embed():
                 self.submit(client, message)
             case Cancel():
                 self.cancel(client, message.sequence_ids, message.reason)
@@ -242,7 +274,7 @@ class Engine:
             case UseVocabulary():
                 self._use(message)
 
-    def submit(self, client: Hashable, message: Submit) -> None:
+    def submit(self, client: Hashable, message: Submit | Embed) -> None:
         """Lets a request in, has it wait, or refuses it: each sequence ends with the error."""
         try:
             if self.state != "ready" and message.attempt == 0:
@@ -254,42 +286,51 @@ class Engine:
         if not self._probation.holds(client, message):
             self._let_in(client, message)
 
-    def _let_in(self, client: Hashable, message: Submit) -> None:
-        """Gives a request to the scheduler, or refuses it."""
+    def _let_in(self, client: Hashable, message: Submit | Embed) -> None:
+        """Gives a request to the queue of its kind, or refuses it."""
         live = self._live.setdefault(client, {})
         if not live.keys().isdisjoint(message.sequence_ids):
             logger.warning("client %s used a sequence id twice: request dropped", client)
             return
         try:
-            request = request_number(message.request_key)
-            self._recorder.arriving(request)
-            prompt = check_submit(message, self._model)
-            if self._grammars.holds(client, message):
-                self._recorder.arriving(0)
-                return
-            sequences = self.scheduler.submit(
-                [(client, sequence_id) for sequence_id in message.sequence_ids],
-                prompt,
-                message.sampling,
-                priority=message.priority,
-                tenant=message.tenant,
-                cache_salt=message.cache_salt,
-                weight=message.weight,
-                arrived_ns=message.arrived_ns,
-                request=request,
-                resumed=resumed(message),
-            )
+            self._recorder.arriving(request_number(message.request_key))
+            if isinstance(message, Embed):
+                sequences = self._embedding.submit(client, message)
+            else:
+                prompt = check_submit(message, self._model)
+                if self._grammars.holds(client, message):
+                    self._recorder.arriving(0)
+                    return
+                sequences = self._submit_prompt(client, message, prompt)
         except JaxserveError as error:
             self._refuse(client, message, error)
         else:
             live.update(zip(message.sequence_ids, sequences, strict=True))
-            self._backlog.enter(sequences, message.priority, message.tenant, message.weight)
             self._probation.watch(message, sequences)
-            self._give_up(self._grammars.constrain(message, sequences))
+            if isinstance(message, Submit):
+                self._give_up(self._grammars.constrain(message, sequences))
         self._recorder.arriving(0)
         now_ns = time.monotonic_ns()
-        for sequence, error in self.scheduler.take_shed():
+        for sequence, error in (*self.scheduler.take_shed(), *self._embedding.take_shed()):
             self._finish(sequence, now_ns, error)
+
+    def _submit_prompt(
+        self, client: Hashable, message: Submit, prompt: list[int]
+    ) -> list[Sequence]:
+        sequences = self.scheduler.submit(
+            [(client, sequence_id) for sequence_id in message.sequence_ids],
+            prompt,
+            message.sampling,
+            priority=message.priority,
+            tenant=message.tenant,
+            cache_salt=message.cache_salt,
+            weight=message.weight,
+            arrived_ns=message.arrived_ns,
+            request=request_number(message.request_key),
+            resumed=resumed(message),
+        )
+        self._backlog.enter(sequences, message.priority, message.tenant, message.weight)
+        return sequences
 
     def cancel(self, client: Hashable, sequence_ids: list[int], reason: FinishReason) -> None:
         """Ends those of a client's sequences that still live."""
@@ -298,7 +339,8 @@ class Engine:
         for sequence_id in sequence_ids:
             sequence = live.get(sequence_id)
             if sequence is not None:
-                self.scheduler.cancel(sequence, reason)
+                owner = self._embedding if isinstance(sequence, Text) else self.scheduler
+                owner.cancel(sequence, reason)
                 self._finish(sequence, now_ns)
         for waiting in (self._probation, self._grammars):
             if ended := waiting.withdraw(client, sequence_ids, reason):
@@ -333,7 +375,7 @@ class Engine:
             host_pages_total=self.scheduler.host_pages_total,
             compiles_after_warmup=self.executor.compiles_after_warmup,
             model=self._model,
-            shed=self.scheduler.num_shed,
+            shed=dict(Counter(self.scheduler.num_shed) + Counter(self._embedding.num_shed)),
             error=self._error,
             at_ns=time.monotonic_ns(),
             max_rows=self.scheduler.max_rows,
@@ -342,14 +384,24 @@ class Engine:
             service_s=self._backlog.service_s,
             token_s=self._backlog.token_s,
             output_share=self._backlog.output_share,
+            embedding=self._embedding.model,
+            texts_waiting=self._embedding.num_waiting,
+            embed_wait_s=self._embedding.wait_s,
         )
 
     # ------------------------------------------------------------------ ends
 
-    def _finish(self, sequence: Sequence, now_ns: int, error: JaxserveError | None = None) -> None:
+    def _finish(
+        self,
+        sequence: Sequence,
+        now_ns: int,
+        error: JaxserveError | None = None,
+        vector: bytes = b"",
+    ) -> None:
         client, sequence_id = sequence.key
         del self._live[client][sequence_id]
-        self._backlog.leave(sequence, now_ns)
+        if not isinstance(sequence, Text):
+            self._backlog.leave(sequence, now_ns)
         assert sequence.reason is not None
         finished = Finished(
             sequence_id=sequence_id,
@@ -359,10 +411,11 @@ class Engine:
             error=error.message if error else "",
             error_code=error.code if error else "",
             error_param=error.param if error else None,
+            vector=vector,
         )
         self._outbox.events(client).finished.append(finished)
 
-    def _refuse(self, client: Hashable, message: Submit, error: JaxserveError) -> None:
+    def _refuse(self, client: Hashable, message: Submit | Embed, error: JaxserveError) -> None:
         now_ns = time.monotonic_ns()
         for sequence_id in message.sequence_ids:
             record = SequenceRecord(arrived_ns=message.arrived_ns, done_ns=now_ns)

@@ -6,12 +6,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jaxserve.config import Config
+from jaxserve.device.embed_step import EmbedBuckets
 from jaxserve.device.hosts import Hosts
-from jaxserve.engine.turn import Batch, Executor
-from jaxserve.types import ModelInfo
+from jaxserve.engine.turn import Batch, Embedder, Executor
+from jaxserve.types import EmbeddingInfo, ModelInfo
 
 #: Told how far start-up is: phase ("loading" or "compiling"), done, total.
 Progressing = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingParts:
+    """A model that embeds, loaded.
+
+    Attributes:
+        embedder: has its programs once it was warmed up.
+        buckets: which texts fit one step.
+    """
+
+    model: EmbeddingInfo
+    embedder: Embedder
+    buckets: EmbedBuckets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +39,7 @@ class Parts:
         host_pages: of each cache group, that each copy may have in the host's memory.
         copies: of the model.
         hosts: that share it, where there are several.
+        embedding: the model that embeds, where there is one.
         follow: on another host than number 0, makes the device calls that host 0 broadcasts, for
             as long as it lives.
     """
@@ -37,6 +53,7 @@ class Parts:
     copies: int = 1
     hosts: Hosts | None = None
     follow: Callable[[], None] | None = None
+    embedding: EmbeddingParts | None = None
 
 
 #: Loads and compiles what a configuration asks for.

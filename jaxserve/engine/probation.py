@@ -19,10 +19,10 @@ from collections.abc import Callable, Collection, Hashable
 from collections.abc import Sequence as Seq
 
 from jaxserve.engine.check import request_number
-from jaxserve.engine.held import Held, HeldRequests
+from jaxserve.engine.held import HeldRequests
 from jaxserve.engine.recorder import Recorder
 from jaxserve.errors import RequestQuarantined
-from jaxserve.protocol.messages import Finished, Submit
+from jaxserve.protocol.messages import Embed, Finished, Submit
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.types import FinishReason
 
@@ -56,7 +56,7 @@ class Probation:
         self._tokens = tokens
         self._recorder = recorder
         self._clock_s = clock_s
-        self._held = HeldRequests()
+        self._held: HeldRequests[Submit | Embed] = HeldRequests()
         self._trial = 0  # index of the one that is on or comes next
         self._let_in = False  # whether its requests were
         self._watched: list[tuple[Sequence, int]] = []  # sequences on trial, length to come to
@@ -67,7 +67,7 @@ class Probation:
         """Sequences that wait here."""
         return self._held.num_sequences
 
-    def check(self, message: Submit) -> None:
+    def check(self, message: Submit | Embed) -> None:
         """Refuses what is quarantined.
 
         Raises:
@@ -79,7 +79,7 @@ class Probation:
                 "alone; the others go on without it. Do not send it again as it is"
             )
 
-    def holds(self, client: Hashable, message: Submit) -> bool:
+    def holds(self, client: Hashable, message: Submit | Embed) -> bool:
         """Whether a request has to wait; it is kept then."""
         if self._trial == len(self._trials) and message.request_key not in self._suspects:
             return False
@@ -90,7 +90,7 @@ class Probation:
         self._held.add(client, message)
         return True
 
-    def release(self) -> list[Held]:
+    def release(self) -> list[tuple[Hashable, Submit | Embed]]:
         """What may run from now on; called each turn of the loop."""
         if self._trial == len(self._trials):
             return []
@@ -100,7 +100,7 @@ class Probation:
             return []
         return self._end_trial()
 
-    def watch(self, message: Submit, sequences: list[Sequence]) -> None:
+    def watch(self, message: Submit | Embed, sequences: Seq[Sequence]) -> None:
         """A request was let in as these sequences."""
         if self._trial < len(self._trials) and message.request_key in self._trials[self._trial]:
             self._watched += [(s, len(s.token_ids) + self._tokens) for s in sequences]
@@ -115,7 +115,7 @@ class Probation:
         """A client is gone."""
         self._held.forget(client)
 
-    def _begin_trial(self) -> list[Held]:
+    def _begin_trial(self) -> list[tuple[Hashable, Submit | Embed]]:
         """Lets the group in, once it is complete or has been waited for."""
         group = self._trials[self._trial]
         now_s = self._clock_s()
@@ -134,7 +134,7 @@ class Probation:
         self._let_in = True
         return released
 
-    def _end_trial(self) -> list[Held]:
+    def _end_trial(self) -> list[tuple[Hashable, Submit | Embed]]:
         """It is over; after the first one everybody else may run."""
         self._trial += 1
         self._let_in = False

@@ -26,6 +26,7 @@ from typing import NoReturn
 
 from jaxserve.config import Config
 from jaxserve.device.hosts import EXIT_LOST, Hosts
+from jaxserve.engine.embedding import Embedding
 from jaxserve.engine.grammars import Grammars
 from jaxserve.engine.greeter import Greeter
 from jaxserve.engine.loop import Engine
@@ -33,7 +34,7 @@ from jaxserve.engine.parts import Factory, Parts, Progressing
 from jaxserve.engine.probation import Probation
 from jaxserve.engine.recorder import FlightRecorder, NoRecorder, Recorder
 from jaxserve.errors import HostLost, JaxserveError
-from jaxserve.protocol.flight import NUM_STEPS
+from jaxserve.protocol.flight import NUM_STEPS, flight_requests
 from jaxserve.protocol.parent import follow_parent
 from jaxserve.protocol.server import ServerTransport
 from jaxserve.protocol.spawn import EngineSettings, fingerprint
@@ -169,12 +170,13 @@ def build_engine(
         cache=config.cache,
         batch_invariant=config.engine.batch_invariant,
     )
-    grammars = Grammars(config.structured, parts.model)
+    recorder = recorder or NoRecorder()
     return Engine(
         *(parts.model, scheduler, parts.batch, parts.executor, server),
         recorder=recorder,
         probation=probation,
-        grammars=grammars,
+        grammars=Grammars(config.structured, parts.model),
+        embedding=Embedding(parts.embedding, config.embeddings, config.scheduler, recorder),
     )
 
 
@@ -184,7 +186,9 @@ def _recorder(settings: EngineSettings) -> Recorder:
         return NoRecorder()
     config = settings.config
     max_rows, copies = config.scheduler.max_rows, config.parallel.data
-    return FlightRecorder(settings.flight, config.engine, max_rows, copies)
+    return FlightRecorder(
+        settings.flight, config.engine, max_rows, copies, max_requests=flight_requests(config)
+    )
 
 
 def watch_steps(engine: Engine, timeout_s: float, on_hang: Callable[[float], None]) -> None:

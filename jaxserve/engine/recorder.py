@@ -25,9 +25,12 @@ from typing import Protocol
 import numpy as np
 
 from jaxserve.config import EngineConfig
+from jaxserve.device.embed_step import EmbedProgram
 from jaxserve.device.step import Program, StepInputs
 from jaxserve.protocol.flight import NUM_STEPS, Cell, FlightLayout, Phase
 from jaxserve.scheduler.plan import Plan
+
+AnyProgram = Program | EmbedProgram
 
 #: How much of a measured step's length stays after each further step of its program.
 _FADING = 0.98
@@ -56,6 +59,10 @@ class Recorder(Protocol):
         """A step is about to be launched."""
         ...
 
+    def embedding(self, requests: Iterable[int], program: AnyProgram) -> None:
+        """A step of texts of these requests is about to be launched."""
+        ...
+
     def collected(self) -> None:
         """The oldest launched step has been read back."""
         ...
@@ -79,6 +86,9 @@ class NoRecorder:
     def launching(self, plans: Sequence[Plan | None], inputs: Sequence[StepInputs]) -> None:
         """See `Recorder`."""
 
+    def embedding(self, requests: Iterable[int], program: AnyProgram) -> None:
+        """See `Recorder`."""
+
     def collected(self) -> None:
         """See `Recorder`."""
 
@@ -91,17 +101,20 @@ class FlightRecorder:
         config: deadlines.
         max_rows: of each copy of the model.
         copies: of it.
+        max_requests: that the file has room for in a step; the rows of all copies where 0.
     """
 
-    def __init__(self, path: Path, config: EngineConfig, max_rows: int, copies: int) -> None:
-        self._layout = FlightLayout(max_rows * copies)
+    def __init__(
+        self, path: Path, config: EngineConfig, max_rows: int, copies: int, max_requests: int = 0
+    ) -> None:
+        self._layout = FlightLayout(max_requests or max_rows * copies)
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), 0)
         self._cells = np.frombuffer(self._map, np.uint64)
         self._config = config
         self._owners = np.zeros((copies, max_rows + 1), np.uint64)  # by slot: the request's number
-        self._longest_ns: dict[Program, float] = {}
-        self._running: deque[tuple[Program, int]] = deque()  # program, when launched
+        self._longest_ns: dict[AnyProgram, float] = {}
+        self._running: deque[tuple[AnyProgram, int]] = deque()  # program, when launched
         self._before = int(self._cells[Cell.LARGEST_TOKENS]), float(self._cells[Cell.LARGEST_NS])
         self._num_launched = 0
         self._free_ns = 0  # since when the device has nothing older to do
@@ -133,13 +146,17 @@ class FlightRecorder:
                 for join in plan.joins:
                     owners[join.slot] = join.request
                 requests.append(owners[own.rows[: own.num_live_rows]])
-        self._write(
-            self._layout.step(self._num_launched % NUM_STEPS),
-            requests[0] if len(requests) == 1 else np.concatenate(requests),
+        self._launching(
+            requests[0] if len(requests) == 1 else np.concatenate(requests), inputs[0].program
         )
+
+    def embedding(self, requests: Iterable[int], program: AnyProgram) -> None:
+        """See `Recorder`."""
+        self._launching(np.asarray(list(requests), np.uint64), program)
+
+    def _launching(self, requests: np.ndarray, program: AnyProgram) -> None:
+        self._write(self._layout.step(self._num_launched % NUM_STEPS), requests)
         self._num_launched += 1
-        now_ns = time.monotonic_ns()
-        program = inputs[0].program
         now_ns = time.monotonic_ns()
         if not self._running:
             self._cells[Cell.DEADLINE_NS] = now_ns + self._allowed_ns(program)
@@ -160,7 +177,7 @@ class FlightRecorder:
             now_ns + self._allowed_ns(self._running[0][0]) if self._running else 0
         )
 
-    def _allowed_ns(self, program: Program) -> int:
+    def _allowed_ns(self, program: AnyProgram) -> int:
         """How long a step of this program may take."""
         config = self._config
         longest_ns = self._longest_ns.get(program) or self._estimated_ns(_tokens(program))
@@ -187,6 +204,6 @@ class FlightRecorder:
         self._cells[start] = len(requests)
 
 
-def _tokens(program: Program) -> int:
+def _tokens(program: AnyProgram) -> int:
     """Padded tokens of a call, by which programs are compared."""
     return program.num_tokens * program.decode_steps

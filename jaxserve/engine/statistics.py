@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence as Seq
 
+from jaxserve.device.embed_step import EmbedOutputs
 from jaxserve.device.step import StepOutputs
-from jaxserve.engine.turn import Executor, InFlight
+from jaxserve.engine.turn import Executor, InFlight, TextsInFlight
 from jaxserve.protocol.messages import SequenceRecord, StepStats
 from jaxserve.scheduler.copies import Schedulers
 from jaxserve.scheduler.plan import Plan
@@ -48,18 +49,47 @@ class Statistics:
             draft_accepted_tokens=step.accepted,
             flops=sum(flops for flops, _ in work),
             bytes=sum(num_bytes for _, num_bytes in work),
-            running=self._scheduler.num_running,
-            waiting=self._scheduler.num_waiting,
-            pages_used=self._scheduler.pages_used,
-            pages_total=self._scheduler.pages_total,
-            pages_cached=self._scheduler.pages_cached,
-            preemptions=self._since_told("preemptions", self._scheduler.num_preemptions),
-            prefix_lookup_tokens=self._since_told("lookup", self._scheduler.prefix_lookup_tokens),
-            prefix_hit_tokens=self._since_told("hit", self._scheduler.prefix_hit_tokens),
             pages_saved=sum(len(plan.page_saves) for plan in plans),
             pages_loaded=sum(len(plan.page_loads) for plan in plans),
-            compiles_after_warmup=self._executor.compiles_after_warmup,
+            **self._state(),
         )
+
+    def of_texts(
+        self, step: TextsInFlight, outputs: EmbedOutputs, work: tuple[int, int]
+    ) -> StepStats:
+        """Of an embedding step that has been read; its tokens count as prompt tokens."""
+        num_tokens = sum(text.prompt_len for text in step.texts)
+        return StepStats(
+            step_id=step.step_id,
+            program=step.program.name,
+            device_ns=outputs.device_ns,
+            idle_ns=outputs.idle_ns,
+            rows=len(step.texts),
+            tokens=num_tokens,
+            padded_tokens=step.program.num_tokens,
+            decode_tokens=0,
+            prefill_tokens=num_tokens,
+            draft_tokens=0,
+            draft_accepted_tokens=0,
+            flops=work[0],
+            bytes=work[1],
+            **self._state(),
+        )
+
+    def _state(self) -> dict[str, int]:
+        """What is told with every step, of whatever kind it was."""
+        scheduler = self._scheduler
+        return {
+            "running": scheduler.num_running,
+            "waiting": scheduler.num_waiting,
+            "pages_used": scheduler.pages_used,
+            "pages_total": scheduler.pages_total,
+            "pages_cached": scheduler.pages_cached,
+            "preemptions": self._since_told("preemptions", scheduler.num_preemptions),
+            "prefix_lookup_tokens": self._since_told("lookup", scheduler.prefix_lookup_tokens),
+            "prefix_hit_tokens": self._since_told("hit", scheduler.prefix_hit_tokens),
+            "compiles_after_warmup": self._executor.compiles_after_warmup,
+        }
 
     def _since_told(self, name: str, total: int) -> int:
         """What a count has grown by since the statistics before."""

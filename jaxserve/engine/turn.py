@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from jaxtyping import UInt
 
+from jaxserve.device.embed_step import EmbedInput, EmbedOutputs, EmbedProgram
 from jaxserve.device.step import StepInputs, StepOutputs
+from jaxserve.scheduler.embedding import Text
 from jaxserve.scheduler.plan import Plan
 
 
@@ -44,6 +46,40 @@ class Executor(Protocol):
     def compiles_after_warmup(self) -> int:
         """Programs compiled while serving; stays 0."""
         ...
+
+
+class Embedder(Protocol):
+    """The device, for texts that are embedded (`device.embedder`)."""
+
+    def warm_up(self, progress: Callable[[str, int, int], None], threads: int = 0) -> None:
+        """Compiles all programs."""
+        ...
+
+    def launch(self, texts: Sequence[EmbedInput]) -> Any:
+        """Starts a step of texts that one program holds; does not wait."""
+        ...
+
+    def collect(self, launched: Any) -> EmbedOutputs:
+        """Waits for a step's vectors."""
+        ...
+
+    def count_work(self, lengths: Sequence[int]) -> tuple[int, int]:
+        """FLOPs and bytes of texts of such lengths, counted from shapes."""
+        ...
+
+
+@dataclass(slots=True)
+class TextsInFlight:
+    """A launched embedding step that has not been read.
+
+    Attributes:
+        step_id: among the embedding steps.
+    """
+
+    step_id: int
+    texts: list[Text]
+    program: EmbedProgram
+    launched: Any
 
 
 @dataclass(slots=True)

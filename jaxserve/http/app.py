@@ -18,11 +18,18 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 
-from jaxserve.config import HttpConfig, LimitsConfig, StructuredConfig, ToolsConfig
+from jaxserve.config import (
+    EmbeddingsConfig,
+    HttpConfig,
+    LimitsConfig,
+    StructuredConfig,
+    ToolsConfig,
+)
 from jaxserve.errors import InvalidRequest, JaxserveError
 from jaxserve.http.auth import Authentication, KeyRing
 from jaxserve.http.chat import read_chat
 from jaxserve.http.completions import read_completion
+from jaxserve.http.embeddings import EMBEDDINGS
 from jaxserve.http.errors import MethodNotAllowed, NotFound, error_body, send_error
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.gate import CAPPED_HEADER, Gate
@@ -31,10 +38,13 @@ from jaxserve.http.grammars import GrammarChecker
 from jaxserve.http.metrics import Metrics
 from jaxserve.http.probes import Health, Models, PrometheusMetrics, Ready
 from jaxserve.http.responses import read_response
+from jaxserve.http.score import RERANK, SCORE
+from jaxserve.http.texts import TextsEndpoint
 from jaxserve.http.tokens import Detokenize, Tokenize
 from jaxserve.limits.store import Store
 from jaxserve.protocol.client import EngineClient
 from jaxserve.text.dialect import make_dialect
+from jaxserve.text.embedding import EmbeddingText
 from jaxserve.text.template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.text.vocabulary import vocabulary_of
@@ -69,6 +79,8 @@ def create_app(
     store: Store | None = None,
     tools: ToolsConfig | None = None,
     structured: StructuredConfig | None = None,
+    embeddings: EmbeddingText | None = None,
+    embeddings_config: EmbeddingsConfig | None = None,
 ) -> Arrival:
     """The application over a client that has been started.
 
@@ -81,6 +93,8 @@ def create_app(
         store: of rate limits; None where no key has any.
         tools: how messages are read; the defaults where None.
         structured: what grammars may take; the defaults where None.
+        embeddings: the text half of the model that embeds; None where there is none.
+        embeddings_config: limits of its requests; the defaults where None.
     """
     metrics = metrics or Metrics(lambda: client.status)
     frontend = Frontend(
@@ -95,6 +109,8 @@ def create_app(
         grammars=GrammarChecker(structured or StructuredConfig(), lambda: vocabulary_of(tokenizer)),
         page_size=page_size,
         started_s=int(time.time()),
+        embeddings=embeddings,
+        embeddings_config=embeddings_config or EmbeddingsConfig(),
     )
     post, get = ["POST"], ["GET"]
     router = Router(
@@ -102,6 +118,9 @@ def create_app(
             Route("/v1/chat/completions", GenerationEndpoint(frontend, read_chat), methods=post),
             Route("/v1/completions", GenerationEndpoint(frontend, read_completion), methods=post),
             Route("/v1/responses", GenerationEndpoint(frontend, read_response), methods=post),
+            Route("/v1/embeddings", TextsEndpoint(frontend, EMBEDDINGS), methods=post),
+            Route("/v1/score", TextsEndpoint(frontend, SCORE), methods=post),
+            Route("/v1/rerank", TextsEndpoint(frontend, RERANK), methods=post),
             Route("/v1/models", Models(frontend), methods=get),
             Route("/v1/models/{name:path}", Models(frontend), methods=get),
             Route("/tokenize", Tokenize(frontend), methods=post),

@@ -7,6 +7,7 @@ refuses it by name.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ class Demand:
         text_bytes: of prompts that are text, with what their template adds; prompt_tokens: of
             those that are token ids.
         prompts, sequences: how many of each.
-        max_tokens: of each sequence; None where it names none.
+        max_tokens: of each sequence; None where it names none, 0 where nothing is generated.
         user: "" where it names none.
         timeout_s: None where it names none.
     """
@@ -59,29 +60,67 @@ class Demand:
         )
 
 
+#: Reads a body, whatever it asks for.
+ReadDemand = Callable[[Fields, Identity], Demand]
+
+
+def text_demand(*names: str) -> ReadDemand:
+    """Reads a request's body that has texts in these fields and generates nothing."""
+
+    def read(fields: Fields, identity: Identity) -> Demand:
+        counts = [_count_texts(fields.peek(name)) for name in names]
+        num_texts = max(1, *(texts for _, _, texts in counts))
+        return Demand(
+            text_bytes=sum(num_bytes for num_bytes, _, _ in counts),
+            prompt_tokens=sum(num_tokens for _, num_tokens, _ in counts),
+            prompts=num_texts,
+            sequences=num_texts,
+            max_tokens=0,
+            priority=_priority(fields, identity),
+            user=_user(fields),
+            timeout_s=_timeout_s(fields),
+        )
+
+    return read
+
+
 def read_demand(fields: Fields, identity: Identity) -> Demand:
     """Reads a generating request's body.
 
     Raises:
         InvalidRequest: `timeout` is not a number of seconds.
     """
-    timeout_s = fields.number("timeout", math.inf, _MIN_TIMEOUT_S, MAX_TIMEOUT_S)
+    timeout_s = _timeout_s(fields)
     text_bytes, prompt_tokens, prompts = _prompts(fields)
     candidates = max(_integer(fields, "n", 1), _integer(fields, "best_of", 1))
     names = ("max_completion_tokens", "max_tokens", "max_output_tokens")
     max_tokens = max(_integer(fields, name, 0) for name in names)
-    user, priority = fields.peek("user"), fields.peek("priority")
-    priority = PRIORITIES.get(priority, priority) if type(priority) is str else priority
     return Demand(
         text_bytes=text_bytes,
         prompt_tokens=prompt_tokens,
         prompts=prompts,
         sequences=prompts * candidates,
         max_tokens=max_tokens or None,
-        priority=priority if type(priority) is int else identity.priority,
-        user=user if type(user) is str else "",
-        timeout_s=None if math.isinf(timeout_s) else timeout_s,
+        priority=_priority(fields, identity),
+        user=_user(fields),
+        timeout_s=timeout_s,
     )
+
+
+def _timeout_s(fields: Fields) -> float | None:
+    timeout_s = fields.number("timeout", math.inf, _MIN_TIMEOUT_S, MAX_TIMEOUT_S)
+    return None if math.isinf(timeout_s) else timeout_s
+
+
+def _user(fields: Fields) -> str:
+    user = fields.peek("user")
+    return user if type(user) is str else ""
+
+
+def _priority(fields: Fields, identity: Identity) -> int:
+    priority = fields.peek("priority")
+    priority = PRIORITIES.get(priority, priority) if type(priority) is str else priority
+    return priority if type(priority) is int else identity.priority
 
 
 def _prompts(fields: Fields) -> tuple[int, int, int]:
@@ -94,12 +133,17 @@ def _prompts(fields: Fields) -> tuple[int, int, int]:
     if type(messages) is list:
         text_bytes = sum(map(_message_bytes, messages)) + _instruction_bytes(fields)
         return TEMPLATE_BYTES + text_bytes, 0, 1
-    prompt = fields.peek("prompt")
-    values = prompt if type(prompt) is list and prompt else [prompt]
+    return _count_texts(fields.peek("prompt"))
+
+
+def _count_texts(value: Any) -> tuple[int, int, int]:
+    """Of a text, token ids, or a list of either: bytes of text, token ids, and how many."""
+    values = value if type(value) is list and value else [value]
     if type(values[0]) is int:
         return 0, len(values), 1
-    text_bytes = sum(_text_bytes(value) + 1 for value in values if type(value) is str)
-    return text_bytes, sum(len(value) for value in values if type(value) is list), len(values)
+    texts = [v.get("text") if type(v) is dict else v for v in values]
+    text_bytes = sum(_text_bytes(text) + 1 for text in texts if type(text) is str)
+    return text_bytes, sum(len(text) for text in texts if type(text) is list), len(values)
 
 
 def _message_bytes(message: Any) -> int:

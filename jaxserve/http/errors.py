@@ -11,7 +11,13 @@ from typing import Any
 
 import msgspec
 
-from jaxserve.errors import Forbidden, JaxserveError, RequestQuarantined, Unauthenticated
+from jaxserve.errors import (
+    EmbeddingNotFinite,
+    Forbidden,
+    JaxserveError,
+    RequestQuarantined,
+    Unauthenticated,
+)
 
 #: Seconds after which a client may try again what was `retryable`.
 RETRY_AFTER_S = 1
@@ -70,7 +76,7 @@ async def send_error(send: Any, error: JaxserveError) -> None:
         headers.append((b"www-authenticate", b"Bearer"))
     elif isinstance(error, MethodNotAllowed):
         headers.append((b"allow", error.allowed.encode("latin-1")))
-    elif isinstance(error, RequestQuarantined):
+    elif isinstance(error, RequestQuarantined | EmbeddingNotFinite):
         headers.append((b"x-should-retry", b"false"))  # OpenAI's clients repeat any other 500
     elif error.retryable and not isinstance(error, Forbidden):
         retry_s = RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s

@@ -10,8 +10,8 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxserve.config import HttpConfig
-from jaxserve.errors import DeviceFailure, InvalidRequest, Overloaded, RequestTimeout
+from jaxserve.config import EmbeddingsConfig, HttpConfig
+from jaxserve.errors import DeviceFailure, InvalidRequest, ModelNotFound, Overloaded, RequestTimeout
 from jaxserve.http.auth import KeyRing
 from jaxserve.http.body import Fields, read_object
 from jaxserve.http.gate import Gate
@@ -21,10 +21,11 @@ from jaxserve.http.structured import Wanted
 from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.streams import RESTARTING
 from jaxserve.text.dialect import Dialect
+from jaxserve.text.embedding import EmbeddingText
 from jaxserve.text.template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.text.tools.tool import Toolbox
-from jaxserve.types import Grammar, ModelInfo
+from jaxserve.types import EmbeddingInfo, Grammar, ModelInfo
 
 #: Longer texts are tokenized in a thread, so that other streams go on.
 INLINE_CHARACTERS = 2048
@@ -40,6 +41,8 @@ class Frontend:
     Attributes:
         template: None where the model has no chat template.
         dialect: how the model's messages are written and read.
+        embeddings: the text half of the model that embeds; None where there is none.
+        embeddings_config: limits of its requests.
         page_size: tokens a KV page, to know what the cache can hold.
         started_s: wall clock, the `created` of /v1/models.
         draining: no new work is taken.
@@ -56,6 +59,8 @@ class Frontend:
     grammars: GrammarChecker
     page_size: int
     started_s: int
+    embeddings: EmbeddingText | None = None
+    embeddings_config: EmbeddingsConfig = field(default_factory=EmbeddingsConfig)
     draining: bool = False
     num_requests: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -79,6 +84,21 @@ class Frontend:
             state = status.state if status is not None else "starting"
             raise Overloaded(f"the engine is {state}; wait until /ready answers 200")
         return status.model
+
+    def embedding_model(self) -> EmbeddingInfo:
+        """The model that embeds, if a request may begin now.
+
+        Raises:
+            ModelNotFound: there is none.
+            DeviceFailure, Overloaded: as `model`.
+        """
+        self.model()
+        status = self.client.status
+        if self.embeddings is None or status is None or status.embedding is None:
+            raise ModelNotFound(
+                "no model embeds here: start the server with embeddings.model=minilm, for one"
+            )
+        return status.embedding
 
     def _waits(self, state: str) -> bool:
         """Whether a request may wait for an engine that died a moment ago and is started again."""

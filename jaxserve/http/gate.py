@@ -22,7 +22,7 @@ from jaxserve.config import LimitsConfig
 from jaxserve.errors import DeadlineExceeded, JaxserveError
 from jaxserve.http.auth import Identity
 from jaxserve.http.body import Fields
-from jaxserve.http.demand import Demand, read_demand
+from jaxserve.http.demand import Demand, ReadDemand, read_demand
 from jaxserve.http.generation import Usage
 from jaxserve.http.metrics import Metrics
 from jaxserve.http.wire import Work
@@ -70,8 +70,12 @@ class Gate:
         self._metrics = metrics
         self._asking: asyncio.Task[None] | None = None
 
-    def glance(self, scope: Any, identity: Identity) -> None:
+    def glance(self, scope: Any, identity: Identity, *, generates: bool = True) -> None:
         """Refuses what no body could make servable in time; notes the header's deadline.
+
+        Args:
+            generates: False for texts to embed, which do not wait with the others: then it is only
+                noted.
 
         Raises:
             Overloaded, DeadlineExceeded: as `Admission`.
@@ -80,15 +84,27 @@ class Gate:
         value = dict(scope["headers"]).get(deadline.HEADER)
         left_s = None if value is None else deadline.read_deadline(value, time.time())
         scope["jaxserve.deadline_s"] = left_s
+        if not generates:
+            return
         best = Newcomer(
             priority=identity.priority_ceiling, tenant=identity.tenant, weight=identity.weight
         )
         self.admission.glance(best, None if left_s is None else _at_ns(scope, left_s))
         self._metrics.overload(self.admission.level, self.admission.normal_wait_s)
 
-    async def enter(self, scope: Any, fields: Fields, identity: Identity) -> Visit:
-        """Lets a request in whose body has been read; raises as `glance`, and `RateLimited`."""
-        demand = read_demand(fields, identity)
+    async def enter(
+        self,
+        scope: Any,
+        fields: Fields,
+        identity: Identity,
+        read: ReadDemand = read_demand,
+    ) -> Visit:
+        """Lets a request in whose body has been read; raises as `glance`, and `RateLimited`.
+
+        Args:
+            read: what it asks for; a demand that generates nothing waits with the texts to embed.
+        """
+        demand = read(fields, identity)
         left_s = deadline.earliest_s(
             scope["jaxserve.deadline_s"],
             demand.timeout_s,
@@ -96,8 +112,12 @@ class Gate:
         )
         deadline_ns = None if math.isinf(left_s) else _at_ns(scope, left_s)
         tokens = self.ratio.estimate(demand.text_bytes) + demand.prompt_tokens
-        newcomer = demand.newcomer(identity, tokens // demand.prompts)
-        cap = self.admission.admit(newcomer, deadline_ns)
+        cap = None
+        if demand.max_tokens == 0:
+            self.admission.admit_texts(demand.priority, deadline_ns)
+        else:
+            newcomer = demand.newcomer(identity, tokens // demand.prompts)
+            cap = self.admission.admit(newcomer, deadline_ns)
         headers = scope["jaxserve.headers"]
         if cap is not None:
             headers[CAPPED_HEADER] = b"%d" % cap
@@ -122,7 +142,9 @@ class Gate:
             await self.limiter.close()
 
     def _output_tokens(self, demand: Demand, cap: int | None) -> int:
-        each = demand.max_tokens or self.config.default_output_tokens
+        each = demand.max_tokens
+        if each is None:
+            each = self.config.default_output_tokens
         return demand.sequences * (each if cap is None else min(each, cap))
 
     def _refresh(self) -> None:
@@ -177,11 +199,22 @@ class Visit:
                 output_tokens = min(output_tokens, most)
             total = prompt_tokens + output_tokens * work.options.candidates
             await self._reservation.true_up(total)
-        if self.deadline_ns is not None and self.deadline_ns <= time.monotonic_ns():
-            raise DeadlineExceeded("the request's deadline passed before it was submitted")
+        self._check_deadline()
         gate.admission.submitted(
             demand.newcomer(self._identity, prompt_tokens // len(work.prompts))
         )
+
+    async def begin_texts(self, num_tokens: int) -> None:
+        """The texts to embed are tokenized; raises as `begin`."""
+        demand = self._demand
+        self._gate.ratio.learn(demand.text_bytes, num_tokens - demand.prompt_tokens)
+        if self._reservation is not None:
+            await self._reservation.true_up(num_tokens)
+        self._check_deadline()
+
+    def _check_deadline(self) -> None:
+        if self.deadline_ns is not None and self.deadline_ns <= time.monotonic_ns():
+            raise DeadlineExceeded("the request's deadline passed before it was submitted")
 
     def follow(self, usage: Usage) -> None:
         """From now on this is what it uses."""

@@ -30,7 +30,7 @@ from jaxserve.http.restarts import (
 from jaxserve.http.suspects import Suspects
 from jaxserve.http.watchdog import hung
 from jaxserve.protocol.client import EngineClient
-from jaxserve.protocol.flight import FlightFile
+from jaxserve.protocol.flight import FlightFile, flight_requests
 from jaxserve.protocol.messages import Progress
 from jaxserve.protocol.spawn import EngineProcess, EngineSettings
 from jaxserve.protocol.zmq import ZmqClient
@@ -77,8 +77,7 @@ class Lives:
             ConfigError: there is no place for its socket.
         """
         config = self._config
-        max_rows = config.scheduler.max_rows * config.parallel.data
-        self._flight = FlightFile(self._flight_path, max_rows)
+        self._flight = FlightFile(self._flight_path, flight_requests(config))
         self._flight.start_from(self._largest)
         self._backoff.started()
         settings = EngineSettings(

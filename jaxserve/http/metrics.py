@@ -32,6 +32,7 @@ CONTENT_TYPE = b"text/plain; version=0.0.4; charset=utf-8"
 
 ROUTES = (
     *("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{name}"),
+    *("/v1/embeddings", "/v1/score", "/v1/rerank"),
     *("/tokenize", "/detokenize", "/health", "/ready", "/metrics", "other"),
 )
 #: Statuses counted by themselves; 499 stands for a client that left before its answer began.
@@ -39,6 +40,8 @@ STATUSES = (200, 400, 401, 403, 404, 405, 408, 413, 415, 429, 499, 500, 503, 504
 
 _COUNTERS = {
     "prompt_tokens": "Prompt tokens submitted",
+    "embedded_texts": "Texts embedded, or pairs scored",
+    "embedded_tokens": "Their tokens",
     "output_tokens": "Tokens generated",
     "steps": "Device calls",
     "step_device_seconds": "Device time of steps",
@@ -133,6 +136,11 @@ class Metrics:
     def prompt_tokens(self, num_tokens: int) -> None:
         """A request was submitted."""
         self._own[_PROMPT_TOKENS] += num_tokens
+
+    def texts(self, num_texts: int, num_tokens: int) -> None:
+        """Texts were embedded."""
+        self._own[_COUNTER["embedded_texts"]] += num_texts
+        self._own[_COUNTER["embedded_tokens"]] += num_tokens
 
     def tokens(self, num_tokens: int, since_s: float | None = None) -> None:
         """Tokens came together, `since_s` after the choice's tokens before them, if any."""
@@ -288,6 +296,7 @@ def _engine(status: EngineStatus | None) -> Iterator[Metric]:
     for name, documentation, value in (
         ("running", "Sequences that run", status.running),
         ("waiting", "Sequences that wait", status.waiting),
+        ("texts_waiting", "Texts that wait to be embedded", status.texts_waiting),
         ("pages_used", "KV pages in use", status.pages_used),
         ("pages_total", "KV pages of the pool", status.pages_total),
         ("pages_cached", "KV pages not in use that can still be found", status.pages_cached),

@@ -58,30 +58,39 @@ class Ready:
 
 
 class Models:
-    """/v1/models and /v1/models/{name}."""
+    """/v1/models and /v1/models/{name}: the model that generates, and the one that embeds."""
 
     def __init__(self, frontend: Frontend) -> None:
         self._frontend = frontend
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answers with the model, or the list of it."""
+        """Answers with a model, or the list of them."""
         model = self._frontend.model()
-        card = {
-            "id": model.name,
+        cards = {model.name: self._card(model.name, model.max_context)}
+        status = self._frontend.client.status
+        if status is not None and status.embedding is not None:
+            embeds = status.embedding
+            cards.setdefault(embeds.name, self._card(embeds.name, embeds.max_length))
+        name = scope["path_params"].get("name")
+        if name is None:
+            await send_json(send, {"object": "list", "data": [*cards.values()]})
+        elif name in cards:
+            await send_json(send, cards[name])
+        else:
+            known = " and ".join(map(repr, cards))
+            verb = "are" if len(cards) > 1 else "is"
+            raise ModelNotFound(
+                f"model {show(name)} is not served here; {known} {verb}", param="model"
+            )
+
+    def _card(self, name: str, max_length: int) -> dict[str, Any]:
+        return {
+            "id": name,
             "object": "model",
             "created": self._frontend.started_s,
             "owned_by": "jaxserve",
-            "max_model_len": model.max_context,
+            "max_model_len": max_length,
         }
-        name = scope["path_params"].get("name")
-        if name is None:
-            await send_json(send, {"object": "list", "data": [card]})
-        elif name == model.name:
-            await send_json(send, card)
-        else:
-            raise ModelNotFound(
-                f"model {show(name)} is not served here; {model.name!r} is", param="model"
-            )
 
 
 class PrometheusMetrics:

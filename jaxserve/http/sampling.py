@@ -95,7 +95,7 @@ def read_options(
         include_stop=fields.flag("include_stop_str_in_output", False),
         skip_special_tokens=fields.flag("skip_special_tokens", True),
         return_token_ids=fields.flag("return_token_ids", False),
-        priority=_priority(fields, identity),
+        priority=read_priority(fields, identity),
         cache_salt=_cache_salt(fields),
         sampling=_sampling(fields, model, tokenizer),
         wanted=read_grammar(fields, tokenizer),
@@ -268,7 +268,12 @@ def _cache_salt(fields: Fields) -> str:
     return salt
 
 
-def _priority(fields: Fields, identity: Identity) -> int:
+def read_priority(fields: Fields, identity: Identity) -> int:
+    """The priority, within what the key may name.
+
+    Raises:
+        Forbidden: it is above the ceiling of the key.
+    """
     value = fields.take("priority")
     if isinstance(value, str):
         if value not in PRIORITIES:

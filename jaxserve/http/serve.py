@@ -302,16 +302,17 @@ async def _all_ended(ends: list[asyncio.Task[None]]) -> None:
 def _resolved(config: Config, resolve: Resolve | None) -> Config:
     """The configuration with the model's files in place of their address."""
     bar = _Bar()
-    path = (resolve or sources.resolve)(
-        config.model,
-        config.weights,
-        lambda phase, done, total: bar.show(Progress(phase=phase, done=done, total=total)),
-    )
+
+    def show(phase: str, done: int, total: int) -> None:
+        bar.show(Progress(phase=phase, done=done, total=total))
+
+    path = (resolve or sources.resolve)(config.model, config.weights, show)
+    embeddings = sources.resolve_encoder(config, show)
     bar.close()
     model = dataclasses.replace(
         config.model, path=str(path), served_name=sources.served_name(config.model)
     )
-    return dataclasses.replace(config, model=model)
+    return dataclasses.replace(config, model=model, embeddings=embeddings)
 
 
 def _bind(config: HttpConfig) -> socket.socket:

@@ -33,6 +33,7 @@ from jaxserve.limits.stores import make_store
 from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.parent import follow_parent
 from jaxserve.protocol.zmq import ZmqClient
+from jaxserve.text.embedding import EmbeddingText, load_embedding_text
 from jaxserve.text.template import ChatTemplate, load_chat_template
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.text.vocabulary import vocabulary_of
@@ -48,7 +49,7 @@ class WorkerSettings:
     """What a worker is told by its supervisor.
 
     Attributes:
-        config: with `model.path` resolved.
+        config: with `model.path` and `embeddings.model` resolved.
         engine_address: of the engine's socket.
         index: among the workers; number 0 counts the engine's steps.
         metrics_file: shared by all workers.
@@ -72,8 +73,9 @@ def main(load_text: LoadText | None = None) -> int:
     listener = socket.socket(fileno=int(sys.argv[1]))
     try:
         tokenizer, template = (load_text or load_model_text)(settings.config)
+        embeddings = load_embedding_text(settings.config.embeddings, tokenizer)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_serve(settings, listener, tokenizer, template))
+            runner.run(_serve(settings, listener, tokenizer, template, embeddings))
     except JaxserveError as error:
         sys.stderr.write(f"jaxserve: {error.message}\n")
         return 1
@@ -92,6 +94,7 @@ async def _serve(
     listener: socket.socket,
     tokenizer: Tokenizer,
     template: ChatTemplate | None,
+    embeddings: EmbeddingText | None,
 ) -> None:
     config = settings.config
     metrics = Metrics(lambda: client.status, settings.metrics_file, settings.index)
@@ -132,6 +135,8 @@ async def _serve(
         store=store,
         tools=config.tools,
         structured=config.structured,
+        embeddings=embeddings,
+        embeddings_config=config.embeddings,
     )
     await Server(app, config.http, _say_listening).run_on(listener, lambda: os._exit(1))
     await app.frontend.gate.close()

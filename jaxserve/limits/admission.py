@@ -105,6 +105,27 @@ class Admission:
             return cap
         return None
 
+    def admit_texts(self, priority: int, deadline_ns: int | None) -> None:
+        """Lets texts to embed go on, which wait in a queue of their own; raises as `admit`."""
+        if not self._is_on and deadline_ns is None:
+            return
+        now_ns = self._clock_ns()
+        status = self._fresh(now_ns, deadline_ns)
+        if status is None:
+            return
+        self._shed(priority)
+        waits_s, limit_s = status.embed_wait_s, self._config.max_wait_s
+        if limit_s and waits_s > limit_s:
+            raise self._over_max_wait(waits_s)
+        if deadline_ns is not None and MARGIN * waits_s > (deadline_ns - now_ns) / 1e9:
+            left_s = (deadline_ns - now_ns) / 1e9
+            raise self._refusal(
+                "deadline",
+                f"the request would wait about {waits_s:.1f} s, and its deadline is {left_s:.1f} s "
+                "away",
+                MARGIN * waits_s - left_s,
+            )
+
     def submitted(self, newcomer: Newcomer) -> None:
         """A request goes to the engine now."""
         self._since.append(_Submitted(self._clock_ns(), newcomer))
@@ -113,35 +134,19 @@ class Admission:
 
     def _judge(self, newcomer: Newcomer, deadline_ns: int | None) -> None:
         now_ns = self._clock_ns()
-        if deadline_ns is not None and deadline_ns <= now_ns:
-            self._count("deadline")
-            raise DeadlineExceeded("the request's deadline passed before it was begun")
-        status = self._status()
+        status = self._fresh(now_ns, deadline_ns)
         if status is None:
             return
-        if now_ns - status.at_ns > FRESH_S * 1e9:
-            self._refresh()
         loads = self._loads(status)
         degradation = self._degradation
         if degradation.is_on:
             self.normal_wait_s = wait_s(status, loads, Newcomer(priority=0))
             degradation.observe(self.normal_wait_s, now_ns / 1e9)
-            if degradation.sheds(newcomer.priority):
-                kind = "low" if newcomer.priority > 0 else "normal"
-                raise self._refusal(
-                    f"{kind}_priority",
-                    f"the engine is overloaded (a wait of {self.normal_wait_s:.1f} s) and takes no "
-                    f"requests of {kind} priority",
-                    self.normal_wait_s,
-                )
+            self._shed(newcomer.priority)
         waits_s = wait_s(status, loads, newcomer)
         limit_s = self._config.max_wait_s
         if limit_s and waits_s > limit_s:
-            raise self._refusal(
-                "max_wait",
-                f"the request would wait about {waits_s:.1f} s, the limit is {limit_s:g} s",
-                waits_s - limit_s,
-            )
+            raise self._over_max_wait(waits_s)
         # Where nobody waits, how long others ran is no reason: nothing would be gained by refusing,
         # and if all were refused, nothing would be learned any more.
         if deadline_ns is not None and waits_s > 0:
@@ -154,6 +159,39 @@ class Admission:
                     f"waiting, and its deadline is {left_s:.1f} s away",
                     needs_s - left_s,
                 )
+
+    def _fresh(self, now_ns: int, deadline_ns: int | None) -> EngineStatus | None:
+        """The engine's status, a newer one being asked for where it is old.
+
+        Raises:
+            DeadlineExceeded: the deadline has passed.
+        """
+        if deadline_ns is not None and deadline_ns <= now_ns:
+            self._count("deadline")
+            raise DeadlineExceeded("the request's deadline passed before it was begun")
+        status = self._status()
+        if status is not None and now_ns - status.at_ns > FRESH_S * 1e9:
+            self._refresh()
+        return status
+
+    def _shed(self, priority: int) -> None:
+        """Refuses a priority that is given up at present."""
+        if self._degradation.sheds(priority):
+            kind = "low" if priority > 0 else "normal"
+            raise self._refusal(
+                f"{kind}_priority",
+                f"the engine is overloaded (a wait of {self.normal_wait_s:.1f} s) and takes no "
+                f"requests of {kind} priority",
+                self.normal_wait_s,
+            )
+
+    def _over_max_wait(self, waits_s: float) -> Overloaded:
+        limit_s = self._config.max_wait_s
+        return self._refusal(
+            "max_wait",
+            f"the request would wait about {waits_s:.1f} s, the limit is {limit_s:g} s",
+            waits_s - limit_s,
+        )
 
     def _loads(self, status: EngineStatus) -> list[ClassLoad]:
         """The load by class, with what was submitted since the status."""

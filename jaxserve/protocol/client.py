@@ -30,12 +30,14 @@ from jaxserve.protocol.messages import (
     Cancel,
     ClientMessage,
     Drain,
+    Embed,
     EngineMessage,
     EngineStatus,
     GetStatus,
     Goodbye,
     Progress,
     StepStats,
+    Submit,
 )
 from jaxserve.protocol.stream import Stream
 from jaxserve.protocol.streams import RESTARTING, Dispatcher, SequenceEvent, StreamState
@@ -45,9 +47,10 @@ from jaxserve.protocol.transport import (
     MAX_PAUSE_S,
     ClientTransport,
     Teller,
+    embed_message,
     submit_message,
 )
-from jaxserve.types import FinishReason, SamplingParams, Vocabulary
+from jaxserve.types import EmbeddingParams, FinishReason, SamplingParams, Vocabulary
 
 __all__ = ["ClientTransport", "EngineClient", "SequenceEvent", "Stream", "SyncClient", "SyncStream"]
 
@@ -119,7 +122,11 @@ class EngineClient:
         if self._restarting:
             before = self._before or status  # the model, and what it holds, will be as before
             status = dataclasses.replace(
-                status, state=RESTARTING, model=before.model, pages_total=before.pages_total
+                status,
+                state=RESTARTING,
+                model=before.model,
+                embedding=before.embedding,
+                pages_total=before.pages_total,
             )
         return status
 
@@ -181,11 +188,38 @@ class EngineClient:
             weight=weight,
             arrived_ns=arrived_ns,
         )
-        serving = not self._restarting
-        message = self._dispatcher.begin(state, message, sent=serving)
-        if serving:
-            self.send(message)
-        return Stream(self, state)
+        return self._begin(state, message)
+
+    def embed(
+        self,
+        texts: Sequence[Sequence[int]],
+        params: EmbeddingParams,
+        *,
+        second_starts: Sequence[int] = (),
+        priority: int = 0,
+        tenant: str = "",
+        weight: float = 1.0,
+        arrived_ns: int | None = None,
+    ) -> Stream:
+        """Asks for the vectors of some texts; each is a choice, whose one event has it.
+
+        Args:
+            texts: token ids of each, at least one.
+            second_starts: where each pair's second text begins, for a cross-encoder.
+            priority, tenant, weight, arrived_ns: as of `submit`, which this raises as.
+        """
+        state = self._dispatcher.open(len(texts))
+        message = embed_message(
+            state,
+            texts,
+            params,
+            second_starts=second_starts,
+            priority=priority,
+            tenant=tenant,
+            weight=weight,
+            arrived_ns=arrived_ns,
+        )
+        return self._begin(state, message)
 
     def cancel(self, state: StreamState, choice: int | None, reason: FinishReason) -> None:
         """As `Stream.cancel`, which is built on it."""
@@ -304,6 +338,14 @@ class EngineClient:
             else:
                 self._transport.abandon()  # nobody is there to take in what is queued
         self._dispatcher.fail(DeviceFailure("the client of the engine was closed"))
+
+    def _begin(self, state: StreamState, message: Submit | Embed) -> Stream:
+        """Sends a stream's first message, or keeps it until an engine serves."""
+        serving = not self._restarting
+        message = self._dispatcher.begin(state, message, sent=serving)
+        if serving:
+            self.send(message)
+        return Stream(self, state)
 
     def _open_road(self, transport: ClientTransport) -> None:
         life = self._life

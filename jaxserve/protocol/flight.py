@@ -21,6 +21,8 @@ import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
+from jaxserve.config import Config
+
 CELL_BYTES = 8
 #: Steps that may be under way: one is launched while the one before it runs.
 NUM_STEPS = 2
@@ -36,6 +38,13 @@ class Cell(enum.IntEnum):
     TRIALS_DONE = 4
     LARGEST_TOKENS = 5
     LARGEST_NS = 6
+
+
+def flight_requests(config: Config) -> int:
+    """Requests that one step may hold at most: its rows, or its texts, each of its own request."""
+    rows = config.scheduler.max_rows * config.parallel.data
+    texts = config.embeddings.embed_tokens if config.embeddings.model else 0
+    return max(rows, texts)
 
 
 class Phase(enum.IntEnum):

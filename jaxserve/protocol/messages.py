@@ -13,7 +13,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from jaxserve.types import FinishReason, ModelInfo, SamplingParams, TokenLogprobs, Vocabulary
+from jaxserve.types import (
+    EmbeddingInfo,
+    EmbeddingParams,
+    FinishReason,
+    ModelInfo,
+    SamplingParams,
+    TokenLogprobs,
+    Vocabulary,
+)
 
 # ---------------------------------------------------------------------------- client → engine
 
@@ -62,6 +70,31 @@ class Submit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Embed:
+    """Asks for the vector of each of some texts (or a cross-encoder's score of each pair).
+
+    Attributes:
+        sequence_ids: one per text.
+        texts: token ids of each, at least one.
+        second_starts: where each pair's second text begins; empty where they are no pairs.
+        arrived_ns, priority, tenant, weight, request_key: as of `Submit`.
+        attempt: earlier lives of the engine that had taken it in, as of `Submit`; nothing else is
+            kept of those.
+    """
+
+    sequence_ids: list[int]
+    texts: list[list[int]]
+    params: EmbeddingParams
+    arrived_ns: int
+    second_starts: list[int] = field(default_factory=list)
+    priority: int = 0
+    tenant: str = ""
+    weight: float = 1.0
+    request_key: str = ""
+    attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cancel:
     """Ends these sequences. Unknown or finished ids are ignored.
 
@@ -101,7 +134,7 @@ class UseVocabulary:
     vocabulary: Vocabulary
 
 
-ClientMessage = Submit | Cancel | Drain | GetStatus | Goodbye | UseVocabulary
+ClientMessage = Submit | Cancel | Drain | GetStatus | Goodbye | UseVocabulary | Embed
 
 # ---------------------------------------------------------------------------- engine → client
 
@@ -147,6 +180,7 @@ class Finished:
         stop_token_id: the end or stop token that ended it, if one did; it is not emitted.
         error, error_code, error_param: what went wrong, for FinishReason.ERROR; the code is a
             `JaxserveError`'s, by which the client raises the right exception.
+        vector: what an `Embed` asked for, as float32 in the machine's order.
     """
 
     sequence_id: int
@@ -156,6 +190,7 @@ class Finished:
     error: str = ""
     error_code: str = ""
     error_param: str | None = None
+    vector: bytes = b""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -275,6 +310,8 @@ class EngineStatus:
         service_s, token_s: how long sequences that ended of late held a row, in all and for each
             output token; 0 before any has.
         output_share: the part of their max_tokens that they used.
+        embedding: of the model that embeds; None where there is none, or it is not loaded yet.
+        texts_waiting: to be embedded; embed_wait_s: how long a new one would wait, of late.
     """
 
     state: str
@@ -301,6 +338,9 @@ class EngineStatus:
     service_s: float = 0.0
     token_s: float = 0.0
     output_share: float = 0.0
+    embedding: EmbeddingInfo | None = None
+    texts_waiting: int = 0
+    embed_wait_s: float = 0.0
 
 
 EngineMessage = TokenEvents | StepStats | Progress | EngineStatus

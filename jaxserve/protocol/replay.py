@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from jaxserve.protocol.messages import Finished, SequenceRecord, Submit
+from jaxserve.protocol.messages import Embed, Finished, SequenceRecord, Submit
 from jaxserve.types import FinishReason
 
 
@@ -37,7 +37,7 @@ class JournalEntry:
         sent: whether an engine has been asked for it at all; not if it came between two lives.
     """
 
-    submit: Submit
+    submit: Submit | Embed
     emitted: list[list[int]] = field(init=False)
     first_token_ns: list[int] = field(init=False)
     num_prompt_logprobs: int = 0
@@ -50,7 +50,7 @@ class JournalEntry:
         self.emitted = [[] for _ in range(num_choices)]
         self.first_token_ns = [0] * num_choices
 
-    def again(self, sequence_ids: range, choices: list[int]) -> Submit:
+    def again(self, sequence_ids: range, choices: list[int]) -> Submit | Embed:
         """The message that continues these choices.
 
         Args:
@@ -60,6 +60,11 @@ class JournalEntry:
             self.sent = True
             return dataclasses.replace(self.submit, sequence_ids=list(sequence_ids))
         self.attempt += 1
+        if isinstance(self.submit, Embed):  # texts come out whole, or not at all
+            ids = [sequence_ids[choice] for choice in choices]
+            return dataclasses.replace(
+                some_texts(self.submit, choices), sequence_ids=ids, attempt=self.attempt
+            )
         return dataclasses.replace(
             self.submit,
             sequence_ids=[sequence_ids[choice] for choice in choices],
@@ -79,7 +84,7 @@ class JournalEntry:
 
     def end(self, choice: int, sequence_id: int, reason: FinishReason, now_ns: int) -> Finished:
         """The end of a choice that no engine runs any more."""
-        prompt_tokens = sum(len(segment.token_ids) for segment in self.submit.prompt)
+        prompt_tokens = num_prompt_tokens(self.submit, choice)
         num_emitted = len(self.emitted[choice])
         record = SequenceRecord(
             prompt_tokens=prompt_tokens,
@@ -92,6 +97,24 @@ class JournalEntry:
             done_ns=now_ns,
         )
         return Finished(sequence_id=sequence_id, reason=reason, record=record)
+
+
+def num_prompt_tokens(message: Submit | Embed, choice: int) -> int:
+    """Known tokens of one of a request's sequences when it was sent."""
+    if isinstance(message, Embed):
+        return len(message.texts[choice])
+    return sum(len(segment.token_ids) for segment in message.prompt)
+
+
+def some_texts(message: Embed, places: list[int]) -> Embed:
+    """A request of only these of its texts."""
+    seconds = message.second_starts
+    return dataclasses.replace(
+        message,
+        sequence_ids=[message.sequence_ids[place] for place in places],
+        texts=[message.texts[place] for place in places],
+        second_starts=[seconds[place] for place in places] if seconds else [],
+    )
 
 
 def request_keys() -> Callable[[], str]:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from jaxserve import errors
 from jaxserve.errors import DeviceFailure, JaxserveError, RequestQuarantined
 from jaxserve.protocol.messages import (
+    Embed,
     EngineMessage,
     EngineStatus,
     Finished,
@@ -173,7 +174,7 @@ class StreamState:
                 self.finish(self.journal.end(choice, sequence_id, reason, now_ns))
         return ended
 
-    def replay(self, sequence_ids: range) -> Submit:
+    def replay(self, sequence_ids: range) -> Submit | Embed:
         """Continues what still runs under new ids; the message that asks for it."""
         assert self.journal is not None
         choices = [sequence_id - self._first_id for sequence_id in sorted(self._running)]
@@ -252,7 +253,9 @@ class Dispatcher:
             self._streams[sequence_id] = state
         return state
 
-    def begin(self, state: StreamState, message: Submit, *, sent: bool = True) -> Submit:
+    def begin[Message: Submit | Embed](
+        self, state: StreamState, message: Message, *, sent: bool = True
+    ) -> Message:
         """Gives a stream's first message its key, and keeps it where there is a journal.
 
         Args:
@@ -278,7 +281,7 @@ class Dispatcher:
         for sequence_id in state.end_cancelled(time.monotonic_ns()):
             del self._streams[sequence_id]
 
-    def replay(self) -> list[Submit]:
+    def replay(self) -> list[Submit | Embed]:
         """Another engine serves: the messages that continue every open stream, oldest first."""
         states = self._open_streams()
         self._streams.clear()

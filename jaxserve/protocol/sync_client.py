@@ -24,8 +24,14 @@ from jaxserve.protocol.messages import (
 )
 from jaxserve.protocol.parent import has_ended
 from jaxserve.protocol.streams import Dispatcher, SequenceEvent, StreamState
-from jaxserve.protocol.transport import HEARTBEAT_S, ClientTransport, Teller, submit_message
-from jaxserve.types import FinishReason, SamplingParams, Vocabulary
+from jaxserve.protocol.transport import (
+    HEARTBEAT_S,
+    ClientTransport,
+    Teller,
+    embed_message,
+    submit_message,
+)
+from jaxserve.types import EmbeddingParams, FinishReason, SamplingParams, Vocabulary
 
 
 class SyncStream:
@@ -128,6 +134,22 @@ class SyncClient:
             cache_salt=cache_salt,
             weight=weight,
             arrived_ns=arrived_ns,
+        )
+        self.send(self._dispatcher.begin(state, message))
+        return SyncStream(self, state)
+
+    def embed(
+        self,
+        texts: Sequence[Sequence[int]],
+        params: EmbeddingParams,
+        *,
+        second_starts: Sequence[int] = (),
+        priority: int = 0,
+    ) -> SyncStream:
+        """As `EngineClient.embed`."""
+        state = self._dispatcher.open(len(texts))
+        message = embed_message(
+            state, texts, params, second_starts=second_starts, priority=priority
         )
         self.send(self._dispatcher.begin(state, message))
         return SyncStream(self, state)

@@ -8,13 +8,14 @@ from typing import Protocol
 
 from jaxserve.protocol.messages import (
     ClientMessage,
+    Embed,
     EngineMessage,
     Submit,
     TokenSegment,
     UseVocabulary,
 )
 from jaxserve.protocol.streams import StreamState
-from jaxserve.types import SamplingParams, Vocabulary
+from jaxserve.types import EmbeddingParams, SamplingParams, Vocabulary
 
 #: How often a client asks for the engine's status, which is also its own sign of life.
 HEARTBEAT_S = 1.0
@@ -62,6 +63,30 @@ class Teller:
             self._told = transport  # each life of the engine has a road of its own
             transport.send(UseVocabulary(vocabulary=self._made))
         transport.send(message)
+
+
+def embed_message(
+    state: StreamState,
+    texts: Sequence[Sequence[int]],
+    params: EmbeddingParams,
+    *,
+    second_starts: Sequence[int] = (),
+    priority: int = 0,
+    tenant: str = "",
+    weight: float = 1.0,
+    arrived_ns: int | None = None,
+) -> Embed:
+    """The message that asks for the vectors of a stream's texts."""
+    return Embed(
+        sequence_ids=list(state.sequence_ids),
+        texts=[list(text) for text in texts],
+        second_starts=list(second_starts),
+        params=params,
+        arrived_ns=time.monotonic_ns() if arrived_ns is None else arrived_ns,
+        priority=priority,
+        tenant=tenant,
+        weight=weight,
+    )
 
 
 def submit_message(

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from jaxserve.errors import WeightsError
+from jaxserve.models.bert import Encoder, encoder_spec, encoder_tensors
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.hf_tensors import Path as ParamPath
 from jaxserve.models.hf_tensors import Rules
@@ -41,7 +42,10 @@ Built = Mapping[ParamPath, np.ndarray | jax.Array]
 Progress = Callable[[str, int, int], None]
 
 #: Parts of tensor names that checkpoints hold and no model needs.
-_IGNORED = ("rotary_emb.inv_freq", "lm_head.weight", "vision_tower.", "multi_modal_projector.")
+_IGNORED = (
+    *("rotary_emb.inv_freq", "lm_head.weight", "vision_tower.", "multi_modal_projector."),
+    *("embeddings.position_ids", "pooler.dense."),
+)
 _NAMED = 3
 
 
@@ -67,7 +71,35 @@ def load_model(
     kind = model_class(checkpoint.config)
     spec = kind.spec_from_hf(checkpoint.config).spread(options.tensor_parallel)
     model = nnx.eval_shape(lambda: kind(spec, options, rngs=nnx.Rngs(0)))
-    rules = kind.hf_tensors(spec, options)
+    _fill(model, path, checkpoint, kind.hf_tensors(spec, options), sharding, progress)
+    return model
+
+
+def load_encoder(
+    path: Path,
+    *,
+    options: ModelOptions,
+    format: str = "auto",
+    sharding: Sharding | None = None,
+    progress: Progress = lambda phase, done, total: None,
+) -> Encoder:
+    """The encoder at a path, its weights on their devices; takes and raises as `load_model`."""
+    checkpoint = open_checkpoint(path, format)
+    spec = encoder_spec(checkpoint.config, checkpoint.names())
+    model = nnx.eval_shape(lambda: Encoder(spec, options, rngs=nnx.Rngs(0)))
+    _fill(model, path, checkpoint, encoder_tensors(spec), sharding, progress)
+    return model
+
+
+def _fill(
+    model: Decoder | Encoder,
+    path: Path,
+    checkpoint: Checkpoint,
+    rules: Rules,
+    sharding: Sharding | None,
+    progress: Progress,
+) -> None:
+    """Gives an abstract model its arrays."""
     _check(path, checkpoint, rules)
     params = model.params()
 
@@ -82,9 +114,8 @@ def load_model(
             param.set_value(held)
         progress("loading", put, len(rules))
     arrays = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
-    if options.packed:
+    if model.options.packed:
         use_huge_pages(arrays)
-    return model
 
 
 def _built(

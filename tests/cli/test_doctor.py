@@ -19,6 +19,7 @@ from tests.models.loading import ORACLE, config_of
 from tests.text.test_sentence_piece import Files
 
 LLAMA_3_8B = Path(__file__).parent.parent / "data" / "llama_3_8b.json"
+EMBEDDINGS = Path(__file__).parent.parent / "data" / "embeddings"
 PARTS = ["machine", "device", "kernels", "programs", "model"]
 
 
@@ -175,3 +176,16 @@ def test_a_part_that_fails_stops_no_other(
     assert list(parts) == PARTS
     assert parts["device"] == {"problem": "no such device"}
     assert "tokenizer" in parts["model"]
+
+
+def test_a_model_that_embeds(run: Run, model: Path) -> None:
+    words = ["--set=cache.num_pages=33", f"--set=embeddings.model={EMBEDDINGS / 'bert'}"]
+    ended = run("doctor", "--model", model, *words)
+    parts = told(ended)
+    assert list(parts) == [*PARTS, "embeddings"]
+    assert parts["embeddings"]["architecture"] == "BertModel, 2 layers"
+    count, _, names = parts["embeddings"]["compiled"].partition(": ")
+    assert int(count) == len(names.split(", ")) <= 12 and "embed_t2048_l64" in names
+    words.append("--set=embeddings.max_length=65")
+    problem = told(run("doctor", "--model", model, *words))["embeddings"]["problem"]
+    assert problem == "embeddings.max_length is 65, but the model was made for 64 tokens"

@@ -14,6 +14,7 @@ from jaxserve.engine.parts import Parts, Progressing
 from jaxserve.types import CacheGroup, ModelInfo, SamplingParams
 from tests.fakes import executor
 from tests.fakes.batch import ExactBatch
+from tests.fakes.embedder import fake_embedding
 from tests.fakes.executor import FULL, FakeExecutor
 
 VOCAB_SIZE = 512
@@ -54,6 +55,7 @@ def fake_parts(config: Config, progress: Progressing) -> Parts:
         page_size=config.cache.page_size,
         num_pages=(num_pages,),
         host_pages=host_pages,
+        embedding=fake_embedding(config) if config.embeddings.model else None,
     )
 
 

@@ -16,6 +16,7 @@ import httpx
 from jaxserve.config import (
     CacheConfig,
     Config,
+    EmbeddingsConfig,
     HttpConfig,
     LimitsConfig,
     ModelConfig,
@@ -30,6 +31,7 @@ from jaxserve.limits.store import Store
 from jaxserve.protocol.client import EngineClient
 from jaxserve.text.vocabulary import vocabulary_of
 from jaxserve.types import SamplingParams
+from tests.fakes.embedder import fake_text
 from tests.fakes.engine import fake_parts, oracle
 from tests.fakes.tokenizer import ByteTokenizer
 
@@ -96,6 +98,7 @@ class Front:
         store: Store | None = None,
         structured: StructuredConfig | None = None,
         tools: ToolsConfig | None = None,
+        embeddings: EmbeddingsConfig | None = None,
         **headers: str,
     ) -> None:
         self.engine = engine
@@ -115,6 +118,8 @@ class Front:
             store=store,
             structured=structured,
             tools=tools,
+            embeddings=fake_text() if embeddings is not None and embeddings.model else None,
+            embeddings_config=embeddings,
         )
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app, raise_app_exceptions=False),
@@ -167,7 +172,11 @@ def front(
 ) -> Iterator[Front]:
     """An application over an engine of its own."""
     with EngineThread(config, fake_parts) as engine:
-        made = Front(engine, http, keys, limits, store, structured)
+        made = Front(
+            *(engine, http, keys, limits, store),
+            structured=structured,
+            embeddings=config.embeddings,
+        )
         try:
             yield made
         finally:

