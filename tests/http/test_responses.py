@@ -217,18 +217,21 @@ def test_structured_text(front):
         days: Literal[3, 5]
 
     client = openai.AsyncOpenAI(api_key="x", base_url="http://front/v1", http_client=front.http)
-    for seed in range(5000, 5006):
+    for seed, thought in ((5000, "<think>Which?</think>\n"), (5001, "")):
+        SCRIPTS[seed] = (thought + '{"city": "Rome", "days": 3} and more',)
         response = front.run(
             client.responses.parse(
-                model="fake", input="hi", text_format=Answer, extra_body={"seed": seed, "top_k": 5}
+                model="fake", input="hi", text_format=Answer, extra_body={"seed": seed}
             )
         )
-        assert isinstance(response.output_parsed, Answer) and response.status == "completed"
+        assert response.output_parsed == Answer(city="Rome", days=3)
         assert response.text.format.type == "json_schema" and response.text.format.strict
+        assert [item.type for item in response.output][:-1] == ["reasoning"] * bool(thought)
+    SCRIPTS[5002] = ('{"a": 1} and more',)
     any_object = front.ok(
-        PATH, {"input": "hi", "text": {"format": {"type": "json_object"}}, "max_output_tokens": 9}
+        PATH, {"input": "hi", "seed": 5002, "text": {"format": {"type": "json_object"}}}
     )
-    assert any_object["output"][0]["content"][0]["text"].startswith("{")
+    assert any_object["output"][0]["content"][0]["text"] == '{"a": 1}'
 
 
 def test_a_conversation_by_its_items(front):
