@@ -16,6 +16,7 @@ from jaxserve.errors import (
     ConfigError,
     ContextTooLong,
     DeviceFailure,
+    GrammarError,
     InvalidRequest,
     JaxserveError,
 )
@@ -305,3 +306,17 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         "from jaxserve import LLM; assert LLM.__name__ == 'LLM'; assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_outputs_match_grammars(llm: LLM) -> None:
+    choice, digits = {"choice": ["yes", "no"]}, {"regex": "[0-9]{3,6}"}
+    (answer,) = llm.generate(["Is it?"], grammar=choice, seed=3)
+    assert answer.text in ("yes", "no")
+    answers = llm.generate(["a", "b", "c"], grammar=digits, seed=3, n=2)
+    for answer in answers:
+        assert all(c.text.isdigit() and 3 <= len(c.text) <= 6 for c in answer.choices)
+    with pytest.raises(GrammarError, match="look-ahead"):
+        llm.generate(["a"], grammar={"regex": "(?=a)b"})
+    with pytest.raises(InvalidRequest, match="grammar"):
+        llm.generate(["a"], grammar={"regexp": "a"})
+    assert idle(llm)

@@ -1,9 +1,10 @@
-"""One request on its way through the engine: what chat and completions have in common.
+"""One request on its way through the engine: what all generating endpoints have in common.
 
 `Generation` submits each prompt, turns the engine's tokens into text with `ChoiceText` (which
 matches stop strings and never splits a character), and hands out `Delta`s, all that have come
 since its reader last looked. Endpoints only say how prompts are made and how deltas look on the
-wire; streaming and not are two readers of the same deltas.
+wire; streaming and not are two readers of the same deltas. Where a request has tools, or its model
+reasons, a `MessageReader` for each choice adds what the text is of the message (`Delta.parts`).
 
 Invariants: every choice gets exactly one delta with a `finish_reason`, and none after it. Tokens
 past a stop string are neither handed out nor counted. Whoever leaves early calls `cancel`.

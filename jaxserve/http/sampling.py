@@ -1,4 +1,4 @@
-"""The parameters that chat and completions share, from a body's fields to `SamplingParams`.
+"""The parameters that all generating endpoints share, from a body's fields to `SamplingParams`.
 
 Each parameter is read here once, with its bounds; one that asks for something we do not do is
 refused by `refuse_unsupported`. Bounds that depend on the prompt are checked in `plan_outputs`.

@@ -1,4 +1,4 @@
-"""What chat and completions responses share, and the protocol by which the endpoint writes them.
+"""What the answers of all endpoints share, and the protocol by which the endpoint writes them.
 
 A `Wire` writes one request's answer: as events while it runs, or as one document at its end. The
 constant parts of an event are encoded once a request; per event only the new text is.

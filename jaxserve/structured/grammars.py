@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxserve.errors import InvalidRequest
 from jaxserve.types import Grammar
 
 #: A rule of llama.cpp's and vLLM's EBNF: `root ::= …`.
@@ -82,6 +83,35 @@ def choice(choices: Sequence[str]) -> Grammar:
 def context_free(text: str) -> Grammar:
     """A grammar in Lark's syntax, or in EBNF as llama.cpp and vLLM write it (`root ::= …`)."""
     return Grammar(kind="ebnf" if _EBNF_RULE.search(text) else "lark", text=text)
+
+
+def from_words(words: Mapping[str, Any]) -> Grammar:
+    """The grammar that one of vLLM's words asks for, as in its `structured_outputs`.
+
+    Raises:
+        InvalidRequest: there is not exactly one, or it is of a wrong type.
+    """
+    makers: dict[str, tuple[Any, Any]] = {
+        "json": (Mapping | bool, json_schema),
+        "regex": (str, regex),
+        "choice": (Sequence, choice),
+        "grammar": (str, context_free),
+        "json_object": (bool, lambda _: json_object()),
+    }
+    if len(words) != 1 or not words.keys() <= makers.keys():
+        raise InvalidRequest(
+            f"grammar takes one of {', '.join(makers)}, got {', '.join(map(str, words)) or 'none'}",
+            param="grammar",
+        )
+    ((name, value),) = words.items()
+    kind, make = makers[name]
+    right = isinstance(value, kind)
+    if name == "choice" and right:
+        right = not isinstance(value, str) and bool(value)
+        right = right and all(isinstance(text, str) for text in value)
+    if not right:
+        raise InvalidRequest(f"grammar.{name} has a wrong type", param="grammar")
+    return make(value)
 
 
 def tagged(

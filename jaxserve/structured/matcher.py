@@ -21,6 +21,12 @@ from jaxserve.types import Grammar
 _MAX_MESSAGE = 400
 #: States of one grammar's lexer, of 1 or 2 KB each.
 _MAX_LEXER_STATES = 50_000
+#: What the library complains of in words of its own, as the schema has it.
+_KEYWORDS = {
+    "intersection stack level": "of allOf, or of $ref beside other keywords, nested too deeply",
+    "circular references": "of $ref",
+    "schema too large": "of allOf, anyOf or $ref, multiplied out",
+}
 
 
 class Compiled:
@@ -103,7 +109,7 @@ def compile_grammar(
     )
     matcher = LLMatcher(table, _source(grammar), log_level=0, limits=limits)
     if matcher.is_error():
-        raise GrammarError(_first_line(matcher))
+        raise GrammarError(_named(_first_line(matcher)))
     mask = np.zeros(-(-vocab_size // 32), np.uint32)
     trial = matcher.deep_copy()
     trial.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
@@ -131,6 +137,14 @@ def _source(grammar: Grammar) -> str:
                 raise GrammarError(f"not a grammar in EBNF: {str(error)[:_MAX_MESSAGE]}") from None
             return json.dumps({"grammars": [{"lark_grammar": lark}]})
     raise GrammarError(f"there is no kind of grammar {grammar.kind!r}")
+
+
+def _named(message: str) -> str:
+    """The library's message, with the keyword in it also where it does not name one."""
+    for words, keywords in _KEYWORDS.items():
+        if words in message:
+            return f"{message} ({keywords})"
+    return message
 
 
 def _first_line(matcher: LLMatcher) -> str:

@@ -22,11 +22,16 @@ class _Tokens:
     only guesses of what comes next depend on it, and those are verified.
     """
 
-    def __init__(self, vocabulary: Vocabulary, vocab_size: int, eos_token_id: int) -> None:
+    def __init__(
+        self, vocabulary: Vocabulary, vocab_size: int, eos_token_ids: Sequence[int]
+    ) -> None:
         tokens = list(vocabulary.tokens[:vocab_size])
         self.tokens: Sequence[bytes] = tokens + [b""] * (vocab_size - len(tokens))
-        self.special_token_ids = [i for i in vocabulary.special_token_ids if i < vocab_size]
-        self.eos_token_id = eos_token_id
+        # An end token is never text, even where the tokenizer does not say that it is special: it
+        # would end the output in the middle.
+        special = {*vocabulary.special_token_ids, *eos_token_ids}
+        self.special_token_ids = sorted(i for i in special if i < vocab_size)
+        self.eos_token_id = eos_token_ids[0]
         self.bos_token_id = None
         self.table: LLTokenizer | None = None
 
@@ -51,7 +56,7 @@ def token_table(
     """
     if not eos_token_ids:
         raise GrammarError("the model has no end token: its output cannot be held to a grammar")
-    tokens = _Tokens(vocabulary, vocab_size, eos_token_ids[0])
+    tokens = _Tokens(vocabulary, vocab_size, eos_token_ids)
     table = LLTokenizer(TokenizerWrapper(cast(object, tokens)), eos_token=list(eos_token_ids))
     tokens.table = table
     return table

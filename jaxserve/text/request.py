@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxserve import types
 from jaxserve.errors import ContextTooLong, InvalidRequest
+from jaxserve.structured.grammars import from_words
 from jaxserve.text.template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import Grammar, ModelInfo, SamplingParams
@@ -40,7 +41,8 @@ class Request:
         skip_special_tokens: whether control tokens are left out of the text.
         seed: None draws one.
         cache_salt: only requests with the same one share cached pages.
-        grammar: what the output must match (`jaxserve.structured.grammars`).
+        grammar: what the output must match: one of json (a schema), regex, choice (texts), grammar
+            (Lark or EBNF) and json_object, by name; or what `jaxserve.structured.grammars` makes.
         temperature … prompt_logprobs: as in `SamplingParams`, with its defaults (temperature 1,
             nothing cut off, no penalties). Beyond it, logit_bias may be a mapping (its keys may be
             written as text, as JSON does) and bad_words may hold strings.
@@ -71,7 +73,7 @@ class Request:
     bad_words: Sequence[str | Sequence[int]] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    grammar: Grammar | None = None
+    grammar: Grammar | Mapping[str, Any] | None = None
 
     @property
     def stops(self) -> list[str]:
@@ -226,13 +228,19 @@ def _sampling(request: Request, tokenizer: Tokenizer, max_tokens: int) -> Sampli
         "bad_words": _bad_words(request.bad_words, tokenizer),
     }
     if request.grammar is not None:
-        if not isinstance(request.grammar, Grammar):
-            raise _wrong("grammar", "what jaxserve.structured.grammars makes", request.grammar)
-        values["grammar"] = request.grammar
+        values["grammar"] = _grammar(request.grammar)
     if request.allowed_token_ids is not None:
         allowed = _integers("allowed_token_ids", request.allowed_token_ids)
         values["allowed_token_ids"] = tuple(allowed)
     return SamplingParams(**values)
+
+
+def _grammar(value: Any) -> Grammar:
+    if isinstance(value, Mapping):
+        return from_words(value)
+    if not isinstance(value, Grammar):
+        raise _wrong("grammar", "an object, or what jaxserve.structured.grammars makes", value)
+    return value
 
 
 def _logit_bias(bias: Any) -> tuple[tuple[int, float], ...]:

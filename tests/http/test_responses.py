@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import openai
 import pytest
 from openai.types.responses import Response
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
 from jaxserve.config import ToolsConfig
 from jaxserve.engine.thread import EngineThread
@@ -209,6 +209,29 @@ def test_the_clients_own_stream_helper(front):
     response = front.run(main())
     (call,) = response.output
     assert call.parsed_arguments == {"city": "Paris"} and response.status == "completed"
+
+
+def test_structured_text(front):
+    class Answer(BaseModel):
+        city: Literal["Paris", "Rome"]
+        days: Literal[3, 5]
+
+    client = openai.AsyncOpenAI(api_key="x", base_url="http://front/v1", http_client=front.http)
+    for seed, thought in ((5000, "<think>Which?</think>\n"), (5001, "")):
+        SCRIPTS[seed] = (thought + '{"city": "Rome", "days": 3} and more',)
+        response = front.run(
+            client.responses.parse(
+                model="fake", input="hi", text_format=Answer, extra_body={"seed": seed}
+            )
+        )
+        assert response.output_parsed == Answer(city="Rome", days=3)
+        assert response.text.format.type == "json_schema" and response.text.format.strict
+        assert [item.type for item in response.output][:-1] == ["reasoning"] * bool(thought)
+    SCRIPTS[5002] = ('{"a": 1} and more',)
+    any_object = front.ok(
+        PATH, {"input": "hi", "seed": 5002, "text": {"format": {"type": "json_object"}}}
+    )
+    assert any_object["output"][0]["content"][0]["text"] == '{"a": 1}'
 
 
 def test_a_conversation_by_its_items(front):

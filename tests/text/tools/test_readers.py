@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -266,6 +267,21 @@ def test_what_may_be_a_call_is_not_held_for_ever() -> None:
     reader = HERMES.reader(NAMES, lambda: "id")
     held = '<tool_call>{"id": "' + "x" * (MAX_HELD + 10)
     assert joined(reader.add(held)) == [Text(held)]
+
+
+@pytest.mark.parametrize("unit", ['<tool_call>{"id": "', "<tool_call>  ", "<", '{"name": "f"'])
+def test_long_texts_of_almost_calls_take_linear_time(unit: str) -> None:
+    def seconds(size: int) -> float:
+        reader = HERMES.reader(NAMES, lambda: "id")
+        text = unit * (size // len(unit))
+        started = time.process_time()
+        for start in range(0, len(text), 4):
+            reader.add(text[start : start + 4])
+        reader.finish()
+        return time.process_time() - started
+
+    seconds(1000)
+    assert seconds(80_000) < 1.0 + 20 * seconds(8000)
 
 
 def test_depth_is_no_danger() -> None:

@@ -1,0 +1,475 @@
+"""What does holding output to a grammar cost, beside the same rows without one?
+
+Method: one loaded model under engines whose step loops this process turns in its own thread.
+
+*Step time.* A pair is one batch of rows that decode free text and one whose rows all (or of which
+half) match JSON schemas that do not end, one after the other, in turns. The time a token is that
+between the first common step and the last, over the steps; the ratio has its bootstrap interval
+over the pairs, beside it that of CPU time. Free rows run `scheduler.decode_steps` steps in one
+call, as they are served.
+
+*Masks.* Real-world schemas (tests/data/maskbench.jsonl): each valid instance is walked token by
+token, and the mask of every place is made by one thread and timed.
+
+*Forced tokens.* One row, alone, fills in a schema of long names, with and without drafts.
+
+*Host.* The same rows over a device that computes nothing and takes an allowed token: CPU time of
+the engine's thread a row and step, with grammars and without.
+
+Targets: at 32 rows, all constrained, at most 1.02 times the time a token (the high end); 500 µs
+for 99 of 100 masks.
+
+    python benchmarks/structured.py [--pairs 30] [--tokens 48] [--plot docs/structured.svg]
+
+Ends in one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no installation
+
+from benchmarks.plot import grouped_bars
+from jaxserve.bench.engine import BenchServer
+from jaxserve.bench.stats import (
+    environment,
+    json_line,
+    median,
+    ratio_interval,
+    summary,
+    table,
+)
+from jaxserve.config import Config
+from jaxserve.device.step import StepInputs, StepOutputs
+from jaxserve.engine.batches import Batches
+from jaxserve.engine.load import load_parts
+from jaxserve.engine.loop import Engine
+from jaxserve.engine.parts import Parts
+from jaxserve.engine.process import build_engine
+from jaxserve.errors import GrammarError
+from jaxserve.protocol.messages import (
+    Cancel,
+    GetStatus,
+    StepStats,
+    Submit,
+    TokenEvents,
+    TokenSegment,
+    UseVocabulary,
+)
+from jaxserve.settings import load_config
+from jaxserve.structured import grammars
+from jaxserve.structured.matcher import compile_grammar
+from jaxserve.structured.table import token_table
+from jaxserve.text.template import load_chat_template
+from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.text.vocabulary import vocabulary_of
+from jaxserve.types import Grammar, ModelInfo, SamplingParams, Vocabulary
+from jaxserve.weights.sources import resolve
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMAS = ROOT / "tests" / "data" / "maskbench.jsonl"
+RATIO_LIMIT, MASK_LIMIT_US = 1.02, 500.0
+ROWS = (1, 8, 32)
+WARM_STEPS = 6
+FIELDS = ("name", "city", "occupation", "favourite_colour", "street", "nickname", "pet", "hobby")
+
+
+def people(index: int) -> Grammar:
+    """An array of objects that is longer than any run."""
+    item = {
+        "type": "object",
+        "properties": {
+            FIELDS[index % len(FIELDS)]: {"type": "string"},
+            "age": {"type": "integer"},
+            "married": {"type": "boolean"},
+        },
+        "additionalProperties": False,
+    }
+    item["required"] = list(item["properties"])
+    schema = {"type": "array", "items": item, "minItems": 1000}
+    return grammars.json_schema(schema, whitespace=False)
+
+
+class Arm:
+    """An engine over the common model, turned by the caller."""
+
+    def __init__(self, config: Config, parts: Parts, vocabulary: Vocabulary) -> None:
+        self._server = BenchServer()
+        self.engine: Engine = build_engine(config, self._server, parts)
+        self._server.inbox += [GetStatus(stats=True), UseVocabulary(vocabulary=vocabulary)]
+        self._next_id = 0
+
+    def submit(self, prompt: list[int], sampling: SamplingParams) -> int:
+        """A request; the id of its sequence."""
+        self._next_id += 1
+        self._server.inbox.append(
+            Submit(
+                sequence_ids=[self._next_id],
+                prompt=[TokenSegment(token_ids=prompt)],
+                sampling=sampling,
+                arrived_ns=time.monotonic_ns(),
+            )
+        )
+        return self._next_id
+
+    def turn(self) -> list[Any]:
+        """One turn of the loop; what it sent."""
+        self.engine.receive(0.0)
+        self.engine.step()
+        messages, self._server.outbox = self._server.outbox, []
+        return messages
+
+    def finish(self, ids: Sequence[int]) -> None:
+        """Cancels what runs, and turns until nothing does."""
+        self._server.inbox.append(Cancel(sequence_ids=list(ids)))
+        while True:
+            self.turn()
+            scheduler = self.engine.scheduler
+            if not scheduler.has_work and self.engine.in_flight is None:
+                return
+
+    def decode(self, prompts: Sequence[list[int]], samplings: Sequence[SamplingParams]) -> Decoded:
+        """Rows that decode side by side, for as many tokens as the first one has."""
+        ids = [self.submit(p, s) for p, s in zip(prompts, samplings, strict=True)]
+        num_tokens = dict.fromkeys(ids, 0)
+        begun_ns = begun_cpu_ns = begun_tokens = 0
+        wanted = samplings[0].max_tokens - 8
+        while True:
+            for message in self.turn():
+                if not isinstance(message, TokenEvents):
+                    continue
+                for end in message.finished:
+                    assert not end.error, end.error
+                for number, tokens in zip(message.sequence_ids, message.token_ids, strict=True):
+                    num_tokens[number] += len(tokens)
+                now_ns, fewest = message.at_ns, min(num_tokens.values())
+                if fewest >= WARM_STEPS and not begun_ns:
+                    begun_ns, begun_tokens = now_ns, sum(num_tokens.values())
+                    begun_cpu_ns = time.process_time_ns()
+                if fewest >= wanted:
+                    steps = (sum(num_tokens.values()) - begun_tokens) / len(ids)
+                    cpu_ns = time.process_time_ns() - begun_cpu_ns
+                    self.finish(ids)
+                    return Decoded((now_ns - begun_ns) / steps, cpu_ns / steps)
+
+    def complete(self, prompt: list[int], sampling: SamplingParams) -> tuple[float, int, int]:
+        """One request to its end: seconds after its first token, its tokens, device calls."""
+        self.submit(prompt, sampling)
+        first_ns = last_ns = num_tokens = num_calls = 0
+        while True:
+            for message in self.turn():
+                if isinstance(message, StepStats):
+                    num_calls += 1
+                if isinstance(message, TokenEvents):
+                    if message.token_ids:
+                        first_ns, last_ns = first_ns or message.at_ns, message.at_ns
+                    num_tokens += sum(map(len, message.token_ids))
+                    if message.finished:
+                        assert not message.finished[0].error, message.finished[0].error
+                        self.finish(())
+                        return (last_ns - first_ns) / 1e9, num_tokens, num_calls
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Nanoseconds of a step, and of CPU time in it."""
+
+    step_ns: float
+    cpu_ns: float
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
+    parser.add_argument("--plot", default="")
+    parser.add_argument("--only", default="", help="steps, masks, forced or host")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    arguments = parser.parse_args()
+    settings = ["scheduler.max_rows=32", "cache.prefix=false", *arguments.set]
+    config = load_config(settings=settings)
+    path = resolve(config.model, config.weights, lambda *_: None)
+    tokenizer, template = load_tokenizer(path), load_chat_template(path)
+    assert template is not None, f"{path} has no chat template"
+    question = [{"role": "user", "content": "Write a list of people as JSON."}]
+    prompt = tokenizer.encode(template.render(question), add_special_tokens=False)
+    record: dict[str, Any] = {}
+    wanted = (arguments.only or "masks host steps forced").split()
+    if "masks" in wanted:
+        record["masks_us"] = masks(tokenizer, config)
+    if "host" in wanted:
+        record["host"] = host(config, tokenizer, prompt, arguments.tokens)
+    if {"steps", "forced"} & set(wanted):
+        parts = load_parts(config, lambda *_: None)
+        arms = {
+            name: arm(config, parts, tokenizer, name == "drafts") for name in ("plain", "drafts")
+        }
+        if "steps" in wanted:
+            record["steps"] = [
+                steps(arms["plain"], prompt, rows, share, arguments.pairs, arguments.tokens)
+                for rows in arguments.rows
+                for share in ((1.0, 0.5) if rows > 1 else (1.0,))
+            ]
+        if "forced" in wanted:
+            record["forced"] = forced(arms, prompt, max(arguments.pairs // 3, 3))
+    report(record, arguments.plot)
+    print(json_line({"benchmark": "structured", **environment(), "config": config, **record}))
+
+
+def arm(config: Config, parts: Parts, tokenizer: Tokenizer, drafts: bool) -> Arm:
+    """An engine, which drafts or does not."""
+    if not drafts:
+        scheduler = dataclasses.replace(config.scheduler, draft_tokens=0)
+        config = dataclasses.replace(config, scheduler=scheduler)
+    assert isinstance(parts.batch, Batches)
+    batch = Batches(parts.batch.shapes, config.scheduler.max_rows)
+    return Arm(config, dataclasses.replace(parts, batch=batch), vocabulary_of(tokenizer))
+
+
+def steps(
+    engine: Arm, prompt: list[int], num_rows: int, share: float, num_pairs: int, num_tokens: int
+) -> dict[str, Any]:
+    """Pairs of one size of batch, of whose rows this share is constrained."""
+    on, off = [], []
+    for number in range(-1, num_pairs):  # the first warms up
+        for constrained in (True, False) if number % 2 else (False, True):
+            samplings = [
+                SamplingParams(
+                    max_tokens=num_tokens,
+                    seed=row,
+                    temperature=0.7,
+                    ignore_eos=not (held := constrained and row < share * num_rows),
+                    grammar=people(row) if held else None,
+                )
+                for row in range(num_rows)
+            ]
+            decoded = engine.decode([prompt] * num_rows, samplings)
+            if number >= 0:
+                (on if constrained else off).append(decoded)
+    time_ratio = ratio_interval([d.step_ns for d in on], [d.step_ns for d in off])
+    return {
+        "rows": num_rows,
+        "constrained": share,
+        "pairs": num_pairs,
+        "step_ms": median([d.step_ns for d in on]) / 1e6,
+        "step_ms_free": median([d.step_ns for d in off]) / 1e6,
+        "ratio": time_ratio,
+        "cpu_ratio": ratio_interval([d.cpu_ns for d in on], [d.cpu_ns for d in off]),
+    }
+
+
+def masks(tokenizer: Tokenizer, config: Config) -> dict[str, Any]:
+    """Microseconds of a mask, and of compiling, over real schemas and their instances."""
+    ends = tokenizer.eos_token_ids
+    size = tokenizer.vocab_size
+    table_ = token_table(vocabulary_of(tokenizer), size, ends)
+    mask = np.zeros(-(-size // 32), np.uint32)
+    mask_us: list[float] = []
+    compile_us: list[float] = []
+    for line in SCHEMAS.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        grammar = grammars.json_schema(entry["schema"])
+        begun_ns = time.perf_counter_ns()
+        try:
+            compiled = compile_grammar(grammar, table_, config.structured, size)
+        except GrammarError:
+            continue
+        compile_us.append((time.perf_counter_ns() - begun_ns) / 1e3)
+        for test in entry["tests"]:
+            if test["valid"]:
+                matcher = compiled.matcher().ll
+                text = json.dumps(test["data"], indent=None, ensure_ascii=False)
+                for token in tokenizer.encode(text, add_special_tokens=False)[:400]:
+                    begun_ns = time.perf_counter_ns()
+                    matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+                    mask_us.append((time.perf_counter_ns() - begun_ns) / 1e3)
+                    if not matcher.consume_token(token):
+                        break
+    return {"schemas": len(compile_us), "mask": summary(mask_us), "compile": summary(compile_us)}
+
+
+def forced(arms: dict[str, Arm], prompt: list[int], num_pairs: int) -> dict[str, Any]:
+    """One row that fills in long names, with drafts and without."""
+    names = [f"{word}_of_the_applicant_at_the_time" for word in ("residence", "age", "married")]
+    kinds: list[dict[str, Any]] = [
+        {"enum": ["Paris", "Rome"]},
+        {"type": "integer"},
+        {"type": "boolean"},
+    ]
+    schema = {
+        "type": "object",
+        "properties": dict(zip(names, kinds, strict=True)),
+        "required": names,
+        "additionalProperties": False,
+    }
+    grammar = grammars.json_schema(schema, whitespace=False)
+    found: dict[str, list[tuple[float, int, int]]] = {name: [] for name in arms}
+    for number in range(-1, num_pairs):
+        sampling = SamplingParams(max_tokens=120, seed=number + 1, temperature=0.7, grammar=grammar)
+        for name in arms if number % 2 else reversed(arms):
+            run = arms[name].complete(prompt, sampling)
+            if number >= 0:
+                found[name].append(run)
+    return {
+        "ratio": ratio_interval(
+            [seconds / tokens for seconds, tokens, _ in found["drafts"]],
+            [seconds / tokens for seconds, tokens, _ in found["plain"]],
+        ),
+        "calls": {name: median([run[2] for run in runs]) for name, runs in found.items()},
+        "tokens": median([run[1] for run in found["plain"]]),
+    }
+
+
+class NoDevice:
+    """Takes a token that each row's mask allows; computes nothing."""
+
+    compiles_after_warmup = 0
+
+    def __init__(self) -> None:
+        self._random = np.random.default_rng(0)
+
+    def launch(self, inputs: Sequence[StepInputs]) -> Any:
+        """See `engine.turn.Executor`."""
+        program = inputs[0].program
+        shape = program.decode_steps, program.num_rows
+        return [StepOutputs(token_ids=self._random.integers(300, 4000, shape))]
+
+    def sample(self, launched: Any, masks: Sequence[np.ndarray]) -> Any:
+        """See `engine.turn.Executor`: the first set bit from a random word on."""
+        (own,) = masks
+        for row in range(launched[0].token_ids.shape[1]):
+            words = np.flatnonzero(own[row])
+            word = int(words[self._random.integers(len(words))])
+            bit = int(own[row, word]) & -int(own[row, word])
+            launched[0].token_ids[0, row] = word * 32 + bit.bit_length() - 1
+        return launched
+
+    def collect(self, launched: Any) -> list[StepOutputs]:
+        """See `engine.turn.Executor`."""
+        return launched
+
+    def count_work(self, inputs: StepInputs) -> tuple[int, int]:
+        """See `engine.turn.Executor`."""
+        return 0, 0
+
+
+def host(
+    config: Config, tokenizer: Tokenizer, prompt: list[int], num_tokens: int
+) -> dict[str, Any]:
+    """CPU microseconds a row and step, without a device."""
+    from benchmarks.host import MODEL, PowerShapes
+
+    model: ModelInfo = dataclasses.replace(
+        MODEL, vocab_size=tokenizer.vocab_size, eos_token_ids=tokenizer.eos_token_ids
+    )
+    scheduler = dataclasses.replace(config.scheduler, draft_tokens=0, decode_steps=1)
+    config = dataclasses.replace(config, scheduler=scheduler)
+    rows, found = config.scheduler.max_rows, {}
+    for name, grammar in _host_arms():
+        parts = Parts(
+            model=model,
+            batch=Batches(PowerShapes(), rows),
+            executor=NoDevice(),
+            page_size=16,
+            num_pages=(4096,),
+        )
+        engine = Arm(config, parts, vocabulary_of(tokenizer))
+        samplings = [
+            SamplingParams(
+                max_tokens=num_tokens,
+                seed=row,
+                grammar=grammar(row) if grammar else None,
+                ignore_eos=grammar is None,
+            )
+            for row in range(rows)
+        ]
+        engine.decode([prompt] * rows, samplings)
+        runs = [engine.decode([prompt] * rows, samplings) for _ in range(5)]
+        found[name] = {
+            "cpu_us": min(run.cpu_ns for run in runs) / rows / 1e3,
+            "wall_us": min(run.step_ns for run in runs) / rows / 1e3,
+        }
+    return found
+
+
+def _host_arms() -> list[tuple[str, Callable[[int], Grammar] | None]]:
+    return [("free", None), ("constrained", people)]
+
+
+def report(record: dict[str, Any], plot: str) -> None:
+    """Tables, and the plot where it is wanted."""
+    if "masks_us" in record:
+        found = record["masks_us"]
+        header = ["µs", "p50", "p90", "p99", "max", "limit of p99"]
+        rows = [
+            [f"a {name}", *(f"{found[name][k]:.0f}" for k in ("p50", "p90", "p99", "max")), limit]
+            for name, limit in (("mask", f"{MASK_LIMIT_US:.0f}"), ("compile", ""))
+        ]
+        print(f"{found['schemas']} schemas\n\n{table(header, rows)}\n")
+    if "host" in record:
+        rows = [
+            [name, f"{v['cpu_us']:.1f}", f"{v['wall_us']:.1f}"]
+            for name, v in record["host"].items()
+        ]
+        print(table(["host, a row and step", "CPU µs", "wall µs"], rows) + "\n")
+    if "steps" in record:
+        header = [
+            "rows",
+            "constrained",
+            "ms a token",
+            "free",
+            "ratio",
+            "95%",
+            "CPU ratio",
+            "95%",
+            "limit",
+        ]
+        rows = [
+            [
+                str(r["rows"]),
+                f"{r['constrained']:.0%}",
+                f"{r['step_ms']:.2f}",
+                f"{r['step_ms_free']:.2f}",
+                *(x for key in ("ratio", "cpu_ratio") for x in _interval(r[key])),
+                f"{RATIO_LIMIT}" if r["rows"] == 32 and r["constrained"] == 1 else "",
+            ]
+            for r in record["steps"]
+        ]
+        print(table(header, rows) + "\n")
+        if plot:
+            groups = [f"{r['rows']} rows, {r['constrained']:.0%}" for r in record["steps"]]
+            series = [
+                ("constrained", [r["step_ms"] for r in record["steps"]]),
+                ("free", [r["step_ms_free"] for r in record["steps"]]),
+            ]
+            svg = grouped_bars("Time of a token", groups, series, "ms, less is better")
+            Path(plot).write_text(svg, encoding="utf-8")
+    if "forced" in record:
+        found = record["forced"]
+        ratio, interval = _interval(found["ratio"])
+        calls = found["calls"]
+        print(
+            f"forced tokens: {found['tokens']:.0f} tokens in {calls['drafts']:.0f} device calls "
+            f"with drafts, {calls['plain']:.0f} without; time a token {ratio} ({interval})\n"
+        )
+
+
+def _interval(ratio: tuple[float, float, float]) -> list[str]:
+    return [f"{ratio[0]:.3f}", f"{ratio[1]:.3f} to {ratio[2]:.3f}"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Structured output of the embedded model through the whole server, with the `openai` client."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from typing import Literal
+
+import httpx
+import jsonschema
+import pytest
+from openai import BadRequestError, OpenAI
+from pydantic import BaseModel
+
+from tests.server.conftest import TIMEOUT_S, Server
+
+pytestmark = pytest.mark.slow
+
+MODEL = "smollm2-135m-instruct"
+QUESTION = [{"role": "user", "content": "Tell me about the city of Paris, as JSON."}]
+
+
+class City(BaseModel):
+    name: str
+    country: Literal["France", "Italy"]
+    inhabitants: int
+    sights: list[Literal["river", "tower", "museum"]]
+
+
+@pytest.fixture
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=f"{server.base_url}/v1", api_key="none", timeout=TIMEOUT_S)
+
+
+def test_parse_of_the_openai_client(client: OpenAI) -> None:
+    """Pydantic's schema goes out; an object of the class comes back."""
+    for seed in range(2):
+        completion = client.chat.completions.parse(
+            model=MODEL, messages=QUESTION, response_format=City, max_tokens=400, seed=seed,
+            temperature=0.5, logprobs=True, top_logprobs=1,
+        )  # fmt: skip
+        (choice,) = completion.choices
+        assert choice.finish_reason == "stop"
+        city = choice.message.parsed
+        assert isinstance(city, City) and city.country in ("France", "Italy")
+        assert len(choice.logprobs.content) == completion.usage.completion_tokens
+
+
+def test_streamed_beside_free_rows_without_compiling(server: Server, client: OpenAI) -> None:
+    """Alone and streamed: the same text; and nothing is compiled for it."""
+    asked = {"model": MODEL, "messages": QUESTION, "max_tokens": 300, "seed": 4, "n": 2}
+    schema = City.model_json_schema()
+    held = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema}}
+    free = client.chat.completions.create(**asked | {"max_tokens": 40}, stream=True)
+    texts = ["", ""]
+    with client.chat.completions.create(**asked, response_format=held, stream=True) as stream:
+        for chunk in stream:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.delta.content or ""
+    for text in texts:
+        jsonschema.validate(json.loads(text), schema)
+    free.close()
+    whole = client.chat.completions.create(**asked, response_format=held)
+    assert [choice.message.content for choice in whole.choices] == texts
+    assert server.metrics()["jaxserve_compiles_after_warmup"] == 0
+
+
+def test_regex_choice_and_grammar(client: OpenAI) -> None:
+    for extra, pattern in (
+        ({"regex": r"[0-9]{4}-[0-9]{2}-[0-9]{2}"}, r"\d{4}-\d{2}-\d{2}"),
+        ({"choice": ["yes", "no"]}, "yes|no"),
+        ({"grammar": 'root ::= "The answer is " [1-9] "."'}, r"The answer is \d\."),
+    ):
+        completion = client.chat.completions.create(
+            model=MODEL, messages=QUESTION, max_tokens=40, extra_body={"structured_outputs": extra}
+        )
+        assert re.fullmatch(pattern, completion.choices[0].message.content)
+
+
+def test_a_wrong_schema_is_refused_by_name(client: OpenAI) -> None:
+    schema = {"type": "array", "uniqueItems": True}
+    held = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with pytest.raises(BadRequestError, match="uniqueItems") as caught:
+        client.chat.completions.create(model=MODEL, messages=QUESTION, response_format=held)
+    assert caught.value.param == "response_format"
+
+
+def test_a_stream_outlives_the_engine(server: Server, client: OpenAI) -> None:
+    """The vocabulary is told to the next engine, and the grammar goes on where the output was."""
+    schema = City.model_json_schema()
+    held = {"type": "json_schema", "json_schema": {"name": "city", "schema": schema}}
+    asked = {"model": MODEL, "messages": QUESTION, "max_tokens": 300, "seed": 9, "temperature": 0.7}
+    whole = client.chat.completions.create(**asked, response_format=held)
+    text = ""
+    with client.chat.completions.create(**asked, response_format=held, stream=True) as stream:
+        for number, chunk in enumerate(stream):
+            if number == 4:
+                health = httpx.get(f"{server.base_url}/health").json()
+                os.kill(health["engines"][0]["pid"], signal.SIGKILL)
+            for choice in chunk.choices:
+                text += choice.delta.content or ""
+    assert text == whole.choices[0].message.content
+    jsonschema.validate(json.loads(text), schema)
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while httpx.get(f"{server.base_url}/ready").status_code != 200:
+        assert time.monotonic() < deadline_s
