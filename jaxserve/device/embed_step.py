@@ -130,12 +130,16 @@ class EmbedBuckets:
         max_length: tokens a text may have.
         max_tokens: of a step; at least max_length.
         in_grid: whether attention works on a padded grid.
+        batch_invariant: one program for all, so that a text's numbers are always added up in the
+            same order.
 
     Attributes:
         programs: all of them, ascending.
     """
 
-    def __init__(self, max_length: int, max_tokens: int, *, in_grid: bool) -> None:
+    def __init__(
+        self, max_length: int, max_tokens: int, *, in_grid: bool, batch_invariant: bool = False
+    ) -> None:
         most = max(max_tokens, max_length)
         lengths, length = {max_length}, _SHORTEST_ROW
         while in_grid and length < max_length:
@@ -147,8 +151,9 @@ class EmbedBuckets:
             while size >= length if in_grid else size >= _FEWEST_TOKENS:
                 programs.add(self._program(size, length, in_grid=in_grid))
                 size //= GROWTH
+        if batch_invariant:
+            programs = {self._program(most, max_length, in_grid=in_grid)}
         self.programs: tuple[EmbedProgram, ...] = tuple(sorted(programs))
-        self.max_length = max_length
 
     @staticmethod
     def _program(num_tokens: int, length: int, *, in_grid: bool) -> EmbedProgram:

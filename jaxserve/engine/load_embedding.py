@@ -95,8 +95,12 @@ def buckets_of(
 ) -> EmbedBuckets:
     """The embedding programs; raises as `max_length`."""
     in_grid = isinstance(spec, EncoderSpec) and options.attention == "xla"
-    tokens = config.embeddings.embed_tokens
-    return EmbedBuckets(max_length(config, spec), tokens, in_grid=in_grid)
+    return EmbedBuckets(
+        max_length(config, spec),
+        config.embeddings.embed_tokens,
+        in_grid=in_grid,
+        batch_invariant=config.engine.batch_invariant,
+    )
 
 
 def max_length(config: Config, spec: EncoderSpec | ModelSpec) -> int:

@@ -165,7 +165,7 @@ class Engine:
     def _launch_next(self) -> InFlight | TextsInFlight | None:
         """Launches the next step: where texts wait and something is generated, each in turn."""
         texts = None
-        if self._texts_next:
+        if self._texts_next and self._embedding.num_waiting:
             texts = self._embedding.launch(shared=self.scheduler.has_work)
         self._texts_next = texts is None
         if texts is not None:

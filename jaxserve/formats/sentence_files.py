@@ -34,6 +34,7 @@ class SentenceFiles:
         pooling: one of POOLINGS.
         normalize: whether vectors have length one.
         max_length: tokens of a text.
+        lower_case: whether texts are lowercased before anything else is done to them.
         prompts: text to put before another, by name; default_prompt: the name of the one that is
             used where none is named.
     """
@@ -41,6 +42,7 @@ class SentenceFiles:
     pooling: str | None = None
     normalize: bool | None = None
     max_length: int | None = None
+    lower_case: bool = False
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt: str = ""
 
@@ -80,6 +82,7 @@ def read_sentence_files(directory: Path) -> SentenceFiles:
         pooling=pooling,
         normalize=normalize,
         max_length=max_length if isinstance(max_length, int) and max_length > 0 else None,
+        lower_case=lengths.get("do_lower_case") is True,
         prompts={str(name): str(text) for name, text in prompts.items() if text},
         default_prompt=config.get("default_prompt_name") or "",
     )

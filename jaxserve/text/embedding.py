@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Protocol
 
 import tokenizers
+from tokenizers import normalizers
+from tokenizers.normalizers import Lowercase
 
 from jaxserve.config import EmbeddingsConfig
 from jaxserve.errors import InvalidRequest, WeightsError
@@ -59,15 +61,23 @@ class EmbeddingTokenizer(Protocol):
 
 
 class EncoderTokenizer:
-    """An encoder's tokenizer.json."""
+    """An encoder's tokenizer.json.
 
-    def __init__(self, file: Path) -> None:
+    Args:
+        lower_case: whether texts are lowercased first, whatever the file says.
+    """
+
+    def __init__(self, file: Path, *, lower_case: bool = False) -> None:
         try:
             self._backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises bare Exceptions
             raise WeightsError(f"cannot read the tokenizer {file}: {error}") from error
         self._backend.no_padding()
         self._backend.no_truncation()
+        if lower_case:
+            rest = self._backend.normalizer
+            steps = [Lowercase(), *([] if rest is None else [rest])]
+            self._backend.normalizer = normalizers.Sequence(steps)
         self._specials = self._backend.num_special_tokens_to_add(False)
         self._pair_specials = self._backend.num_special_tokens_to_add(True)
 
@@ -193,7 +203,8 @@ def load_embedding_text(config: EmbeddingsConfig, served: Tokenizer) -> Embeddin
         file = directory / "tokenizer.json"
         if not file.is_file():
             raise WeightsError(f"{directory} has no tokenizer.json, which an encoder needs")
-        tokenizer, files = EncoderTokenizer(file), read_sentence_files(directory)
+        files = read_sentence_files(directory)
+        tokenizer = EncoderTokenizer(file, lower_case=files.lower_case)
     return EmbeddingText(
         tokenizer,
         files,

@@ -60,3 +60,12 @@ def test_what_the_device_is_given():
     rest = inputs.packed[tokens + rows + 1 :]
     np.testing.assert_array_equal(rest[:3], [NO_SECOND, 1, NO_SECOND])
     np.testing.assert_array_equal(rest[rows : rows + 2], [3, 1])
+
+
+@pytest.mark.parametrize("in_grid", [False, True])
+def test_batch_invariance_has_one_program(in_grid):
+    buckets = EmbedBuckets(64, 256, in_grid=in_grid, batch_invariant=True)
+    (program,) = buckets.programs
+    assert (program.num_tokens, program.max_len) == (256, 64)
+    room = buckets.room(256)
+    assert sum(room.add(64) for _ in range(9)) == 4

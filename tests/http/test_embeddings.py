@@ -254,7 +254,7 @@ def test_rate_limits_charge_its_tokens(tmp_path):
     store = LocalStore(MemoryStore(lambda: 1000.0))
     config = dataclasses.replace(CONFIG, embeddings=EMBEDDINGS)
     with make_front(http, load_keys(http), config, limits=LimitsConfig(), store=store) as made:
-        first = made.post(PATH, {"input": [[7] * 30, [8] * 10]}, headers=KEY)
+        first = made.post(PATH, {"input": ["x" * 30, "y" * 10]}, headers=KEY)
         assert first.status_code == 200
         assert first.headers["x-ratelimit-remaining-tokens"] == "60"
         failed = made.post(PATH, {"input": "x" * 30, "pooling": "median"}, headers=KEY)
@@ -300,7 +300,7 @@ def test_a_client_that_leaves_ends_its_texts():
 
         made.run(leave())
         assert made.run(made.client.get_status()).texts_waiting == 0
-        assert sum(map(len, held.embedder.steps)) < 500
+        assert len(held.embedder.steps) == 1
 
 
 def test_a_deadline_that_passes_meanwhile():
@@ -311,4 +311,4 @@ def test_a_deadline_that_passes_meanwhile():
         assert response.json()["error"]["code"] == "deadline_exceeded"
         held.gate.set()
         made.run(made.client.join())
-        assert sum(map(len, held.embedder.steps)) < 500
+        assert len(held.embedder.steps) == 1

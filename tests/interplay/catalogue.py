@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from jaxserve.structured.grammars import regex
-from jaxserve.types import FinishReason
+from jaxserve.types import EmbeddingParams, FinishReason
+from tests.fakes.embedder import vector_of
 from tests.interplay.features import Feature, Trial
 from tests.interplay.worlds import Probe
 
@@ -92,6 +95,28 @@ def _urgent(probe: Probe) -> None:
     probe.priority = -1
 
 
+def _embed(trial: Trial) -> None:
+    """Texts that wait and run beside everything else."""
+    texts = [[1 + place, *range(3, 3 + place % 9)] for place in range(40)]
+    params = EmbeddingParams(pooling="mean", normalize=True)
+    trial.embedding = texts, trial.client.embed(texts, params)
+
+
+def _read_vectors(trial: Trial) -> None:
+    assert trial.embedding is not None
+    for event in trial.embedding[1]:
+        assert event.finished is not None and event.choice not in trial.vectors
+        trial.vectors[event.choice] = event.finished.vector
+
+
+def _were_embedded(trial: Trial) -> bool:
+    assert trial.embedding is not None
+    for place, text in enumerate(trial.embedding[0]):
+        found = np.frombuffer(trial.vectors.pop(place), np.float32)
+        np.testing.assert_allclose(found, vector_of(text), rtol=1e-6)
+    return not trial.vectors
+
+
 FEATURES = (
     Feature(name="choices", shape=_choices),
     Feature(
@@ -111,6 +136,13 @@ FEATURES = (
     Feature(name="chunked prefill", settings=("scheduler.max_step_tokens=8",)),
     Feature(name="several decode steps", settings=("scheduler.decode_steps=4",)),
     Feature(name="prefix hit", before=_prompts_first, acted=_was_found),
+    Feature(
+        name="embedding",
+        settings=("embeddings.model=fake", "embeddings.shared_embed_tokens=16"),
+        before=_embed,
+        after=_read_vectors,
+        acted=_were_embedded,
+    ),
     Feature(
         name="replay",
         lives=3,

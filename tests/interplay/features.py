@@ -32,6 +32,7 @@ class Feature:
         settings: of the engine; a later feature's win.
         shape: changes a probe.
         before: submits what must have happened before the probes.
+        after: reads what `before` began, once the probes are done.
         background: requests beside the probes.
         lives: of the engine: all but the last end when the probes have got some tokens.
         acted: whether it is to be seen in the trial that it took part.
@@ -41,6 +42,7 @@ class Feature:
     settings: tuple[str, ...] = ()
     shape: Callable[[Probe], None] = lambda probe: None
     before: Callable[[Trial], None] = lambda trial: None
+    after: Callable[[Trial], None] = lambda trial: None
     background: int = 0
     lives: int = 1
     acted: Callable[[Trial], bool] = lambda trial: True
@@ -54,6 +56,8 @@ class Trial:
         probes, outcomes: parallel; an outcome for each choice.
         records: of all sequences, background too.
         engines: one a life.
+        embedding: texts that are embedded beside, and the stream of their vectors.
+        vectors: of them, by place, once they were read.
     """
 
     def __init__(self, features: tuple[Feature, ...], world: World | None = None) -> None:
@@ -67,6 +71,8 @@ class Trial:
         self.records: list[SequenceRecord] = []
         self.engines: list[Engine] = []
         self.num_mixed = -1
+        self.embedding: tuple[list[list[int]], SyncStream] | None = None
+        self.vectors: dict[int, bytes] = {}
 
     def run(self) -> None:
         """Runs it to the end; the engine must have nothing left then."""
@@ -88,6 +94,8 @@ class Trial:
             for feature in self.features:
                 feature.before(self)
             self._run_probes()
+            for feature in self.features:
+                feature.after(self)
             status = self.client.get_status()
             assert (status.running, status.waiting) == (0, 0)
             if isinstance(self.engine.executor, FakeExecutor):

@@ -233,3 +233,29 @@ def test_a_cap_spares_who_asks_for_less():
     assert gate.admit(priority=1, output_tokens=129) == 128
     assert gate.admit(priority=1) == 128
     assert gate.counts == {"capped": 2}
+
+
+def test_texts_wait_in_a_queue_of_their_own():
+    crowded = status(load(running=10, waiting=500), embed_wait_s=3.0)
+    gate = Gate(crowded, max_wait_s=4.0, overload_wait_s=5.0, overload_after_s=1.0)
+    gate.admission.admit_texts(0, None)  # the wait for a row is nothing to them
+    gate.admission.admit_texts(0, gate.now_ns + 4 * S)
+    with pytest.raises(Overloaded, match="would wait about 3.0 s, and its deadline is 3.0 s"):
+        gate.admission.admit_texts(0, gate.now_ns + 3 * S)
+    with pytest.raises(DeadlineExceeded):
+        gate.admission.admit_texts(0, gate.now_ns)
+    crowded.embed_wait_s = 4.5
+    with pytest.raises(Overloaded, match="the limit is 4 s"):
+        gate.admission.admit_texts(0, None)
+    crowded.embed_wait_s = 0.0
+    for _ in range(3):  # generation is overloaded: low priority is given up, of either kind
+        with pytest.raises(Overloaded):
+            gate.admit()
+        gate.now_ns += 1 * S
+    with pytest.raises(Overloaded, match="takes no requests of low priority"):
+        gate.admission.admit_texts(10, None)
+    gate.admission.admit_texts(-10, None)
+    assert gate.counts["max_wait"] >= 1 and gate.counts["low_priority"] == 1
+    calm = Gate(status(embed_wait_s=100.0))
+    calm.admission.admit_texts(10, None)  # nothing is limited
+    assert calm.asked == 0

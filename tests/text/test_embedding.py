@@ -78,6 +78,17 @@ def test_of_a_pair_the_longer_text_is_cut(tokenizer, first, second, room, kept):
     assert text.second_start == kept[0] + 2 and text.num_before == first + second + 3
 
 
+def test_a_model_may_want_lower_case(directory):
+    file = directory / "tokenizer.json"
+    assert EncoderTokenizer(file).encode(["A B"], None)[0].ids == [CLS, C, C, SEP]  # unknown
+    lowering = EncoderTokenizer(file, lower_case=True)
+    assert lowering.encode(["A B"], None)[0].ids == [CLS, A, B, SEP]
+    (directory / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    loaded = load_embedding_text(EmbeddingsConfig(model=str(directory)), ByteTokenizer())
+    assert loaded is not None
+    assert loaded.tokenizer.encode(["A b"], None)[0].ids == [CLS, A, B, SEP]
+
+
 def test_half_of_a_surrogate_pair_is_refused(tokenizer):
     with pytest.raises(InvalidRequest, match="lone surrogate"):
         tokenizer.encode(["fine", "\ud800"], None)
