@@ -161,9 +161,22 @@ class RowAttention(Attention):
         return mixed.reshape(-1, *mixed.shape[2:]), pages
 
 
+class RowMLP(GatedMLP):
+    """A served gated MLP with deltas."""
+
+    def __init__(self, served: GatedMLP, deltas: Mapping[str, Delta], dose: Dose) -> None:
+        self.activation = served.activation
+        self.options = served.gate_up.options
+        wide = (1, served.gate_up.out_dims[1])
+        shapes = {"gate_proj": wide, "up_proj": wide}
+        self.gate_up = AdaptedLinear(served.gate_up, shapes, 1, deltas, dose)
+        shapes = {"down_proj": served.down.out_dims}
+        self.down = AdaptedLinear(served.down, shapes, 1, deltas, dose)
+
+
 def hidden_states(model: Decoder, deltas: Deltas, rows: Rows, dose: Dose) -> Float[Array, "B S D"]:
     """Hidden states after the final norm, of every token of the rows [B, S]."""
-    x = model.embed.lookup(rows.token_ids.reshape(-1))
+    x = model.embed.lookup(jnp.asarray(rows.token_ids).reshape(-1))
     if model.spec.embed_scale != 1.0:
         x = x * jnp.asarray(model.spec.embed_scale, x.dtype)
     positions = jnp.asarray(rows.positions).reshape(-1)
@@ -213,12 +226,8 @@ def _run_layer(
 ) -> Array:
     layer = nnx.merge(*split)
     layer.attention = RowAttention(layer.attention, deltas, dose)
-    mlp = layer.mlp
-    if isinstance(mlp, GatedMLP):
-        wide = (1, mlp.gate_up.out_dims[1])
-        shapes = {"gate_proj": wide, "up_proj": wide}
-        mlp.gate_up = AdaptedLinear(mlp.gate_up, shapes, 1, deltas, dose)
-        mlp.down = AdaptedLinear(mlp.down, {"down_proj": mlp.down.out_dims}, 1, deltas, dose)
+    if isinstance(layer.mlp, GatedMLP):
+        layer.mlp = RowMLP(layer.mlp, deltas, dose)
     return layer(x, _NO_PAGES, inputs)[0]
 
 

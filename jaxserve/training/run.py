@@ -131,6 +131,8 @@ class _Run:
         self._tell(self._description())
         if start:
             self._tell(f"goes on after step {start}")
+        else:
+            self._evaluate(0)
         bar = tqdm(total=recipe.steps, initial=start, unit="step", disable=None)
         with bar, Stopping() as stopping:
             for step, batches in zip(

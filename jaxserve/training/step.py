@@ -103,11 +103,10 @@ def train_step(
     (loss, count, gradients), _ = jax.lax.scan(add, zeros, (batches, indices))
     share = 1 / jnp.maximum(count, 1).astype(jnp.float32)
     gradients = jax.tree.map(lambda gradient: gradient * share, gradients)
+    length = jnp.sqrt(sum(jnp.sum(jnp.square(part)) for part in jax.tree.leaves(gradients)))
     updates, moments = optimizer(recipe).update(gradients, state.optimizer, state.deltas)
     deltas = jax.tree.map(jnp.add, state.deltas, updates)
-    report = StepReport(
-        loss=loss * share, gradient_norm=optax.global_norm(gradients), num_learned=count
-    )
+    report = StepReport(loss=loss * share, gradient_norm=length, num_learned=count)
     return TrainState(step=state.step + 1, deltas=deltas, optimizer=moments), report
 
 
