@@ -7,6 +7,7 @@ the arrays stands what the run was begun with, and its losses so far.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +33,7 @@ class Checkpoints:
         self._ocp = import_orbax()
         self._directory = directory
         options = self._ocp.CheckpointManagerOptions(
-            max_to_keep=_KEPT, enable_async_checkpointing=False
+            max_to_keep=_KEPT, enable_async_checkpointing=False, cleanup_tmp_directories=True
         )
         self._manager = self._ocp.CheckpointManager(directory.absolute(), options=options)
 
@@ -47,19 +48,23 @@ class Checkpoints:
             progress: anything that JSON holds.
 
         Raises:
-            OSError: it cannot be written.
+            WeightsError: it cannot be written.
         """
-        step = int(state.step)
+        step, args = int(state.step), self._ocp.args
         if step in self._manager.all_steps():
             return
-        args = self._ocp.args
-        self._manager.save(
-            step,
-            args=args.Composite(
-                state=args.StandardSave(state), progress=args.JsonSave(dict(progress))
-            ),
+        items = args.Composite(
+            state=args.StandardSave(state), progress=args.JsonSave(dict(progress))
         )
-        self._manager.wait_until_finished()
+        try:
+            self._manager.save(step, args=items)
+            self._manager.wait_until_finished()
+        except Exception as error:  # Orbax and TensorStore have no common base
+            free = shutil.disk_usage(self._directory).free
+            raise WeightsError(
+                f"cannot write the checkpoint of step {step} in {self._directory}: "
+                f"{_words(error)} ({free} bytes are free there)"
+            ) from error
 
     def progress(self) -> dict[str, Any]:
         """What stands beside the last one's arrays.
@@ -92,11 +97,9 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=self._ocp.args.Composite(**items))
         except Exception as error:  # Orbax and TensorStore have no common base
-            text = " ".join(str(error).split())
             raise WeightsError(
                 f"the checkpoint of step {step} in {self._directory} cannot be read: "
-                f"{text or type(error).__name__:.300}; remove that step's folder to go on from "
-                "the one before"
+                f"{_words(error)}; remove that step's folder to go on from the one before"
             ) from error
 
     def __enter__(self) -> Self:
@@ -109,3 +112,7 @@ class Checkpoints:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _words(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]

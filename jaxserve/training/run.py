@@ -60,8 +60,9 @@ class Output:
     dtype: np.dtype = dataclasses.field(default_factory=lambda: np.dtype(np.float32))
 
     def __post_init__(self) -> None:
-        there = [self.directory / name for name in (CHECKPOINTS, WEIGHTS_FILE)]
-        if not self.resume and any(path.exists() for path in there):
+        checkpoints = self.directory / CHECKPOINTS
+        begun = checkpoints.is_dir() and any(checkpoints.iterdir())
+        if not self.resume and (begun or (self.directory / WEIGHTS_FILE).exists()):
             raise ConfigError(
                 f"{self.directory} holds a run already: --resume goes on with it, or give another "
                 "--output"

@@ -13,10 +13,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 def lines(svg: str) -> list[list[tuple[float, float]]]:
     """Points of each line, in order: losses, smoothed, held out."""
     found = ElementTree.fromstring(svg).iter(f"{SVG}polyline")
-    return [
-        [tuple(map(float, point.split(","))) for point in line.attrib["points"].split()]
-        for line in found
-    ]
+    pairs = [[point.split(",") for point in line.attrib["points"].split()] for line in found]
+    return [[(float(x), float(y)) for x, y in line] for line in pairs]
 
 
 def test_losses_stand_where_they_belong() -> None:

@@ -182,6 +182,20 @@ def test_a_run_that_was_killed_goes_on_as_if_it_never_was(
     assert not (tmp_path / "adapter_config.json").exists()
     history = train(task, RECIPE, Output(directory=tmp_path, resume=True))
     check_same(history, tmp_path, whole)
+    steps = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert steps == ["4", "6"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named(
+    task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager.save", full)
+    with pytest.raises(WeightsError, match="cannot write the checkpoint of step 2 in .*No space"):
+        train(task, RECIPE, Output(directory=tmp_path))
+    assert Output(directory=tmp_path)  # nothing is there to go on with
 
 
 def test_a_run_that_is_done_is_written_again(
