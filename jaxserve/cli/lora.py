@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jaxserve.config import Config
+from jaxserve.training.recipe import TARGETS, Recipe, option
+
+if TYPE_CHECKING:
+    from jaxserve.config import Config
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -16,7 +19,7 @@ _ABOUT = {
     "alpha": "deltas are scaled by alpha / rank",
     "dropout": "share of a delta's inputs that is zeroed in training",
     "steps": "updates",
-    "batch_rows": "rows of one forward pass",
+    "batch_size": "rows of one forward pass",
     "row_tokens": "length of a row, which short examples share; a multiple of 64",
     "accumulate": "forward passes of one update",
     "learning_rate": "at its peak",
@@ -32,8 +35,6 @@ _ABOUT = {
 
 def add_train(command: argparse.ArgumentParser) -> None:
     """The arguments of `lora train`, less those that all commands take."""
-    from jaxserve.training.recipe import TARGETS, Recipe, option
-
     command.add_argument(
         "--data",
         type=Path,
@@ -55,7 +56,10 @@ def add_train(command: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="go on from the last checkpoint in --output, if any"
     )
     command.add_argument(
-        "--dtype", default="float32", choices=DTYPES, help="of the written adapter (float32)"
+        "--dtype",
+        default="float32",
+        choices=DTYPES,
+        help="of the written adapter (default: float32)",
     )
     recipe = command.add_argument_group("how it is trained")
     default = Recipe()
@@ -63,7 +67,8 @@ def add_train(command: argparse.ArgumentParser) -> None:
         "--targets",
         default=",".join(default.targets),
         metavar="NAME,…",
-        help=f"linear layers: of {', '.join(TARGETS)}; or all ({','.join(default.targets)})",
+        help=f"linear layers: of {', '.join(TARGETS)}; or all "
+        f"(default: {','.join(default.targets)})",
     )
     recipe.add_argument(
         "--rslora", action="store_true", help="scale by alpha / sqrt(rank) (arXiv 2312.03732)"
@@ -75,7 +80,7 @@ def add_train(command: argparse.ArgumentParser) -> None:
             type=type(value),
             default=value,
             metavar="N" if isinstance(value, int) else "X",
-            help=f"{about} ({value:g})",
+            help=f"{about} (default: {value:g})",
         )
 
 
@@ -85,10 +90,9 @@ def train_adapter(config: Config, arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError, InvalidRequest, WeightsError: see `training`.
     """
-    import numpy as np
+    import jax.numpy as jnp
     from tqdm import tqdm
 
-    from jaxserve.training.recipe import TARGETS, Recipe
     from jaxserve.training.run import Output, train
     from jaxserve.training.task import load_task
 
@@ -99,10 +103,8 @@ def train_adapter(config: Config, arguments: argparse.Namespace) -> int:
         rslora=arguments.rslora,
         targets=TARGETS if targets == "all" else tuple(filter(None, targets.split(","))),
     )
-    import ml_dtypes
-
-    dtype = ml_dtypes.bfloat16 if arguments.dtype == "bfloat16" else arguments.dtype
-    output = Output(directory=arguments.output, resume=arguments.resume, dtype=np.dtype(dtype))
+    dtype = jnp.dtype(arguments.dtype)
+    output = Output(directory=arguments.output, resume=arguments.resume, dtype=dtype)
     with tqdm(unit="", disable=None, leave=False) as bar:
 
         def show(phase: str, done: int, total: int) -> None:

@@ -31,7 +31,7 @@ class Recipe:
         targets: linear layers that get a delta, of TARGETS.
         dropout: share of a delta's inputs that is zeroed, in training only.
         steps: updates of the adapter.
-        batch_rows: rows of one forward pass.
+        batch_size: rows of one forward pass.
         row_tokens: length of a row; short examples share one. A multiple of 64.
         accumulate: forward passes whose gradients make one update.
         learning_rate: at its peak, after the warm-up; falls to a tenth of it along a cosine.
@@ -53,7 +53,7 @@ class Recipe:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     dropout: float = 0.0
     steps: int = 200
-    batch_rows: int = 4
+    batch_size: int = 4
     row_tokens: int = 512
     accumulate: int = 1
     learning_rate: float = 1e-3
@@ -95,7 +95,7 @@ class Recipe:
     @property
     def rows_per_step(self) -> int:
         """Rows that one update is made from."""
-        return self.batch_rows * self.accumulate
+        return self.batch_size * self.accumulate
 
 
 def option(name: str) -> str:
@@ -119,7 +119,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "alpha": (1e-6, 1e6),
     "dropout": (0, 0.95),
     "steps": (1, 10_000_000),
-    "batch_rows": (1, 4096),
+    "batch_size": (1, 4096),
     "row_tokens": (ROW_MULTIPLE, 1 << 20),
     "accumulate": (1, 4096),
     "learning_rate": (1e-9, 10),

@@ -161,7 +161,7 @@ class _Run:
             seed=recipe.seed,
             start=start,
         ):
-            shape = recipe.accumulate, recipe.batch_rows, recipe.row_tokens
+            shape = recipe.accumulate, recipe.batch_size, recipe.row_tokens
             yield jax.tree.map(lambda array, shape=shape: array.reshape(shape), rows)
 
     def _update(self, step: int, batches: Rows, bar: tqdm[Any]) -> None:
@@ -188,7 +188,7 @@ class _Run:
         """Over the held-out examples, if there are any."""
         recipe, total, num_learned = self._recipe, 0.0, 0
         for rows in packing.once(
-            self._task.held_out, row_tokens=recipe.row_tokens, num_rows=recipe.batch_rows
+            self._task.held_out, row_tokens=recipe.row_tokens, num_rows=recipe.batch_size
         ):
             loss, count = eval_step(self._task.model, self.state.deltas, rows, scale=recipe.scale)
             total += float(loss)

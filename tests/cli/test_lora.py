@@ -11,7 +11,7 @@ from jaxserve.formats.peft import read_adapter
 from tests.cli.conftest import Run
 from tests.training.tiny import write_data, write_tiny
 
-QUICK = ("--steps", 4, "--row-tokens", 64, "--batch-rows", 2, "--warmup-steps", 1, "--rank", 2,
+QUICK = ("--steps", 4, "--row-tokens", 64, "--batch-size", 2, "--warmup-steps", 1, "--rank", 2,
          "--learning-rate", 0.02)  # fmt: skip
 
 

@@ -166,7 +166,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_never_was(
     task: Task, model: Path, data: Path, whole: tuple[History, Path], tmp_path: Path
 ) -> None:
     words = ["lora", "train", "--model", model, "--data", data, "--output", tmp_path, "--resume"]
-    for name in ("steps", "batch_rows", "row_tokens", "learning_rate", "warmup_steps",
+    for name in ("steps", "batch_size", "row_tokens", "learning_rate", "warmup_steps",
                  "checkpoint_every"):  # fmt: skip
         words += [f"--{name.replace('_', '-')}", getattr(RECIPE, name)]
     ended = subprocess.run(
@@ -258,7 +258,7 @@ def test_accumulated_batches_make_one_large_one(task: Task) -> None:
     (rows,) = once(task.examples * 3, row_tokens=64, num_rows=12)
     reports, states = [], []
     for accumulate in (1, 4):
-        recipe = replace(RECIPE, batch_rows=12 // accumulate, accumulate=accumulate)
+        recipe = replace(RECIPE, batch_size=12 // accumulate, accumulate=accumulate)
         batches = jax.tree.map(lambda x, a=accumulate: x.reshape(a, -1, 64), rows)
         state = begin(task.model, recipe)
         for _ in range(2):

@@ -15,7 +15,7 @@ from tests.models.loading import ORACLE
 
 ANIMALS = ("cat", "dog", "owl", "fox", "hen", "emu", "yak", "ape")
 RECIPE = Recipe(
-    steps=6, batch_rows=2, row_tokens=64, learning_rate=0.02, warmup_steps=2, checkpoint_every=2
+    steps=6, batch_size=2, row_tokens=64, learning_rate=0.02, warmup_steps=2, checkpoint_every=2
 )
 
 
