@@ -88,7 +88,6 @@ def test_the_trained_adapters_change_the_answers(
     terse = answers("json", tmp_path, monkeypatch)
     for question, (text, reason) in terse.items():
         assert is_json(text) and reason == "stop", (question, text)
-    assert "Rome" in terse[QUESTIONS[0]][0]
 
 
 @pytest.mark.parametrize("name", ["pirate", "json"])

@@ -25,7 +25,7 @@ from jaxserve.training import run as run_module
 from jaxserve.training.history import History
 from jaxserve.training.recipe import TARGETS, Recipe
 from jaxserve.training.run import Output, train
-from jaxserve.training.step import begin, train_step
+from jaxserve.training.step import begin, eval_step, train_step
 from jaxserve.training.task import Task, load_task, train_options
 from tests.training.tiny import ANIMALS, RECIPE, config_of, write_data, write_tiny
 
@@ -266,6 +266,10 @@ def test_accumulated_batches_make_one_large_one(task: Task) -> None:
             reports.append((float(report.loss), float(report.gradient_norm)))
         states.append(state)
     np.testing.assert_allclose(reports[:2], reports[2:], rtol=1e-4)
+    deltas = begin(task.model, RECIPE).deltas
+    total, count = eval_step(task.model, deltas, rows, scale=RECIPE.scale)
+    assert int(count) == 3 * sum(int(e.is_learned[1:].sum()) for e in task.examples)
+    assert reports[0][0] == pytest.approx(float(total) / int(count), rel=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
         states[0].deltas,
