@@ -101,6 +101,24 @@ class ModelNotFound(JaxserveError):
     status = 404
 
 
+class AdapterNotFound(ModelNotFound):
+    """No adapter of that name is registered, or found under `lora.root`."""
+
+
+class InvalidAdapter(InvalidRequest):
+    """An adapter's files are missing, cut off or malformed, or do not fit the base model."""
+
+    code = "invalid_adapter"
+
+
+class AdapterInUse(JaxserveError):
+    """Requests of an adapter run, and unloading it was asked not to wait for them."""
+
+    code = "adapter_in_use"
+    status = 409
+    retryable = True
+
+
 class TooLargeForLimit(InvalidRequest):
     """The request is more than a rate limit lets anybody have at once."""
 

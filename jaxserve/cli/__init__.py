@@ -1,4 +1,4 @@
-"""The command line: `python -m jaxserve [serve|generate|chat|bench|convert|doctor] …`.
+"""The command line: `python -m jaxserve [serve|generate|chat|bench|convert|lora|doctor] …`.
 
 Arguments and errors only; each subcommand lives where its work is done and is imported when it is
 asked for, so that `--help` is quick and `serve` never imports JAX. Without a subcommand it serves.
@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from jaxserve.cli.lora import add_train
+
 if TYPE_CHECKING:
     from jaxserve.config import Config
 
@@ -25,7 +27,7 @@ __all__ = ["main"]
 EXIT_WRONG_USE = 2
 EXIT_INTERRUPTED = 130
 
-_SUBCOMMANDS = ("serve", "generate", "chat", "bench", "convert", "doctor")
+_SUBCOMMANDS = ("serve", "generate", "chat", "bench", "convert", "train", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -127,6 +129,10 @@ def _parser() -> argparse.ArgumentParser:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="of the stored matrices (default: each as it is)",
     )
+    lora = kinds.add_parser("lora", help="adapters: lora train --help")
+    of_lora = lora.add_subparsers(metavar="ACTION", required=True)
+    train = _command(of_lora, "train", _train, "fine-tune an adapter on the served model")
+    add_train(train)
     doctor = _command(
         kinds, "doctor", _doctor, "this machine, what would be compiled, what would fit"
     )
@@ -257,6 +263,13 @@ def _convert(arguments: argparse.Namespace) -> int:
     from jaxserve.cli import convert
 
     return convert.convert_model(config, arguments.target, arguments.dtype)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    config = _load_config(arguments)
+    from jaxserve.cli.lora import train_adapter
+
+    return train_adapter(config, arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

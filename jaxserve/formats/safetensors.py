@@ -2,7 +2,7 @@
 
 Format: a little-endian 64-bit length, so many bytes of JSON (dtype, shape and byte range of each
 tensor), then the data. Source: github.com/huggingface/safetensors. Files are memory-mapped;
-bfloat16 comes as ml_dtypes' type.
+bfloat16 comes as ml_dtypes' type. Single files are written, too.
 
 Invariant: every tensor's range is checked against the file when it is opened, so a file that was
 cut off is refused before anything is read.
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -156,6 +158,40 @@ def open_safetensors(directory: Path) -> SafetensorsFiles:
         raise WeightsError(f"{directory} has no .safetensors files")
     opened = [SafetensorsFile(path) for path in paths]
     return SafetensorsFiles({name: file for file in opened for name in file.names()})
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes one file, whole or not at all.
+
+    Raises:
+        ValueError: a dtype that the format has no name for.
+        OSError: it cannot be written.
+    """
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in names:
+            raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}, which is not written")
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for tensor in tensors.values():
+                file.write(np.ascontiguousarray(tensor).view(np.uint8).data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _by_index(index: Path) -> dict[str, SafetensorsFile]:

@@ -1,0 +1,94 @@
+"""`lora train`: arguments, what it writes and says, and one sentence where it cannot."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from jaxserve.formats.peft import read_adapter
+from tests.cli.conftest import Run
+from tests.training.tiny import write_data, write_tiny
+
+QUICK = ("--steps", 4, "--row-tokens", 64, "--batch-size", 2, "--warmup-steps", 1, "--rank", 2,
+         "--learning-rate", 0.02)  # fmt: skip
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> tuple[object, ...]:
+    model = write_tiny(tmp_path / "tiny")
+    data = write_data(tmp_path / "data.jsonl")
+    return ("lora", "train", "--model", model, "--data", data, "--output", tmp_path / "out", *QUICK)
+
+
+def test_an_adapter_is_trained(run: Run, words: tuple[object, ...], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ended = run(*words, "--targets", "all", "--dtype", "bfloat16", "--rslora", "--alpha", 4)
+    assert (ended.status, ended.out) == (0, f"{out}\n")
+    assert "step 4 of 4: loss" in ended.err
+    adapter = read_adapter(out, max_rank=2)
+    assert len(adapter.modules) == 7 * 3 and adapter.config.rslora
+    module = adapter.modules["model.layers.0.mlp.down_proj"]
+    assert module.a.dtype.name == "bfloat16" and module.a.shape == (2, 112)
+    again = run(*words, "--targets", "all", "--rslora", "--alpha", 4)
+    assert (again.status, again.out) == (2, "")
+    assert again.err == (
+        f"jaxserve: {out} holds a run already: --resume goes on with it, or give another --output\n"
+    )
+    assert run(*words, "--targets", "all", "--rslora", "--alpha", 4, "--resume").status == 0
+
+
+def test_ctrl_c_is_130_and_leaves_a_checkpoint(
+    run: Run, words: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jaxserve.training import run as run_module
+
+    step = run_module.train_step
+
+    def interrupted(*args: object, **options: object) -> object:
+        signal.raise_signal(signal.SIGINT)
+        return step(*args, **options)
+
+    monkeypatch.setattr(run_module, "train_step", interrupted)
+    ended = run(*words)
+    assert (ended.status, ended.out) == (130, "")
+    assert ended.err.endswith("stopped after step 1; --resume goes on from there\n")
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["1"]
+
+
+def test_bad_lines_are_one_sentence(run: Run, words: tuple[object, ...], tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n{"prompt": "b"}\n')
+    ended = run(*words)
+    assert (ended.status, ended.out) == (1, "")
+    assert ended.err == (
+        f'jaxserve: {tmp_path / "data.jsonl"}: line 2: it needs "messages", or "prompt" and '
+        '"completion", or "text"\n'
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (("--rank", "0"), "--rank must be between 1 and 1024, got 0"),
+        (("--rank", "two"), "argument --rank: invalid int value: 'two'"),
+        (("--targets", "q_proj,router"), "--targets takes some of q_proj,k_proj"),
+        (("--dtype", "int8"), "argument --dtype: invalid choice: 'int8'"),
+        (("--set", "weights.quantization=int8"), "codes have no gradient"),
+        (("--frob",), "lora takes no '--frob'"),
+    ],
+)
+def test_wrong_use_is_one_sentence_and_2(
+    run: Run, words: tuple[object, ...], more: tuple[str, ...], sentence: str
+) -> None:
+    ended = run(*words, *more)
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err.startswith("jaxserve: ") and ended.err.count("\n") == 1
+    assert sentence in ended.err
+
+
+@pytest.mark.parametrize("words", [("lora",), ("lora", "train"), ("lora", "train", "--data", "x")])
+def test_what_is_missing_is_named(run: Run, words: tuple[str, ...]) -> None:
+    ended = run(*words)
+    assert ended.status == 2 and "the following arguments are required" in ended.err
