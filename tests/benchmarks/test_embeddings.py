@@ -20,6 +20,7 @@ RESULTS = {
         "cpu_ms_per_token": {"with": 5.5, "without": 5.6},
         "wall_ratio": (1.0, 0.9, 1.1),
         "cpu_ratio": (1.0, 0.98, 1.02),
+        "turn_ns": 250.0,
     },
     "beside": {
         "alone": {"p50_ms": 80.0, "p99_ms": 90.0},
