@@ -36,6 +36,7 @@ TARGETS = (
     "jaxserve_packed_matmul",
     "jaxserve_packed_matmul_int8",
     "jaxserve_packed_matmul_int4",
+    "jaxserve_lora_matmul",
 )
 FLAGS = ("-std=c++17", "-O3", "-mavx2", "-mfma", "-mf16c", "-fPIC", "-shared", "-Wall")
 CPU_FEATURES = frozenset({"avx2", "fma", "f16c"})
@@ -43,7 +44,12 @@ COMPILERS = ("g++", "clang++", "c++")
 BUILD_TIMEOUT_S = 300
 
 _PACKAGE = Path(__file__).parent
-_SOURCES = ("paged_attention/cpu.cc", "kv_update/cpu.cc", "packed_matmul/cpu.cc")
+_SOURCES = (
+    "paged_attention/cpu.cc",
+    "kv_update/cpu.cc",
+    "packed_matmul/cpu.cc",
+    "lora_matmul/cpu.cc",
+)
 _HEADERS = ("parallel.h", "vector.h")
 
 
