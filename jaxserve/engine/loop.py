@@ -32,6 +32,7 @@ import os
 import time
 from collections.abc import Hashable
 
+from jaxserve.engine.adapters import RequestAdapters
 from jaxserve.engine.backlog import Backlog
 from jaxserve.engine.check import check_submit, request_number, resumed
 from jaxserve.engine.outbox import Outbox
@@ -61,6 +62,8 @@ logger = logging.getLogger(__name__)
 
 #: How long an idle engine waits for a message before it looks around.
 IDLE_WAIT_S = 0.5
+#: The same, while an adapter is being loaded that somebody waits for.
+LOAD_WAIT_S = 0.002
 
 
 class Engine:
@@ -72,6 +75,7 @@ class Engine:
         server: the road to the clients.
         recorder: told what runs, for whoever watches this process.
         probation: which requests have to wait for what ended the engine before to be found.
+        adapters: which requests have to wait for their LoRA adapter; none where None.
 
     Attributes:
         in_flight: the step that runs on the device.
@@ -88,9 +92,11 @@ class Engine:
         server: ServerTransport,
         recorder: Recorder | None = None,
         probation: Probation | None = None,
+        adapters: RequestAdapters | None = None,
     ) -> None:
         self._recorder = recorder or NoRecorder()
         self._probation = probation or Probation((), (), 0, self._recorder)
+        self._adapters = adapters or RequestAdapters()
         self.scheduler = scheduler
         self.batch = batch
         self.executor = executor
@@ -123,7 +129,8 @@ class Engine:
         try:
             while not self._stopping:
                 idle = self.in_flight is None and not self.scheduler.has_work
-                self.receive(IDLE_WAIT_S if idle else 0.0)
+                wait_s = LOAD_WAIT_S if self._adapters.is_loading else IDLE_WAIT_S
+                self.receive(wait_s if idle else 0.0)
                 self.step()
         except Exception as error:
             self._fail(error)
@@ -175,6 +182,12 @@ class Engine:
                 self.handle(client, message)
         for client, submit in self._probation.release():
             self._let_in(client, submit)
+        for (client, submit), error in self._adapters.release():
+            if error is None:
+                self._schedule(client, submit)
+            else:
+                self._adapters.refused(submit)
+                self._refuse(client, submit, error)
         self._outbox.send()
 
     def greet(self, clients: dict[Hashable, bool]) -> None:
@@ -201,6 +214,7 @@ class Engine:
             case Goodbye():
                 self.cancel(client, list(self._live.get(client, ())), FinishReason.CANCELLED)
                 self._probation.forget(client)
+                self._adapters.forget(client)
                 self._live.pop(client, None)
                 self._outbox.forget(client)
 
@@ -217,10 +231,21 @@ class Engine:
             self._let_in(client, message)
 
     def _let_in(self, client: Hashable, message: Submit) -> None:
+        """Gives a request to the scheduler, unless it has to wait for its adapter."""
+        try:
+            if self._adapters.holds(client, message):
+                return
+        except JaxserveError as error:
+            self._refuse(client, message, error)
+            return
+        self._schedule(client, message)
+
+    def _schedule(self, client: Hashable, message: Submit) -> None:
         """Gives a request to the scheduler, or refuses it."""
         live = self._live.setdefault(client, {})
         if not live.keys().isdisjoint(message.sequence_ids):
             logger.warning("client %s used a sequence id twice: request dropped", client)
+            self._adapters.refused(message)
             return
         try:
             request = request_number(message.request_key)
@@ -237,8 +262,10 @@ class Engine:
                 arrived_ns=message.arrived_ns,
                 request=request,
                 resumed=resumed(message),
+                adapter=self._adapters.use_of(message),
             )
         except JaxserveError as error:
+            self._adapters.refused(message)
             self._refuse(client, message, error)
         else:
             live.update(zip(message.sequence_ids, sequences, strict=True))
@@ -258,7 +285,9 @@ class Engine:
             if sequence is not None:
                 self.scheduler.cancel(sequence, reason)
                 self._finish(sequence, now_ns)
-        if waiting := self._probation.withdraw(client, sequence_ids, reason):
+        waiting = self._probation.withdraw(client, sequence_ids, reason)
+        waiting += self._adapters.withdraw(client, sequence_ids, reason)
+        if waiting:
             self._outbox.events(client).finished.extend(waiting)
 
     def drain(self) -> None:
@@ -273,7 +302,7 @@ class Engine:
             pid=os.getpid(),
             step_age_s=(time.monotonic_ns() - self.step_ns) / 1e9,
             running=self.scheduler.num_running,
-            waiting=self.scheduler.num_waiting + self._probation.num_held,
+            waiting=self.scheduler.num_waiting + self._probation.num_held + self._adapters.num_held,
             pages_used=self.scheduler.pages_used,
             pages_total=self.scheduler.pages_total,
             pages_cached=self.scheduler.pages_cached,
@@ -293,6 +322,12 @@ class Engine:
             service_s=self._backlog.service_s,
             token_s=self._backlog.token_s,
             output_share=self._backlog.output_share,
+            adapter_slots=self.scheduler.num_adapter_slots,
+            adapters_held=self.scheduler.num_adapters_held,
+            adapter_joins=self.scheduler.num_adapter_joins,
+            adapter_hits=self.scheduler.num_adapter_hits,
+            adapter_loads=self._adapters.num_loads,
+            adapter_host_bytes=self._adapters.host_bytes,
         )
 
     # ------------------------------------------------------------------ ends
@@ -301,6 +336,7 @@ class Engine:
         client, sequence_id = sequence.key
         del self._live[client][sequence_id]
         self._backlog.leave(sequence, now_ns)
+        self._adapters.ended(sequence)
         assert sequence.reason is not None
         finished = Finished(
             sequence_id=sequence_id,

@@ -14,23 +14,20 @@ Invariant: what is held is let in after `ARRIVAL_S` and the trials before it, or
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Hashable
 from collections.abc import Sequence as Seq
 
 from jaxserve.engine.check import request_number
+from jaxserve.engine.held import Held, HeldRequests
 from jaxserve.engine.recorder import Recorder
 from jaxserve.errors import RequestQuarantined
-from jaxserve.protocol.messages import Finished, SequenceRecord, Submit
+from jaxserve.protocol.messages import Finished, Submit
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.types import FinishReason
 
 #: How long a trial waits for requests of its group, which their clients may have given up.
 ARRIVAL_S = 3.0
-
-Held = tuple[Hashable, Submit]
 
 
 class Probation:
@@ -59,7 +56,7 @@ class Probation:
         self._tokens = tokens
         self._recorder = recorder
         self._clock_s = clock_s
-        self._held: deque[Held] = deque()
+        self._held = HeldRequests()
         self._trial = 0  # index of the one that is on or comes next
         self._let_in = False  # whether its requests were
         self._watched: list[tuple[Sequence, int]] = []  # sequences on trial, length to come to
@@ -68,7 +65,7 @@ class Probation:
     @property
     def num_held(self) -> int:
         """Sequences that wait here."""
-        return sum(len(message.sequence_ids) for _, message in self._held)
+        return self._held.num_sequences
 
     def check(self, message: Submit) -> None:
         """Refuses what is quarantined.
@@ -90,7 +87,7 @@ class Probation:
             self._trials.append({message.request_key})
         elif self._trial > 0 and message.request_key not in self._suspects:
             return False  # beside a later trial everybody else runs
-        self._held.append((client, message))
+        self._held.add(client, message)
         return True
 
     def release(self) -> list[Held]:
@@ -112,22 +109,11 @@ class Probation:
         self, client: Hashable, sequence_ids: Collection[int], reason: FinishReason
     ) -> list[Finished]:
         """A client cancels these: the ends of those of them that wait here."""
-        withdrawn: list[Finished] = []
-        kept: deque[Held] = deque()
-        for name, message in self._held:
-            ids = set(message.sequence_ids).intersection(sequence_ids) if name == client else set()
-            if ids:
-                withdrawn += [_end(message, sequence_id, reason) for sequence_id in ids]
-                if len(ids) == len(message.sequence_ids):
-                    continue
-                message = _without(message, ids)
-            kept.append((name, message))
-        self._held = kept
-        return withdrawn
+        return [end for _, end in self._held.withdraw(client, sequence_ids, reason)]
 
     def forget(self, client: Hashable) -> None:
         """A client is gone."""
-        self._held = deque(held for held in self._held if held[0] != client)
+        self._held.forget(client)
 
     def _begin_trial(self) -> list[Held]:
         """Lets the group in, once it is complete or has been waited for."""
@@ -159,40 +145,8 @@ class Probation:
 
     def _take(self, wanted: Callable[[str], bool]) -> list[Held]:
         """Takes out what waits under such keys, in the order of its coming."""
-        taken = [held for held in self._held if wanted(held[1].request_key)]
-        self._held = deque(held for held in self._held if not wanted(held[1].request_key))
-        return taken
+        return self._held.take(lambda message: wanted(message.request_key))
 
 
 def _stands(sequence: Sequence, length: int) -> bool:
     return sequence.reason is not None or len(sequence.token_ids) >= length
-
-
-def _end(message: Submit, sequence_id: int, reason: FinishReason) -> Finished:
-    """The end of a sequence that this engine did not begin."""
-    prompt_tokens = sum(len(segment.token_ids) for segment in message.prompt)
-    place = message.sequence_ids.index(sequence_id)
-    num_emitted = len(message.emitted[place]) if message.emitted else 0
-    record = SequenceRecord(
-        prompt_tokens=prompt_tokens,
-        output_tokens=num_emitted,
-        computed_tokens=prompt_tokens + num_emitted - 1 if num_emitted else 0,
-        context_tokens=prompt_tokens + num_emitted,
-        arrived_ns=message.arrived_ns,
-        done_ns=time.monotonic_ns(),
-    )
-    return Finished(sequence_id=sequence_id, reason=reason, record=record)
-
-
-def _without(message: Submit, sequence_ids: Collection[int]) -> Submit:
-    """A request less some of its sequences."""
-    kept = [i for i, number in enumerate(message.sequence_ids) if number not in sequence_ids]
-    choices = message.choices or list(range(len(message.sequence_ids)))
-    emitted = message.emitted or [[]] * len(message.sequence_ids)
-    return dataclasses.replace(
-        message,
-        sequence_ids=[message.sequence_ids[i] for i in kept],
-        attempt=max(message.attempt, 1),
-        choices=[choices[i] for i in kept],
-        emitted=[emitted[i] for i in kept],
-    )

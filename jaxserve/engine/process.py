@@ -167,8 +167,18 @@ def build_engine(
         copies=parts.copies,
         cache=config.cache,
         batch_invariant=config.engine.batch_invariant,
+        adapter_slots=parts.adapter_slots,
     )
-    return Engine(parts.model, scheduler, parts.batch, parts.executor, server, recorder, probation)
+    return Engine(
+        parts.model,
+        scheduler,
+        parts.batch,
+        parts.executor,
+        server,
+        recorder,
+        probation,
+        parts.adapters,
+    )
 
 
 def _recorder(settings: EngineSettings) -> Recorder:

@@ -6,7 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from jaxserve.protocol.messages import ClientMessage, EngineMessage, Submit, TokenSegment
+from jaxserve.protocol.messages import (
+    AdapterRef,
+    ClientMessage,
+    EngineMessage,
+    Submit,
+    TokenSegment,
+)
 from jaxserve.protocol.streams import StreamState
 from jaxserve.types import SamplingParams
 
@@ -46,6 +52,7 @@ def submit_message(
     cache_salt: str = "",
     weight: float = 1.0,
     arrived_ns: int | None = None,
+    adapter: AdapterRef | None = None,
 ) -> Submit:
     """The message that starts a stream's sequences."""
     return Submit(
@@ -57,4 +64,5 @@ def submit_message(
         tenant=tenant,
         cache_salt=cache_salt,
         weight=weight,
+        adapter=adapter,
     )
