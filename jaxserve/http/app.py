@@ -20,6 +20,7 @@ from starlette.routing import Route, Router
 
 from jaxserve.config import HttpConfig, LimitsConfig
 from jaxserve.errors import InvalidRequest, JaxserveError
+from jaxserve.http.adapters import Adapters, LoadAdapter, UnloadAdapter
 from jaxserve.http.auth import Authentication, KeyRing
 from jaxserve.http.chat import read_chat
 from jaxserve.http.completions import read_completion
@@ -63,6 +64,7 @@ def create_app(
     metrics: Metrics | None = None,
     limits: LimitsConfig | None = None,
     store: Store | None = None,
+    adapters: Adapters | None = None,
 ) -> Arrival:
     """The application over a client that has been started.
 
@@ -73,6 +75,7 @@ def create_app(
         metrics: of this process; its own where None.
         limits: of admission; the defaults where None.
         store: of rate limits; None where no key has any.
+        adapters: LoRA adapters by name; None where there are none.
     """
     metrics = metrics or Metrics(lambda: client.status)
     frontend = Frontend(
@@ -85,6 +88,7 @@ def create_app(
         metrics=metrics,
         page_size=page_size,
         started_s=int(time.time()),
+        adapters=adapters or Adapters(),
     )
     post, get = ["POST"], ["GET"]
     router = Router(
@@ -93,6 +97,8 @@ def create_app(
             Route("/v1/completions", GenerationEndpoint(frontend, read_completion), methods=post),
             Route("/v1/models", Models(frontend), methods=get),
             Route("/v1/models/{name:path}", Models(frontend), methods=get),
+            Route("/v1/load_lora_adapter", LoadAdapter(frontend), methods=post),
+            Route("/v1/unload_lora_adapter", UnloadAdapter(frontend), methods=post),
             Route("/tokenize", Tokenize(frontend), methods=post),
             Route("/detokenize", Detokenize(frontend), methods=post),
             Route("/health", Health(frontend), methods=get),

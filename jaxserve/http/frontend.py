@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxserve.config import HttpConfig
 from jaxserve.errors import DeviceFailure, Overloaded, RequestTimeout
+from jaxserve.http.adapters import Adapters
 from jaxserve.http.auth import KeyRing
 from jaxserve.http.body import Fields, read_object
 from jaxserve.http.gate import Gate
@@ -36,6 +37,7 @@ class Frontend:
         template: None where the model has no chat template.
         page_size: tokens a KV page, to know what the cache can hold.
         started_s: wall clock, the `created` of /v1/models.
+        adapters: LoRA adapters by name.
         draining: no new work is taken.
     """
 
@@ -48,6 +50,7 @@ class Frontend:
     metrics: Metrics
     page_size: int
     started_s: int
+    adapters: Adapters = field(default_factory=Adapters)
     draining: bool = False
     num_requests: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxserve.errors import ModelNotFound
+from jaxserve.http.adapters import SEPARATOR, adapter_card
 from jaxserve.http.body import show
 from jaxserve.http.errors import send_json
 from jaxserve.http.frontend import Frontend
@@ -64,7 +65,7 @@ class Models:
         self._frontend = frontend
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answers with the model, or the list of it."""
+        """Answers with the model or an adapter, or the list of them."""
         model = self._frontend.model()
         card = {
             "id": model.name,
@@ -73,11 +74,17 @@ class Models:
             "owned_by": "jaxserve",
             "max_model_len": model.max_context,
         }
-        name = scope["path_params"].get("name")
+        name, created_s = scope["path_params"].get("name"), self._frontend.started_s
+        adapters = {
+            adapter: adapter_card(adapter, entry, model, created_s)
+            for adapter, entry in self._frontend.adapters.names().items()
+        }
         if name is None:
-            await send_json(send, {"object": "list", "data": [card]})
+            await send_json(send, {"object": "list", "data": [card, *adapters.values()]})
         elif name == model.name:
             await send_json(send, card)
+        elif (own := adapters.get(name.removeprefix(f"{model.name}{SEPARATOR}"))) is not None:
+            await send_json(send, own)
         else:
             raise ModelNotFound(
                 f"model {show(name)} is not served here; {model.name!r} is", param="model"

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxserve.errors import InvalidAdapter
-from jaxserve.formats.peft import Adapter, LoraModule
+from jaxserve.formats.peft import Adapter, LoraModule, check_fits
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.spec import TensorRule
 
@@ -197,31 +197,6 @@ class AdapterLayout:
 
     def _cast(self, array: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(array, self.dtype)
-
-
-def check_fits(adapter: Adapter, targets: Mapping[str, tuple[int, int]], embedding: str) -> None:
-    """Refuses an adapter for another base.
-
-    Args:
-        targets: as `AdapterLayout.targets`.
-        embedding: which of them is the table.
-
-    Raises:
-        InvalidAdapter: it has modules that the base has not, or of other shapes.
-    """
-    for name, module in adapter.modules.items():
-        if name not in targets:
-            last = sorted({target.rsplit(".", 1)[-1] for target in targets})
-            raise InvalidAdapter(
-                f"the base model has no module {name!r:.200} that takes a delta; {', '.join(last)} "
-                "do"
-            )
-        shape = module.a.shape[1], module.b.shape[0]
-        if shape != targets[name] or module.embedding != (name == embedding):
-            raise InvalidAdapter(
-                f"module {name} is {shape[0]} to {shape[1]} in the adapter, in the base model "
-                f"{targets[name][0]} to {targets[name][1]}: it was made for another base"
-            )
 
 
 def _modules(rule: TensorRule) -> tuple[str, ...]:

@@ -136,7 +136,7 @@ class ComparedBatch:
 
     def __init__(self, shapes: Shapes, max_rows: int) -> None:
         self._exact = ExactBatch()
-        self._batches = Batches(shapes, max_rows)
+        self._batches = Batches(shapes, max_rows, arrays=lambda key: key)
         self._max_rows = max_rows
         self._kept: deque[tuple[StepInputs, list[np.ndarray]]] = deque(maxlen=4)
 
@@ -163,7 +163,18 @@ class ComparedBatch:
             assert array.dtype == (np.bool_ if array is built.samples else np.int32)
             assert array[:live].tolist() == expected.tolist()
             assert (array[live:] == padding).all()
-        changes = ("page_saves", "slot_writes", "page_copies", "page_entries", "page_loads")
+        assert program.adapters == exact.program.adapters
+        if program.adapters:
+            assert built.adapters[:rows].tolist() == exact.adapters.tolist()
+            assert (built.adapters[rows:] == -1).all()
+        changes = (
+            "adapter_writes",
+            "page_saves",
+            "slot_writes",
+            "page_copies",
+            "page_entries",
+            "page_loads",
+        )
         for name in (*changes, "logprobs"):
             assert getattr(built, name) == getattr(exact, name)
         self.check()

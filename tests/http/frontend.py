@@ -22,6 +22,7 @@ from jaxserve.config import (
     SchedulerConfig,
 )
 from jaxserve.engine.thread import EngineThread
+from jaxserve.http.adapters import Adapters
 from jaxserve.http.app import create_app
 from jaxserve.http.auth import KeyRing
 from jaxserve.limits.store import Store
@@ -88,6 +89,7 @@ class Front:
         keys: KeyRing | None = None,
         limits: LimitsConfig | None = None,
         store: Store | None = None,
+        adapters: Adapters | None = None,
         **headers: str,
     ) -> None:
         self.engine = engine
@@ -103,6 +105,7 @@ class Front:
             keys=keys,
             limits=limits,
             store=store,
+            adapters=adapters,
         )
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app, raise_app_exceptions=False),
@@ -150,10 +153,11 @@ def front(
     *,
     limits: LimitsConfig | None = None,
     store: Store | None = None,
+    adapters: Adapters | None = None,
 ) -> Iterator[Front]:
     """An application over an engine of its own."""
     with EngineThread(config, fake_parts) as engine:
-        made = Front(engine, http, keys, limits, store)
+        made = Front(engine, http, keys, limits, store, adapters)
         try:
             yield made
         finally:
