@@ -52,7 +52,7 @@ def configured(config: LoraConfig) -> dict[str, Entry]:
     for text in config.adapters:
         name, equals, source = text.partition("=")
         name, source = name.strip(), source.strip()
-        if not equals:
+        if not equals or not source:
             raise ConfigError(f"lora.adapters takes NAME=PATH, got {text!r}")
         if "://" not in source:
             source = str(Path(source).expanduser().absolute())
