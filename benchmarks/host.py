@@ -74,11 +74,14 @@ class PowerShapes:
         decode_steps: int,
         prompt_logprobs: bool,
         drafts: bool,
+        adapters: bool,
     ) -> Program:
         """See `engine.batch.Shapes`."""
         rows = 1 << (num_rows - 1).bit_length()
         tokens = rows if num_tokens == num_rows else max(1 << num_tokens.bit_length(), 2 * rows)
-        return Program(num_rows=rows, num_tokens=tokens, decode_steps=decode_steps)
+        return Program(
+            num_rows=rows, num_tokens=tokens, decode_steps=decode_steps, adapters=adapters
+        )
 
 
 class NoDevice:
