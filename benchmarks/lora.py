@@ -52,6 +52,8 @@ from jaxserve.types import SamplingParams
 
 ARMS = ("off", "base", "one", "mixed")
 PROMPT_TOKENS = 2
+#: A machine that others use, too, may take long for a step.
+SILENCE_S = 3600.0
 
 
 class Arm:
@@ -59,7 +61,7 @@ class Arm:
 
     def __init__(self, config: Config) -> None:
         self.engine = EngineThread(config, load_parts)
-        self.client = SyncClient(self.engine.connect())
+        self.client = SyncClient(self.engine.connect(), silence_s=SILENCE_S)
         self.client.start()
         self.client.ready()
 

@@ -191,7 +191,7 @@ def _add(
     a = PartitionSpec(None, None, None, TENSOR_AXES) if summed else PartitionSpec()
     return jax.shard_map(
         run,
-        in_specs=(inputs, out, LoraWeights(a=a, b=b), whole, whole),  # pyright: ignore[reportArgumentType]
+        in_specs=(inputs, out, (LoraWeights(a=a, b=b),) * len(weights), whole, whole),  # pyright: ignore[reportArgumentType]
         out_specs=out,
         axis_names=set(TENSOR_AXES),
         check_vma=False,
