@@ -20,7 +20,13 @@ from tests.models.loading import ORACLE
 )
 def test_adapters_on_a_mesh(case: str, mesh: tuple[int, int, int], tmp_path: Path) -> None:
     """Copies of the model have slots of their own; matrices, heads and vocabulary are split."""
-    words = [str(ORACLE / case), *map(str, mesh), str(tmp_path), SCANNED]
+    words = [
+        str(ORACLE / case),
+        *map(str, mesh),
+        str(tmp_path),
+        SCANNED,
+        "scheduler.decode_steps=1",
+    ]
     command = [sys.executable, "-m", "tests.device.sharded_lora", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
