@@ -34,6 +34,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import uvloop
@@ -74,11 +75,14 @@ class PowerShapes:
         decode_steps: int,
         prompt_logprobs: bool,
         drafts: bool,
+        adapters: bool,
     ) -> Program:
         """See `engine.batch.Shapes`."""
         rows = 1 << (num_rows - 1).bit_length()
         tokens = rows if num_tokens == num_rows else max(1 << num_tokens.bit_length(), 2 * rows)
-        return Program(num_rows=rows, num_tokens=tokens, decode_steps=decode_steps)
+        return Program(
+            num_rows=rows, num_tokens=tokens, decode_steps=decode_steps, adapters=adapters
+        )
 
 
 class NoDevice:

@@ -145,11 +145,13 @@ class KernelsConfig:
         attention: "auto", "xla", "cpu" (native), "tpu" or "gpu" (Pallas).
         matmul: "auto", "xla", or "cpu" (native, packed weights).
         layers: "auto", "unrolled" or "scanned".
+        lora: what adapters add: "auto", "xla", or "cpu" (native).
     """
 
     attention: str = "auto"
     matmul: str = "auto"
     layers: str = "auto"
+    lora: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,6 +362,39 @@ class EmbeddingsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """LoRA adapters, chosen by each request.
+
+    Attributes:
+        enabled: whether there are any; each step program then has a twin for steps in which some
+            row uses one.
+        classes: slots in device memory, RANKxSLOTS each: an adapter goes to the class with the
+            least rank that holds all its modules. In each copy of the model.
+        vocabulary: whether adapters may have deltas of embed_tokens and lm_head, for which each
+            slot then has room.
+        adapters: NAME=PATH each; PATH is a directory in peft's format, or a gs:// or s3:// address.
+            They are loaded when they are first asked for.
+        root: a directory, or a gs:// or s3:// address: a name that is not known is looked for
+            below it. None where empty.
+        cache_dir: where copies of adapters are kept, by content; where empty, a temporary
+            directory that ends with the server.
+        cache_bytes: of these copies; the least recently used are removed.
+        host_bytes: memory of the host for adapters that are ready for a slot; at least one adapter.
+        max_bytes: files of one adapter may have so many.
+    """
+
+    enabled: bool = False
+    classes: tuple[str, ...] = ("16x8", "64x2")
+    vocabulary: bool = False
+    adapters: tuple[str, ...] = ()
+    root: str = ""
+    cache_dir: str = ""
+    cache_bytes: int = 32 * 1024**3
+    host_bytes: int = 4 * 1024**3
+    max_bytes: int = 4 * 1024**3
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """What is written to stderr.
 
@@ -386,6 +421,7 @@ class Config:
     limits: LimitsConfig = LimitsConfig()
     structured: StructuredConfig = StructuredConfig()
     embeddings: EmbeddingsConfig = EmbeddingsConfig()
+    lora: LoraConfig = LoraConfig()
     logging: LoggingConfig = LoggingConfig()
 
 
@@ -403,6 +439,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kernels.layers": ("auto", "unrolled", "scanned"),
     "tools.parser": ("auto", "hermes", "llama3", "mistral", "pythonic", "json"),
     "tools.reasoning": ("auto", "think", "none"),
+    "kernels.lora": ("auto", "xla", "cpu"),
     "limits.when_store_fails": ("local", "open", "closed"),
     "embeddings.encoder_dtype": ("float32", "bfloat16", "float16"),
     "embeddings.pooling": ("auto", "cls", "mean", "max", "last", "weightedmean"),
@@ -470,4 +507,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "embeddings.embed_tokens": (16, 65536),
     "embeddings.shared_embed_tokens": (16, 65536),
     "embeddings.max_inputs": (1, 1_000_000),
+    "lora.cache_bytes": (0, 2**60),
+    "lora.host_bytes": (0, 2**50),
+    "lora.max_bytes": (1024, 2**50),
 }

@@ -163,6 +163,32 @@ class CacheGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterBase:
+    """What a LoRA adapter must fit.
+
+    Attributes:
+        modules: of each module that may take a delta, its inputs and outputs; "*" stands for the
+            number of any layer.
+        num_layers: of the model.
+        table: which of them is the embedding table.
+        max_rank: the largest class's.
+    """
+
+    modules: dict[str, tuple[int, int]]
+    num_layers: int
+    table: str
+    max_rank: int
+
+    def targets(self) -> dict[str, tuple[int, int]]:
+        """The modules of every layer."""
+        found = {}
+        for name, sizes in self.modules.items():
+            numbers = range(self.num_layers) if "*" in name else (0,)
+            found |= {name.replace("*", str(number)): sizes for number in numbers}
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """What the front end and the scheduler need to know of a loaded model.
 
@@ -172,6 +198,7 @@ class ModelInfo:
         vocab_size: number of logits; token ids are below it.
         eos_token_ids: end a sequence unless `ignore_eos`.
         cache_groups: empty for encoders.
+        adapters: what a LoRA adapter must fit; None where there are none.
     """
 
     name: str
@@ -179,6 +206,7 @@ class ModelInfo:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     cache_groups: tuple[CacheGroup, ...]
+    adapters: AdapterBase | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,6 +37,7 @@ TARGETS = (
     "jaxserve_packed_matmul_int8",
     "jaxserve_packed_matmul_int4",
     "jaxserve_segment_attention",
+    "jaxserve_lora_matmul",
 )
 FLAGS = ("-std=c++17", "-O3", "-mavx2", "-mfma", "-mf16c", "-fPIC", "-shared", "-Wall")
 CPU_FEATURES = frozenset({"avx2", "fma", "f16c"})
@@ -49,6 +50,7 @@ _SOURCES = (
     "kv_update/cpu.cc",
     "packed_matmul/cpu.cc",
     "segment_attention/cpu.cc",
+    "lora_matmul/cpu.cc",
 )
 _HEADERS = ("parallel.h", "vector.h")
 

@@ -32,12 +32,13 @@ def main() -> int:
     targets.prepare()
     from benchmarks.compile_check.check import check
     from benchmarks.compile_check.kernels import ROWS_OF_KERNELS
+    from benchmarks.compile_check.lora import ROWS_OF_LORA
     from benchmarks.compile_check.steps import ROWS_OF_STEPS
     from benchmarks.compile_check.table import write_table
     from jaxserve.device.chips import parse_slice
 
     first, parts = map(int, given.part.split("/"))
-    rows = _named([*ROWS_OF_KERNELS, *ROWS_OF_STEPS], given.patterns)
+    rows = _named([*ROWS_OF_KERNELS, *ROWS_OF_LORA, *ROWS_OF_STEPS], given.patterns)
     if given.changed is not None:
         concerned = patterns(files_changed(given.changed))
         rows = _named(rows, concerned) if concerned else []

@@ -14,6 +14,7 @@ _CONCERNED = {
     "pallas_kernels/quantized_pages.py": ("kv_update/", "paged_attention/", "fp8-cache"),
     "pallas_kernels/grouped_matmul/": ("qwen3-30b-a3b",),
     "pallas_kernels/quant_matmul/": ("-int8",),
+    "pallas_kernels/lora_matmul/": ("lora_matmul/",),
     "pallas_kernels/ragged.py": ("paged_attention/", "kv_update/"),
     "jaxserve/device/": ("/decode", "/prefill"),
     "jaxserve/models/": ("/decode", "/prefill"),

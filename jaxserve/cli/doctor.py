@@ -82,6 +82,7 @@ def _kernels(config: Config) -> Iterator[tuple[str, str]]:
     yield "attention", options.attention
     yield "matmul", options.matmul
     yield "layers", options.layers
+    yield "lora", options.lora
     yield "weights", _weights(options)
 
 
@@ -95,7 +96,8 @@ def _programs(config: Config) -> Iterator[tuple[str, str]]:
             f"{program.num_rows} rows",
             f"{program.num_tokens} tokens, {program.decode_steps} decode step"
             f"{'s' if program.decode_steps > 1 else ''}"
-            f"{', prompt log-probabilities' if program.prompt_logprobs else ''}",
+            f"{', prompt log-probabilities' if program.prompt_logprobs else ''}"
+            f"{', with adapters' if program.adapters else ''}",
         )
     samplings = sorted({p.sampling for p in programs if p.decode_steps == 1})
     names = ", ".join(sampling.name for sampling in samplings)
@@ -105,10 +107,13 @@ def _programs(config: Config) -> Iterator[tuple[str, str]]:
         "tokens": {program.num_tokens for program in programs},
         "decode steps": {program.decode_steps for program in programs},
         "prompt_logprobs": {program.prompt_logprobs for program in programs},
+        "drafts": {program.draft_tokens for program in programs},
+        "adapters": {program.adapters for program in programs},
     }
     product = " × ".join(f"{len(values)} {name}" for name, values in axes.items())
     whole = math.prod(map(len, axes.values()))
-    yield "compiled", f"{len(programs)} of at most {MAX_PROGRAMS} (the full product, {product},"
+    most = MAX_PROGRAMS * (1 + config.lora.enabled)
+    yield "compiled", f"{len(programs)} of at most {most} (the full product, {product},"
     yield "", f"would be {whole})"
 
 

@@ -6,10 +6,15 @@ factor (from 64 on at least fourfold); *several decode steps* in one call, at fe
 sampling) or up to max_rows, and some token counts; one mixed program also returns prompt
 log-probabilities; *verification* of drafts, for one row and for a few (`scheduler.draft_rows`).
 
-Invariant: at most MAX_PROGRAMS, and every step that the limits allow fits one of them.
+Where there are LoRA adapters, each has a twin for steps in which some row uses one.
+
+Invariant: at most MAX_PROGRAMS, twins not counted, and every step that the limits allow fits one
+of them.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from jaxserve.config import SchedulerConfig
 from jaxserve.device.step import Program
@@ -34,22 +39,32 @@ class Buckets:
             memory at start-up, padding costs time in each step: 4 where dead rows are nearly free.
         batch_invariant: one program of each kind, all of the largest size: sums over a row's own
             numbers are then taken in the same order whatever stands in the other rows.
+        adapters: whether there are any; with batch_invariant all steps are then of the twins.
 
     Attributes:
         programs: all of them, ascending.
     """
 
     def __init__(
-        self, config: SchedulerConfig, row_growth: int = 2, *, batch_invariant: bool = False
+        self,
+        config: SchedulerConfig,
+        row_growth: int = 2,
+        *,
+        batch_invariant: bool = False,
+        adapters: bool = False,
     ) -> None:
         self.config = config
+        self._twins_only = batch_invariant and adapters
         if batch_invariant:
             programs = _one_of_each(config)
         else:
             decode, several = _decode(config, row_growth), _several_steps(config, row_growth)
             programs = [*decode, *several, *_mixed(config), *_verify(config)]
+        assert len(set(programs)) <= MAX_PROGRAMS
+        if adapters:
+            twins = [replace(program, adapters=True) for program in programs]
+            programs = twins if batch_invariant else [*programs, *twins]
         self.programs: tuple[Program, ...] = tuple(sorted(set(programs)))
-        assert len(self.programs) <= MAX_PROGRAMS
         self._by_padding = sorted(self.programs, key=lambda p: (p.num_tokens, p.num_rows))
 
     def choose(
@@ -59,12 +74,14 @@ class Buckets:
         decode_steps: int = 1,
         prompt_logprobs: bool = False,
         drafts: bool = False,
+        adapters: bool = False,
     ) -> Program:
         """The program with the least padding that holds a step.
 
         Args:
             num_rows: live rows; num_tokens: live tokens, at least one a row.
             drafts: whether some of the tokens are drafts to be verified.
+            adapters: whether some row uses a LoRA adapter.
 
         Raises:
             ConfigError: nothing that was compiled holds it.
@@ -77,13 +94,14 @@ class Buckets:
                 and program.decode_steps == decode_steps
                 and program.prompt_logprobs == prompt_logprobs
                 and bool(program.draft_tokens) == drafts
+                and program.adapters == (adapters or self._twins_only)
                 and (single or not program.is_decode)
             ):
                 return program
         raise ConfigError(
             f"no compiled program holds a step of {num_rows} rows, {num_tokens} tokens and "
             f"{decode_steps} decode steps{' with prompt_logprobs' if prompt_logprobs else ''}"
-            f"{' with drafts' if drafts else ''}: "
+            f"{' with drafts' if drafts else ''}{' with adapters' if adapters else ''}: "
             f"scheduler.max_rows is {self.config.max_rows}, scheduler.max_step_tokens "
             f"{self.config.max_step_tokens}, scheduler.decode_steps {self.config.decode_steps}, "
             f"scheduler.draft_tokens {self.config.draft_tokens}"

@@ -34,6 +34,7 @@ from jax.stages import Lowered
 from jaxtyping import UInt
 
 from jaxserve.device import programs
+from jaxserve.device.adapters import AdapterSlots
 from jaxserve.device.clock import DeviceClock
 from jaxserve.device.compiles import compile_counter
 from jaxserve.device.host_store import HostStore
@@ -47,6 +48,7 @@ from jaxserve.device.programs import StepResults
 from jaxserve.device.sharding import tensor_parallel
 from jaxserve.device.state import DeviceState
 from jaxserve.device.step import (
+    AdapterWrite,
     MaskedSampling,
     Program,
     SlotWrite,
@@ -79,6 +81,7 @@ class Executor:
         host_pages: of each cache group, in the host's memory, for each copy of the model; none
             where there is no host store, nor on several hosts.
         clock: of the devices, where others launch calls on them too.
+        adapters: slots of LoRA adapters; None where there are none.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Executor:
         hosts: Hosts | None = None,
         host_pages: Sequence[int] = (),
         clock: DeviceClock | None = None,
+        adapters: AdapterSlots | None = None,
     ) -> None:
         self._model = model
         self._params, self._structure = jax.tree.flatten(model)
@@ -102,7 +106,11 @@ class Executor:
         self._copies = mesh.shape["data"]
         assert hosts is None or not any(host_pages)
         self._store = HostStore(state.cache, host_pages, mesh) if any(host_pages) else None
-        self._lowering = Lowering(mesh, self._params, state, shared=hosts is not None)
+        self._adapters = adapters
+        classes = adapters.arrays if adapters is not None else ()
+        self._lowering = Lowering(
+            mesh, self._params, state, shared=hosts is not None, classes=classes
+        )
         self._cache_dtype_bytes = state.cache.groups[0].kv.dtype.itemsize
         self._max_rows = state.last_tokens.shape[0] // self._copies - 1
         self._layouts = {
@@ -164,7 +172,7 @@ class Executor:
         for program, layout in self._layouts.items():
             step = programs.make_step(self._structure, layout, self._page_size, spread)
             cost = program.num_tokens * (1 + program.prompt_logprobs) * program.decode_steps
-            wanted[program] = Wanted(step, integers(layout.size), cost)
+            wanted[program] = Wanted(step, integers(layout.size), cost, adapters=program.adapters)
         for sampling in self._samplings:
             masks = padding_masks(sampling, self._model.spec.vocab_size)
             inputs = masked_inputs(self._empty(sampling), masks, logprobs=False)
@@ -179,6 +187,9 @@ class Executor:
             wanted["copy", group] = Wanted(programs.make_copy(group), copies)
         if self._store is not None:
             wanted |= self._store.wanted()
+        if self._adapters is not None:
+            for key, (write, content, slots) in self._adapters.programs().items():
+                wanted[key] = Wanted(write, shapes(content), slots=slots)
         return wanted
 
     def lower(self, program: Program, platforms: tuple[str, ...] | None = None) -> Lowered:
@@ -223,6 +234,10 @@ class Executor:
         self._write_prefix(0, self._max_rows, [0])
         for group in range(len(self._state.page_tables)):
             self._copy_pages(0, [(group, 0, 0)])
+        if self._adapters is not None:
+            for key, (_, content, _) in self._adapters.programs().items():
+                self._change(key, 0, content, content)
+            jax.block_until_ready(self._adapters.arrays)
         if self._store is not None:
             self._store.warm_up(self._move_pages, lambda: jax.block_until_ready(self._state))
         jax.block_until_ready(self._state)
@@ -246,6 +261,8 @@ class Executor:
         program = inputs[0].program
         layout = self._layouts[program]
         for copy, own in enumerate(inputs):
+            for write in own.adapter_writes:
+                self._write_adapter(copy, write)
             if own.page_saves and self._store is not None:
                 self._store.save(copy, own.page_saves, self._move_pages)
             if own.slot_writes:
@@ -318,10 +335,18 @@ class Executor:
     def _run(self, key: Hashable, inputs: Any) -> StepResults | None:
         """Starts one program."""
         compiled = self._compiled[key]
+        if isinstance(key, tuple) and key[0] == "adapter":
+            assert self._adapters is not None
+            arrays, index = self._adapters.arrays, key[2]
+            arrays[index] = compiled(arrays[index], inputs)
+            return None
         if not isinstance(key, Program | MaskedSampling):
             self._state = compiled(self._state, inputs)
             return None
-        self._state, results = compiled(self._params, self._state, inputs)
+        params = self._params
+        if isinstance(key, Program) and key.adapters and self._adapters is not None:
+            params = (params, tuple(self._adapters.arrays))
+        self._state, results = compiled(params, self._state, inputs)
         return results
 
     def count_work(self, inputs: StepInputs) -> tuple[int, int]:
@@ -373,6 +398,12 @@ class Executor:
         for write in writes:
             if write.prefix:
                 self._write_prefix(copy, write.slot, write.prefix)
+
+    def _write_adapter(self, copy: int, write: AdapterWrite) -> None:
+        assert self._adapters is not None
+        for part, index, content in self._adapters.writes(write.slot, write.arrays):
+            padding = content if self._copies == 1 else self._adapters.padding(part, index)
+            self._change(("adapter", part, index), copy, content, padding)
 
     def _write_prefix(self, copy: int, slot: int, tokens: Sequence[int]) -> None:
         size = programs.PREFIX_TOKENS_A_CALL

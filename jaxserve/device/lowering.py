@@ -6,7 +6,7 @@ its arguments lie and which are donated, and lowered. Owned by `executor`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered
 
+from jaxserve.device.adapters import CLASS_SPEC
 from jaxserve.device.sharding import by_data, per_data_shard, replicated
 from jaxserve.device.state import DeviceState, state_specs
+from jaxserve.models.deltas import SlotClass
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +31,16 @@ class Wanted:
         cost: relative time to compile; 0 for changes of state.
         reads: the program leaves the state as it is and returns what it reads of it, which lies
             like this where there are several devices.
+        adapters: a step that is given those in the slots beside the parameters.
+        slots: the program changes the arrays of this class of slots instead of the state.
     """
 
     function: Callable[..., Any]
     inputs: Any
     cost: int = 0
     reads: NamedSharding | None = None
+    adapters: bool = False
+    slots: int | None = None
 
 
 class Lowering:
@@ -43,14 +49,24 @@ class Lowering:
     Args:
         params: the model's leaves; they and the state may be abstract.
         shared: the mesh spans several hosts, so that results must be whole on every device.
+        classes: of adapter slots.
     """
 
-    def __init__(self, mesh: Mesh, params: Any, state: DeviceState, *, shared: bool) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        params: Any,
+        state: DeviceState,
+        *,
+        shared: bool,
+        classes: Sequence[SlotClass] = (),
+    ) -> None:
         self._mesh = mesh
         self._copies = mesh.shape["data"]
         self._params = shapes(params)
         self._state = shapes(state)
         self._shared = shared
+        self._classes = shapes(tuple(classes))
 
     def lower(self, wanted: Wanted, platforms: tuple[str, ...] | None = None) -> Lowered:
         """One program, not yet compiled.
@@ -58,14 +74,16 @@ class Lowering:
         Args:
             platforms: what to lower for, where the mesh's devices do not say it.
         """
-        arguments, results = (self._state, wanted.inputs), ()
+        changed = self._state if wanted.slots is None else self._classes[wanted.slots]
+        arguments, results = (changed, wanted.inputs), ()
         if wanted.cost:
-            arguments, results = (self._params, *arguments), (None,)
+            params = (self._params, self._classes) if wanted.adapters else self._params
+            arguments, results = (params, *arguments), (None,)
         function, shardings = wanted.function, None
         if self._mesh.size > 1:
             function = self._over_copies(wanted)
             arguments = (*arguments[:-1], self.for_copies(wanted.inputs))
-            held = jax.tree.map(lambda x: x.sharding, self._state)
+            held = jax.tree.map(lambda x: x.sharding, changed)
             read = replicated(self._mesh) if self._shared else by_data(self._mesh)
             shardings = wanted.reads or ((held, read) if results else held)
         donated = () if wanted.reads else len(arguments) - 2
@@ -83,7 +101,8 @@ class Lowering:
 
     def _over_copies(self, wanted: Wanted) -> Callable[..., Any]:
         """The function of one copy, mapped over all."""
-        states, every = state_specs(), PartitionSpec("data")
+        states = state_specs() if wanted.slots is None else CLASS_SPEC
+        every = PartitionSpec("data")
 
         def step(params: Any, state: DeviceState, inputs: Any) -> Any:
             state, results = wanted.function(params, state, _first(inputs))
@@ -96,7 +115,8 @@ class Lowering:
             return wanted.function(state, _first(inputs))
 
         if wanted.cost:
-            specs = (PartitionSpec(), states, every)
+            params = (PartitionSpec(), CLASS_SPEC) if wanted.adapters else PartitionSpec()
+            specs = (params, states, every)
             return per_data_shard(self._mesh, step, specs, (states, every))
         if wanted.reads:
             return per_data_shard(self._mesh, read, (states, every), every)

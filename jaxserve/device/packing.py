@@ -39,6 +39,7 @@ class StepArrays:
     num_decode_rows: Int[Array, ""]
     logprobs: Bool[Array, ""]
     masked: Bool[Array, ""]
+    adapters: Int[Array, "R"] | None
 
 
 class StepLayout:
@@ -66,6 +67,7 @@ class StepLayout:
             "samples": rows,
             "token_ids": tokens,
             "next_token_ids": tokens if program.prompt_logprobs else 0,
+            "adapters": rows if program.adapters else 0,
             "entries": self.num_entries * ENTRY_FIELDS,
         }
         ends = np.cumsum(list(sizes.values())).tolist()
@@ -95,6 +97,9 @@ class StepLayout:
         packed[places["token_ids"]] = inputs.token_ids
         if self.program.prompt_logprobs:
             packed[places["next_token_ids"]] = inputs.next_token_ids
+        if self.program.adapters:
+            assert inputs.adapters is not None
+            packed[places["adapters"]] = inputs.adapters
         fill_entries(
             packed[places["entries"]].reshape(-1, ENTRY_FIELDS),
             inputs.page_entries[-self.num_entries :],
@@ -121,6 +126,7 @@ class StepLayout:
             num_decode_rows=scalars[1],
             logprobs=scalars[2] != 0,
             masked=scalars[3] != 0,
+            adapters=fields["adapters"] if self.program.adapters else None,
         )
 
 

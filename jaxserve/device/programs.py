@@ -7,6 +7,9 @@ steps the part from the tokens on is a loop inside the call. A verification prog
 every token, and keeps the samples that its drafts led to (`acceptance`). A masked step ends with
 the hidden states, which stay in the state until `masked` goes on from there.
 
+A program for adapters is given those in the slots beside the parameters, and which slot each row
+uses; all others have no trace of them.
+
 Everything is a pure function of (parameters, state, host's arrays) and returns the new state,
 whose buffers are the donated ones.
 """
@@ -26,9 +29,10 @@ from jaxserve.device.acceptance import accept
 from jaxserve.device.cache import copy_pages
 from jaxserve.device.packing import ENTRY_FIELDS, StepArrays, StepLayout, fill_entries
 from jaxserve.device.state import DeviceState
-from jaxserve.device.step import LogprobArrays
+from jaxserve.device.step import NO_ADAPTER, LogprobArrays
 from jaxserve.models.context import KVCache, StepContext
 from jaxserve.models.decoder import Decoder
+from jaxserve.models.deltas import SlotClass, StepDeltas
 from jaxserve.sampling.history import observe
 from jaxserve.sampling.logprobs import Logprobs, logprobs_if, prompt_logprobs
 from jaxserve.sampling.sample import sample
@@ -64,7 +68,8 @@ _logprobs_if = jax.jit(logprobs_if, static_argnames="spread")
 Chosen = tuple[Int[Array, "S+1"], Int[Array, "*B R"], Int[Array, "*B R 42"]]
 _LOGPROB_COLUMNS = 2 + 2 * MAX_LOGPROBS
 
-Step = Callable[[list[Array], DeviceState, Array], tuple[DeviceState, StepResults]]
+#: Parameters, or these and the classes of adapter slots; state; packed inputs.
+Step = Callable[[Any, DeviceState, Array], tuple[DeviceState, StepResults]]
 
 
 def make_step(
@@ -78,14 +83,15 @@ def make_step(
     """
 
     def step(
-        params: list[Array], state: DeviceState, packed: Int[Array, "X"]
+        params: Any, state: DeviceState, packed: Int[Array, "X"]
     ) -> tuple[DeviceState, StepResults]:
+        params, classes = params if layout.program.adapters else (params, ())
         model: Decoder = jax.tree.unflatten(model_structure, params)
         inputs = layout.unpack(packed)
         tables = write_entries(state.page_tables, inputs.entries)
         state = replace(state, page_tables=tables)
         tables = tuple(table[inputs.rows] for table in tables)
-        run = _Run(model, layout, inputs, tables, page_size, spread)
+        run = _Run(model, layout, inputs, tables, page_size, spread, classes)
         num_steps = layout.program.decode_steps
         if layout.program.draft_tokens:
             state, accepted, beside = run.verify(state, inputs.context_lens)
@@ -140,6 +146,7 @@ class _Run:
         tables: tuple[Int[Array, "R M"], ...],
         page_size: int,
         spread: Spread,
+        classes: tuple[SlotClass, ...],
     ) -> None:
         self.model = model
         self.layout = layout
@@ -151,6 +158,12 @@ class _Run:
         row = jnp.arange(num_rows, dtype=jnp.int32)
         self.live_rows: Bool[Array, "R"] = row < inputs.num_live_rows
         self.decode_rows: Bool[Array, "R"] = row < inputs.num_decode_rows
+        self.deltas: StepDeltas | None = None
+        if inputs.adapters is not None:
+            batch = self._batches(inputs.context_lens)[0]
+            used = inputs.adapters[self._row_of_token(batch)]
+            live = batch.live_tokens(layout.program.num_tokens)
+            self.deltas = StepDeltas.of(classes, jnp.where(live, used, NO_ADAPTER))
 
     def step(
         self, state: DeviceState, context_lens: Int[Array, "R"]
@@ -164,7 +177,7 @@ class _Run:
                 ends = ends[jnp.maximum(inputs.query_starts[1:] - 1, 0)]
 
             def choose() -> Chosen:
-                logits = self.model.logits(ends, inputs.num_live_rows)
+                logits = self.model.logits(ends, inputs.num_live_rows, self.deltas, inputs.adapters)
                 places = inputs.rows, context_lens, inputs.samples
                 sampled, logprobs = sample_rows(
                     logits, logits, state.sampling, places, inputs.logprobs, self.spread
@@ -185,7 +198,10 @@ class _Run:
         with jax.named_scope("sampling"):
 
             def choose() -> Chosen:
-                logits = self.model.logits(tokens.hidden, inputs.query_starts[-1])
+                used = None if self.deltas is None else self.deltas.slots
+                logits = self.model.logits(
+                    tokens.hidden, inputs.query_starts[-1], self.deltas, used
+                )
                 places = tokens.slots, tokens.positions + 1, tokens.live
                 sampled, logprobs = sample_rows(
                     logits, logits, state.sampling, places, inputs.logprobs, self.spread
@@ -225,24 +241,11 @@ class _Run:
         return replace(state, last_tokens=last, hidden=kept), token_ids, logprobs
 
     def _run_model(self, state: DeviceState, context_lens: Int[Array, "R"]) -> _Tokens:
-        program, inputs = self.layout.program, self.inputs
-        num_tokens = program.num_tokens
-        batches = tuple(
-            RaggedBatch(
-                page_table=table,
-                query_starts=inputs.query_starts,
-                context_lens=context_lens,
-                max_query_len=self._max_query_len,
-            )
-            for table in self.tables
-        )
+        inputs, num_tokens = self.inputs, self.layout.program.num_tokens
+        batches = self._batches(context_lens)
         context = StepContext.build(batches, num_tokens, self.page_size)
-        # In a decode program token t is row t's, padding or not.
-        row_of_token = (
-            jnp.arange(num_tokens, dtype=jnp.int32)
-            if program.is_decode
-            else batches[0].token_rows(num_tokens)
-        )
+        context = replace(context, deltas=self.deltas)
+        row_of_token = self._row_of_token(batches[0])
         slot_of_token = inputs.rows[row_of_token]
         live = batches[0].live_tokens(num_tokens)
         token_ids = jnp.where(
@@ -257,6 +260,24 @@ class _Run:
         state = replace(state, cache=cache, sampling=sampling)
         return _Tokens(token_ids, slot_of_token, context.positions, live, hidden, state)
 
+    def _batches(self, context_lens: Int[Array, "R"]) -> tuple[RaggedBatch, ...]:
+        return tuple(
+            RaggedBatch(
+                page_table=table,
+                query_starts=self.inputs.query_starts,
+                context_lens=context_lens,
+                max_query_len=self._max_query_len,
+            )
+            for table in self.tables
+        )
+
+    def _row_of_token(self, batch: RaggedBatch) -> Int[Array, "T"]:
+        """In a decode program token t is row t's, padding or not."""
+        num_tokens = self.layout.program.num_tokens
+        if self.layout.program.is_decode:
+            return jnp.arange(num_tokens, dtype=jnp.int32)
+        return batch.token_rows(num_tokens)
+
     @property
     def _max_query_len(self) -> int:
         program = self.layout.program
@@ -267,7 +288,14 @@ class _Run:
     def _of_prompt(self, hidden: Float[Array, "T D"]) -> Int[Array, "T 42"] | None:
         if self.inputs.next_token_ids is None:
             return None
-        found = prompt_logprobs(self.model.logits, hidden, self.inputs.next_token_ids, self.spread)
+        deltas, model = self.deltas, self.model
+        found = prompt_logprobs(
+            lambda part, slots=None: model.logits(part, None, deltas, slots),
+            hidden,
+            self.inputs.next_token_ids,
+            self.spread,
+            () if deltas is None else (deltas.slots,),
+        )
         return pack_logprobs(found)
 
 

@@ -18,6 +18,7 @@ state (0 … max_rows - 1); slot max_rows is scratch, where padding rows point.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -37,6 +38,7 @@ class Program:
         num_tokens: tokens it is padded to; equal to num_rows for a decode program.
         decode_steps: decode steps done in one call; 1 where there are chunks.
         prompt_logprobs: whether it also returns log-probabilities of the chunk's own tokens.
+        adapters: whether its rows may use LoRA adapters; without, nothing of them is in it.
         draft_tokens: of a verification program, the most drafts that a row may bring behind its
             last known token; every token is sampled after. 0 for all others.
     """
@@ -46,6 +48,7 @@ class Program:
     decode_steps: int = 1
     prompt_logprobs: bool = False
     draft_tokens: int = 0
+    adapters: bool = False
 
     @property
     def is_decode(self) -> bool:
@@ -59,13 +62,21 @@ class Program:
 
     @property
     def name(self) -> str:
-        """Short name for logs and metrics: `decode_r32_k8`, `mixed_r32_t512`, `verify_r8_d7`."""
+        """Short name for logs and metrics: `decode_r32_k8`, `mixed_r32_t512`, `verify_r8_d7`.
+
+        Those for adapters end in `_lora`.
+        """
+        lora = "_lora" if self.adapters else ""
         if self.draft_tokens:
-            return f"verify_r{self.num_rows}_d{self.draft_tokens}"
+            return f"verify_r{self.num_rows}_d{self.draft_tokens}{lora}"
         kind = "decode" if self.is_decode else "mixed"
         size = f"r{self.num_rows}" + ("" if self.is_decode else f"_t{self.num_tokens}")
         steps = f"_k{self.decode_steps}" if self.decode_steps > 1 else ""
-        return f"{kind}_{size}{steps}" + ("_plp" if self.prompt_logprobs else "")
+        return f"{kind}_{size}{steps}" + ("_plp" if self.prompt_logprobs else "") + lora
+
+
+#: In place of an adapter's slot.
+NO_ADAPTER = -1
 
 
 @dataclass(frozen=True, slots=True, order=True, kw_only=True)
@@ -105,6 +116,18 @@ class SlotWrite:
 
 
 @dataclass(slots=True, kw_only=True)
+class AdapterWrite:
+    """Puts an adapter into one of the slots of adapters.
+
+    Attributes:
+        arrays: as `models.adapters` makes them.
+    """
+
+    slot: int
+    arrays: Any
+
+
+@dataclass(slots=True, kw_only=True)
 class StepInputs:
     """One step, padded to its program.
 
@@ -119,6 +142,8 @@ class StepInputs:
         next_token_ids: at each chunk token, the token that follows it in its sequence (prompt
             log-probabilities are of these); 0 for decode rows, padding and where none is known.
         samples: rows whose next token is sampled and kept as the slot's last token.
+        adapters: of each row, the slot of its adapter, or NO_ADAPTER; None in programs without.
+        adapter_writes: applied before anything else.
         page_saves: (group, page, host page), applied first: they read the pages as of all steps
             launched before.
         slot_writes: applied next.
@@ -146,6 +171,8 @@ class StepInputs:
     page_loads: list[tuple[int, int, int]] = field(default_factory=list)
     logprobs: bool = False
     masked: bool = False
+    adapters: Int[np.ndarray, "R"] | None = None
+    adapter_writes: list[AdapterWrite] = field(default_factory=list)
 
 
 def empty_inputs(program: Program, scratch: int) -> StepInputs:
@@ -165,6 +192,7 @@ def empty_inputs(program: Program, scratch: int) -> StepInputs:
         token_ids=np.zeros(tokens, np.int32),
         next_token_ids=np.zeros(tokens, np.int32),
         samples=np.zeros(rows, np.bool_),
+        adapters=np.full(rows, NO_ADAPTER, np.int32) if program.adapters else None,
     )
 
 

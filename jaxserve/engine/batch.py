@@ -12,12 +12,13 @@ out, who joins is put behind.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxserve.device.step import Program, SlotWrite, StepInputs
+from jaxserve.device.step import NO_ADAPTER, AdapterWrite, Program, SlotWrite, StepInputs
 from jaxserve.scheduler.plan import Plan
 
 
@@ -31,6 +32,7 @@ class Shapes(Protocol):
         decode_steps: int,
         prompt_logprobs: bool,
         drafts: bool,
+        adapters: bool,
     ) -> Program:
         """The smallest program that holds so many rows and tokens."""
         ...
@@ -44,6 +46,12 @@ class StepSize(NamedTuple):
     decode_steps: int
     prompt_logprobs: bool
     drafts: bool
+    adapters: bool
+
+
+def no_arrays(key: str) -> Any:
+    """The arrays of an adapter where there are no adapters."""
+    raise AssertionError(f"adapter {key} where there are none")
 
 
 class BatchBuilder:
@@ -51,10 +59,15 @@ class BatchBuilder:
 
     Args:
         max_rows: slots that sequences may take; slot max_rows is scratch.
+        arrays: of a LoRA adapter, by its key.
     """
 
-    def __init__(self, max_rows: int) -> None:
+    def __init__(self, max_rows: int, arrays: Callable[[str], Any] = no_arrays) -> None:
         self._max_rows = max_rows
+        self._arrays = arrays
+        # By slot, the slot of its LoRA adapter; and whether decoding rows have any.
+        self._adapters = np.full(max_rows + 1, NO_ADAPTER, np.int32)
+        self._decode_adapters = False
         self._logprobs = np.zeros(max_rows, np.bool_)  # by slot: log-probabilities are wanted
         self._masked = np.zeros(max_rows, np.bool_)  # likewise: a grammar holds it
         self._slots = np.zeros(0, np.int32)  # of the decoding rows, in order
@@ -66,6 +79,7 @@ class BatchBuilder:
         for join in plan.joins:
             self._logprobs[join.slot] = join.sampling.logprobs is not None
             self._masked[join.slot] = join.sampling.grammar is not None
+            self._adapters[join.slot] = join.adapter
         if plan.decode_leaves or plan.decode_joins:
             self._change_rows(plan)
         num_decode = self._num_decode(plan)
@@ -77,6 +91,8 @@ class BatchBuilder:
             max(plan.decode_steps, 1),
             any(chunk.prompt_logprobs is not None for chunk in plan.chunks),
             any(chunk.num_drafts for chunk in plan.chunks),
+            (bool(plan.decode_steps) and self._decode_adapters)
+            or any(self._adapters[chunk.slot] != NO_ADAPTER for chunk in plan.chunks),
         )
 
     def build(self, plan: Plan, program: Program) -> StepInputs:
@@ -114,6 +130,11 @@ class BatchBuilder:
             page_loads=[(load.group, load.host_page, load.page) for load in plan.page_loads],
             logprobs=rows.logprobs,
             masked=rows.masked,
+            adapters=self._adapters[rows.slots] if program.adapters else None,
+            adapter_writes=[
+                AdapterWrite(slot=load.slot, arrays=self._arrays(load.key))
+                for load in plan.adapter_loads
+            ],
         )
 
     def _num_decode(self, plan: Plan) -> int:
@@ -132,6 +153,7 @@ class BatchBuilder:
             assert len(joins) == len(contexts)
             self._slots = np.concatenate([self._slots, joins])
             self._contexts = np.concatenate([self._contexts, contexts])
+        self._decode_adapters = bool((self._adapters[self._slots] != NO_ADAPTER).any())
 
     def _decode_rows(self, program: Program) -> _Rows:
         """Rows of a plan without chunks: the last step's once more, if nothing changed."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from jaxserve.device.step import StepInputs, empty_inputs
-from jaxserve.engine.batch import BatchBuilder, Shapes
+from jaxserve.engine.batch import BatchBuilder, Shapes, no_arrays
 from jaxserve.scheduler.plan import Plan
 
 
@@ -16,12 +17,19 @@ class Batches:
         shapes: the programs to pad to.
         max_rows: slots that sequences may take, in each copy.
         copies: of the model.
+        arrays: of a LoRA adapter, by its key, where there are adapters.
     """
 
-    def __init__(self, shapes: Shapes, max_rows: int, copies: int = 1) -> None:
+    def __init__(
+        self,
+        shapes: Shapes,
+        max_rows: int,
+        copies: int = 1,
+        arrays: Callable[[str], Any] = no_arrays,
+    ) -> None:
         self.shapes = shapes
         self._max_rows = max_rows
-        self._builders = [BatchBuilder(max_rows) for _ in range(copies)]
+        self._builders = [BatchBuilder(max_rows, arrays) for _ in range(copies)]
 
     def build(self, plans: Sequence[Plan | None]) -> list[StepInputs]:
         """The inputs of each copy, all of the smallest program that holds every one."""
@@ -39,6 +47,7 @@ class Batches:
             max(s.decode_steps for s in sizes),
             any(s.prompt_logprobs for s in sizes),
             any(s.drafts for s in sizes),
+            any(s.adapters for s in sizes),
         )
         return [
             empty_inputs(program, self._max_rows) if plan is None else builder.build(plan, program)

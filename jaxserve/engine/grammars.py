@@ -103,13 +103,13 @@ class Grammars:
 
     def withdraw(
         self, client: Hashable, sequence_ids: Seq[int], reason: FinishReason
-    ) -> list[Finished]:
-        """A client cancels these: the ends of those of them that wait here."""
+    ) -> list[tuple[Submit, Finished]]:
+        """As `HeldRequests.withdraw`."""
         return self._held.withdraw(client, sequence_ids, reason)
 
-    def forget(self, client: Hashable) -> None:
-        """A client is gone."""
-        self._held.forget(client)
+    def forget(self, client: Hashable) -> list[Submit]:
+        """As `HeldRequests.forget`."""
+        return self._held.forget(client)
 
     def constrain(
         self, message: Submit, sequences: Seq[Sequence]

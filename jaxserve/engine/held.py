@@ -1,7 +1,8 @@
 """Requests that wait as messages, before the scheduler has seen them.
 
-`Probation` holds those that may be dangerous, `Grammars` those whose grammar is being compiled. A
-client may withdraw what waits here: it ends without having run.
+`Probation` holds those that may be dangerous, `RequestAdapters` those whose adapter is loaded,
+`Grammars` those whose grammar is being compiled. A client may withdraw what waits here: it ends
+without having run.
 """
 
 from __future__ import annotations
@@ -44,14 +45,14 @@ class HeldRequests[Request: Submit | Embed]:
 
     def withdraw(
         self, client: Hashable, sequence_ids: Collection[int], reason: FinishReason
-    ) -> list[Finished]:
-        """A client cancels these: the ends of those of them that wait here."""
-        withdrawn: list[Finished] = []
+    ) -> list[tuple[Request, Finished]]:
+        """A client cancels these: those of them that wait here, and their ends."""
+        withdrawn: list[tuple[Request, Finished]] = []
         kept: deque[tuple[Hashable, Request]] = deque()
         for name, message in self._held:
             ids = set(message.sequence_ids).intersection(sequence_ids) if name == client else set()
             if ids:
-                withdrawn += [_end(message, sequence_id, reason) for sequence_id in ids]
+                withdrawn += [(message, _end(message, sequence_id, reason)) for sequence_id in ids]
                 if len(ids) == len(message.sequence_ids):
                     continue
                 message = _without(message, ids)
@@ -59,9 +60,11 @@ class HeldRequests[Request: Submit | Embed]:
         self._held = kept
         return withdrawn
 
-    def forget(self, client: Hashable) -> None:
-        """A client is gone."""
+    def forget(self, client: Hashable) -> list[Request]:
+        """A client is gone: what of its waited here."""
+        gone = [message for name, message in self._held if name == client]
         self._held = deque(held for held in self._held if held[0] != client)
+        return gone
 
 
 def _end(message: Submit | Embed, sequence_id: int, reason: FinishReason) -> Finished:

@@ -27,10 +27,11 @@ from jaxserve.device.hosts import Hosts
 from jaxserve.device.meeting import connect
 from jaxserve.device.memory import Memory, host_memory, least_memory
 from jaxserve.device.sharding import make_mesh, param_sharding, tensor_parallel
-from jaxserve.device.state import hidden_states, init_device_state
+from jaxserve.device.state import DeviceState, hidden_states, init_device_state
 from jaxserve.engine.batches import Batches
 from jaxserve.engine.layout import log_layout
 from jaxserve.engine.load_embedding import load_embedding
+from jaxserve.engine.lora import adapter_base, make_slots, request_adapters
 from jaxserve.engine.parts import Parts, Progressing
 from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.models.decoder import Decoder
@@ -50,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 #: Compute capability of H100, H200 and their kin.
 _HOPPER = "9.0"
+#: Why the native lora_matmul does not run, by whether activations are float32.
+_INEXACT_LORA = {True: None, False: "it takes float32 activations"}
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*")
 
 
@@ -81,8 +84,8 @@ def must_agree(config: Config) -> dict[str, object]:
         "engine.batch_invariant": config.engine.batch_invariant,
         "jax": jax.__version__,
     }
-    own = ("cache_dir", "hosts", "host", "coordinator", "connect_timeout_s")
-    for name in ("weights", "cache", "scheduler", "kernels", "parallel"):
+    own = ("cache_dir", "hosts", "host", "coordinator", "connect_timeout_s", "adapters", "root")
+    for name in ("weights", "cache", "scheduler", "kernels", "parallel", "lora"):
         for key, value in dataclasses.asdict(getattr(config, name)).items():
             if key not in own:
                 agreed[f"{name}.{key}"] = value
@@ -131,23 +134,33 @@ def parts_of(
     """
     log_layout(model, mesh)
     info, clock = model_info(config, model), DeviceClock()
-    embedding = load_embedding(config, model, mesh, clock, progress)  # the cache gets what is left
+    # These come first: the cache gets what is left.
+    embedding = load_embedding(config, model, mesh, clock, progress)
+    slots = make_slots(config.lora, model, mesh)
     num_pages = size_cache(config, model.options, info, _memory(config.cache, mesh))
     if hosts is not None:  # as many as the host with the least memory has
         pools = zip(*hosts.gather("pages", num_pages), strict=True)
         num_pages = tuple(min(pages) for pages in pools)
     buckets = buckets_for(config, model.options, mesh.devices.flat[0].platform)
     host_pages = _host_pages(config, model, info, num_pages, mesh.shape["data"])
-    executor = _executor(config, model, info, num_pages, host_pages, mesh, buckets, hosts, clock)
+    state = _state(config, model, info, num_pages, mesh, buckets)
+    page_size, adapters = config.cache.page_size, request_adapters(config.lora, slots)
+    executor = Executor(
+        *(model, state, buckets.programs, page_size, mesh, hosts, host_pages),
+        clock=clock,
+        adapters=slots,
+    )
     if embedding is not None:  # first: what is compiled after the executor's warm-up is counted
         embedding.embedder.warm_up(progress, config.engine.compile_threads)
     executor.warm_up(progress, config.engine.compile_threads)
     return Parts(
         model=info,
         copies=mesh.shape["data"],
-        batch=Batches(buckets, config.scheduler.max_rows, mesh.shape["data"]),
+        batch=Batches(buckets, config.scheduler.max_rows, mesh.shape["data"], adapters.arrays),
         executor=executor,
-        page_size=config.cache.page_size,
+        page_size=page_size,
+        adapter_slots=tuple(own.num_slots for own in slots.classes) if slots else (),
+        adapters=adapters,
         num_pages=num_pages,
         host_pages=host_pages,
         hosts=hosts,
@@ -231,6 +244,8 @@ def model_options(
     kinds = {"cpu": no_native, "tpu": no_mosaic, "gpu": no_hopper}
     attention = choose("attention", kernels.attention, kinds)
     matmul = choose("matmul", kernels.matmul, {"cpu": no_native or no_packing})
+    exact = dtype == "float32" or matmul == "cpu"  # what activations are in
+    lora = choose("lora", kernels.lora, {"cpu": no_native or _INEXACT_LORA[exact]})
     layers = kernels.layers
     if layers == "auto":  # XLA on the CPU would copy each layer's weights out of the stack
         layers = "unrolled" if platform == "cpu" and matmul == "xla" else "scanned"
@@ -241,6 +256,7 @@ def model_options(
         matmul=matmul,
         layers=layers,
         tensor_parallel=1 if mesh is None else tensor_parallel(mesh),
+        lora=lora,
     )
 
 
@@ -295,6 +311,7 @@ def model_info(config: Config, model: Decoder) -> ModelInfo:
         vocab_size=model.spec.vocab_size,
         eos_token_ids=model.spec.eos_token_ids,
         cache_groups=model.cache_groups(),
+        adapters=adapter_base(config.lora, model),
     )
 
 
@@ -363,20 +380,22 @@ def buckets_for(config: Config, options: ModelOptions, platform: str) -> Buckets
     many; XLA's matmuls on the CPU compute every row.
     """
     row_growth = 2 if platform == "cpu" and not options.packed else 4
-    return Buckets(config.scheduler, row_growth, batch_invariant=config.engine.batch_invariant)
+    return Buckets(
+        config.scheduler,
+        row_growth,
+        batch_invariant=config.engine.batch_invariant,
+        adapters=config.lora.enabled,
+    )
 
 
-def _executor(
+def _state(
     config: Config,
     model: Decoder,
     info: ModelInfo,
     num_pages: tuple[int, ...],
-    host_pages: tuple[int, ...],
     mesh: Mesh,
     buckets: Buckets,
-    hosts: Hosts | None,
-    clock: DeviceClock,
-) -> Executor:
+) -> DeviceState:
     dtype, page_size = cache_dtype(config.cache, model.options), config.cache.page_size
     logger.info("KV cache: %s pages of %d tokens, %s", num_pages, page_size, dtype)
     cache = init_cache(
@@ -387,7 +406,7 @@ def _executor(
         mesh=mesh,
         backend=model.options.attention,
     )
-    state = init_device_state(
+    return init_device_state(
         cache,
         max_rows=config.scheduler.max_rows,
         vocab_size=info.vocab_size,
@@ -395,4 +414,3 @@ def _executor(
         hidden=hidden_states(buckets.programs, model.spec.hidden_size, model.options.activations),
         mesh=mesh,
     )
-    return Executor(model, state, buckets.programs, page_size, mesh, hosts, host_pages, clock=clock)

@@ -39,6 +39,7 @@ from collections import Counter
 from collections.abc import Hashable
 
 from jaxserve.config import EmbeddingsConfig, SchedulerConfig, StructuredConfig
+from jaxserve.engine.adapters import RequestAdapters
 from jaxserve.engine.backlog import Backlog
 from jaxserve.engine.check import check_submit, request_number, resumed
 from jaxserve.engine.embedding import Embedding
@@ -73,8 +74,8 @@ logger = logging.getLogger(__name__)
 
 #: How long an idle engine waits for a message before it looks around.
 IDLE_WAIT_S = 0.5
-#: The same while a grammar is being compiled, whose end is no message.
-COMPILING_WAIT_S = 0.002
+#: The same while a grammar is compiled or an adapter loaded, whose end is no message.
+LOAD_WAIT_S = 0.002
 
 
 class Engine:
@@ -88,6 +89,7 @@ class Engine:
         probation: which requests have to wait for what ended the engine before to be found.
         grammars: of requests whose output must match one.
         embedding: the other kind of step.
+        adapters: which requests have to wait for their LoRA adapter; none where None.
 
     Attributes:
         in_flight: the step that runs on the device.
@@ -106,9 +108,11 @@ class Engine:
         probation: Probation | None = None,
         grammars: Grammars | None = None,
         embedding: Embedding | None = None,
+        adapters: RequestAdapters | None = None,
     ) -> None:
         self._recorder = recorder or NoRecorder()
         self._probation = probation or Probation((), (), 0, self._recorder)
+        self._adapters = adapters or RequestAdapters()
         self._grammars = grammars or Grammars(StructuredConfig(), model)
         self.scheduler = scheduler
         self.batch = batch
@@ -151,7 +155,8 @@ class Engine:
             while not self._stopping:
                 work = self.scheduler.has_work or self._embedding.num_waiting
                 idle = self.in_flight is None and not work
-                wait_s = COMPILING_WAIT_S if self._grammars.num_held else IDLE_WAIT_S
+                loads = self._adapters.is_loading or self._grammars.num_held
+                wait_s = LOAD_WAIT_S if loads else IDLE_WAIT_S
                 self.receive(wait_s if idle else 0.0)
                 self.step()
         except Exception as error:
@@ -240,8 +245,14 @@ class Engine:
                 self.handle(client, message)
         for client, submit in self._probation.release():
             self._let_in(client, submit)
+        for (client, submit), error in self._adapters.release():
+            if error is None:
+                self._schedule(client, submit)
+            else:
+                self._adapters.refused(submit)
+                self._refuse(client, submit, error)
         for client, submit in self._grammars.release():
-            self._let_in(client, submit)
+            self._schedule(client, submit)
         self._outbox.send()
 
     def greet(self, clients: dict[Hashable, bool]) -> None:
@@ -268,7 +279,9 @@ class Engine:
             case Goodbye():
                 self.cancel(client, list(self._live.get(client, ())), FinishReason.CANCELLED)
                 self._probation.forget(client)
-                self._grammars.forget(client)
+                self._adapters.forget(client)
+                for waiting in self._grammars.forget(client):
+                    self._adapters.refused(waiting)
                 self._live.pop(client, None)
                 self._outbox.forget(client)
             case UseVocabulary():
@@ -287,10 +300,21 @@ class Engine:
             self._let_in(client, message)
 
     def _let_in(self, client: Hashable, message: Submit | Embed) -> None:
+        """Gives a request to the queue of its kind, unless it has to wait for its adapter."""
+        try:
+            if isinstance(message, Submit) and self._adapters.holds(client, message):
+                return
+        except JaxserveError as error:
+            self._refuse(client, message, error)
+            return
+        self._schedule(client, message)
+
+    def _schedule(self, client: Hashable, message: Submit | Embed) -> None:
         """Gives a request to the queue of its kind, or refuses it."""
         live = self._live.setdefault(client, {})
         if not live.keys().isdisjoint(message.sequence_ids):
             logger.warning("client %s used a sequence id twice: request dropped", client)
+            self._adapters.refused(message)
             return
         try:
             self._recorder.arriving(request_number(message.request_key))
@@ -303,6 +327,7 @@ class Engine:
                     return
                 sequences = self._submit_prompt(client, message, prompt)
         except JaxserveError as error:
+            self._adapters.refused(message)
             self._refuse(client, message, error)
         else:
             live.update(zip(message.sequence_ids, sequences, strict=True))
@@ -342,9 +367,13 @@ class Engine:
                 owner = self._embedding if isinstance(sequence, Text) else self.scheduler
                 owner.cancel(sequence, reason)
                 self._finish(sequence, now_ns)
-        for waiting in (self._probation, self._grammars):
-            if ended := waiting.withdraw(client, sequence_ids, reason):
-                self._outbox.events(client).finished.extend(ended)
+        waiting = self._probation.withdraw(client, sequence_ids, reason)
+        waiting += self._adapters.withdraw(client, sequence_ids, reason)
+        for message, ended in self._grammars.withdraw(client, sequence_ids, reason):
+            self._adapters.withdrawn(message)
+            waiting.append(ended)
+        if waiting:
+            self._outbox.events(client).finished.extend(waiting)
 
     def _use(self, message: UseVocabulary) -> None:
         try:
@@ -364,7 +393,10 @@ class Engine:
             pid=os.getpid(),
             step_age_s=(time.monotonic_ns() - self.step_ns) / 1e9,
             running=self.scheduler.num_running,
-            waiting=self.scheduler.num_waiting + self._probation.num_held + self._grammars.num_held,
+            waiting=self.scheduler.num_waiting
+            + self._probation.num_held
+            + self._adapters.num_held
+            + self._grammars.num_held,
             pages_used=self.scheduler.pages_used,
             pages_total=self.scheduler.pages_total,
             pages_cached=self.scheduler.pages_cached,
@@ -387,6 +419,12 @@ class Engine:
             embedding=self._embedding.model,
             texts_waiting=self._embedding.num_waiting,
             embed_wait_s=self._embedding.wait_s,
+            adapter_slots=self.scheduler.num_adapter_slots,
+            adapters_held=self.scheduler.num_adapters_held,
+            adapter_joins=self.scheduler.num_adapter_joins,
+            adapter_hits=self.scheduler.num_adapter_hits,
+            adapter_loads=self._adapters.num_loads,
+            adapter_host_bytes=self._adapters.host_bytes,
         )
 
     # ------------------------------------------------------------------ ends
@@ -402,6 +440,7 @@ class Engine:
         del self._live[client][sequence_id]
         if not isinstance(sequence, Text):
             self._backlog.leave(sequence, now_ns)
+            self._adapters.ended(sequence)
         assert sequence.reason is not None
         finished = Finished(
             sequence_id=sequence_id,

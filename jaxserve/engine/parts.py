@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from jaxserve.config import Config
 from jaxserve.device.embed_step import EmbedBuckets
 from jaxserve.device.hosts import Hosts
+from jaxserve.engine.adapters import RequestAdapters
 from jaxserve.engine.turn import Batch, Embedder, Executor
 from jaxserve.types import EmbeddingInfo, ModelInfo
 
@@ -38,6 +39,8 @@ class Parts:
         num_pages: pages of each cache group's pool, page 0 included, in each copy of the model.
         host_pages: of each cache group, that each copy may have in the host's memory.
         copies: of the model.
+        adapter_slots: of each class of LoRA adapters, in each copy; none where there are none.
+        adapters: those of live requests; None where there are none.
         hosts: that share it, where there are several.
         embedding: the model that embeds, where there is one.
         follow: on another host than number 0, makes the device calls that host 0 broadcasts, for
@@ -51,6 +54,8 @@ class Parts:
     num_pages: tuple[int, ...]
     host_pages: tuple[int, ...] = ()
     copies: int = 1
+    adapter_slots: tuple[int, ...] = ()
+    adapters: RequestAdapters | None = None
     hosts: Hosts | None = None
     follow: Callable[[], None] | None = None
     embedding: EmbeddingParts | None = None

@@ -109,7 +109,7 @@ class Probation:
         self, client: Hashable, sequence_ids: Collection[int], reason: FinishReason
     ) -> list[Finished]:
         """A client cancels these: the ends of those of them that wait here."""
-        return self._held.withdraw(client, sequence_ids, reason)
+        return [end for _, end in self._held.withdraw(client, sequence_ids, reason)]
 
     def forget(self, client: Hashable) -> None:
         """A client is gone."""

@@ -169,12 +169,14 @@ def build_engine(
         copies=parts.copies,
         cache=config.cache,
         batch_invariant=config.engine.batch_invariant,
+        adapter_slots=parts.adapter_slots,
     )
     recorder = recorder or NoRecorder()
     return Engine(
         *(parts.model, scheduler, parts.batch, parts.executor, server),
         recorder=recorder,
         probation=probation,
+        adapters=parts.adapters,
         grammars=Grammars(config.structured, parts.model),
         embedding=Embedding(parts.embedding, config.embeddings, config.scheduler, recorder),
     )

@@ -170,6 +170,31 @@ def adapter_digest(directory: Path) -> str:
     return digest.hexdigest()[:32]
 
 
+def check_fits(adapter: Adapter, targets: Mapping[str, tuple[int, int]], embedding: str) -> None:
+    """Refuses an adapter for another base.
+
+    Args:
+        targets: of each module that may take a delta, its inputs and outputs.
+        embedding: which of them is the table.
+
+    Raises:
+        InvalidAdapter: it has modules that the base has not, or of other shapes.
+    """
+    for name, module in adapter.modules.items():
+        if name not in targets:
+            last = sorted({target.rsplit(".", 1)[-1] for target in targets})
+            raise InvalidAdapter(
+                f"the base model has no module {name!r:.200} that takes a delta; {', '.join(last)} "
+                "do"
+            )
+        shape = module.a.shape[1], module.b.shape[0]
+        if shape != targets[name] or module.embedding != (name == embedding):
+            raise InvalidAdapter(
+                f"module {name} is {shape[0]} to {shape[1]} in the adapter, in the base model "
+                f"{targets[name][0]} to {targets[name][1]}: it was made for another base"
+            )
+
+
 def _place(name: str) -> tuple[str, str, bool] | None:
     """Module, "a" or "b", and whether it is an embedding's; None for a frozen part of the base."""
     if name.startswith(PREFIX):

@@ -26,6 +26,7 @@ from jaxserve.config import (
     ToolsConfig,
 )
 from jaxserve.errors import InvalidRequest, JaxserveError
+from jaxserve.http.adapters import Adapters, LoadAdapter, UnloadAdapter
 from jaxserve.http.auth import Authentication, KeyRing
 from jaxserve.http.chat import read_chat
 from jaxserve.http.completions import read_completion
@@ -81,6 +82,7 @@ def create_app(
     structured: StructuredConfig | None = None,
     embeddings: EmbeddingText | None = None,
     embeddings_config: EmbeddingsConfig | None = None,
+    adapters: Adapters | None = None,
 ) -> Arrival:
     """The application over a client that has been started.
 
@@ -95,6 +97,7 @@ def create_app(
         structured: what grammars may take; the defaults where None.
         embeddings: the text half of the model that embeds; None where there is none.
         embeddings_config: limits of its requests; the defaults where None.
+        adapters: LoRA adapters by name; None where there are none.
     """
     metrics = metrics or Metrics(lambda: client.status)
     frontend = Frontend(
@@ -111,6 +114,7 @@ def create_app(
         started_s=int(time.time()),
         embeddings=embeddings,
         embeddings_config=embeddings_config or EmbeddingsConfig(),
+        adapters=adapters or Adapters(),
     )
     post, get = ["POST"], ["GET"]
     router = Router(
@@ -123,6 +127,8 @@ def create_app(
             Route("/v1/rerank", TextsEndpoint(frontend, RERANK), methods=post),
             Route("/v1/models", Models(frontend), methods=get),
             Route("/v1/models/{name:path}", Models(frontend), methods=get),
+            Route("/v1/load_lora_adapter", LoadAdapter(frontend), methods=post),
+            Route("/v1/unload_lora_adapter", UnloadAdapter(frontend), methods=post),
             Route("/tokenize", Tokenize(frontend), methods=post),
             Route("/detokenize", Detokenize(frontend), methods=post),
             Route("/health", Health(frontend), methods=get),

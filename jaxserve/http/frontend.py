@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxserve.config import EmbeddingsConfig, HttpConfig
 from jaxserve.errors import DeviceFailure, InvalidRequest, ModelNotFound, Overloaded, RequestTimeout
+from jaxserve.http.adapters import Adapters
 from jaxserve.http.auth import KeyRing
 from jaxserve.http.body import Fields, read_object
 from jaxserve.http.gate import Gate
@@ -45,6 +46,7 @@ class Frontend:
         embeddings_config: limits of its requests.
         page_size: tokens a KV page, to know what the cache can hold.
         started_s: wall clock, the `created` of /v1/models.
+        adapters: LoRA adapters by name.
         draining: no new work is taken.
     """
 
@@ -61,6 +63,7 @@ class Frontend:
     started_s: int
     embeddings: EmbeddingText | None = None
     embeddings_config: EmbeddingsConfig = field(default_factory=EmbeddingsConfig)
+    adapters: Adapters = field(default_factory=Adapters)
     draining: bool = False
     num_requests: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)

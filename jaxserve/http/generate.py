@@ -11,9 +11,9 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from jaxserve.errors import DeviceFailure, JaxserveError, ModelNotFound, Overloaded
+from jaxserve.errors import DeviceFailure, JaxserveError, Overloaded
 from jaxserve.http.auth import Identity
-from jaxserve.http.body import Fields, show
+from jaxserve.http.body import Fields
 from jaxserve.http.errors import send_json
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.generation import Delta, Generation
@@ -44,48 +44,37 @@ class GenerationEndpoint:
         identity: Identity = scope["jaxserve.identity"]
         frontend.gate.glance(scope, identity)
         fields = await frontend.read(scope, receive)
-        check_model(fields, model)
+        pick = frontend.adapters.pick(fields, model)
         visit = await frontend.gate.enter(scope, fields, identity)
         try:
-            work = await self._read(fields, frontend, model, identity)
-            await visit.begin(work)
-            generation = Generation(
-                frontend.client,
-                frontend.tokenizer,
-                frontend.metrics,
-                prompts=work.prompts,
-                samplings=work.samplings,
-                options=work.options,
-                tenant=identity.tenant,
-                weight=identity.weight,
-                arrived_ns=scope["jaxserve.arrived_ns"],
-                deadline_ns=visit.deadline_ns,
-            )
-            visit.follow(generation.usage)
-            answer = _stream if work.options.stream else _whole
-            try:
-                async with Departure(receive, generation.cancel) as departure:
-                    await answer(generation, work, frontend, departure, send)
-            finally:
-                generation.cancel()
+            work = await self._read(fields, frontend, pick.model, identity)
+            async with frontend.adapters.using(pick) as adapter:
+                await visit.begin(work)
+                generation = Generation(
+                    frontend.client,
+                    frontend.tokenizer,
+                    frontend.metrics,
+                    prompts=work.prompts,
+                    samplings=work.samplings,
+                    options=work.options,
+                    tenant=identity.tenant,
+                    weight=identity.weight,
+                    arrived_ns=scope["jaxserve.arrived_ns"],
+                    deadline_ns=visit.deadline_ns,
+                    adapter=adapter,
+                )
+                visit.follow(generation.usage)
+                answer = _stream if work.options.stream else _whole
+                try:
+                    async with Departure(receive, generation.cancel) as departure:
+                        await answer(generation, work, frontend, departure, send)
+                finally:
+                    generation.cancel()
         except Overloaded:
             visit.forgive()
             raise
         finally:
             visit.leave()
-
-
-def check_model(fields: Fields, model: ModelInfo) -> None:
-    """Refuses a request for another model than the one served; naming none is fine.
-
-    Raises:
-        ModelNotFound: it names another.
-    """
-    name = fields.text("model")
-    if name is not None and name != model.name:
-        raise ModelNotFound(
-            f"model {show(name)} is not served here; {model.name!r} is", param="model"
-        )
 
 
 async def _whole(

@@ -21,7 +21,7 @@ from jaxserve.errors import DeadlineExceeded, Overloaded
 from jaxserve.http.metrics import Metrics
 from jaxserve.http.sampling import Options
 from jaxserve.protocol.client import EngineClient, SequenceEvent, Stream
-from jaxserve.protocol.messages import Finished
+from jaxserve.protocol.messages import AdapterRef, Finished
 from jaxserve.text.choice import ChoiceText, TextDelta
 from jaxserve.text.message import MessageReader, Part, joined
 from jaxserve.text.tokenizer import Tokenizer
@@ -86,6 +86,7 @@ class Generation:
         tenant, weight: who is charged, and its share.
         arrived_ns: when the request reached the server.
         deadline_ns: when it is given up; None for never.
+        adapter: a LoRA adapter; None for the base model.
 
     Attributes:
         usage: complete once `next` has given nothing.
@@ -104,6 +105,7 @@ class Generation:
         weight: float,
         arrived_ns: int,
         deadline_ns: int | None,
+        adapter: AdapterRef | None = None,
     ) -> None:
         self.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in prompts))
         self._options = options
@@ -142,6 +144,7 @@ class Generation:
                 weight=weight,
                 cache_salt=options.cache_salt,
                 arrived_ns=arrived_ns,
+                adapter=adapter,
             )
             stream.watch(self._wake)
             self._streams.append(stream)

@@ -303,6 +303,12 @@ def _engine(status: EngineStatus | None) -> Iterator[Metric]:
         ("swapped", "Waiting sequences whose KV pages are on the host", status.swapped),
         ("host_pages_used", "KV pages in use on the host", status.host_pages_used),
         ("host_pages_total", "KV pages that the host has room for", status.host_pages_total),
+        ("adapter_slots", "Slots for LoRA adapters", status.adapter_slots),
+        ("adapters_held", "LoRA adapters in slots", status.adapters_held),
+        ("adapter_joins", "Rows taken with an adapter so far", status.adapter_joins),
+        ("adapter_hits", "Of these, whose adapter was in a slot", status.adapter_hits),
+        ("adapter_loads", "Adapters read from the disk so far", status.adapter_loads),
+        ("adapter_host_bytes", "Of adapters in the host's memory", status.adapter_host_bytes),
         ("compiles_after_warmup", "Compilations since ready", status.compiles_after_warmup),
         ("step_age_seconds", "Since the step loop last turned", status.step_age_s),
     ):

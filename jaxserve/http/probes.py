@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxserve.errors import ModelNotFound
+from jaxserve.http.adapters import SEPARATOR, adapter_card
 from jaxserve.http.body import show
 from jaxserve.http.errors import send_json
 from jaxserve.http.frontend import Frontend
@@ -58,24 +59,31 @@ class Ready:
 
 
 class Models:
-    """/v1/models and /v1/models/{name}: the model that generates, and the one that embeds."""
+    """/v1/models and /v1/models/{name}: what generates, its adapters, and what embeds."""
 
     def __init__(self, frontend: Frontend) -> None:
         self._frontend = frontend
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answers with a model, or the list of them."""
+        """Answers with a model or an adapter, or the list of them."""
         model = self._frontend.model()
         cards = {model.name: self._card(model.name, model.max_context)}
         status = self._frontend.client.status
         if status is not None and status.embedding is not None:
             embeds = status.embedding
             cards.setdefault(embeds.name, self._card(embeds.name, embeds.max_length))
-        name = scope["path_params"].get("name")
+        name, created_s = scope["path_params"].get("name"), self._frontend.started_s
+        adapters = {
+            adapter: adapter_card(adapter, entry, model, created_s)
+            for adapter, entry in self._frontend.adapters.names().items()
+        }
         if name is None:
-            await send_json(send, {"object": "list", "data": [*cards.values()]})
+            listed = [*cards.values(), *adapters.values()]
+            await send_json(send, {"object": "list", "data": listed})
         elif name in cards:
             await send_json(send, cards[name])
+        elif (own := adapters.get(name.removeprefix(f"{model.name}{SEPARATOR}"))) is not None:
+            await send_json(send, own)
         else:
             known = " and ".join(map(repr, cards))
             verb = "are" if len(cards) > 1 else "is"

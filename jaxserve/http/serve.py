@@ -42,6 +42,7 @@ from jaxserve.http.restarts import ended, run_follower
 from jaxserve.http.worker import WorkerSettings
 from jaxserve.limits.owner import Owner
 from jaxserve.limits.stores import shared_store
+from jaxserve.lora.registry import configured
 from jaxserve.protocol.messages import Progress
 from jaxserve.protocol.scratch import ScratchDirectory
 from jaxserve.weights import sources
@@ -78,6 +79,7 @@ def serve(
             return asyncio.run(run_follower(_resolved(config, resolve), engine_module))
         check_exposure(config.http)
         load_keys(config.http)
+        configured(config.lora)
         if config.limits.redis_url:
             shared_store(config.limits)
         _check_tls(config.http)
@@ -165,7 +167,7 @@ class _Supervisor:
         try:
             if self._limits is not None:
                 await self._limits.start()
-            self._start_workers(lives.launch(), scratch.path / "metrics")
+            self._start_workers(lives.launch(), scratch.path)
             return await self._watch(lives)
         finally:
             self._bar.close()
@@ -181,7 +183,8 @@ class _Supervisor:
         http = self._config.http
         return http.workers > 1 and load_keys(http).is_limited
 
-    def _start_workers(self, address: str, metrics_file: Path) -> None:
+    def _start_workers(self, address: str, scratch: Path) -> None:
+        metrics_file = scratch / "metrics"
         create_shared(metrics_file, self._config.http.workers)
         for index in range(self._config.http.workers):
             settings = WorkerSettings(
@@ -189,6 +192,7 @@ class _Supervisor:
                 engine_address=address,
                 index=index,
                 metrics_file=metrics_file,
+                adapters_directory=scratch / "adapters",
                 limits_socket=self._limits.path if self._limits is not None else None,
             )
             self._workers.append(_Worker(settings, self._listener, self._worker_module))

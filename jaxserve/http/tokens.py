@@ -9,7 +9,6 @@ from jaxserve.http.body import Fields
 from jaxserve.http.chat import read_messages
 from jaxserve.http.errors import send_json
 from jaxserve.http.frontend import Frontend
-from jaxserve.http.generate import check_model
 from jaxserve.http.tools import read_toolbox
 
 
@@ -24,7 +23,7 @@ class Tokenize:
         frontend = self._frontend
         model = frontend.model()
         fields = await frontend.read(scope, receive)
-        check_model(fields, model)
+        frontend.adapters.pick(fields, model)
         with_strings = fields.flag("return_token_strs", False)
         if fields.take("messages") is not None:
             render = read_messages(fields, frontend, read_toolbox(fields))
@@ -54,7 +53,7 @@ class Detokenize:
         frontend = self._frontend
         model = frontend.model()
         fields = await frontend.read(scope, receive)
-        check_model(fields, model)
+        frontend.adapters.pick(fields, model)
         limit = frontend.config.max_body_bytes
         ids = fields.token_ids("tokens", model.vocab_size, limit)
         if ids is None:

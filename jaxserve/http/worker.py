@@ -24,12 +24,14 @@ import uvloop
 
 from jaxserve.config import Config
 from jaxserve.errors import DeviceFailure, JaxserveError
+from jaxserve.http.adapters import Adapters
 from jaxserve.http.app import create_app
 from jaxserve.http.keyfile import load_keys
 from jaxserve.http.metrics import Metrics
 from jaxserve.http.news import News, listen
 from jaxserve.http.server import Server
 from jaxserve.limits.stores import make_store
+from jaxserve.lora.registry import Registry
 from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.parent import follow_parent
 from jaxserve.protocol.zmq import ZmqClient
@@ -53,6 +55,7 @@ class WorkerSettings:
         engine_address: of the engine's socket.
         index: among the workers; number 0 counts the engine's steps.
         metrics_file: shared by all workers.
+        adapters_directory: where the names of adapters are, which all workers share.
         limits_socket: of the rate limits that all workers share; None where there is one worker.
     """
 
@@ -60,6 +63,7 @@ class WorkerSettings:
     engine_address: str
     index: int
     metrics_file: Path
+    adapters_directory: Path
     limits_socket: Path | None = None
 
 
@@ -123,6 +127,9 @@ async def _serve(
     store = None
     if keys.is_limited:
         store = make_store(config.limits, settings.limits_socket, metrics.store_state)
+    adapters = Adapters()
+    if config.lora.enabled:
+        adapters = Adapters(Registry(config.lora, settings.adapters_directory))
     app = create_app(
         client,
         tokenizer,
@@ -137,6 +144,7 @@ async def _serve(
         structured=config.structured,
         embeddings=embeddings,
         embeddings_config=config.embeddings,
+        adapters=adapters,
     )
     await Server(app, config.http, _say_listening).run_on(listener, lambda: os._exit(1))
     await app.frontend.gate.close()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import jax
 from jaxtyping import Array, Int
 
+from jaxserve.models.deltas import StepDeltas
 from pallas_kernels.quantized_pages import Pages
 from pallas_kernels.ragged import RaggedBatch
 
@@ -48,6 +49,7 @@ class StepContext:
             page for padding.
         token_offsets: offset in the page, the same for all groups.
         num_live: tokens that are not padding; they come first.
+        deltas: of the tokens' adapters; None in programs without.
     """
 
     positions: Int[Array, "T"]
@@ -55,6 +57,7 @@ class StepContext:
     token_pages: tuple[Int[Array, "T"], ...]
     token_offsets: Int[Array, "T"]
     num_live: Int[Array, ""]
+    deltas: StepDeltas | None = None
 
     @classmethod
     def build(

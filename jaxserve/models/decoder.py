@@ -21,8 +21,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int
 
+from jaxserve.models import deltas as adapters
 from jaxserve.models import hf_tensors
 from jaxserve.models.context import GroupPages, KVCache, StepContext
+from jaxserve.models.deltas import StepDeltas
 from jaxserve.models.hf_tensors import Path, Rules
 from jaxserve.models.layers import LayerInputs, PreNormLayer, RMSNorm, SandwichLayer
 from jaxserve.models.linear import Embedding, encode, table_bytes, weight_bytes
@@ -187,6 +189,7 @@ class Decoder(nnx.Module):
             token_ids: anything below the vocabulary size for padding.
         """
         x = self.embed.lookup(token_ids)
+        x = adapters.add_embedding(context.deltas, token_ids, x, self.options)
         if self.spec.embed_scale != 1.0:
             x = x * jnp.asarray(self.spec.embed_scale, x.dtype)
         head_dim = self.spec.attention.head_dim
@@ -203,9 +206,10 @@ class Decoder(nnx.Module):
             pages: tuple[GroupPages, ...],
             example: int,
             index: Int[Array, ""],
+            number: Int[Array, ""],
             stack_index: Int[Array, ""] | None = None,
         ) -> tuple[Array, tuple[GroupPages, ...]]:
-            """Runs `layer`, of the kind of layer `example`."""
+            """Runs layer `number` of the model, of the kind of layer `example`."""
             group = group_of[example]
             inputs = LayerInputs(
                 index=index,
@@ -215,6 +219,7 @@ class Decoder(nnx.Module):
                 token_offsets=context.token_offsets,
                 rotary=tables[self.spec.layers[example].rope],
                 num_live=context.num_live,
+                deltas=None if context.deltas is None else context.deltas.at(number),
             )
             x, new = _run_layer(layer, x, pages[group], inputs)
             return x, (*pages[:group], new, *pages[group + 1 :])
@@ -224,6 +229,7 @@ class Decoder(nnx.Module):
             np.array([groups[group_of[i]].layers.index(i) for i in indices], np.int32)
             for indices in stacks
         ]
+        numbers = [np.array(indices, np.int32) for indices in stacks]
         period = sum(len(indices) > 1 for indices in stacks)
         pages = cache.groups
         if period:
@@ -233,32 +239,41 @@ class Decoder(nnx.Module):
                 carry: tuple[Array, tuple[GroupPages, ...]], block: Any
             ) -> tuple[tuple[Array, tuple[GroupPages, ...]], None]:
                 x, pages = carry
-                scanned, places, repeat = block
-                for (kind, whole, _), rest, index, indices in zip(
-                    parts, scanned, places, stacks, strict=False
+                scanned, places, own, repeat = block
+                for (kind, whole, _), rest, index, number, indices in zip(
+                    parts, scanned, places, own, stacks, strict=False
                 ):
                     layer = nnx.merge(kind, whole, rest)
-                    x, pages = run(layer, x, pages, indices[0], index, repeat)
+                    x, pages = run(layer, x, pages, indices[0], index, number, repeat)
                 return (x, pages), None
 
             repeats = np.arange(len(stacks[0]), dtype=np.int32)
-            block = ([rest for _, _, rest in parts], place[:period], repeats)
+            block = ([rest for _, _, rest in parts], place[:period], numbers[:period], repeats)
             (x, pages), _ = jax.lax.scan(body, (x, pages), block)
         for entry in range(period, len(stacks)):
-            x, pages = run(self.layers[entry], x, pages, stacks[entry][0], place[entry][0])
+            layer, example = self.layers[entry], stacks[entry][0]
+            x, pages = run(layer, x, pages, example, place[entry][0], numbers[entry][0])
         return self.norm(x), KVCache(groups=pages)
 
     def logits(
-        self, hidden: Float[Array, "B D"], num_live: Int[Array, ""] | None = None
+        self,
+        hidden: Float[Array, "B D"],
+        num_live: Int[Array, ""] | None = None,
+        deltas: StepDeltas | None = None,
+        slots: Int[Array, "B"] | None = None,
     ) -> Float32[Array, "B V"]:
         """The output head over hidden states that `__call__` returned.
 
         Args:
             num_live: rows that matter, the first ones; the others may be anything finite.
+            deltas: the step's adapters; None in programs without.
+            slots: of each row's adapter, where there are deltas.
         """
         with jax.named_scope("logits"):
             head = self.embed if self.head is None else self.head
             logits = by_vocabulary(head.logits(hidden, num_live), self.options)
+            if deltas is not None and slots is not None:
+                logits = adapters.add_logits(deltas, slots, hidden, logits, self.options)
             cap = self.spec.logit_soft_cap
             return logits if cap is None else cap * jnp.tanh(logits / cap)
 

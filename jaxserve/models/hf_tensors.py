@@ -47,7 +47,7 @@ def attention(prefix: str, spec: ModelSpec, norm_offset: float = 0.0) -> Rules:
         return _by_kv_head([t[:, None] for t in tensors], spec)[..., 0]
 
     def build_out(tensors: list[np.ndarray]) -> Float[np.ndarray, "N*H D"]:
-        return _queries(tensors[0].T, sizes).reshape(-1, spec.hidden_size)
+        return _queries(tensors[0].T, sizes).reshape(-1, tensors[0].shape[0])
 
     rules: Rules = {
         ("qkv", "weight"): TensorRule(

@@ -8,7 +8,7 @@ can be sharded, and query head n reads KV head n // G.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import jax
@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxserve.models.context import GroupPages
+from jaxserve.models.deltas import StepDeltas, add_delta
 from jaxserve.models.linear import Linear, exact_param
 from jaxserve.models.options import ModelOptions
 from jaxserve.models.parallel import over_heads
@@ -45,6 +46,7 @@ class LayerInputs:
         batch, token_pages, token_offsets: of that group, see `StepContext`.
         rotary: cosine and sine of every token for the layer's rotary embedding.
         num_live: tokens that are not padding.
+        deltas: of the tokens' adapters, in this layer; None in programs without.
     """
 
     index: Int[Array, ""]
@@ -54,6 +56,7 @@ class LayerInputs:
     token_offsets: Int[Array, "T"]
     rotary: tuple[Float[Array, "T H/2"], Float[Array, "T H/2"]]
     num_live: Int[Array, ""]
+    deltas: StepDeltas | None = None
 
 
 def normalize(x: Float[Array, "... D"], eps: float) -> Float[Array, "... D"]:
@@ -79,6 +82,7 @@ class GatedMLP(nnx.Module):
 
     def __init__(self, spec: ModelSpec, options: ModelOptions, rngs: nnx.Rngs) -> None:
         self.activation = spec.activation
+        self.options = options
         self.gate_up = Linear(
             spec.hidden_size,
             (2, spec.feed_forward),
@@ -98,10 +102,11 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "T D"], inputs: LayerInputs) -> Float[Array, "T D"]:
         """Applies it to every token."""
-        place = inputs.num_live, inputs.stack_index
-        gate_up = self.gate_up(x, *place)
+        place, deltas = (inputs.num_live, inputs.stack_index), inputs.deltas
+        gate_up = add_delta(deltas, "gate_up", x, self.gate_up(x, *place), self.options)
         gate, up = gate_up[:, 0].astype(jnp.float32), gate_up[:, 1].astype(jnp.float32)
-        return self.down((ACTIVATIONS[self.activation](gate) * up).astype(x.dtype), *place)
+        hidden = (ACTIVATIONS[self.activation](gate) * up).astype(x.dtype)
+        return add_delta(deltas, "down", hidden, self.down(hidden, *place), self.options)
 
 
 class Attention(nnx.Module):
@@ -139,15 +144,17 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "T D"], GroupPages]:
         """Returns the output and the pages with the step's keys and values in them."""
         groups = self.spec.queries_per_kv
-        place = inputs.num_live, inputs.stack_index
-        qkv = self.qkv(x, *place)
+        place, deltas = (inputs.num_live, inputs.stack_index), inputs.deltas
+        qkv = add_delta(deltas, "qkv", x, self.qkv(x, *place), self.options)
         qk_TKGH, v_TKH = qkv[:, :, : groups + 1], qkv[:, :, groups + 1]
         if self.q_norm is not None and self.k_norm is not None:
             scale = jnp.stack([self.q_norm.scale[...]] * groups + [self.k_norm.scale[...]])
             qk_TKGH = (normalize(qk_TKGH, self.q_norm.eps) * scale).astype(x.dtype)
         qk_TKGH = rotate(qk_TKGH, inputs.rotary)
-        mixed_TKGH, pages = over_heads(self._attend, self.options)(qk_TKGH, v_TKH, pages, inputs)
-        return self.out(mixed_TKGH.reshape(x.shape[0], -1), *place), pages
+        attend = over_heads(self._attend, self.options)
+        mixed_TKGH, pages = attend(qk_TKGH, v_TKH, pages, replace(inputs, deltas=None))
+        mixed = mixed_TKGH.reshape(x.shape[0], -1)
+        return add_delta(deltas, "out", mixed, self.out(mixed, *place), self.options), pages
 
     def _attend(
         self,

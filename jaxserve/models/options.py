@@ -14,6 +14,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("xla", "cpu", "tpu", "gpu")
 MATMUL = ("xla", "cpu")
 LAYERS = ("unrolled", "scanned")
+LORA = ("xla", "cpu")
 #: What the native matmul reads.
 PACKED_DTYPES = ("float32", "float16")
 
@@ -31,6 +32,7 @@ class ModelOptions:
         attention: backend of `paged_attention` and `kv_update`, one of ATTENTION.
         layers: "unrolled", or "scanned" over stacked weights: one layer to compile.
         tensor_parallel: devices that share each matrix and the heads.
+        lora: backend of `lora_matmul`, one of LORA.
 
     Raises:
         ConfigError: an unknown value, or a dtype that the native matmul does not read.
@@ -42,6 +44,7 @@ class ModelOptions:
     attention: str = "xla"
     layers: str = "unrolled"
     tensor_parallel: int = 1
+    lora: str = "xla"
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -50,6 +53,7 @@ class ModelOptions:
             ("matmul", MATMUL),
             ("attention", ATTENTION),
             ("layers", LAYERS),
+            ("lora", LORA),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(

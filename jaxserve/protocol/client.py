@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from jaxserve.errors import DeviceFailure, JaxserveError
 from jaxserve.protocol.mailbox import Mailbox
 from jaxserve.protocol.messages import (
+    AdapterRef,
     Cancel,
     ClientMessage,
     Drain,
@@ -161,6 +162,7 @@ class EngineClient:
         cache_salt: str = "",
         weight: float = 1.0,
         arrived_ns: int | None = None,
+        adapter: AdapterRef | None = None,
     ) -> Stream:
         """Starts n sequences over one prompt and returns their stream at once.
 
@@ -173,6 +175,7 @@ class EngineClient:
             cache_salt: only requests with the same one share cached pages.
             weight: the tenant's share beside others'.
             arrived_ns: CLOCK_MONOTONIC when the request came in; now where None.
+            adapter: a LoRA adapter; None for the base model.
 
         Raises:
             DeviceFailure: the engine is known to be dead. All else is raised by the stream.
@@ -187,6 +190,7 @@ class EngineClient:
             cache_salt=cache_salt,
             weight=weight,
             arrived_ns=arrived_ns,
+            adapter=adapter,
         )
         return self._begin(state, message)
 

@@ -34,6 +34,19 @@ class TokenSegment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRef:
+    """A LoRA adapter.
+
+    Attributes:
+        key: the hash of its content; KV that was computed with it is known by it.
+        path: of a directory with just that content, which stays while a request uses it.
+    """
+
+    key: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Submit:
     """Starts one sequence per id in `sequence_ids`; they share the prompt's pages.
 
@@ -44,6 +57,7 @@ class Submit:
         priority: smaller is served first, and preempts.
         tenant: who is charged; opaque here.
         cache_salt: only requests with the same one share cached pages.
+        adapter: None for the base model.
         weight: the tenant's share beside others'; with twice the weight it is served twice as much.
         request_key: 16 hexadecimal digits, unique over all clients and the engine's lives; by it
             the flight recorder names a request. Empty: it is in no record.
@@ -67,6 +81,7 @@ class Submit:
     choices: list[int] = field(default_factory=list)
     emitted: list[list[int]] = field(default_factory=list)
     prompt_logprobs_done: int = 0
+    adapter: AdapterRef | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,6 +327,11 @@ class EngineStatus:
         output_share: the part of their max_tokens that they used.
         embedding: of the model that embeds; None where there is none, or it is not loaded yet.
         texts_waiting: to be embedded; embed_wait_s: how long a new one would wait, of late.
+        adapter_slots, adapters_held: slots for LoRA adapters, and those that hold one.
+        adapter_joins, adapter_hits: rows taken with an adapter so far, and those of them whose
+            adapter was in a slot.
+        adapter_loads: adapters read from the disk so far.
+        adapter_host_bytes: of those in the host's memory.
     """
 
     state: str
@@ -341,6 +361,12 @@ class EngineStatus:
     embedding: EmbeddingInfo | None = None
     texts_waiting: int = 0
     embed_wait_s: float = 0.0
+    adapter_slots: int = 0
+    adapters_held: int = 0
+    adapter_joins: int = 0
+    adapter_hits: int = 0
+    adapter_loads: int = 0
+    adapter_host_bytes: int = 0
 
 
 EngineMessage = TokenEvents | StepStats | Progress | EngineStatus

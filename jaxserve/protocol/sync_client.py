@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from jaxserve.errors import DeviceFailure, JaxserveError
 from jaxserve.protocol.messages import (
+    AdapterRef,
     Cancel,
     ClientMessage,
     EngineMessage,
@@ -122,6 +123,7 @@ class SyncClient:
         cache_salt: str = "",
         weight: float = 1.0,
         arrived_ns: int | None = None,
+        adapter: AdapterRef | None = None,
     ) -> SyncStream:
         """As `EngineClient.submit`."""
         state = self._dispatcher.open(n)
@@ -134,6 +136,7 @@ class SyncClient:
             cache_salt=cache_salt,
             weight=weight,
             arrived_ns=arrived_ns,
+            adapter=adapter,
         )
         self.send(self._dispatcher.begin(state, message))
         return SyncStream(self, state)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from jaxserve.protocol.messages import (
+    AdapterRef,
     ClientMessage,
     Embed,
     EngineMessage,
@@ -99,6 +100,7 @@ def submit_message(
     cache_salt: str = "",
     weight: float = 1.0,
     arrived_ns: int | None = None,
+    adapter: AdapterRef | None = None,
 ) -> Submit:
     """The message that starts a stream's sequences."""
     return Submit(
@@ -110,4 +112,5 @@ def submit_message(
         tenant=tenant,
         cache_salt=cache_salt,
         weight=weight,
+        adapter=adapter,
     )

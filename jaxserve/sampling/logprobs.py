@@ -87,15 +87,16 @@ def logprobs_if(
 
 
 def prompt_logprobs(
-    logits_fn: Callable[[Float[Array, "C D"]], Float[Array, "C V"]],
+    logits_fn: Callable[..., Float[Array, "C V"]],
     hidden: Float[Array, "T D"],
     next_token_ids: Int[Array, "T"],
     spread: Spread = ONE_DEVICE,
+    beside: tuple[Int[Array, "T"], ...] = (),
 ) -> Logprobs:
     """Log-probabilities of the tokens that follow each position.
 
     Args:
-        logits_fn: the model's head, on at most SLICE_TOKENS positions.
+        logits_fn: the model's head, on at most SLICE_TOKENS positions, and what is `beside` them.
         next_token_ids: the token after each position; any valid id where there is none.
     """
     num_tokens = hidden.shape[0]
@@ -103,7 +104,9 @@ def prompt_logprobs(
     padding = -num_tokens % size
     hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, size, hidden.shape[1])
     targets = jnp.pad(next_token_ids, (0, padding)).reshape(-1, size)
+    others = [jnp.pad(x, (0, padding), constant_values=-1).reshape(-1, size) for x in beside]
     slices = jax.lax.map(
-        lambda part: logprobs(logits_fn(part[0]), part[1], spread), (hidden, targets)
+        lambda part: logprobs(logits_fn(part[0], *part[2:]), part[1], spread),
+        (hidden, targets, *others),
     )
     return Logprobs(*(part.reshape(-1, *part.shape[2:])[:num_tokens] for part in slices))

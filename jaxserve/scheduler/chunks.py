@@ -15,6 +15,7 @@ def join_of(sequence: Sequence) -> Join:
         choice=sequence.choice,
         prefix=sequence.prefix_looked_back_at(),
         request=sequence.request,
+        adapter=sequence.adapter_slot,
     )
 
 

@@ -2,8 +2,9 @@
 
 A request goes to one copy, all its choices together, since they share pages; there it stays. It is
 the copy that has most of the prompt cached, of those that have at most a quarter of `max_rows` (at
-least one) more sequences than the least loaded; where that is equal, the one with the fewest
-sequences. So a hit is worth a short wait, and a prompt that all begin with is soon on every copy.
+least one) more sequences than the least loaded; where that is equal, one that has its adapter in a
+slot, and then the one with the fewest sequences. So a hit is worth a short wait, and a prompt that
+all begin with is soon on every copy.
 
 Tenants' counters are common to all copies: a tenant that one copy serves is behind in the others'
 queues, though each can only choose among those that wait with it, so the bound of fairness is one
@@ -27,7 +28,7 @@ from jaxserve.scheduler.pace import Pacer
 from jaxserve.scheduler.phases import IN_TURN, Phase
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.scheduler import Commit, Scheduler
-from jaxserve.scheduler.sequence import Resumed, Sequence
+from jaxserve.scheduler.sequence import AdapterUse, Resumed, Sequence
 from jaxserve.scheduler.slots import Owners
 from jaxserve.types import FinishReason, ModelInfo, SamplingParams
 
@@ -40,8 +41,8 @@ class Schedulers:
             `host_pages` on the host.
         batch_invariant: steps are of one kind each, see `scheduler.phases`; there is no prefix
             cache then, since a page may have been computed as prompt or as output.
-        config, model, page_size, num_pages, host_pages, preemption, cache, clock_ns: as
-            `Scheduler` takes them.
+        config, model, page_size, num_pages, host_pages, preemption, cache, adapter_slots, clock_ns:
+            as `Scheduler` takes them.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Schedulers:
         copies: int = 1,
         cache: CacheConfig | None = None,
         batch_invariant: bool = False,
+        adapter_slots: Iterable[int] = (),
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         cache = cache or CacheConfig()
@@ -63,7 +65,8 @@ class Schedulers:
             cache = dataclasses.replace(cache, prefix=False)
         accounts = Accounts(config)
         self._pacer = Pacer(config.max_step_ms, config.max_step_tokens)
-        pages, on_host = tuple(num_pages), tuple(host_pages)
+        pages, on_host, slots = tuple(num_pages), tuple(host_pages), tuple(adapter_slots)
+        self.num_adapter_slots = sum(slots) * copies
         self._schedulers = [
             Scheduler(
                 config,
@@ -75,6 +78,7 @@ class Schedulers:
                 pacer=self._pacer,
                 host_pages=on_host,
                 preemption=preemption,
+                adapter_slots=slots,
                 clock_ns=clock_ns,
             )
             for _ in range(copies)
@@ -139,6 +143,21 @@ class Schedulers:
         return sum(scheduler.pages.capacity for scheduler in self._schedulers)
 
     @property
+    def num_adapters_held(self) -> int:
+        """Adapters in slots."""
+        return sum(scheduler.adapters.num_held for scheduler in self._schedulers)
+
+    @property
+    def num_adapter_joins(self) -> int:
+        """Rows that were taken with an adapter, so far."""
+        return sum(scheduler.adapters.num_joins for scheduler in self._schedulers)
+
+    @property
+    def num_adapter_hits(self) -> int:
+        """Of these, those whose adapter was in a slot."""
+        return sum(scheduler.adapters.num_hits for scheduler in self._schedulers)
+
+    @property
     def num_shed(self) -> dict[str, int]:
         """Sequences that a full queue refused or pushed out so far, by reason."""
         total: Counter[str] = Counter()
@@ -174,9 +193,10 @@ class Schedulers:
         arrived_ns: int = 0,
         request: int = 0,
         resumed: Resumed | None = None,
+        adapter: AdapterUse | None = None,
     ) -> list[Sequence]:
         """As `Scheduler.submit`, to the copy that the module says."""
-        copy = self._choose(prompt, tenant, cache_salt)
+        copy = self._choose(prompt, tenant, cache_salt, adapter)
         sequences = self._schedulers[copy].submit(
             keys,
             prompt,
@@ -188,22 +208,28 @@ class Schedulers:
             arrived_ns=arrived_ns,
             request=request,
             resumed=resumed,
+            adapter=adapter,
         )
         for sequence in sequences:
             sequence.copy = copy
         return sequences
 
-    def _choose(self, prompt: list[int], tenant: str, cache_salt: str) -> int:
+    def _choose(
+        self, prompt: list[int], tenant: str, cache_salt: str, adapter: AdapterUse | None
+    ) -> int:
         if len(self._schedulers) == 1:
             return 0
         loads = [scheduler.num_waiting + scheduler.num_running for scheduler in self._schedulers]
         most = min(loads) + self._load_margin
 
-        def key(copy: int) -> tuple[int, int, int]:
+        def key(copy: int) -> tuple[int, bool, int, int]:
             scheduler = self._schedulers[copy]
-            root = scheduler.prefix.root(tenant, cache_salt)
+            root = scheduler.prefix.root(tenant, cache_salt, adapter.key if adapter else "")
             cached = scheduler.prefix.num_cached(prompt, root)
-            return -cached, loads[copy], scheduler.pages.num_used
+            away = adapter is not None and not scheduler.adapters.holds(
+                adapter.rank_class, adapter.key
+            )
+            return -cached, away, loads[copy], scheduler.pages.num_used
 
         return min((copy for copy, load in enumerate(loads) if load <= most), key=key)
 

@@ -27,6 +27,7 @@ class Join:
             or brought back from the host; given only where the sampling parameters look back at
             them.
         request: whose sequence it is, for the flight recorder; the device does not see it.
+        adapter: slot of its LoRA adapter; -1 for none.
     """
 
     slot: int
@@ -35,6 +36,19 @@ class Join:
     choice: int
     prefix: list[int] = field(default_factory=list)
     request: int = 0
+    adapter: int = -1
+
+
+@dataclass(slots=True, kw_only=True)
+class AdapterLoad:
+    """Put an adapter into one of the slots of adapters, before anything else.
+
+    Attributes:
+        key: the hash of its content.
+    """
+
+    slot: int
+    key: str
 
 
 @dataclass(slots=True, kw_only=True)
@@ -93,8 +107,8 @@ class Plan:
     """One device call.
 
     Attributes:
-        page_saves, joins, page_entries, page_copies, page_loads: changes of device state, applied
-            in this order before the step's work.
+        adapter_loads, page_saves, joins, page_entries, page_copies, page_loads: changes of device
+            state, applied in this order before the step's work.
         decode_joins, decode_leaves: slots that enter or leave the set of decoding rows; every
             decoding row brings one token a decode step, its input being the token the device
             sampled last for that slot. Leaves come first: a slot that one sequence leaves may be
@@ -107,6 +121,7 @@ class Plan:
     """
 
     step_id: int
+    adapter_loads: list[AdapterLoad] = field(default_factory=list)
     page_saves: list[PageSave] = field(default_factory=list)
     joins: list[Join] = field(default_factory=list)
     page_entries: list[PageEntry] = field(default_factory=list)

@@ -54,6 +54,7 @@ class Planner:
         self._planned.clear()
         self._set_back_level = math.inf
         self._phase = phase
+        self._rows.unpark()
         for sequence in self._rows.meter.over_bound(self._rows.waiting):
             self._preempt(sequence)
         budget = self._max_step_tokens
@@ -142,6 +143,9 @@ class Planner:
             sequence = self._rows.waiting.peek()
             if sequence is None or sequence.has_unread:
                 return budget  # preempted a moment ago: its last tokens are still on their way
+            if not self._rows.adapters.may_join(sequence):
+                self._rows.park(sequence)
+                continue
             if self._rows.prefix.find(sequence):
                 self._rows.choices.hold(sequence)
             if chunk_end(self._phase, sequence, max(budget, 1)) == sequence.num_computed:
@@ -210,6 +214,7 @@ class Planner:
 
     def _take_slot(self, plan: Plan, sequence: Sequence) -> None:
         self._rows.slots.take(sequence)
+        self._rows.adapters.join(sequence)
         sequence.count_found()
         self._rows.prefix.joined(sequence)
         if self._set_back_level < math.inf:

@@ -70,12 +70,16 @@ class PrefixCache:
         self._windowed = [group for group, window in enumerate(pages.windows) if window]
         self._moved: list[tuple[Sequence, int, int, int]] = []
 
-    def root(self, tenant: str, cache_salt: str) -> bytes:
-        """What the digests of a request begin with: only equal roots share pages."""
+    def root(self, tenant: str, cache_salt: str, adapter: str = "") -> bytes:
+        """What the digests of a request begin with: only equal roots share pages.
+
+        Args:
+            adapter: hash of its adapter's content, so that another version shares nothing.
+        """
         if not self._is_on:
             return b""
         tenant = tenant if self._by_tenant else ""
-        texts = (text.encode("utf-8", "surrogatepass") for text in (tenant, cache_salt))
+        texts = (text.encode("utf-8", "surrogatepass") for text in (tenant, cache_salt, adapter))
         return root_digest(self._extra, *texts)
 
     def num_cached(self, prompt: Seq[int], root: bytes) -> int:

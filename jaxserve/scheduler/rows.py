@@ -1,5 +1,7 @@
 """The sequences of one copy of the model: where each is, and what it holds there.
 
+              PARKED
+                ⇅
     HELD ─▶ WAITING ─▶ PREFILLING ⇄ DECODING ⇄ DRAFTING ─▶ RETIRED ─▶ FINISHED
                ▲            └──────────┴──────────┘
                └─────────────── set back
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 from jaxserve.config import SchedulerConfig
 from jaxserve.scheduler.accounts import Meter
+from jaxserve.scheduler.adapters import AdapterTable
 from jaxserve.scheduler.choices import Choices
 from jaxserve.scheduler.decoding import DecodeSet
 from jaxserve.scheduler.drafting import DraftSet
@@ -39,6 +42,7 @@ class Rows:
         prefilling: sequences with a slot, some of whose known tokens are not computed.
         decoding, drafting: those with all known tokens launched.
         slots: who holds which.
+        adapters: in their own slots, and who is PARKED for one.
         num_preemptions: so far.
     """
 
@@ -50,7 +54,9 @@ class Rows:
         swap: Swap,
         waiting: WaitingQueue,
         meter: Meter,
+        adapters: AdapterTable,
     ) -> None:
+        self.adapters = adapters
         self.pages = pages
         self.prefix = prefix
         self.swap = swap
@@ -66,7 +72,7 @@ class Rows:
     @property
     def num_waiting(self) -> int:
         """Sequences that hold no slot and have not ended."""
-        return len(self.waiting) + self.choices.num_held
+        return len(self.waiting) + self.choices.num_held + self.adapters.num_parked
 
     @property
     def num_running(self) -> int:
@@ -85,8 +91,11 @@ class Rows:
         state = sequence.state
         if state is SequenceState.HELD:
             self.choices.desert(sequence)
-        elif state is SequenceState.WAITING:
-            self.waiting.remove(sequence)
+        elif state in (SequenceState.WAITING, SequenceState.PARKED):
+            if state is SequenceState.PARKED:
+                self.adapters.withdraw(sequence)
+            else:
+                self.waiting.remove(sequence)
             self.choices.leaves_queue(sequence)
             self.pages.release(sequence.table)
             self.swap.drop(sequence)
@@ -109,10 +118,21 @@ class Rows:
             self._stop_decoding(sequence)
         self.swap.set_back(sequence)
         self.slots.leave(sequence)
+        self.adapters.leave(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         sequence.state = SequenceState.WAITING
         self.waiting.push(sequence)
+
+    def park(self, sequence: Sequence) -> None:
+        """A sequence in the queue waits for a slot for its adapter instead; it keeps its pages."""
+        self.waiting.remove(sequence)
+        self.adapters.park(sequence)
+
+    def unpark(self) -> None:
+        """Those for whose adapters there may be a slot now go back to the queue."""
+        for sequence in self.adapters.release():
+            self.waiting.push(sequence)
 
     def _stop_decoding(self, sequence: Sequence) -> None:
         """Takes out a row whose known tokens are launched: one that decodes or drafts."""
@@ -124,3 +144,4 @@ class Rows:
     def _leave_slot(self, sequence: Sequence) -> None:
         self.pages.release(sequence.table)
         self.slots.leave(sequence)
+        self.adapters.leave(sequence)

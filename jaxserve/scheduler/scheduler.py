@@ -27,6 +27,7 @@ from collections.abc import Sequence as Seq
 
 from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.scheduler.accounts import Accounts, Meter
+from jaxserve.scheduler.adapters import AdapterTable
 from jaxserve.scheduler.admission import check_cache, check_context
 from jaxserve.scheduler.commit import Commit, Launched
 from jaxserve.scheduler.host_pages import HostPages
@@ -38,7 +39,7 @@ from jaxserve.scheduler.planner import Planner
 from jaxserve.scheduler.prefix import PrefixCache
 from jaxserve.scheduler.queue import WaitingQueue
 from jaxserve.scheduler.rows import Rows
-from jaxserve.scheduler.sequence import Resumed, Sequence, SequenceState
+from jaxserve.scheduler.sequence import AdapterUse, Resumed, Sequence, SequenceState
 from jaxserve.scheduler.shedding import Shedding
 from jaxserve.scheduler.slots import Owners
 from jaxserve.scheduler.spill import Spill
@@ -61,10 +62,12 @@ class Scheduler:
             prefix cache says where None.
         host_pages: pages of each group on the host; none where preempted sequences are recomputed.
         preemption: as `CacheConfig.preemption`.
+        adapter_slots: of each class of LoRA adapters; none where there are none.
         clock_ns: CLOCK_MONOTONIC.
 
     Attributes:
         pages: the allocator.
+        adapters: what is in their slots.
         prefix: the cache of pages by content.
         shedding: of the queue; counts who was refused or shed.
         swap: what preempted sequences have on the host.
@@ -83,6 +86,7 @@ class Scheduler:
         cached_tokens: Callable[[Sequence], int] | None = None,
         host_pages: Iterable[int] = (),
         preemption: str = "auto",
+        adapter_slots: Iterable[int] = (),
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.pages = PageAllocator(page_size, model.cache_groups, list(num_pages))
@@ -105,7 +109,10 @@ class Scheduler:
             clock_ns=clock_ns,
         )
         self.shedding = Shedding(config, self._waiting)
-        self._rows = Rows(config, self.pages, self.prefix, self.swap, self._waiting, meter)
+        self.adapters = AdapterTable(adapter_slots)
+        self._rows = Rows(
+            config, self.pages, self.prefix, self.swap, self._waiting, meter, self.adapters
+        )
         pacer = pacer or Pacer(config.max_step_ms, config.max_step_tokens)
         self._planner = Planner(config, self._rows, pacer, clock_ns)
         self._launched: deque[Launched] = deque()
@@ -152,6 +159,7 @@ class Scheduler:
         arrived_ns: int = 0,
         request: int = 0,
         resumed: Resumed | None = None,
+        adapter: AdapterUse | None = None,
     ) -> list[Sequence]:
         """Lets a request in: one sequence a key, in choice order, all over one prompt.
 
@@ -165,6 +173,7 @@ class Scheduler:
             request: its number in the flight recorder.
             resumed: how far an engine that ended had come with it, which had let it in: no queue
                 is too long for it, and its tenant has been charged.
+            adapter: its LoRA adapter.
 
         Raises:
             ContextTooLong: prompt and max_tokens exceed the model's context.
@@ -184,7 +193,7 @@ class Scheduler:
         stops = frozenset(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             stops |= frozenset(self._model.eos_token_ids)
-        root = self.prefix.root(tenant, cache_salt)
+        root = self.prefix.root(tenant, cache_salt, adapter.key if adapter is not None else "")
         sequences = []
         choices = range(len(keys)) if resumed is None else resumed.choices
         for choice, key in zip(choices, keys, strict=True):
@@ -205,6 +214,7 @@ class Scheduler:
                     root=root,
                     queued_ns=self._clock_ns(),
                     request=request,
+                    adapter=adapter,
                 )
             )
         if resumed is not None:
@@ -252,6 +262,7 @@ class Scheduler:
         self.prefix.tell(plan)
         self._spill.tell(plan)
         self.swap.tell(plan)
+        self.adapters.tell(plan)
         self._launched.append(Launched(plan, self._rows.slots.owners(), opened))
         for chunk in plan.chunks:
             sequence = self._rows.slots.owner(chunk.slot)

@@ -31,6 +31,7 @@ class SequenceState(enum.Enum):
     """Where a sequence is."""
 
     HELD = enum.auto()  # a further choice: waits for the first one's prompt to be computed
+    PARKED = enum.auto()  # waits for a slot for its adapter, out of the queue
     WAITING = enum.auto()  # in the queue: new, preempted, or a choice whose prompt is computed
     PREFILLING = enum.auto()  # has a slot; known tokens are being computed
     DECODING = enum.auto()  # has a slot; each step samples its next token
@@ -54,6 +55,19 @@ class Resumed:
     num_prompt_logprobs: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterUse:
+    """The LoRA adapter of a sequence.
+
+    Attributes:
+        key: the hash of its content.
+        rank_class: of the slots that it fits.
+    """
+
+    key: str
+    rank_class: int
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
     """State of one generation.
@@ -72,6 +86,8 @@ class Sequence:
         root: what the digests of its pages begin with; digests: of its first full pages, as far
             as they were needed.
         copy: of the model, that it lives on.
+        adapter: its LoRA adapter; None for the base model.
+        adapter_slot: where that is, while it holds a row; -1 else.
         request: number of its request in the flight recorder; 0: none.
         host_table: its pages on the host, while it waits with its cache saved.
         followers: choices that wait to share this one's prompt.
@@ -104,6 +120,8 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     slot: int = -1
     copy: int = 0
+    adapter: AdapterUse | None = None
+    adapter_slot: int = -1
     request: int = 0
     digests: list[bytes] = field(default_factory=list)
     host_table: HostTable | None = None

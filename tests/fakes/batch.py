@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxserve.device.step import Program, SlotWrite, StepInputs
+from jaxserve.device.step import AdapterWrite, Program, SlotWrite, StepInputs
 from jaxserve.engine.batch import Shapes
 from jaxserve.engine.batches import Batches
 from jaxserve.scheduler.plan import Plan
@@ -23,6 +23,7 @@ class ExactBatch:
     def __init__(self) -> None:
         self._wants: dict[int, bool] = {}  # slot → log-probabilities
         self._masked: dict[int, bool] = {}  # slot → a grammar
+        self._adapters: dict[int, int] = {}  # slot → slot of its adapter
         self._decoding: list[int] = []
         self._lengths: dict[int, int] = {}  # slot of a decoding row → tokens whose KV is written
 
@@ -32,6 +33,7 @@ class ExactBatch:
         assert plan is not None
         self._wants |= {join.slot: join.sampling.logprobs is not None for join in plan.joins}
         self._masked |= {join.slot: join.sampling.grammar is not None for join in plan.joins}
+        self._adapters |= {join.slot: join.adapter for join in plan.joins}
         for slot in plan.decode_leaves:
             self._decoding.remove(slot)
         for slot, start in zip(plan.decode_joins, plan.decode_starts, strict=True):
@@ -65,7 +67,12 @@ class ExactBatch:
                 decode_steps=max(plan.decode_steps, 1),
                 prompt_logprobs=any(c.prompt_logprobs is not None for c in plan.chunks),
                 draft_tokens=num_drafts,
+                adapters=any(self._adapters[slot] >= 0 for slot in rows),
             ),
+            adapters=np.asarray([self._adapters[slot] for slot in rows], np.int32),
+            adapter_writes=[
+                AdapterWrite(slot=load.slot, arrays=load.key) for load in plan.adapter_loads
+            ],
             rows=np.asarray(rows, np.int32),
             num_live_rows=len(rows),
             num_decode_rows=len(decoding),
@@ -110,17 +117,19 @@ class DoublingShapes:
         decode_steps: int,
         prompt_logprobs: bool,
         drafts: bool,
+        adapters: bool,
     ) -> Program:
         """See `engine.batch.Shapes`."""
         rows = 1 << (num_rows - 1).bit_length()
         if drafts:
-            return Program(num_rows=rows, num_tokens=8 * rows, draft_tokens=7)
+            return Program(num_rows=rows, num_tokens=8 * rows, draft_tokens=7, adapters=adapters)
         tokens = max(1 << (num_tokens - 1).bit_length(), rows)
         return Program(
             num_rows=rows,
             num_tokens=rows if num_tokens == num_rows else max(tokens, rows + 1),
             decode_steps=decode_steps,
             prompt_logprobs=prompt_logprobs,
+            adapters=adapters,
         )
 
 
@@ -132,7 +141,7 @@ class ComparedBatch:
 
     def __init__(self, shapes: Shapes, max_rows: int) -> None:
         self._exact = ExactBatch()
-        self._batches = Batches(shapes, max_rows)
+        self._batches = Batches(shapes, max_rows, arrays=lambda key: key)
         self._max_rows = max_rows
         self._kept: deque[tuple[StepInputs, list[np.ndarray]]] = deque(maxlen=4)
 
@@ -159,7 +168,18 @@ class ComparedBatch:
             assert array.dtype == (np.bool_ if array is built.samples else np.int32)
             assert array[:live].tolist() == expected.tolist()
             assert (array[live:] == padding).all()
-        changes = ("page_saves", "slot_writes", "page_copies", "page_entries", "page_loads")
+        assert program.adapters == exact.program.adapters
+        if program.adapters:
+            assert built.adapters[:rows].tolist() == exact.adapters.tolist()
+            assert (built.adapters[rows:] == -1).all()
+        changes = (
+            "adapter_writes",
+            "page_saves",
+            "slot_writes",
+            "page_copies",
+            "page_entries",
+            "page_loads",
+        )
         for name in (*changes, "logprobs", "masked"):
             assert getattr(built, name) == getattr(exact, name)
         self.check()

@@ -7,11 +7,15 @@ module="tests.fakes.engine")` for a real child over ZeroMQ.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from jaxserve.config import Config
+from jaxserve.config import Config, LoraConfig
 from jaxserve.engine import process
+from jaxserve.engine.adapters import RequestAdapters
 from jaxserve.engine.parts import Parts, Progressing
-from jaxserve.types import CacheGroup, ModelInfo, SamplingParams
+from jaxserve.formats.peft import read_adapter
+from jaxserve.lora.host import HostAdapters, Ready
+from jaxserve.types import AdapterBase, CacheGroup, ModelInfo, SamplingParams
 from tests.fakes import executor
 from tests.fakes.batch import ExactBatch
 from tests.fakes.embedder import fake_embedding
@@ -22,6 +26,9 @@ EOS = 2
 MAX_CONTEXT = 4096
 #: What a page of the fake takes of `cache.host_bytes`.
 PAGE_BYTES = 1024
+#: What an adapter of the fake takes of `lora.host_bytes`, and the module that it may change.
+ADAPTER_BYTES = 1024
+MODULES = {"model.layers.*.self_attn.q_proj": (8, 8)}
 GROUPS: tuple[CacheGroup, ...] = (FULL,)
 
 
@@ -40,6 +47,7 @@ def fake_parts(config: Config, progress: Progressing) -> Parts:
         max_context=max_context,
         host_pages=host_pages,
     )
+    slots, adapters, base = _adapters(config.lora) if config.lora.enabled else ((), None, None)
     for done in range(3):
         progress("compiling", done + 1, 3)
     return Parts(
@@ -49,6 +57,7 @@ def fake_parts(config: Config, progress: Progressing) -> Parts:
             vocab_size=VOCAB_SIZE,
             eos_token_ids=(EOS,),
             cache_groups=GROUPS,
+            adapters=base,
         ),
         batch=ExactBatch(),
         executor=device,
@@ -56,10 +65,28 @@ def fake_parts(config: Config, progress: Progressing) -> Parts:
         num_pages=(num_pages,),
         host_pages=host_pages,
         embedding=fake_embedding(config) if config.embeddings.model else None,
+        adapter_slots=slots,
+        adapters=adapters,
     )
 
 
-def oracle(prompt: list[int], sampling: SamplingParams, choice: int = 0) -> list[int]:
+def _adapters(lora: LoraConfig) -> tuple[tuple[int, ...], RequestAdapters, AdapterBase]:
+    """Slots, those of live requests, and the base: one layer with one module of 8 by 8."""
+    classes = [tuple(map(int, text.split("x"))) for text in lora.classes]
+
+    def load(key: str, path: Path) -> Ready:
+        rank = read_adapter(path, max_rank=classes[-1][0]).rank
+        index = next(i for i, (most, _) in enumerate(classes) if most >= rank)
+        return Ready(rank_class=index, arrays=key, num_bytes=ADAPTER_BYTES)
+
+    host = HostAdapters(load, largest_bytes=ADAPTER_BYTES, max_bytes=lora.host_bytes)
+    base = AdapterBase(modules=MODULES, num_layers=1, table="", max_rank=classes[-1][0])
+    return tuple(count for _, count in classes), RequestAdapters(host), base
+
+
+def oracle(
+    prompt: list[int], sampling: SamplingParams, choice: int = 0, adapter: str | None = None
+) -> list[int]:
     """The tokens that this engine emits."""
     allowed = None
     if sampling.grammar is not None:
@@ -74,6 +101,7 @@ def oracle(prompt: list[int], sampling: SamplingParams, choice: int = 0) -> list
         vocab_size=VOCAB_SIZE,
         eos_token_ids=(EOS,),
         allowed=allowed,
+        adapter=adapter,
     )
 
 

@@ -9,6 +9,8 @@ through it, so a wrong page, position, slot, order or sampling parameter gives a
 whose sampling looks back at their tokens also depend on the tokens that were seen entering the
 model in their slot, as the device's history of tokens does. Pages that are saved lie in a paged
 host memory, where a page that was not saved, or saved for somebody else, gives a wrong token too.
+A token that was run with an adapter is another one in the cache, by `tag` of the adapter's key, so
+that KV of another adapter, or of none, gives a wrong token.
 `oracle` computes what must come out from the plain token list.
 """
 
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxserve.device.step import NOT_ACCEPTED, LogprobArrays, StepInputs, StepOutputs
+from jaxserve.device.step import NO_ADAPTER, NOT_ACCEPTED, LogprobArrays, StepInputs, StepOutputs
 from jaxserve.types import MAX_LOGPROBS, CacheGroup, SamplingParams
 
 FULL = CacheGroup(kind="full", layers=(0,), num_kv_heads=1, head_dim=1)
@@ -29,12 +31,18 @@ ECHO = 77
 ECHO_PERIOD = 5
 
 _MASK = 2**64 - 1
+_TOKEN_BITS = 20
 _WEIGHTS = np.random.default_rng(7).integers(1, 2**63, size=1 << 16, dtype=np.uint64) | np.uint64(1)
 
 
 def sliding(window: int) -> CacheGroup:
     """A sliding-window group."""
     return CacheGroup(kind="sliding", layers=(1,), num_kv_heads=1, head_dim=1, window=window)
+
+
+def tag(adapter: str | None) -> int:
+    """What an adapter adds to the tokens that are run with it."""
+    return 0 if not adapter else (1 + int(adapter[:6], 16)) << _TOKEN_BITS
 
 
 def _mix(value: int) -> int:
@@ -73,7 +81,7 @@ def _pick(
     mixed = _mix(keyed & _MASK)
     tokens = seen[-1][0]
     if sampling.top_k == ECHO and len(tokens) >= ECHO_PERIOD and mixed % 8:
-        echo = int(tokens[-ECHO_PERIOD])
+        echo = int(tokens[-ECHO_PERIOD]) % (1 << _TOKEN_BITS)
         if allowed is None or echo in allowed:
             return echo
     return mixed % vocab_size if allowed is None else allowed[mixed % len(allowed)]
@@ -98,9 +106,9 @@ def _logprob(history: int, token: int) -> float:
     return -(_mix((history + token) & _MASK) % 4096) / 256
 
 
-def _see(history: Sequence[int], groups: Sequence[CacheGroup]) -> Seen:
+def _see(history: Sequence[int], groups: Sequence[CacheGroup], adapter: str | None = None) -> Seen:
     """A token list, seen through each group's window."""
-    tokens = np.asarray(history, np.int64)
+    tokens = np.asarray(history, np.int64) + tag(adapter)
     positions = np.arange(len(tokens))
     first = [0 if g.window is None else max(len(tokens) - g.window, 0) for g in groups]
     return [(tokens[lo:], positions[lo:]) for lo in first]
@@ -120,6 +128,7 @@ def oracle(
     vocab_size: int,
     eos_token_ids: Sequence[int],
     allowed: Callable[[list[int]], Sequence[int]] | None = None,
+    adapter: str | None = None,
 ) -> list[int]:
     """The tokens that must be emitted after a prompt, computed alone and without pages.
 
@@ -129,7 +138,7 @@ def oracle(
     stops = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else set(eos_token_ids))
     history = list(prompt)
     while len(history) - len(prompt) < sampling.max_tokens:
-        seen = _see(history, groups)
+        seen = _see(history, groups, adapter)
         hashed = _history_hash(seen)
         if _looks_back(sampling):
             hashed ^= _seen_hash(enumerate(history), 0)
@@ -201,6 +210,8 @@ class FakeExecutor:
         self._open: list[StepOutputs | Unsampled] = []
         self._slots: list[tuple[SamplingParams, int, int] | None] = [None] * (max_rows + 1)
         self._seen: list[list[tuple[int, int]]] = [[] for _ in range(max_rows + 1)]
+        self._adapters: dict[int, str] = {}  # by their slots
+        self._tags = [0] * (max_rows + 1)
 
     def launch(self, inputs: Sequence[StepInputs]) -> list[StepOutputs | Unsampled]:
         """Runs the step of one copy at once; the results wait for `collect`."""
@@ -262,6 +273,12 @@ class FakeExecutor:
         return 0, 0
 
     def _change_state(self, inputs: StepInputs) -> None:
+        for write in inputs.adapter_writes:
+            self._adapters[write.slot] = write.arrays
+        for row in range(inputs.num_live_rows):
+            slot = NO_ADAPTER if inputs.adapters is None else int(inputs.adapters[row])
+            assert inputs.program.adapters or slot == NO_ADAPTER
+            self._tags[int(inputs.rows[row])] = tag(self._adapters[slot] if slot >= 0 else None)
         for group, page, host_page in inputs.page_saves:
             assert page > 0, "page 0 holds nothing"
             self._host[group][host_page] = self._tokens[group][page], self._positions[group][page]
@@ -342,7 +359,7 @@ class FakeExecutor:
     def _write(self, slot: int, positions: np.ndarray, tokens: np.ndarray) -> None:
         for group, table in enumerate(self._tables):
             pages = table[slot, positions // self.page_size]
-            self._tokens[group][pages, positions % self.page_size] = tokens
+            self._tokens[group][pages, positions % self.page_size] = tokens + self._tags[slot]
             self._positions[group][pages, positions % self.page_size] = positions
 
     def _read(self, slot: int, end: int) -> Seen:

@@ -13,7 +13,7 @@ from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.engine.turn import Batch
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.scheduler import Scheduler
-from jaxserve.scheduler.sequence import Sequence
+from jaxserve.scheduler.sequence import AdapterUse, Sequence
 from jaxserve.types import CacheGroup, FinishReason, ModelInfo, SamplingParams
 from tests.fakes.batch import ExactBatch
 from tests.fakes.executor import FULL, FakeExecutor, oracle
@@ -42,6 +42,7 @@ class Rig:
     pipelined: bool = True
     prefix: bool = True
     isolation: str = "tenant"
+    adapter_slots: Seq[int] = ()
     batch: Batch = field(default_factory=ExactBatch)
     sequences: list[Sequence] = field(default_factory=list)
     ends: Counter[Sequence] = field(default_factory=Counter)
@@ -76,6 +77,7 @@ class Rig:
             clock_ns=self.clock_ns,
             host_pages=[self.host_pages] * len(self.groups),
             preemption=self.preemption,
+            adapter_slots=self.adapter_slots,
         )
         self.executor = FakeExecutor(
             self.groups,
@@ -97,6 +99,7 @@ class Rig:
         tenant: str = "",
         cache_salt: str = "",
         weight: float = 1.0,
+        adapter: AdapterUse | None = None,
         **sampling,
     ) -> list:
         """A request; its sequences."""
@@ -110,6 +113,7 @@ class Rig:
             tenant=tenant,
             cache_salt=cache_salt,
             weight=weight,
+            adapter=adapter,
         )
         for shed, _ in self.scheduler.shedding.take():
             self.ends[shed] += 1
@@ -174,6 +178,7 @@ class Rig:
             groups=self.groups,
             vocab_size=VOCAB,
             eos_token_ids=(EOS,),
+            adapter=sequence.adapter.key if sequence.adapter else None,
         )
 
     def check(self) -> None:

@@ -25,6 +25,7 @@ from jaxserve.config import (
     ToolsConfig,
 )
 from jaxserve.engine.thread import EngineThread
+from jaxserve.http.adapters import Adapters
 from jaxserve.http.app import create_app
 from jaxserve.http.auth import KeyRing
 from jaxserve.limits.store import Store
@@ -99,6 +100,7 @@ class Front:
         structured: StructuredConfig | None = None,
         tools: ToolsConfig | None = None,
         embeddings: EmbeddingsConfig | None = None,
+        adapters: Adapters | None = None,
         **headers: str,
     ) -> None:
         self.engine = engine
@@ -120,6 +122,7 @@ class Front:
             tools=tools,
             embeddings=fake_text() if embeddings is not None and embeddings.model else None,
             embeddings_config=embeddings,
+            adapters=adapters,
         )
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app, raise_app_exceptions=False),
@@ -168,6 +171,7 @@ def front(
     *,
     limits: LimitsConfig | None = None,
     store: Store | None = None,
+    adapters: Adapters | None = None,
     structured: StructuredConfig | None = None,
 ) -> Iterator[Front]:
     """An application over an engine of its own."""
@@ -176,6 +180,7 @@ def front(
             *(engine, http, keys, limits, store),
             structured=structured,
             embeddings=config.embeddings,
+            adapters=adapters,
         )
         try:
             yield made

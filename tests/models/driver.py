@@ -7,6 +7,7 @@ forward by some tokens, in one padded batch, as a mixed step of decode rows and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from jaxserve.models.context import GroupPages, KVCache, StepContext
 from jaxserve.models.decoder import Decoder
+from jaxserve.models.deltas import SlotClass, StepDeltas
 from pallas_kernels.ragged import RaggedBatch
 
 PAGE_SIZE = 8
@@ -23,23 +25,45 @@ PAGE_SIZE = 8
 
 @partial(jax.jit, donate_argnames="cache")
 def _forward(
-    model: Decoder, cache: KVCache, token_ids: Any, batches: tuple[RaggedBatch, ...], last: Any
+    model: Decoder,
+    cache: KVCache,
+    token_ids: Any,
+    batches: tuple[RaggedBatch, ...],
+    last: Any,
+    adapters: tuple[Any, Any] | None = None,
 ) -> tuple[Any, Any, KVCache]:
     num_tokens = token_ids.shape[0]
     context = StepContext.build(batches, num_tokens, PAGE_SIZE)
-    hidden, cache = model(token_ids, cache, context)
-    return hidden, model.logits(hidden[last], jnp.sum(batches[0].query_lens > 0)), cache
+    deltas = slots = None
+    if adapters is not None:
+        classes, slots = adapters
+        of_token = slots[batches[0].token_rows(num_tokens)]
+        live = batches[0].live_tokens(num_tokens)
+        deltas = StepDeltas.of(classes, jnp.where(live, of_token, -1))
+    hidden, cache = model(token_ids, cache, replace(context, deltas=deltas))
+    live_rows = jnp.sum(batches[0].query_lens > 0)
+    return hidden, model.logits(hidden[last], live_rows, deltas, slots), cache
 
 
 _all_logits = jax.jit(lambda model, hidden: model.logits(hidden))
 
 
 class Driver:
-    """Sequences 0 … num_sequences - 1 of one model; pages are dealt out in a shuffled order."""
+    """Sequences 0 … num_sequences - 1 of one model; pages are dealt out in a shuffled order.
+
+    Args:
+        adapters: classes of slots, and the slot of each sequence's adapter, -1 for none.
+    """
 
     def __init__(
-        self, model: Decoder, num_sequences: int, max_tokens: int, dtype: str = "float32"
+        self,
+        model: Decoder,
+        num_sequences: int,
+        max_tokens: int,
+        dtype: str = "float32",
+        adapters: tuple[Sequence[SlotClass], Sequence[int]] | None = None,
     ) -> None:
+        self.adapters = adapters
         self.model = model
         self.lens = [0] * num_sequences
         max_pages = -(-max_tokens // PAGE_SIZE)
@@ -105,7 +129,12 @@ class Driver:
                 )
             )
         last = jnp.asarray(np.maximum(starts[1:] - 1, 0))
-        return jnp.asarray(flat), tuple(batches), last
+        if self.adapters is None:
+            return jnp.asarray(flat), tuple(batches), last
+        slots = np.full(num_rows, -1, np.int32)
+        slots[: len(rows)] = [self.adapters[1][row] for row in rows]
+        adapters = tuple(self.adapters[0]), jnp.asarray(slots)
+        return jnp.asarray(flat), tuple(batches), last, adapters
 
     def all_logits(self, hidden: np.ndarray) -> np.ndarray:
         """Logits of every given hidden state."""

@@ -1,0 +1,93 @@
+"""lora_matmul alone: the sites of Llama 3 8B, and one of SmolLM2, whose size a TPU refuses."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from pallas_kernels.lora_matmul import LoraWeights, block_tokens, lora_matmul
+
+CHIPS = ("v5e:1x1", "v6e:1x1", "tpu7x:1x1x1")
+TOKENS = {"decode": 64, "prefill": 2048}
+#: Rank and slots of each class.
+CLASSES = ((16, 8), (128, 2))
+_LAYERS = 32
+#: Site: K, N, and the widths of its parts, which repeat.
+_SITES: dict[str, tuple[int, int, tuple[int, ...]]] = {
+    "qkv": (4096, 6144, (512, 128, 128)),
+    "out": (4096, 4096, (4096,)),
+    "gate_up": (4096, 28672, (14336, 14336)),
+    "down": (14336, 4096, (4096,)),
+    "smollm2-out": (576, 576, (576,)),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraRow:
+    """One site on one chip, for decoding rows or for chunks; attributes as `KernelRow` has them."""
+
+    site: str
+    kind: str
+    slice: str
+
+    @property
+    def name(self) -> str:
+        """Of the row, on the command line and in the table."""
+        return f"lora_matmul/{self.site}/{self.kind}/{self.slice}"
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the backend refuses it; None where it compiles."""
+        odd = any(size % 128 for size in _SITES[self.site][:2])
+        return "its sizes are no multiples of 128" if odd else None
+
+    @property
+    def page_bytes(self) -> int:
+        """Of what is changed in place: y."""
+        return TOKENS[self.kind] * _SITES[self.site][1] * 2
+
+    def program(self, device: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """A function that donates its first argument, y, and what it takes."""
+        place = SingleDeviceSharding(device)
+        depth, columns, cycle = _SITES[self.site]
+        tokens = TOKENS[self.kind]
+
+        def array(*sizes: int, dtype: Any = jnp.bfloat16) -> Any:
+            return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+        weights = tuple(
+            LoraWeights(
+                a=array(_LAYERS, slots, rank * len(cycle), depth),
+                b=array(_LAYERS, slots, rank, columns),
+            )
+            for rank, slots in CLASSES
+        )
+        slots, layer = array(tokens, dtype=jnp.int32), array(dtype=jnp.int32)
+        return partial(_add, cycle), (
+            array(tokens, columns),
+            array(tokens, depth),
+            weights,
+            slots,
+            layer,
+        )
+
+
+def _add(cycle: tuple[int, ...], y: Any, x: Any, weights: Any, slots: Any, layer: Any) -> Any:
+    blocks, first = [], 0
+    for _, count in CLASSES:
+        blocks.append(block_tokens(slots - first, count))
+        first += count
+    return lora_matmul(x, y, weights, blocks, layer, cycle=cycle, backend="tpu")
+
+
+ROWS_OF_LORA = tuple(
+    LoraRow(site=site, kind=kind, slice=slice)
+    for slice, site, kind in itertools.product(CHIPS, _SITES, TOKENS)
+)

@@ -1,0 +1,94 @@
+"""What an engine with LoRA adapters is built from: its slots, and how an adapter gets ready."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from jaxserve.config import LoraConfig
+from jaxserve.device.adapters import AdapterSlots, RankClass
+from jaxserve.engine.adapters import RequestAdapters
+from jaxserve.errors import ConfigError, InvalidAdapter
+from jaxserve.formats.peft import adapter_digest, read_adapter
+from jaxserve.lora.host import HostAdapters, Ready
+from jaxserve.models.adapters import AdapterLayout
+from jaxserve.models.decoder import Decoder
+from jaxserve.types import AdapterBase
+
+#: Ranks of classes are multiples of this, for the kernels.
+RANK_MULTIPLE = 4
+MAX_SLOTS = 1024
+
+_CLASS = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
+
+
+def rank_classes(config: LoraConfig) -> tuple[RankClass, ...]:
+    """The classes of slots, ranks ascending; none where adapters are off.
+
+    Raises:
+        ConfigError: `lora.classes` is malformed.
+    """
+    if not config.enabled:
+        return ()
+    classes = []
+    for text in config.classes:
+        found = _CLASS.fullmatch(text.strip())
+        if found is None:
+            raise ConfigError(f"lora.classes takes RANKxSLOTS, such as 16x8, got {text!r}")
+        rank, num_slots = int(found[1]), int(found[2])
+        if rank % RANK_MULTIPLE or not rank or not 1 <= num_slots <= MAX_SLOTS:
+            raise ConfigError(
+                f"lora.classes: {text!r} must have a rank that is a multiple of {RANK_MULTIPLE}, "
+                f"and 1 to {MAX_SLOTS} slots"
+            )
+        classes.append(RankClass(rank=rank, num_slots=num_slots))
+    if not classes or len({own.rank for own in classes}) != len(classes):
+        raise ConfigError("lora.classes must have at least one class, each of another rank")
+    return tuple(sorted(classes, key=lambda own: own.rank))
+
+
+def make_slots(config: LoraConfig, model: Decoder, mesh: Mesh) -> AdapterSlots | None:
+    """Empty slots on the devices; None where adapters are off."""
+    classes = rank_classes(config)
+    if not classes:
+        return None
+    return AdapterSlots(AdapterLayout(model, vocabulary=config.vocabulary), classes, mesh)
+
+
+def adapter_base(config: LoraConfig, model: Decoder) -> AdapterBase | None:
+    """What the front end holds an adapter against; None where adapters are off."""
+    classes = rank_classes(config)
+    if not classes:
+        return None
+    layout = AdapterLayout(model, vocabulary=config.vocabulary)
+    modules = {
+        re.sub(r"\.layers\.\d+\.", ".layers.*.", name): sizes
+        for name, sizes in layout.targets.items()
+    }
+    return AdapterBase(
+        modules=modules,
+        num_layers=model.spec.num_layers,
+        table=layout.embedding,
+        max_rank=classes[-1].rank,
+    )
+
+
+def request_adapters(config: LoraConfig, slots: AdapterSlots | None) -> RequestAdapters:
+    """Those of live requests, and the host's memory behind them."""
+    if slots is None:
+        return RequestAdapters()
+    layout, classes = slots.layout, slots.classes
+
+    def load(key: str, path: Path) -> Ready:
+        adapter = read_adapter(path, max_rank=classes[-1].rank)
+        if adapter_digest(path) != key:
+            raise InvalidAdapter(f"{path} does not hold the adapter {key}: load it again")
+        index = next(i for i, own in enumerate(classes) if own.rank >= adapter.rank)
+        arrays = layout.arrays(adapter, classes[index].rank)
+        num_bytes = sum(array.nbytes for pair in arrays.values() for array in pair)
+        return Ready(rank_class=index, arrays=arrays, num_bytes=num_bytes)
+
+    largest = layout.num_bytes(classes[-1].rank)
+    return RequestAdapters(HostAdapters(load, largest_bytes=largest, max_bytes=config.host_bytes))
