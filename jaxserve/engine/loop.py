@@ -353,6 +353,7 @@ class Engine:
             arrived_ns=message.arrived_ns,
             request=request_number(message.request_key),
             resumed=resumed(message),
+            adapter=self._adapters.use_of(message),
         )
         self._backlog.enter(sequences, message.priority, message.tenant, message.weight)
         return sequences
