@@ -195,6 +195,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
+    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.5])
     parser.add_argument("--plot", default="")
     parser.add_argument("--only", default="", help="steps, masks, forced or host")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
@@ -217,14 +218,15 @@ def main() -> None:
         arms = {
             name: arm(config, parts, tokenizer, name == "drafts") for name in ("plain", "drafts")
         }
+        if "forced" in wanted:
+            record["forced"] = forced(arms, prompt, max(arguments.pairs // 3, 3))
         if "steps" in wanted:
             record["steps"] = [
                 steps(arms["plain"], prompt, rows, share, arguments.pairs, arguments.tokens)
                 for rows in arguments.rows
-                for share in ((1.0, 0.5) if rows > 1 else (1.0,))
+                for share in arguments.shares
+                if rows * share >= 1
             ]
-        if "forced" in wanted:
-            record["forced"] = forced(arms, prompt, max(arguments.pairs // 3, 3))
     report(record, arguments.plot)
     print(json_line({"benchmark": "structured", **environment(), "config": config, **record}))
 

@@ -20,7 +20,6 @@ from jaxserve.device.programs import StepResults, keep_last, pack_logprobs, samp
 from jaxserve.device.state import DeviceState
 from jaxserve.device.step import MaskedSampling, StepInputs
 from jaxserve.models.decoder import Decoder
-from jaxserve.sampling.mask import mask_logits
 from jaxserve.sampling.spread import ONE_DEVICE, Spread
 from jaxserve.sampling.state import num_mask_words
 
@@ -63,10 +62,10 @@ def make_sampling(
         num_live, wants_logprobs = inputs.scalars
         with jax.named_scope("sampling"):
             logits = model.logits(state.hidden[: sampling.num_places], num_live)
-            masked = mask_logits(logits, jnp.asarray(inputs.masks))
+            masks = jnp.asarray(inputs.masks)
             places = slots, positions, live != 0
             sampled, logprobs = sample_rows(
-                logits, masked, state.sampling, places, wants_logprobs != 0, spread
+                logits, masks, state.sampling, places, wants_logprobs != 0, spread
             )
             beside = pack_logprobs(logprobs)
             samples, starts = inputs.samples != 0, jnp.asarray(inputs.query_starts)

@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxserve.device.acceptance import accept
 from jaxserve.device.cache import copy_pages
@@ -180,7 +180,7 @@ class _Run:
                 logits = self.model.logits(ends, inputs.num_live_rows, self.deltas, inputs.adapters)
                 places = inputs.rows, context_lens, inputs.samples
                 sampled, logprobs = sample_rows(
-                    logits, logits, state.sampling, places, inputs.logprobs, self.spread
+                    logits, None, state.sampling, places, inputs.logprobs, self.spread
                 )
                 last = keep_last(state.last_tokens, inputs.rows, inputs.samples, sampled)
                 return last, sampled, pack_logprobs(logprobs)
@@ -204,7 +204,7 @@ class _Run:
                 )
                 places = tokens.slots, tokens.positions + 1, tokens.live
                 sampled, logprobs = sample_rows(
-                    logits, logits, state.sampling, places, inputs.logprobs, self.spread
+                    logits, None, state.sampling, places, inputs.logprobs, self.spread
                 )
                 num_drafts = self.layout.program.draft_tokens
                 accepted = accept(sampled, tokens.token_ids, inputs.query_starts, num_drafts)
@@ -301,7 +301,7 @@ class _Run:
 
 def sample_rows(
     logits: Float[Array, "N V"],
-    allowed: Float[Array, "N V"],
+    masks: UInt[Array, "N W"] | None,
     state: SamplingState,
     places: tuple[Int[Array, "N"], Int[Array, "N"], Bool[Array, "N"]],
     wants_logprobs: Bool[Array, ""],
@@ -310,10 +310,10 @@ def sample_rows(
     """A token for each place, and its log-probabilities if any are wanted.
 
     Args:
-        allowed: the logits to sample by: all of them, or what masks leave.
+        masks: of tokens that may be taken, as `mask_logits` has them; all where None.
         places: slot, position of the sampled token, and whether one is wanted.
     """
-    sampled = _sample(allowed, state, *places, spread=spread)
+    sampled = _sample(logits, state, *places, spread=spread, masks=masks)
     return sampled, _logprobs_if(wants_logprobs, logits, sampled, spread=spread)
 
 

@@ -103,7 +103,8 @@ class GrammarChecker:
             except (asyncio.IncompleteReadError, OSError):
                 await self._kill()
                 limit = self._config.check_memory_bytes >> 20
-                verdict = f"it cannot be compiled within {limit} MiB of memory; send a simpler one"
+                # Not kept: something else may have ended the child.
+                return f"it cannot be compiled within {limit} MiB of memory; send a simpler one"
         except BaseException:
             await self._kill()  # its next answer would be taken for another grammar's
             raise

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxserve.sampling.adjust import adjust_logits
 from jaxserve.sampling.draw import draw, weigh
+from jaxserve.sampling.mask import mask_logits
 from jaxserve.sampling.spread import ONE_DEVICE, Spread
 from jaxserve.sampling.spread import greedy as greedy_by_vocabulary
 from jaxserve.sampling.state import Flag, SamplingState, read_settings
@@ -32,6 +33,7 @@ def sample(
     positions: Int[Array, "B"],
     live: Bool[Array, "B"],
     spread: Spread = ONE_DEVICE,
+    masks: UInt[Array, "B W"] | None = None,
 ) -> Int[Array, "B"]:
     """The next token of each row; an arbitrary one where a row is not live.
 
@@ -39,14 +41,30 @@ def sample(
         slots: each row's slot, whose settings and history (`history.observe`) it follows.
         positions: where the tokens will stand in their sequences.
         spread: how the logits lie on the devices.
+        masks: of tokens that may be taken at all, as `mask_logits` has them.
     """
     settings = read_settings(state, slots, live)
     plain = greedy if not spread.axes else greedy_by_vocabulary
+    choose, rows = _choose, (logits, slots, positions, live)
+    if masks is not None:
+        choose, rows = _choose_allowed, (*rows, masks)
     return jax.lax.cond(
         spread.anywhere(settings.any_has(Flag.ADJUSTS | Flag.SAMPLES)),
-        lambda: spread.over_rows(_choose, (logits, slots, positions, live), state),
-        lambda: plain(logits),
+        lambda: spread.over_rows(choose, rows, state),
+        lambda: plain(logits if masks is None else mask_logits(logits, masks)),
     )
+
+
+def _choose_allowed(
+    logits: Float[Array, "B V"],
+    slots: Int[Array, "B"],
+    positions: Int[Array, "B"],
+    live: Bool[Array, "B"],
+    masks: UInt[Array, "B W"],
+    state: SamplingState,
+) -> Int[Array, "B"]:
+    """The same where masks rule tokens out, in one pass over the logits with `_choose`'s own."""
+    return _choose(mask_logits(logits, masks), slots, positions, live, state)
 
 
 def _choose(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import re
+import signal
 import time
 from dataclasses import replace
 
@@ -240,3 +243,33 @@ def test_the_child_that_dies_is_started_again(shared: Front) -> None:
     response = shared.post("/v1/chat/completions", CHAT | {"guided_regex": "[abc]{3}"})
     assert response.status_code in (200, 400)  # it may have died while it checked this one
     assert chat(shared, guided_regex="[abcd]{3}") != ""
+
+
+def test_streams_go_on_while_a_grammar_is_checked(shared: Front) -> None:
+    """Free ones, and those whose grammars are known."""
+    known = CHAT | {"guided_regex": "[ab]{9}", "stream": True}
+    before = shared.post("/v1/chat/completions", known | {"seed": 1}).text
+    child = shared.app.frontend.grammars._child
+    assert child is not None
+    os.kill(child.pid, signal.SIGSTOP)  # as one that takes for ever
+
+    async def both() -> None:
+        path, new = "/v1/chat/completions", CHAT | {"guided_regex": "[ab]{10}"}
+        checked = asyncio.create_task(shared.http.post(path, json=new))
+        await asyncio.sleep(0)
+        streamed = await shared.http.post(path, json=known | {"seed": 1})
+        free = await shared.http.post(path, json=CHAT | {"seed": 2})
+        assert not checked.done()
+        assert free.status_code == 200
+        assert _contents(streamed.text) == _contents(before) != ""
+        refused = await checked
+        assert refused.status_code == 400 and "longer than" in refused.text
+
+    shared.run(both())
+    assert chat(shared, guided_regex="[abc]{3}") != ""
+
+
+def _contents(events: str) -> str:
+    lines = [line[6:] for line in events.splitlines() if line.startswith("data: {")]
+    choices = [choice for line in lines for choice in json.loads(line)["choices"]]
+    return "".join(choice["delta"].get("content") or "" for choice in choices)
