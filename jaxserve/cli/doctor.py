@@ -95,6 +95,9 @@ def _programs(config: Config) -> Iterator[tuple[str, str]]:
             f"{'s' if program.decode_steps > 1 else ''}"
             f"{', prompt log-probabilities' if program.prompt_logprobs else ''}",
         )
+    samplings = sorted({p.sampling for p in programs if p.decode_steps == 1})
+    names = ", ".join(sampling.name for sampling in samplings)
+    yield "with grammars", f"{len(samplings)} small ones more, that sample by masks: {names}"
     axes = {
         "rows": {program.num_rows for program in programs},
         "tokens": {program.num_tokens for program in programs},

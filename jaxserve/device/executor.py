@@ -24,7 +24,7 @@ import os
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -37,6 +37,7 @@ from jaxserve.device import programs
 from jaxserve.device.compiles import compile_counter
 from jaxserve.device.host_store import HostStore
 from jaxserve.device.hosts import Hosts
+from jaxserve.device.launched import Launched
 from jaxserve.device.lowering import Lowering, Wanted, integers, shapes
 from jaxserve.device.masked import make_sampling, masked_inputs, padding_masks
 from jaxserve.device.packing import NO_GROUP, StepLayout
@@ -62,16 +63,6 @@ logger = logging.getLogger(__name__)
 
 #: Told how far warming up is: "compiling", programs done, of how many.
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Launched:
-    """A step that runs: its results, which may not be there yet; tokens: a masked step's."""
-
-    inputs: Sequence[StepInputs]
-    results: StepResults | None
-    launched_ns: int
-    sampled: StepResults | None = None
 
 
 class Executor:
@@ -287,35 +278,14 @@ class Executor:
 
     def collect(self, launched: Launched) -> list[StepOutputs]:
         """Waits for a step's results, those of each copy."""
-        inputs, results = launched.inputs, launched.sampled or launched.results
-        assert results is not None and launched.results is not None
-        token_ids = np.asarray(results.token_ids)
+        token_ids = launched.token_ids()
         ready_ns = time.monotonic_ns()
         device_ns = ready_ns - max(launched.launched_ns, self._ready_ns)
         idle_ns = max(0, launched.launched_ns - self._ready_ns) if self._ready_ns else 0
         self._ready_ns = ready_ns
-        logprobs = of_prompt = None
-        if any(own.logprobs for own in inputs):
-            logprobs = np.asarray(results.logprobs)
-        if launched.results.prompt_logprobs is not None:
-            of_prompt = np.asarray(launched.results.prompt_logprobs)
-        outputs, page_ns = [], self.page_ns
-        for copy, own in enumerate(inputs):
-            place = ... if self._mesh.size == 1 else copy
-            outputs.append(
-                StepOutputs(
-                    token_ids=token_ids[place],
-                    logprobs=programs.unpack_logprobs(logprobs[place])
-                    if logprobs is not None and own.logprobs
-                    else None,
-                    prompt_logprobs=None
-                    if of_prompt is None
-                    else programs.unpack_logprobs(of_prompt[place]),
-                    device_ns=device_ns,
-                    idle_ns=idle_ns,
-                    page_ns=page_ns,
-                )
-            )
+        outputs = launched.outputs(token_ids, by_copy=self._mesh.size > 1)
+        for own in outputs:
+            own.device_ns, own.idle_ns, own.page_ns = device_ns, idle_ns, self.page_ns
         return outputs
 
     def follow(self) -> None:

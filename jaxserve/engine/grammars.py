@@ -161,7 +161,7 @@ class Grammars:
         masks, failed = [], []
         for copy, own in enumerate(inputs):
             rows, sequences = [], []
-            by_slot = owners(copy)
+            by_slot = owners(copy) if own.num_live_rows else []
             for row in np.flatnonzero(own.samples[: own.num_live_rows]).tolist():
                 sequence = by_slot[own.rows[row]]
                 if sequence is None or sequence.constraint is None or sequence.reason is not None:

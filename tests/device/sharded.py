@@ -21,9 +21,16 @@ from jaxserve.engine.batches import Batches
 from jaxserve.engine.loop import Engine
 from jaxserve.engine.parts import Parts
 from jaxserve.engine.process import build_engine
-from jaxserve.protocol.messages import GetStatus, Submit, TokenEvents, TokenSegment
+from jaxserve.protocol.messages import (
+    GetStatus,
+    Submit,
+    TokenEvents,
+    TokenSegment,
+    UseVocabulary,
+)
 from jaxserve.settings import load_config
-from jaxserve.types import SamplingParams
+from jaxserve.structured.grammars import regex
+from jaxserve.types import SamplingParams, Vocabulary
 from tests.fakes.drafts import ToldDrafts
 
 NUM_DEVICES = 8
@@ -47,7 +54,10 @@ SAMPLINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.8, "top_k": 20},
     {"temperature": 1.1, "top_p": 0.9, "min_p": 0.01},
     {"temperature": 0.0, "repetition_penalty": 1.3, "presence_penalty": 0.4},
+    {"temperature": 0.9, "grammar": regex("([0-9]{2}[a-z]){9}"), "ignore_eos": False},
 )
+#: Every token is a byte.
+BYTES = Vocabulary(tokens=tuple(bytes([i]) for i in range(256)), special_token_ids=())
 
 
 class Pocket:
@@ -73,8 +83,11 @@ def serve(config: Config, parts: Parts) -> dict[str, Any]:
     """All requests at once, to their ends; what each brought, by number."""
     pocket: Any = Pocket()
     engine = build_engine(config, pocket, parts)
+    engine.handle("client", UseVocabulary(vocabulary=BYTES))
     for number in range(len(PROMPT_LENS)):
         engine.handle("client", request(number, parts.model.vocab_size))
+    while engine._grammars.num_held:
+        engine.receive(0.0)
     found = answers(engine, pocket)
     found["compiles"] = parts.executor.compiles_after_warmup
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.numpy import save_file
 
 from jaxserve.models.options import ModelOptions
 from jaxserve.models.registry import model_class
-from tests.device.sharded import DRAFTING, PROMPT_LENS
+from tests.device.sharded import DRAFTING, PROMPT_LENS, SAMPLINGS
 from tests.models.loading import ORACLE, config_of
 
 SCANNED = "kernels.layers=scanned"
@@ -37,6 +38,8 @@ def assert_equal(found: dict[str, Any], tolerance: float) -> None:
     for number in map(str, range(len(PROMPT_LENS))):
         assert len(mesh[number]["tokens"]) == 12
         assert mesh[number]["tokens"] == one[number]["tokens"]
+        if int(number) % len(SAMPLINGS) == len(SAMPLINGS) - 1:  # which a grammar holds
+            assert re.fullmatch("([0-9]{2}[a-z]){4}", bytes(mesh[number]["tokens"]).decode())
         for name in ("logprobs", "prompt_logprobs"):
             ours, theirs = np.array(mesh[number][name]), np.array(one[number][name])
             assert ours.shape == theirs.shape

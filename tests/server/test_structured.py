@@ -13,7 +13,7 @@ import httpx
 import jsonschema
 import pytest
 from openai import BadRequestError, OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from tests.server.conftest import TIMEOUT_S, Server
 
@@ -24,10 +24,12 @@ QUESTION = [{"role": "user", "content": "Tell me about the city of Paris, as JSO
 
 
 class City(BaseModel):
-    name: str
+    """Bounded: so small a model goes on for ever where it may."""
+
+    name: str = Field(max_length=20)
     country: Literal["France", "Italy"]
-    inhabitants: int
-    sights: list[Literal["river", "tower", "museum"]]
+    inhabitants: int = Field(ge=0, le=99_999_999)
+    sights: list[Literal["river", "tower", "museum"]] = Field(max_length=3)
 
 
 @pytest.fixture
