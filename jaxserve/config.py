@@ -145,7 +145,7 @@ class KernelsConfig:
         attention: "auto", "xla", "cpu" (native), "tpu" or "gpu" (Pallas).
         matmul: "auto", "xla", or "cpu" (native, packed weights).
         layers: "auto", "unrolled" or "scanned".
-        lora: what adapters add: "auto", "xla", or "cpu" (native).
+        lora: what adapters add: "auto", "xla", "cpu" (native), or "tpu" (Pallas).
     """
 
     attention: str = "auto"
@@ -358,7 +358,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kernels.attention": ("auto", "xla", "cpu", "tpu", "gpu"),
     "kernels.matmul": ("auto", "xla", "cpu"),
     "kernels.layers": ("auto", "unrolled", "scanned"),
-    "kernels.lora": ("auto", "xla", "cpu"),
+    "kernels.lora": ("auto", "xla", "cpu", "tpu"),
     "limits.when_store_fails": ("local", "open", "closed"),
     "logging.level": ("debug", "info", "warning", "error"),
 }

@@ -102,9 +102,9 @@ def _programs(config: Config) -> Iterator[tuple[str, str]]:
         "tokens": {program.num_tokens for program in programs},
         "decode steps": {program.decode_steps for program in programs},
         "prompt_logprobs": {program.prompt_logprobs for program in programs},
-        "drafts": {program.draft_tokens for program in programs},
-        "adapters": {program.adapters for program in programs},
     }
+    if config.lora.enabled:
+        axes["adapters"] = {program.adapters for program in programs}
     product = " × ".join(f"{len(values)} {name}" for name, values in axes.items())
     whole = math.prod(map(len, axes.values()))
     most = MAX_PROGRAMS * (1 + config.lora.enabled)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from jax.sharding import Mesh
 
-from jaxserve.config import LoraConfig
+from jaxserve.config import Config, LoraConfig
 from jaxserve.device.adapters import AdapterSlots, RankClass
 from jaxserve.engine.adapters import RequestAdapters
 from jaxserve.errors import ConfigError, InvalidAdapter
@@ -15,8 +17,14 @@ from jaxserve.formats.peft import adapter_digest, read_adapter
 from jaxserve.lora.host import HostAdapters, Ready
 from jaxserve.models.adapters import AdapterLayout
 from jaxserve.models.decoder import Decoder
+from jaxserve.models.options import ModelOptions
+from jaxserve.models.spec import ModelSpec
 from jaxserve.types import AdapterBase
 
+logger = logging.getLogger(__name__)
+
+#: Sizes that the TPU kernel takes are multiples of this.
+LANES = 128
 #: Ranks of classes are multiples of this, for the kernels.
 RANK_MULTIPLE = 4
 MAX_SLOTS = 1024
@@ -47,6 +55,33 @@ def rank_classes(config: LoraConfig) -> tuple[RankClass, ...]:
     if not classes or len({own.rank for own in classes}) != len(classes):
         raise ConfigError("lora.classes must have at least one class, each of another rank")
     return tuple(sorted(classes, key=lambda own: own.rank))
+
+
+def fitting_lora(options: ModelOptions, config: Config, spec: ModelSpec) -> ModelOptions:
+    """The options, with XLA's products where the TPU kernel does not take the model's sizes.
+
+    Raises:
+        ConfigError: just that kernel was asked for.
+    """
+    if options.lora != "tpu" or not config.lora.enabled:
+        return options
+    parts, sizes = options.tensor_parallel, spec.spread(options.tensor_parallel).attention
+    heads = sizes.held_heads * sizes.head_dim // parts
+    keys = 2 * sizes.held_kv_heads * sizes.head_dim // parts
+    whole = spec.feed_forward % parts != 0
+    found = [spec.hidden_size, heads, heads + keys]
+    found.append(spec.feed_forward if whole else spec.feed_forward // parts)
+    if config.lora.vocabulary:
+        split = spec.vocab_size % parts == 0
+        found.append(spec.vocab_size // parts if split else spec.vocab_size)
+    odd = [size for size in found if size % LANES]
+    if not odd:
+        return options
+    reason = f"a device has sizes of {', '.join(map(str, odd))}, no multiples of {LANES}"
+    if config.kernels.lora == "tpu":
+        raise ConfigError(f"kernels.lora=tpu cannot run this model: {reason}")
+    logger.info("kernels.lora: xla (%s)", reason)
+    return replace(options, lora="xla")
 
 
 def make_slots(config: LoraConfig, model: Decoder, mesh: Mesh) -> AdapterSlots | None:

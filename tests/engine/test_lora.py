@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from jaxserve.config import (
     SchedulerConfig,
 )
 from jaxserve.engine.load import load_parts
-from jaxserve.engine.lora import rank_classes
+from jaxserve.engine.lora import fitting_lora, rank_classes
 from jaxserve.engine.thread import EngineThread
 from jaxserve.errors import ConfigError, InvalidAdapter, InvalidRequest
 from jaxserve.formats.peft import Adapter, adapter_digest, write_adapter
@@ -188,6 +189,24 @@ def test_cancel_while_an_adapter_is_loaded(
     assert tokens_of(client.submit(prompt(), greedy(), adapter=adapters[-1][1])) == expected[-2]
     status = client.get_status()
     assert status.waiting == status.running == status.pages_used == 0
+
+
+def test_the_tpu_kernel_is_taken_where_it_fits() -> None:
+    """XLA's products elsewhere; asked for by name it is refused."""
+    spec = load_tiny(CASE, OPTIONS).spec
+    options = ModelOptions(dtype="bfloat16", attention="tpu", lora="tpu")
+    assert fitting_lora(options, config(), spec).lora == "xla"
+    asked = dataclasses.replace(config(), kernels=KernelsConfig(lora="tpu"))
+    with pytest.raises(ConfigError, match="no multiples of 128"):
+        fitting_lora(options, asked, spec)
+    sizes = dataclasses.replace(spec.attention, num_heads=8, num_kv_heads=4, head_dim=64)
+    wide = dataclasses.replace(
+        spec, attention=sizes, hidden_size=512, feed_forward=1024, vocab_size=1280
+    )
+    assert fitting_lora(options, asked, wide) == options
+    assert fitting_lora(dataclasses.replace(options, tensor_parallel=2), asked, wide).lora == "tpu"
+    off = dataclasses.replace(asked, lora=LoraConfig())
+    assert fitting_lora(options, off, spec) == options
 
 
 @pytest.mark.parametrize("classes", [("8",), ("0x4",), ("6x2",), ("8x0",), (), ("8x1", "8x2")])

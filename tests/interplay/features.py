@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from jaxserve.engine.loop import Engine
 from jaxserve.engine.thread import EngineThread
 from jaxserve.protocol.client import SyncStream
-from jaxserve.protocol.messages import SequenceRecord
+from jaxserve.protocol.messages import AdapterRef, SequenceRecord
 from jaxserve.protocol.streams import SequenceEvent
 from jaxserve.protocol.thread import ThreadClient
 from jaxserve.settings import load_config
@@ -39,6 +39,7 @@ class Probe:
     Attributes:
         cut: choice → tokens after which the client ends it.
         cut_reason: with which word.
+        adapter: a LoRA adapter; None for the base.
     """
 
     prompt: list[int]
@@ -47,6 +48,12 @@ class Probe:
     priority: int = 0
     cut: dict[int, int] = field(default_factory=dict)
     cut_reason: FinishReason = FinishReason.CANCELLED
+    adapter: AdapterRef | None = None
+
+    @property
+    def adapter_key(self) -> str | None:
+        """What the oracle wants to know of it."""
+        return self.adapter.key if self.adapter is not None else None
 
     def shape(self, **sampling: object) -> None:
         """Changes how tokens are sampled."""
@@ -152,7 +159,13 @@ class Trial:
             first = next(stream)  # they run
             self._keep([first])
         streams = [
-            submit(probe.prompt, probe.sampling, n=probe.n, priority=probe.priority)
+            submit(
+                probe.prompt,
+                probe.sampling,
+                n=probe.n,
+                priority=probe.priority,
+                adapter=probe.adapter,
+            )
             for probe in self.probes
         ]
         deaths = max(feature.lives for feature in self.features) - 1
@@ -188,7 +201,7 @@ class Trial:
         """Every choice brought the oracle's tokens, each once, and ended as it had to."""
         for probe, outcomes in zip(self.probes, self.outcomes, strict=True):
             for choice, outcome in enumerate(outcomes):
-                expected = oracle(probe.prompt, probe.sampling, choice)
+                expected = oracle(probe.prompt, probe.sampling, choice, probe.adapter_key)
                 tokens = outcome.token_ids
                 full = len(tokens) == probe.sampling.max_tokens
                 natural = FinishReason.LENGTH if full else FinishReason.STOP
@@ -208,4 +221,5 @@ class Trial:
             return  # the fake mixes what was seen into the hash, then
         for place, entry in enumerate(outcome.logprobs):
             history = [*probe.prompt, *outcome.token_ids[:place]]
-            assert entry.logprob == oracle_logprob(history, entry.token_id, GROUPS)
+            expected = oracle_logprob(history, entry.token_id, GROUPS, probe.adapter_key)
+            assert entry.logprob == expected

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import shutil
+import tempfile
 from dataclasses import replace
 from itertools import combinations, product
+from pathlib import Path
 
 import pytest
 
+from jaxserve.formats.peft import adapter_digest, write_adapter
+from jaxserve.protocol.messages import AdapterRef
 from jaxserve.types import FinishReason, SamplingParams
-from tests.fakes.engine import oracle
+from tests.fakes.engine import MODULES, oracle
 from tests.fakes.executor import ECHO
 from tests.interplay.features import Feature, Probe, Trial
+from tests.lora.adapters import random_adapter
 
 
 def _choices(probe: Probe) -> None:
@@ -27,7 +35,7 @@ def _penalties(probe: Probe) -> None:
 
 def _stop_token(probe: Probe) -> None:
     """Stops at its ninth token, which its own run without a stop token tells."""
-    token = oracle(probe.prompt, probe.sampling, 0)[8]
+    token = oracle(probe.prompt, probe.sampling, 0, probe.adapter_key)[8]
     probe.shape(stop_token_ids=(token,))
 
 
@@ -65,7 +73,8 @@ def _prompts_first(trial: Trial) -> None:
     """Each probe's beginning has been computed for another request."""
     for probe in trial.probes:
         sampling = replace(probe.sampling, max_tokens=3, prompt_logprobs=None, stop_token_ids=())
-        trial.finish(trial.client.submit([*probe.prompt[:-2], 1], sampling))
+        prompt = [*probe.prompt[:-2], 1]
+        trial.finish(trial.client.submit(prompt, sampling, adapter=probe.adapter))
 
 
 def _was_found(trial: Trial) -> bool:
@@ -82,7 +91,33 @@ def _urgent(probe: Probe) -> None:
     probe.priority = -1
 
 
+@functools.cache
+def _adapters() -> list[AdapterRef]:
+    """Two of them, on the disk."""
+    directory = Path(tempfile.mkdtemp(prefix="jaxserve-test-adapters-"))
+    atexit.register(shutil.rmtree, directory)
+    refs = []
+    for seed in range(2):
+        path = directory / str(seed)
+        modules = {name.replace("*", "0"): sizes for name, sizes in MODULES.items()}
+        write_adapter(path, random_adapter(modules, 4, seed))
+        refs.append(AdapterRef(key=adapter_digest(path), path=str(path)))
+    return refs
+
+
+def _adapter(probe: Probe) -> None:
+    """Two of the probes have adapters, for which there is one slot."""
+    number = probe.prompt[0] - 7
+    probe.adapter = _adapters()[number] if number < 2 else None
+
+
 FEATURES = (
+    Feature(
+        name="adapters",
+        settings=("lora.enabled=true", "lora.classes=4x1"),
+        shape=_adapter,
+        acted=lambda trial: trial.engine.scheduler.num_adapter_joins > 0,
+    ),
     Feature(name="choices", shape=_choices),
     Feature(
         name="speculation",
