@@ -80,7 +80,6 @@ def _kernels(config: Config) -> Iterator[tuple[str, str]]:
     yield "attention", options.attention
     yield "matmul", options.matmul
     yield "layers", options.layers
-    yield "lora", options.lora
     yield "weights", _weights(options)
 
 

@@ -29,7 +29,7 @@ from jaxserve.device.sharding import make_mesh, param_sharding, tensor_parallel
 from jaxserve.device.state import DeviceState, init_device_state
 from jaxserve.engine.batches import Batches
 from jaxserve.engine.layout import log_layout
-from jaxserve.engine.lora import adapter_base, fitting_lora, make_slots, request_adapters
+from jaxserve.engine.lora import adapter_base, make_slots, request_adapters, with_lora_kernel
 from jaxserve.engine.parts import Parts, Progressing
 from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.models.decoder import Decoder
@@ -49,8 +49,6 @@ logger = logging.getLogger(__name__)
 
 #: Compute capability of H100, H200 and their kin.
 _HOPPER = "9.0"
-#: Why the native lora_matmul does not run, by whether activations are float32.
-_INEXACT_LORA = {True: None, False: "it takes float32 activations"}
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*")
 
 
@@ -108,7 +106,7 @@ def _load_parts(config: Config, progress: Progressing, hosts: Hosts | None) -> P
     if options.attention != "xla":
         dtype, head_dim = cache_dtype(config.cache, options), spec.attention.head_dim
         options = fitting(options, config.kernels, head_dim, dtype)
-    options = fitting_lora(options, config, spec)
+    options = with_lora_kernel(options, config, spec, mesh)
     model = load_model(
         path,
         format=config.model.format,
@@ -234,9 +232,6 @@ def model_options(
     kinds = {"cpu": no_native, "tpu": no_mosaic, "gpu": no_hopper}
     attention = choose("attention", kernels.attention, kinds)
     matmul = choose("matmul", kernels.matmul, {"cpu": no_native or no_packing})
-    exact = dtype == "float32" or matmul == "cpu"  # what activations are in
-    lora_kinds = {"cpu": no_native or _INEXACT_LORA[exact], "tpu": no_mosaic}
-    lora = choose("lora", kernels.lora, lora_kinds)
     layers = kernels.layers
     if layers == "auto":  # XLA on the CPU would copy each layer's weights out of the stack
         layers = "unrolled" if platform == "cpu" and matmul == "xla" else "scanned"
@@ -247,7 +242,6 @@ def model_options(
         matmul=matmul,
         layers=layers,
         tensor_parallel=1 if mesh is None else tensor_parallel(mesh),
-        lora=lora,
     )
 
 

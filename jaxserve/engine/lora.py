@@ -20,6 +20,7 @@ from jaxserve.models.decoder import Decoder
 from jaxserve.models.options import ModelOptions
 from jaxserve.models.spec import ModelSpec
 from jaxserve.types import AdapterBase
+from pallas_kernels import native
 
 logger = logging.getLogger(__name__)
 
@@ -57,31 +58,55 @@ def rank_classes(config: LoraConfig) -> tuple[RankClass, ...]:
     return tuple(sorted(classes, key=lambda own: own.rank))
 
 
-def fitting_lora(options: ModelOptions, config: Config, spec: ModelSpec) -> ModelOptions:
-    """The options, with XLA's products where the TPU kernel does not take the model's sizes.
+def with_lora_kernel(
+    options: ModelOptions, config: Config, spec: ModelSpec, mesh: Mesh
+) -> ModelOptions:
+    """The options with the kernel for adapters that runs here, logged; as they are without any.
+
+    Args:
+        spec: as the checkpoint has it.
 
     Raises:
-        ConfigError: just that kernel was asked for.
+        ConfigError: one was asked for that cannot run.
     """
-    if options.lora != "tpu" or not config.lora.enabled:
+    if not config.lora.enabled:
         return options
+    asked, platform = config.kernels.lora, mesh.devices.flat[0].platform
+    reasons = {"cpu": _no_native(options, platform, mesh), "tpu": _no_mosaic(options, config, spec)}
+    for kernel in ("cpu", "tpu"):
+        if platform != kernel:
+            reasons[kernel] = f"the platform is {platform}"
+    if reasons.get(asked) is not None:
+        raise ConfigError(f"kernels.lora={asked} cannot run here: {reasons[asked]}")
+    runs = [kernel for kernel, reason in reasons.items() if reason is None]
+    chosen = asked if asked != "auto" else (runs or ["xla"])[0]
+    told = "; ".join(f"{kernel}: {reason}" for kernel, reason in reasons.items() if reason)
+    logger.info("kernels.lora: %s%s", chosen, f" ({told})" if chosen == "xla" else "")
+    return replace(options, lora=chosen)
+
+
+def _no_native(options: ModelOptions, platform: str, mesh: Mesh) -> str | None:
+    if mesh.size > 1:
+        return "it runs on one device"
+    if options.activations != "float32":
+        return f"it takes float32 activations, not {options.activations}"
+    return native.load().reason if platform == "cpu" else None
+
+
+def _no_mosaic(options: ModelOptions, config: Config, spec: ModelSpec) -> str | None:
     parts, sizes = options.tensor_parallel, spec.spread(options.tensor_parallel).attention
     heads = sizes.held_heads * sizes.head_dim // parts
     keys = 2 * sizes.held_kv_heads * sizes.head_dim // parts
-    whole = spec.feed_forward % parts != 0
-    found = [spec.hidden_size, heads, heads + keys]
-    found.append(spec.feed_forward if whole else spec.feed_forward // parts)
+    found = [spec.hidden_size, heads, heads + keys, _part(spec.feed_forward, parts)]
     if config.lora.vocabulary:
-        split = spec.vocab_size % parts == 0
-        found.append(spec.vocab_size // parts if split else spec.vocab_size)
-    odd = [size for size in found if size % LANES]
-    if not odd:
-        return options
-    reason = f"a device has sizes of {', '.join(map(str, odd))}, no multiples of {LANES}"
-    if config.kernels.lora == "tpu":
-        raise ConfigError(f"kernels.lora=tpu cannot run this model: {reason}")
-    logger.info("kernels.lora: xla (%s)", reason)
-    return replace(options, lora="xla")
+        found.append(_part(spec.vocab_size, parts))
+    odd = [str(size) for size in found if size % LANES]
+    return f"a device has sizes of {', '.join(odd)}, no multiples of {LANES}" if odd else None
+
+
+def _part(size: int, parts: int) -> int:
+    """Of an axis on one device, which is whole where the devices do not divide it."""
+    return size if size % parts else size // parts
 
 
 def make_slots(config: LoraConfig, model: Decoder, mesh: Mesh) -> AdapterSlots | None:
