@@ -145,7 +145,7 @@ class KernelsConfig:
         attention: "auto", "xla", "cpu" (native), "tpu" or "gpu" (Pallas).
         matmul: "auto", "xla", or "cpu" (native, packed weights).
         layers: "auto", "unrolled" or "scanned".
-        lora: what adapters add: "auto", "xla", or "cpu" (native).
+        lora: what adapters add: "auto", "xla", "cpu" (native), or "tpu" (Pallas).
     """
 
     attention: str = "auto"
@@ -439,7 +439,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "kernels.layers": ("auto", "unrolled", "scanned"),
     "tools.parser": ("auto", "hermes", "llama3", "mistral", "pythonic", "json"),
     "tools.reasoning": ("auto", "think", "none"),
-    "kernels.lora": ("auto", "xla", "cpu"),
+    "kernels.lora": ("auto", "xla", "cpu", "tpu"),
     "limits.when_store_fails": ("local", "open", "closed"),
     "embeddings.encoder_dtype": ("float32", "bfloat16", "float16"),
     "embeddings.pooling": ("auto", "cls", "mean", "max", "last", "weightedmean"),

@@ -82,7 +82,6 @@ def _kernels(config: Config) -> Iterator[tuple[str, str]]:
     yield "attention", options.attention
     yield "matmul", options.matmul
     yield "layers", options.layers
-    yield "lora", options.lora
     yield "weights", _weights(options)
 
 
@@ -107,9 +106,9 @@ def _programs(config: Config) -> Iterator[tuple[str, str]]:
         "tokens": {program.num_tokens for program in programs},
         "decode steps": {program.decode_steps for program in programs},
         "prompt_logprobs": {program.prompt_logprobs for program in programs},
-        "drafts": {program.draft_tokens for program in programs},
-        "adapters": {program.adapters for program in programs},
     }
+    if config.lora.enabled:
+        axes["adapters"] = {program.adapters for program in programs}
     product = " × ".join(f"{len(values)} {name}" for name, values in axes.items())
     whole = math.prod(map(len, axes.values()))
     most = MAX_PROGRAMS * (1 + config.lora.enabled)

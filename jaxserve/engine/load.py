@@ -31,7 +31,7 @@ from jaxserve.device.state import DeviceState, hidden_states, init_device_state
 from jaxserve.engine.batches import Batches
 from jaxserve.engine.layout import log_layout
 from jaxserve.engine.load_embedding import load_embedding
-from jaxserve.engine.lora import adapter_base, make_slots, request_adapters
+from jaxserve.engine.lora import adapter_base, make_slots, request_adapters, with_lora_kernel
 from jaxserve.engine.parts import Parts, Progressing
 from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.models.decoder import Decoder
@@ -51,8 +51,6 @@ logger = logging.getLogger(__name__)
 
 #: Compute capability of H100, H200 and their kin.
 _HOPPER = "9.0"
-#: Why the native lora_matmul does not run, by whether activations are float32.
-_INEXACT_LORA = {True: None, False: "it takes float32 activations"}
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*")
 
 
@@ -110,6 +108,7 @@ def _load_parts(config: Config, progress: Progressing, hosts: Hosts | None) -> P
     if options.attention != "xla":
         dtype, head_dim = cache_dtype(config.cache, options), spec.attention.head_dim
         options = fitting(options, config.kernels, head_dim, dtype)
+    options = with_lora_kernel(options, config, spec, mesh)
     model = load_model(
         path,
         format=config.model.format,
@@ -244,8 +243,6 @@ def model_options(
     kinds = {"cpu": no_native, "tpu": no_mosaic, "gpu": no_hopper}
     attention = choose("attention", kernels.attention, kinds)
     matmul = choose("matmul", kernels.matmul, {"cpu": no_native or no_packing})
-    exact = dtype == "float32" or matmul == "cpu"  # what activations are in
-    lora = choose("lora", kernels.lora, {"cpu": no_native or _INEXACT_LORA[exact]})
     layers = kernels.layers
     if layers == "auto":  # XLA on the CPU would copy each layer's weights out of the stack
         layers = "unrolled" if platform == "cpu" and matmul == "xla" else "scanned"
@@ -256,7 +253,6 @@ def model_options(
         matmul=matmul,
         layers=layers,
         tensor_parallel=1 if mesh is None else tensor_parallel(mesh),
-        lora=lora,
     )
 
 

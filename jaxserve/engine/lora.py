@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from jax.sharding import Mesh
 
-from jaxserve.config import LoraConfig
+from jaxserve.config import Config, LoraConfig
 from jaxserve.device.adapters import AdapterSlots, RankClass
 from jaxserve.engine.adapters import RequestAdapters
 from jaxserve.errors import ConfigError, InvalidAdapter
@@ -15,8 +17,15 @@ from jaxserve.formats.peft import adapter_digest, read_adapter
 from jaxserve.lora.host import HostAdapters, Ready
 from jaxserve.models.adapters import AdapterLayout
 from jaxserve.models.decoder import Decoder
+from jaxserve.models.options import ModelOptions
+from jaxserve.models.spec import ModelSpec
 from jaxserve.types import AdapterBase
+from pallas_kernels import native
 
+logger = logging.getLogger(__name__)
+
+#: Sizes that the TPU kernel takes are multiples of this.
+LANES = 128
 #: Ranks of classes are multiples of this, for the kernels.
 RANK_MULTIPLE = 4
 MAX_SLOTS = 1024
@@ -47,6 +56,57 @@ def rank_classes(config: LoraConfig) -> tuple[RankClass, ...]:
     if not classes or len({own.rank for own in classes}) != len(classes):
         raise ConfigError("lora.classes must have at least one class, each of another rank")
     return tuple(sorted(classes, key=lambda own: own.rank))
+
+
+def with_lora_kernel(
+    options: ModelOptions, config: Config, spec: ModelSpec, mesh: Mesh
+) -> ModelOptions:
+    """The options with the kernel for adapters that runs here, logged; as they are without any.
+
+    Args:
+        spec: as the checkpoint has it.
+
+    Raises:
+        ConfigError: one was asked for that cannot run.
+    """
+    if not config.lora.enabled:
+        return options
+    asked, platform = config.kernels.lora, mesh.devices.flat[0].platform
+    reasons = {"cpu": _no_native(options, platform, mesh), "tpu": _no_mosaic(options, config, spec)}
+    for kernel in ("cpu", "tpu"):
+        if platform != kernel:
+            reasons[kernel] = f"the platform is {platform}"
+    if reasons.get(asked) is not None:
+        raise ConfigError(f"kernels.lora={asked} cannot run here: {reasons[asked]}")
+    runs = [kernel for kernel, reason in reasons.items() if reason is None]
+    chosen = asked if asked != "auto" else (runs or ["xla"])[0]
+    told = "; ".join(f"{kernel}: {reason}" for kernel, reason in reasons.items() if reason)
+    logger.info("kernels.lora: %s%s", chosen, f" ({told})" if chosen == "xla" else "")
+    return replace(options, lora=chosen)
+
+
+def _no_native(options: ModelOptions, platform: str, mesh: Mesh) -> str | None:
+    if mesh.size > 1:
+        return "it runs on one device"
+    if options.activations != "float32":
+        return f"it takes float32 activations, not {options.activations}"
+    return native.load().reason if platform == "cpu" else None
+
+
+def _no_mosaic(options: ModelOptions, config: Config, spec: ModelSpec) -> str | None:
+    parts, sizes = options.tensor_parallel, spec.spread(options.tensor_parallel).attention
+    heads = sizes.held_heads * sizes.head_dim // parts
+    keys = 2 * sizes.held_kv_heads * sizes.head_dim // parts
+    found = [spec.hidden_size, heads, heads + keys, _part(spec.feed_forward, parts)]
+    if config.lora.vocabulary:
+        found.append(_part(spec.vocab_size, parts))
+    odd = [str(size) for size in found if size % LANES]
+    return f"a device has sizes of {', '.join(odd)}, no multiples of {LANES}" if odd else None
+
+
+def _part(size: int, parts: int) -> int:
+    """Of an axis on one device, which is whole where the devices do not divide it."""
+    return size if size % parts else size // parts
 
 
 def make_slots(config: LoraConfig, model: Decoder, mesh: Mesh) -> AdapterSlots | None:

@@ -14,7 +14,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("xla", "cpu", "tpu", "gpu")
 MATMUL = ("xla", "cpu")
 LAYERS = ("unrolled", "scanned")
-LORA = ("xla", "cpu")
+LORA = ("xla", "cpu", "tpu")
 #: What the native matmul reads.
 PACKED_DTYPES = ("float32", "float16")
 

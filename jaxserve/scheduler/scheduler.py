@@ -231,6 +231,7 @@ class Scheduler:
 
     def phases(self) -> set[Phase]:
         """The kinds of step that there is work for, where they take turns."""
+        self._rows.unpark()  # those that wait for an adapter's slot are not in the queue
         found = {phase_of(sequence) for sequence in self._rows.prefilling}
         if len(self._rows.decoding):
             found.add(Phase.OUTPUTS)

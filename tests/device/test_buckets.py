@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -134,3 +136,20 @@ def test_one_program_of_each_kind_where_batches_must_not_matter():
 def test_a_step_beyond_the_limits_is_refused_with_the_limits(step):
     with pytest.raises(ConfigError, match=r"max_rows is 64, .*max_step_tokens 512"):
         Buckets(SchedulerConfig()).choose(*step)
+
+
+@given(limits())
+def test_each_program_has_a_twin_for_adapters(config: SchedulerConfig) -> None:
+    """Of the same size, and none is taken where the other is asked for."""
+    plain, both = Buckets(config).programs, Buckets(config, adapters=True)
+    assert len(both.programs) == 2 * len(plain) <= 2 * MAX_PROGRAMS
+    assert {replace(program, adapters=False) for program in both.programs} == set(plain)
+    one, other = both.choose(1, 1), both.choose(1, 1, adapters=True)
+    assert other == replace(one, adapters=True) and other.name == f"{one.name}_lora"
+
+
+def test_batch_invariant_steps_are_all_of_the_twins() -> None:
+    """A row must not depend on whether others use adapters."""
+    buckets = Buckets(SchedulerConfig(), batch_invariant=True, adapters=True)
+    assert all(program.adapters for program in buckets.programs)
+    assert buckets.choose(3, 3) == buckets.choose(3, 3, adapters=True)

@@ -22,6 +22,7 @@ PROGRAMS = (
     Program(num_rows=4, num_tokens=4, decode_steps=8),
     Program(num_rows=4, num_tokens=32),
     Program(num_rows=4, num_tokens=32, prompt_logprobs=True),
+    Program(num_rows=4, num_tokens=32, adapters=True),
 )
 NUM_GROUPS, PAGE_SIZE, MAX_ROWS, COLUMNS = 2, 16, 4, 9
 Entry = tuple[int, int, int, int]
@@ -58,6 +59,7 @@ def inputs_of(program: Program, entries: list[Entry], seed: int = 0) -> StepInpu
         samples=numbers[:rows] % 2 == 0,
         page_entries=entries,
         logprobs=bool(seed % 2),
+        adapters=numbers[-rows:] if program.adapters else None,
     )
 
 
@@ -84,6 +86,10 @@ def test_every_field_comes_back(program: Program, seed: int) -> None:
         np.testing.assert_array_equal(arrays.next_token_ids, inputs.next_token_ids)
     else:
         assert arrays.next_token_ids is None
+    if program.adapters:
+        np.testing.assert_array_equal(arrays.adapters, inputs.adapters)
+    else:
+        assert arrays.adapters is None
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,8 +19,9 @@ from jaxserve.config import (
     ModelConfig,
     SchedulerConfig,
 )
+from jaxserve.device.sharding import make_mesh
 from jaxserve.engine.load import load_parts
-from jaxserve.engine.lora import rank_classes
+from jaxserve.engine.lora import rank_classes, with_lora_kernel
 from jaxserve.engine.thread import EngineThread
 from jaxserve.errors import ConfigError, InvalidAdapter, InvalidRequest
 from jaxserve.formats.peft import Adapter, adapter_digest, write_adapter
@@ -27,6 +31,7 @@ from jaxserve.protocol.client import SyncClient
 from jaxserve.protocol.messages import AdapterRef
 from jaxserve.types import SamplingParams
 from jaxserve.weights.load import load_model
+from pallas_kernels import native
 from tests.device.rig import next_tokens
 from tests.lora.adapters import all_but, merge, random_adapter
 from tests.models.loading import ORACLE, load_tiny
@@ -188,6 +193,44 @@ def test_cancel_while_an_adapter_is_loaded(
     assert tokens_of(client.submit(prompt(), greedy(), adapter=adapters[-1][1])) == expected[-2]
     status = client.get_status()
     assert status.waiting == status.running == status.pages_used == 0
+
+
+class OnTpu:
+    """A mesh of one device, as far as it is looked at."""
+
+    size = 1
+    devices = np.array([types.SimpleNamespace(platform="tpu")])
+
+
+def test_the_tpu_kernel_is_taken_where_it_fits() -> None:
+    """XLA's products elsewhere; asked for by name it is refused."""
+    spec = load_tiny(CASE, OPTIONS).spec
+    options = ModelOptions(dtype="bfloat16", attention="tpu")
+    assert with_lora_kernel(options, config(), spec, OnTpu()) == options
+    asked = dataclasses.replace(config(), kernels=KernelsConfig(lora="tpu"))
+    with pytest.raises(ConfigError, match="no multiples of 128"):
+        with_lora_kernel(options, asked, spec, OnTpu())
+    sizes = dataclasses.replace(spec.attention, num_heads=8, num_kv_heads=4, head_dim=64)
+    wide = dataclasses.replace(
+        spec, attention=sizes, hidden_size=512, feed_forward=1024, vocab_size=1280
+    )
+    for parts in (1, 2):
+        split = dataclasses.replace(options, tensor_parallel=parts)
+        assert with_lora_kernel(split, config(), wide, OnTpu()).lora == "tpu"
+    off = dataclasses.replace(asked, lora=LoraConfig())
+    assert with_lora_kernel(options, off, spec, OnTpu()) == options
+
+
+def test_the_native_kernel_is_taken_on_a_cpu() -> None:
+    """For float32 activations, which packed weights always have."""
+    mesh, spec = make_mesh(jax.devices()[:1]), load_tiny(CASE, OPTIONS).spec
+    expected = "xla" if native.load().reason else "cpu"
+    assert with_lora_kernel(ModelOptions(), config(), spec, mesh).lora == expected
+    half = ModelOptions(dtype="bfloat16")
+    assert with_lora_kernel(half, config(), spec, mesh).lora == "xla"
+    asked = dataclasses.replace(config(), kernels=KernelsConfig(lora="cpu"))
+    with pytest.raises(ConfigError, match="float32"):
+        with_lora_kernel(half, asked, spec, mesh)
 
 
 @pytest.mark.parametrize("classes", [("8",), ("0x4",), ("6x2",), ("8x0",), (), ("8x1", "8x2")])

@@ -114,9 +114,11 @@ def _see(history: Sequence[int], groups: Sequence[CacheGroup], adapter: str | No
     return [(tokens[lo:], positions[lo:]) for lo in first]
 
 
-def history_hash(history: Sequence[int], groups: Sequence[CacheGroup]) -> int:
+def history_hash(
+    history: Sequence[int], groups: Sequence[CacheGroup], adapter: str | None = None
+) -> int:
     """The hash of a token list, seen through each group's window."""
-    return _history_hash(_see(history, groups))
+    return _history_hash(_see(history, groups, adapter))
 
 
 def oracle(
@@ -152,9 +154,11 @@ def oracle(
     return history[len(prompt) :]
 
 
-def oracle_logprob(history: Sequence[int], token: int, groups: Sequence[CacheGroup]) -> float:
+def oracle_logprob(
+    history: Sequence[int], token: int, groups: Sequence[CacheGroup], adapter: str | None = None
+) -> float:
     """The log-probability that the fake gives to `token` after `history`."""
-    return _logprob(history_hash(history, groups), token)
+    return _logprob(history_hash(history, groups, adapter), token)
 
 
 @dataclass

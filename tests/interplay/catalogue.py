@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import shutil
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
+from jaxserve.formats.peft import adapter_digest, write_adapter
+from jaxserve.protocol.messages import AdapterRef
 from jaxserve.structured.grammars import regex
 from jaxserve.types import EmbeddingParams, FinishReason
 from tests.fakes.embedder import vector_of
+from tests.fakes.engine import MODULES
 from tests.interplay.features import Feature, Trial
 from tests.interplay.worlds import Probe
+from tests.lora.adapters import random_adapter
 
 
 def _choices(probe: Probe) -> None:
@@ -67,7 +76,8 @@ def _prompts_first(trial: Trial) -> None:
     """Each probe's beginning has been computed for another request."""
     for probe in trial.probes:
         sampling = replace(probe.sampling, max_tokens=3, prompt_logprobs=None, stop_token_ids=())
-        trial.finish(trial.client.submit([*probe.prompt[:-2], 1], sampling))
+        prompt = [*probe.prompt[:-2], 1]
+        trial.finish(trial.client.submit(prompt, sampling, adapter=probe.adapter))
 
 
 def _was_found(trial: Trial) -> bool:
@@ -95,6 +105,26 @@ def _urgent(probe: Probe) -> None:
     probe.priority = -1
 
 
+@functools.cache
+def _adapters() -> list[AdapterRef]:
+    """Two of them, on the disk."""
+    directory = Path(tempfile.mkdtemp(prefix="jaxserve-test-adapters-"))
+    atexit.register(shutil.rmtree, directory)
+    refs = []
+    for seed in range(2):
+        path = directory / str(seed)
+        modules = {name.replace("*", "0"): sizes for name, sizes in MODULES.items()}
+        write_adapter(path, random_adapter(modules, 4, seed))
+        refs.append(AdapterRef(key=adapter_digest(path), path=str(path)))
+    return refs
+
+
+def _adapter(probe: Probe) -> None:
+    """Two of the probes have adapters, for which there is one slot."""
+    number = probe.prompt[0] - 7
+    probe.adapter = _adapters()[number] if number < 2 else None
+
+
 def _embed(trial: Trial) -> None:
     """Texts that wait and run beside everything else."""
     texts = [[1 + place, *range(3, 3 + place % 9)] for place in range(40)]
@@ -118,6 +148,12 @@ def _were_embedded(trial: Trial) -> bool:
 
 
 FEATURES = (
+    Feature(
+        name="adapters",
+        settings=("lora.enabled=true", "lora.classes=4x1"),
+        shape=_adapter,
+        acted=lambda trial: trial.engine.scheduler.num_adapter_joins > 0,
+    ),
     Feature(name="choices", shape=_choices),
     Feature(
         name="speculation",

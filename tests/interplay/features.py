@@ -117,7 +117,13 @@ class Trial:
             first = next(stream)  # they run
             self._keep([first])
         streams = [
-            submit(probe.prompt, probe.sampling, n=probe.n, priority=probe.priority)
+            submit(
+                probe.prompt,
+                probe.sampling,
+                n=probe.n,
+                priority=probe.priority,
+                adapter=probe.adapter,
+            )
             for probe in self.probes
         ]
         deaths = max(feature.lives for feature in self.features) - 1

@@ -90,8 +90,11 @@ class SmolLM2World:
             for index in range(3)
         ]
 
-    def expected(self, prompt: list[int], sampling: SamplingParams, choice: int) -> list[int]:
-        """See `World`."""
+    def expected(
+        self, prompt: list[int], sampling: SamplingParams, choice: int, adapter: str | None = None
+    ) -> list[int]:
+        """See `World`. No adapters are served."""
+        assert adapter is None
         return [entry.token_id for entry in self._alone(prompt, sampling, choice)]
 
     def num_certain(self, prompt: list[int], sampling: SamplingParams, choice: int) -> int:

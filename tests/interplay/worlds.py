@@ -7,7 +7,7 @@ from typing import Protocol
 
 from jaxserve.config import Config
 from jaxserve.engine.parts import Parts, Progressing
-from jaxserve.protocol.messages import SequenceRecord
+from jaxserve.protocol.messages import AdapterRef, SequenceRecord
 from jaxserve.types import FinishReason, SamplingParams, TokenLogprobs
 from tests.fakes.engine import GROUPS, fake_parts, oracle
 from tests.fakes.executor import ECHO, oracle_logprob
@@ -20,6 +20,7 @@ class Probe:
     Attributes:
         cut: choice → tokens after which the client ends it.
         cut_reason: with which word.
+        adapter: a LoRA adapter; None for the base.
     """
 
     world: World
@@ -29,6 +30,12 @@ class Probe:
     priority: int = 0
     cut: dict[int, int] = field(default_factory=dict)
     cut_reason: FinishReason = FinishReason.CANCELLED
+    adapter: AdapterRef | None = None
+
+    @property
+    def adapter_key(self) -> str | None:
+        """What the oracle wants to know of it."""
+        return self.adapter.key if self.adapter is not None else None
 
     def shape(self, **sampling: object) -> None:
         """Changes how tokens are sampled."""
@@ -36,7 +43,7 @@ class Probe:
 
     def expected(self, choice: int) -> list[int]:
         """The tokens that it must bring, if nobody ends it early."""
-        return self.world.expected(self.prompt, self.sampling, choice)
+        return self.world.expected(self.prompt, self.sampling, choice, self.adapter_key)
 
 
 @dataclass
@@ -66,7 +73,9 @@ class World(Protocol):
         """Three requests, as yet plain."""
         ...
 
-    def expected(self, prompt: list[int], sampling: SamplingParams, choice: int) -> list[int]:
+    def expected(
+        self, prompt: list[int], sampling: SamplingParams, choice: int, adapter: str | None = None
+    ) -> list[int]:
         """The tokens of a request that is alone."""
         ...
 
@@ -109,9 +118,11 @@ class FakeWorld:
             for index in range(3)
         ]
 
-    def expected(self, prompt: list[int], sampling: SamplingParams, choice: int) -> list[int]:
+    def expected(
+        self, prompt: list[int], sampling: SamplingParams, choice: int, adapter: str | None = None
+    ) -> list[int]:
         """See `World`."""
-        return oracle(prompt, sampling, choice)
+        return oracle(prompt, sampling, choice, adapter)
 
     def num_certain(self, prompt: list[int], sampling: SamplingParams, choice: int) -> int:
         """See `World`."""
@@ -127,4 +138,5 @@ class FakeWorld:
             return  # the fake mixes what was seen into the hash, then
         for place, entry in enumerate(outcome.logprobs):
             history = [*probe.prompt, *outcome.token_ids[:place]]
-            assert entry.logprob == oracle_logprob(history, entry.token_id, GROUPS)
+            expected = oracle_logprob(history, entry.token_id, GROUPS, probe.adapter_key)
+            assert entry.logprob == expected
