@@ -6,7 +6,8 @@ Math: see `api`; for each block u of B tokens of slot s(u),
 where b' is b over and over, once for each part, with zeros in the columns of other parts: so all
 parts are one product, whose depth P R the matrix unit would fill up anyway.
 
-Shapes: x [U, B, K] gathered by XLA, a [L, S, P R, K], b [L, S, R, N], d [U, B, N] float32.
+Shapes: x [U, B, K] gathered by XLA, a [L, S, P R, K], b [L, S, R, N], d [U, B, N] in y's
+    dtype.
 
 Grid: blocks, and behind them tiles of COLUMNS of N. Slot and layer are prefetched scalars, by which
 the pipeline fetches the next block's matrices while this one is multiplied:
@@ -19,7 +20,8 @@ the pipeline fetches the next block's matrices while this one is multiplied:
 
 Traffic: a and b of each adapter that has tokens once (b once a tile), x, z and d of the blocks.
 
-Numerics: products accumulated in float32; z is rounded to x's dtype between them.
+Numerics: products accumulated in float32; z is rounded to x's dtype between them, and d to y's
+    before it is added.
 
 Limits: K and N multiples of 128. One block's a, twice, has to fit VMEM: P R x K up to 8 Mi.
 """
@@ -32,6 +34,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.errors import UnsupportedKernel
@@ -72,7 +75,8 @@ def lora_matmul(
         scalars = grouped.slots, grouped.num_blocks[None], layer[None]
         z = _shrink(scalars, take_rows(x, grouped), own.a, precision, interpret)
         z = (z if reduce is None else reduce(z)).astype(x.dtype)
-        return put_back(y, _expand(scalars, z, own.b, cycle, precision, interpret), grouped)
+        delta = _expand(scalars, z, own.b, cycle, precision, y.dtype, interpret)
+        return put_back(y, delta, grouped)
 
     for own, grouped in zip(weights, blocks, strict=True):
         y = jax.lax.cond(grouped.num_blocks > 0, add, lambda y, *_: y, y, own, grouped)
@@ -125,6 +129,7 @@ def _expand(
     b: Float[Array, "L S R N"],
     cycle: tuple[int, ...],
     precision: jax.lax.Precision,
+    dtype: DTypeLike,
     interpret: bool,
 ) -> Float[Array, "U B N"]:
     num_blocks, size, wide = z.shape
@@ -144,11 +149,11 @@ def _expand(
                 )
             d_ref[...] = jnp.dot(
                 z_ref[...], own, precision=precision, preferred_element_type=jnp.float32
-            )
+            ).astype(dtype)
 
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((num_blocks, size, columns), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((num_blocks, size, columns), dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(columns // tile, num_blocks),

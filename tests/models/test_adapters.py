@@ -122,6 +122,7 @@ def test_mixture(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.in_turn
 @pytest.mark.parametrize("options", [XLA, SCANNED], ids=["unrolled", "scanned"])
 def test_plain_xla(options: ModelOptions, tmp_path: Path) -> None:
     """Where there is no native matmul."""
