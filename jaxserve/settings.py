@@ -18,7 +18,8 @@ from typing import Any
 
 import yaml
 
-from jaxserve.config import BOUNDS, CHOICES, Config, ParallelConfig
+from jaxserve.config import Config, ParallelConfig
+from jaxserve.config_values import BOUNDS, CHOICES
 from jaxserve.errors import ConfigError
 
 ENV_PREFIX = "JAXSERVE_"

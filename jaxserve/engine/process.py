@@ -62,6 +62,8 @@ def main(factory: Factory | None = None) -> int:
     settings: EngineSettings = pickle.load(sys.stdin.buffer)  # from our parent, through its pipe
     config = settings.config
     logging.basicConfig(level=config.logging.level.upper(), stream=sys.stderr)
+    if config.logging.level == "info":
+        logging.getLogger("jax").setLevel("WARNING")  # it tells which back ends are not there
     if settings.messages != fingerprint():
         return _tell("the code on the disk has changed since the server was started: start it anew")
     if config.parallel.host:
