@@ -29,7 +29,7 @@ from jaxserve.device.sharding import (
     partition,
     tensor_parallel,
 )
-from jaxserve.device.state import DeviceState, fresh_state
+from jaxserve.device.state import DeviceState, fresh_state, hidden_states
 from jaxserve.device.step import Program
 from jaxserve.engine.load import (
     buckets_for,
