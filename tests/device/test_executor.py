@@ -69,9 +69,10 @@ def decoding(program: Program, context_lens: list[int]) -> StepInputs:
 
 def test_progress_is_told_for_every_program(llama: Warm) -> None:
     num = len(llama.progress)
-    # the steps; slots with and without lists, page tables, prefixes, copies in one group; saves
-    # and loads of two sizes
-    assert num == len(llama.buckets.programs) + 5 + 4
+    samplings = {program.sampling for program in llama.buckets.programs}
+    # the steps; what samples by masks; slots with and without lists, page tables, prefixes, copies
+    # in one group; saves and loads of two sizes
+    assert num == len(llama.buckets.programs) + len(samplings) + 5 + 4
     assert llama.progress == [("compiling", done, num) for done in range(1, num + 1)]
 
 
