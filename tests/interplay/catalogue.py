@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxserve.formats.peft import adapter_digest, write_adapter
 from jaxserve.protocol.messages import AdapterRef
-from jaxserve.structured.grammars import regex
+from jaxserve.structured.grammars import Tag, regex, tagged
 from jaxserve.types import EmbeddingParams, FinishReason
 from tests.fakes.embedder import vector_of
 from tests.fakes.engine import MODULES
@@ -96,6 +96,19 @@ def _grammar(probe: Probe) -> None:
     probe.shape(grammar=regex("(k=[0-9]{9};){20}"), ignore_eos=False)
 
 
+def _tool(probe: Probe) -> None:
+    """A call must come, and nothing else. What must come of it is short: a stop token may not be
+    among that."""
+    schema = {
+        "type": "object",
+        "properties": {"z": {"type": "string", "minLength": 40}},
+        "required": ["z"],
+        "additionalProperties": False,
+    }
+    call = Tag(begin="@", schema=schema, end="@")
+    probe.shape(grammar=tagged([call], text=False, required=True), ignore_eos=False)
+
+
 def _was_masked(trial: Trial) -> bool:
     devices = [engine.executor for engine in trial.engines]
     return any(device.num_masked for device in devices)
@@ -163,6 +176,7 @@ FEATURES = (
         acted=_drafted_if_it_may,
     ),
     Feature(name="grammar", shape=_grammar, acted=_was_masked),
+    Feature(name="tool", shape=_tool, acted=_was_masked),
     Feature(name="logprobs", shape=_logprobs),
     Feature(name="penalties", shape=_penalties),
     Feature(name="seed", shape=_seed),
