@@ -19,7 +19,6 @@ from jaxserve.protocol.thread import ThreadClient
 from jaxserve.settings import load_config
 from jaxserve.types import FinishReason, SamplingParams
 from tests.fakes.executor import FakeExecutor
-from tests.fakes.grammar import vocabulary
 from tests.interplay.lives import ReplayingClient
 from tests.interplay.worlds import FakeWorld, Outcome, Probe, World
 
@@ -88,7 +87,7 @@ class Trial:
                 return thread.connect()
 
             self._again = lambda: self.client.again(launch())
-            self.client = ReplayingClient(launch(), vocabulary)
+            self.client = ReplayingClient(launch(), self.world.vocabulary)
             self.client.start()
             self.client.ready()
             for feature in self.features:

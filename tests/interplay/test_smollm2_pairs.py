@@ -11,14 +11,17 @@ from importlib.util import find_spec
 
 import pytest
 
-from jaxserve.config import Config
+from jaxserve.config import Config, ModelConfig, WeightsConfig
 from jaxserve.engine.batches import Batches
 from jaxserve.engine.load import load_parts
 from jaxserve.engine.parts import Parts, Progressing
 from jaxserve.engine.thread import EngineThread
 from jaxserve.protocol.client import SyncClient
 from jaxserve.settings import load_config
-from jaxserve.types import SamplingParams, TokenLogprobs
+from jaxserve.text.tokenizer import load_tokenizer
+from jaxserve.text.vocabulary import vocabulary_of
+from jaxserve.types import SamplingParams, TokenLogprobs, Vocabulary
+from jaxserve.weights.sources import resolve
 from tests.interplay.catalogue import FEATURES, PREEMPTION
 from tests.interplay.features import Trial
 from tests.interplay.worlds import Outcome, Probe
@@ -59,6 +62,9 @@ RISKY = (
     ("speculation", "cancel"),
     ("speculation", "replay"),
     ("stop string", "replay"),
+    ("grammar", "speculation"),
+    ("grammar", "swap"),
+    ("grammar", "replay"),
 )
 
 
@@ -70,12 +76,18 @@ class SmolLM2World:
     def __init__(self) -> None:
         self._parts = load_parts(load_config(settings=COMPILED, environ={}), lambda *_: None)
         self._known: dict[tuple[object, ...], list[TokenLogprobs]] = {}
+        path = resolve(ModelConfig(), WeightsConfig(), lambda *_: None)
+        self._vocabulary = vocabulary_of(load_tokenizer(path))
 
     def load(self, config: Config, progress: Progressing) -> Parts:
         """See `World`. The programs are there; the pool may be smaller than what they have."""
         assert isinstance(self._parts.batch, Batches)
         batch = Batches(self._parts.batch.shapes, config.scheduler.max_rows)
         return dataclasses.replace(self._parts, batch=batch, num_pages=(config.cache.num_pages,))
+
+    def vocabulary(self) -> Vocabulary:
+        """See `World`."""
+        return self._vocabulary
 
     def probes(self) -> list[Probe]:
         """See `World`. They count, so that what comes next can be guessed."""
@@ -126,7 +138,7 @@ class SmolLM2World:
             settings = [*self.settings, "cache.prefix=false"]
             config = load_config(settings=settings, environ={})
             with EngineThread(config, self.load) as thread:
-                client = SyncClient(thread.connect())
+                client = SyncClient(thread.connect(), vocabulary=self.vocabulary)
                 client.start()
                 client.ready()
                 stream = client.submit(prompt, sampling, n=choice + 1)

@@ -8,7 +8,8 @@ from typing import Protocol
 from jaxserve.config import Config
 from jaxserve.engine.parts import Parts, Progressing
 from jaxserve.protocol.messages import AdapterRef, SequenceRecord
-from jaxserve.types import FinishReason, SamplingParams, TokenLogprobs
+from jaxserve.types import FinishReason, SamplingParams, TokenLogprobs, Vocabulary
+from tests.fakes import grammar
 from tests.fakes.engine import GROUPS, fake_parts, oracle
 from tests.fakes.executor import ECHO, oracle_logprob
 
@@ -69,6 +70,10 @@ class World(Protocol):
         """What one life of the engine is built from; the life before has ended."""
         ...
 
+    def vocabulary(self) -> Vocabulary:
+        """What its tokens say."""
+        ...
+
     def probes(self) -> list[Probe]:
         """Three requests, as yet plain."""
         ...
@@ -106,6 +111,10 @@ class FakeWorld:
     def load(self, config: Config, progress: Progressing) -> Parts:
         """See `World`."""
         return fake_parts(config, progress)
+
+    def vocabulary(self) -> Vocabulary:
+        """See `World`."""
+        return grammar.vocabulary()
 
     def probes(self) -> list[Probe]:
         """See `World`."""
