@@ -86,7 +86,8 @@ def must_agree(config: Config) -> dict[str, object]:
     for name in ("weights", "cache", "scheduler", "kernels", "parallel", "lora"):
         for key, value in dataclasses.asdict(getattr(config, name)).items():
             if key not in own:
-                agreed[f"{name}.{key}"] = value
+                # As it crosses the road between hosts, which knows no tuples.
+                agreed[f"{name}.{key}"] = list(value) if isinstance(value, tuple) else value
     return agreed
 
 
