@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from jaxserve import config  # noqa: E402
+from jaxserve.config_values import BOUNDS  # noqa: E402
 
 PAGE = ROOT / "docs" / "configuration.md"
 
@@ -97,8 +98,8 @@ def bounded(path: str, text: str) -> str:
     """The text as a table's cell, with the bounds of numbers."""
     text = text[:1].upper() + text[1:]
     text = re.sub(r'"([^"|]*)"', r"`\1`", text).replace("|", "\\|")
-    if path in config.BOUNDS:
-        low, high = config.BOUNDS[path]
+    if path in BOUNDS:
+        low, high = BOUNDS[path]
         text += f" Between {low:,} and {high:,}."
     return text
 
