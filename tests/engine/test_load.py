@@ -70,7 +70,7 @@ AUTO = WeightsConfig(), KernelsConfig()
 def test_auto_on_the_cpu_takes_the_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_native(monkeypatch, None)
     assert model_options(*AUTO, "cpu") == ModelOptions(
-        dtype="float32", attention="cpu", matmul="cpu", layers="scanned", lora="cpu"
+        dtype="float32", attention="cpu", matmul="cpu", layers="scanned"
     )
     half = model_options(WeightsConfig(dtype="float16"), KernelsConfig(), "cpu")
     assert (half.dtype, half.matmul, half.activations) == ("float16", "cpu", "float32")
@@ -89,7 +89,6 @@ def test_auto_on_the_cpu_without_a_native_library_is_xla_and_says_why(
         "kernels.attention: xla (cpu: no C++ compiler; tpu: the platform is cpu; "
         "gpu: the platform is cpu)",
         "kernels.matmul: xla (cpu: no C++ compiler)",
-        "kernels.lora: xla (cpu: no C++ compiler)",
     ]
 
 
@@ -156,7 +155,7 @@ def test_what_was_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_native(monkeypatch, None)
     asked = KernelsConfig(attention="xla", matmul="cpu", layers="unrolled")
     assert model_options(WeightsConfig(dtype="float16"), asked, "cpu") == ModelOptions(
-        dtype="float16", attention="xla", matmul="cpu", layers="unrolled", lora="cpu"
+        dtype="float16", attention="xla", matmul="cpu", layers="unrolled"
     )
 
 
