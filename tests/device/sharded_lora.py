@@ -46,7 +46,10 @@ def serve(config: Config, parts: Parts, directory: Path) -> dict[str, Any]:
     engine = build_engine(config, pocket, parts)
     for number in range(len(PROMPT_LENS)):
         message = request(number, parts.model.vocab_size)
-        engine.handle("client", replace(message, adapter=refs[number % len(refs)]))
+        # Adapters with deltas of the head take no grammar.
+        plain = replace(message.sampling, grammar=None, ignore_eos=True)
+        adapter = refs[number % len(refs)]
+        engine.handle("client", replace(message, sampling=plain, adapter=adapter))
     engine.handle("client", GetStatus(stats=False))
     while engine._adapters.num_held:  # turns the loop meanwhile, as the engine does
         engine.receive(0.0)
