@@ -8,11 +8,14 @@ if it may, and else says the first token that it may.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
 from jaxserve.config import CacheConfig, Config, ModelConfig, SchedulerConfig
 from jaxserve.engine.parts import Parts, Progressing
+from jaxserve.engine.thread import EngineThread
 from tests.fakes.engine import EOS, GROUPS, VOCAB_SIZE, fake_parts
 from tests.fakes.executor import FakeExecutor
 from tests.fakes.tokenizer import ByteTokenizer
@@ -64,3 +67,22 @@ def reciting_parts(config: Config, progress: Progressing) -> Parts:
         host_pages=parts.host_pages,
     )
     return dataclasses.replace(parts, executor=device)
+
+
+#: Of the tool `get_weather`; and calls of it and of `get_time` as a model writes them.
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+PARIS = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+TIME = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
+
+
+@contextmanager
+def reciting_engine() -> Iterator[EngineThread]:
+    """An engine that recites."""
+    with EngineThread(CONFIG, reciting_parts) as made:
+        yield made
+        SCRIPTS.clear()

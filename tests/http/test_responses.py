@@ -16,31 +16,28 @@ from jaxserve.engine.thread import EngineThread
 from jaxserve.errors import DeviceFailure
 from jaxserve.http.generation import Delta
 from jaxserve.http.response_wire import ResponseWire
-from tests.fakes.reciter import CONFIG, SCRIPTS, reciting_parts
+from tests.fakes.reciter import (
+    PARAMETERS,
+    PARIS,
+    SCRIPTS,
+    TIME,
+    reciting_engine,
+)
 from tests.fakes.tokenizer import ByteTokenizer
 from tests.http.frontend import Front
 
 PATH = "/v1/responses"
-PARAMETERS = {
-    "type": "object",
-    "properties": {"city": {"type": "string"}},
-    "required": ["city"],
-    "additionalProperties": False,
-}
 TOOLS: list[Any] = [
     {"type": "function", "name": "get_weather", "parameters": PARAMETERS, "strict": True},
     {"type": "function", "name": "get_time"},
 ]
-PARIS = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
-TIME = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[EngineThread]:
     """An engine that recites."""
-    with EngineThread(CONFIG, reciting_parts) as made:
+    with reciting_engine() as made:
         yield made
-        SCRIPTS.clear()
 
 
 @pytest.fixture(scope="module")

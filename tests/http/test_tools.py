@@ -18,30 +18,27 @@ from pydantic import BaseModel
 
 from jaxserve.config import ToolsConfig
 from jaxserve.engine.thread import EngineThread
-from tests.fakes.reciter import CONFIG, SCRIPTS, reciting_parts
+from tests.fakes.reciter import (
+    PARAMETERS,
+    PARIS,
+    SCRIPTS,
+    TIME,
+    reciting_engine,
+)
 from tests.http.frontend import Front, chat_prompt, expected
 
 HI = [{"role": "user", "content": "hi"}]
-PARAMETERS = {
-    "type": "object",
-    "properties": {"city": {"type": "string"}},
-    "required": ["city"],
-    "additionalProperties": False,
-}
 TOOLS: list[Any] = [
     {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}},
     {"type": "function", "function": {"name": "get_time", "description": "The time."}},
 ]
-PARIS = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
-TIME = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[EngineThread]:
     """An engine that recites."""
-    with EngineThread(CONFIG, reciting_parts) as made:
+    with reciting_engine() as made:
         yield made
-        SCRIPTS.clear()
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ most `MAX_HELD` characters, and where it turns out to be something else it is te
 
 from __future__ import annotations
 
+import abc
 import json
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
@@ -25,7 +26,7 @@ _KEYS = ("name", *ARGUMENTS, "type", "id")
 _PUNCTUATION = frozenset('"{}[]\\')
 
 
-class Reader:
+class Reader(abc.ABC):
     """A reader of one message; a notation says in `_read` how it is written.
 
     Args:
@@ -57,9 +58,9 @@ class Reader:
             self._parts.append(Text(self._space))
         return self._said()
 
+    @abc.abstractmethod
     def _read(self) -> Waiting[None]:
         """The notation; ends when the source has."""
-        raise NotImplementedError
 
     def _said(self) -> list[Part]:
         parts, self._parts = self._parts, []
