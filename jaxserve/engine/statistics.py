@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence as Seq
 
@@ -89,6 +90,7 @@ class Statistics:
             "prefix_lookup_tokens": self._since_told("lookup", scheduler.prefix_lookup_tokens),
             "prefix_hit_tokens": self._since_told("hit", scheduler.prefix_hit_tokens),
             "compiles_after_warmup": self._executor.compiles_after_warmup,
+            "at_ns": time.monotonic_ns(),
         }
 
     def _since_told(self, name: str, total: int) -> int:

@@ -37,7 +37,10 @@ from jaxserve.http.gate import CAPPED_HEADER, Gate
 from jaxserve.http.generate import GenerationEndpoint
 from jaxserve.http.grammars import GrammarChecker
 from jaxserve.http.metrics import Metrics
-from jaxserve.http.probes import Health, Models, PrometheusMetrics, Ready
+from jaxserve.http.observed import PrometheusMetrics
+from jaxserve.http.observer.reporter import NoReporter, Reporter
+from jaxserve.http.probes import Health, Models, Ready
+from jaxserve.http.records import LEFT, WORK_ROUTES, close_record, note_error, open_record
 from jaxserve.http.responses import read_response
 from jaxserve.http.score import RERANK, SCORE
 from jaxserve.http.texts import TextsEndpoint
@@ -63,8 +66,6 @@ _EXPOSED = [
         for kind in ("requests", "tokens")
     ),
 ]
-#: Counted as the status of requests whose client left before an answer began.
-LEFT = 499
 
 
 def create_app(
@@ -83,6 +84,7 @@ def create_app(
     embeddings: EmbeddingText | None = None,
     embeddings_config: EmbeddingsConfig | None = None,
     adapters: Adapters | None = None,
+    reporter: Reporter | None = None,
 ) -> Arrival:
     """The application over a client that has been started.
 
@@ -98,6 +100,7 @@ def create_app(
         embeddings: the text half of the model that embeds; None where there is none.
         embeddings_config: limits of its requests; the defaults where None.
         adapters: LoRA adapters by name; None where there are none.
+        reporter: where the records of requests go; nowhere where None.
     """
     metrics = metrics or Metrics(lambda: client.status)
     frontend = Frontend(
@@ -115,6 +118,7 @@ def create_app(
         embeddings=embeddings,
         embeddings_config=embeddings_config or EmbeddingsConfig(),
         adapters=adapters or Adapters(),
+        reporter=reporter or NoReporter(),
     )
     post, get = ["POST"], ["GET"]
     router = Router(
@@ -174,9 +178,12 @@ class Refusals:
         try:
             await self._app(scope | {"app": self}, receive, send)
         except JaxserveError as error:
+            note_error(scope, error)
             await send_error(send, error)
         except HTTPException as error:  # the router's own
-            await send_error(send, _routing_error(scope, error))
+            refusal = _routing_error(scope, error)
+            note_error(scope, refusal)
+            await send_error(send, refusal)
 
 
 class Arrival:
@@ -194,8 +201,10 @@ class Arrival:
         """Answers one request."""
         if scope["type"] != "http":
             return
-        scope["jaxserve.arrived_ns"] = time.monotonic_ns()
-        added: dict[bytes, bytes] = {}
+        record = open_record(scope["path"])
+        scope["jaxserve.arrived_ns"] = record.arrived_ns
+        scope["jaxserve.record"] = record
+        added: dict[bytes, bytes] = {b"x-request-id": record.request_id.encode()}
         scope["jaxserve.headers"] = added
         frontend = self.frontend
         status = 0
@@ -206,8 +215,7 @@ class Arrival:
                 status = message["status"]
                 if frontend.draining:
                     added[b"connection"] = b"close"
-                if added:
-                    message = message | {"headers": [*message["headers"], *added.items()]}
+                message = message | {"headers": [*message["headers"], *added.items()]}
             await send(message)
 
         frontend.enter()
@@ -216,12 +224,17 @@ class Arrival:
             await self._app(scope, receive, send_counted)
         except Exception:
             logger.exception("a request failed")
+            error = JaxserveError("internal error; see the log")
+            note_error(scope, error)
             if not status:
-                await send_error(send_counted, JaxserveError("internal error; see the log"))
+                await send_error(send_counted, error)
         finally:
             frontend.leave()
             frontend.metrics.in_flight(-1)
             frontend.metrics.request(_route_of(scope["path"]), status or LEFT)
+            close_record(record, status or LEFT)
+            if record.route in WORK_ROUTES:
+                frontend.reporter.ended(record)
 
 
 def _route_of(path: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from jaxserve.config import HttpConfig
 from jaxserve.errors import ConfigError, Forbidden, JaxserveError, Unauthenticated
 from jaxserve.http.errors import send_error
+from jaxserve.http.records import note_error, note_identity
 from jaxserve.limits.quota import Quota
 
 #: Bound of priorities, either way.
@@ -34,6 +35,7 @@ class Identity:
 
     Attributes:
         tenant: who is charged; "" for the anonymous one.
+        key: what the key is called; never the key.
         admin: whether the holder may see and change what belongs to all.
         priority: of requests that name none; smaller is served first.
         priority_ceiling: the smallest they may name.
@@ -42,6 +44,7 @@ class Identity:
     """
 
     tenant: str = ""
+    key: str = ""
     admin: bool = False
     priority: int = 0
     priority_ceiling: int = 0
@@ -109,8 +112,10 @@ class Authentication:
         """Passes the request on with its `Identity`, or answers 401 or 403."""
         if scope["type"] == "http" and scope["path"] not in PUBLIC_PATHS:
             try:
-                scope["jaxserve.identity"] = self._admit(scope)
+                identity = scope["jaxserve.identity"] = self._admit(scope)
+                note_identity(scope, identity)
             except JaxserveError as error:
+                note_error(scope, error)
                 await send_error(send, error)
                 return
         await self._app(scope, receive, send)

@@ -18,6 +18,7 @@ from jaxserve.http.body import Fields, read_object
 from jaxserve.http.gate import Gate
 from jaxserve.http.grammars import GrammarChecker
 from jaxserve.http.metrics import Metrics
+from jaxserve.http.observer.reporter import NoReporter, Reporter
 from jaxserve.http.structured import Wanted
 from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.streams import RESTARTING
@@ -47,6 +48,7 @@ class Frontend:
         page_size: tokens a KV page, to know what the cache can hold.
         started_s: wall clock, the `created` of /v1/models.
         adapters: LoRA adapters by name.
+        reporter: where the records of requests go.
         draining: no new work is taken.
     """
 
@@ -64,6 +66,7 @@ class Frontend:
     embeddings: EmbeddingText | None = None
     embeddings_config: EmbeddingsConfig = field(default_factory=EmbeddingsConfig)
     adapters: Adapters = field(default_factory=Adapters)
+    reporter: Reporter = field(default_factory=NoReporter)
     draining: bool = False
     num_requests: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)

@@ -161,6 +161,7 @@ class Visit:
 
     Attributes:
         deadline_ns: CLOCK_MONOTONIC; None where there is none.
+        demand: what its body asks for.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class Visit:
         self.deadline_ns = deadline_ns
         self._gate = gate
         self._identity = identity
-        self._demand = demand
+        self.demand = demand
         self._cap = cap
         self._reservation = reservation
         self._forgiven = False
@@ -187,7 +188,7 @@ class Visit:
             RateLimited: that is more than is left; the reservation has been given back.
             DeadlineExceeded: it has taken too long.
         """
-        demand, gate = self._demand, self._gate
+        demand, gate = self.demand, self._gate
         prompt_tokens = sum(map(len, work.prompts))
         gate.ratio.learn(demand.text_bytes, prompt_tokens - demand.prompt_tokens)
         if self._cap is not None:
@@ -206,7 +207,7 @@ class Visit:
 
     async def begin_texts(self, num_tokens: int) -> None:
         """The texts to embed are tokenized; raises as `begin`."""
-        demand = self._demand
+        demand = self.demand
         self._gate.ratio.learn(demand.text_bytes, num_tokens - demand.prompt_tokens)
         if self._reservation is not None:
             await self._reservation.true_up(num_tokens)

@@ -17,8 +17,10 @@ from jaxserve.http.body import Fields
 from jaxserve.http.errors import send_json
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.generation import Delta, Generation
+from jaxserve.http.records import note_admitted, note_error, note_options, note_read, record_of
 from jaxserve.http.sse import Departure, EventStream
 from jaxserve.http.wire import Answer, Work
+from jaxserve.protocol.records import Outcome
 from jaxserve.types import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -42,12 +44,16 @@ class GenerationEndpoint:
         frontend = self._frontend
         model = frontend.model()
         identity: Identity = scope["jaxserve.identity"]
+        record = record_of(scope)
         frontend.gate.glance(scope, identity)
         fields = await frontend.read(scope, receive)
         pick = frontend.adapters.pick(fields, model)
+        note_read(record, model.name, pick.adapter or "")
         visit = await frontend.gate.enter(scope, fields, identity)
         try:
+            frontend.reporter.begun(note_admitted(record, visit.demand))
             work = await self._read(fields, frontend, pick.model, identity)
+            note_options(record, work.options)
             async with frontend.adapters.using(pick) as adapter:
                 await visit.begin(work)
                 generation = Generation(
@@ -59,7 +65,7 @@ class GenerationEndpoint:
                     options=work.options,
                     tenant=identity.tenant,
                     weight=identity.weight,
-                    arrived_ns=scope["jaxserve.arrived_ns"],
+                    record=record,
                     deadline_ns=visit.deadline_ns,
                     adapter=adapter,
                 )
@@ -67,7 +73,9 @@ class GenerationEndpoint:
                 answer = _stream if work.options.stream else _whole
                 try:
                     async with Departure(receive, generation.cancel) as departure:
-                        await answer(generation, work, frontend, departure, send)
+                        await answer(generation, work, frontend, departure, send, scope)
+                    if departure.gone:
+                        record.outcome = Outcome.LEFT
                 finally:
                     generation.cancel()
         except Overloaded:
@@ -78,7 +86,12 @@ class GenerationEndpoint:
 
 
 async def _whole(
-    generation: Generation, work: Work, frontend: Frontend, departure: Departure, send: Any
+    generation: Generation,
+    work: Work,
+    frontend: Frontend,
+    departure: Departure,
+    send: Any,
+    scope: Any,
 ) -> None:
     options = work.options
     parts: list[list[Delta]] = [[] for _ in range(len(work.prompts) * options.candidates)]
@@ -102,7 +115,12 @@ async def _whole(
 
 
 async def _stream(
-    generation: Generation, work: Work, frontend: Frontend, departure: Departure, send: Any
+    generation: Generation,
+    work: Work,
+    frontend: Frontend,
+    departure: Departure,
+    send: Any,
+    scope: Any,
 ) -> None:
     events = EventStream(send, frontend.config.heartbeat_s)
     wire = work.wire
@@ -119,12 +137,15 @@ async def _stream(
             return
         if not events.started:
             raise
+        note_error(scope, error)
         await events.end(wire.failure(error))
     except Exception:
         if not events.started:
             raise
         logger.exception("a stream failed")
-        await events.end(wire.failure(DeviceFailure("the server failed to write this stream")))
+        error = DeviceFailure("the server failed to write this stream")
+        note_error(scope, error)
+        await events.end(wire.failure(error))
     finally:
         events.close()
 

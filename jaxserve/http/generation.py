@@ -22,6 +22,7 @@ from jaxserve.http.metrics import Metrics
 from jaxserve.http.sampling import Options
 from jaxserve.protocol.client import EngineClient, SequenceEvent, Stream
 from jaxserve.protocol.messages import AdapterRef, Finished
+from jaxserve.protocol.records import RequestRecord
 from jaxserve.text.choice import ChoiceText, TextDelta
 from jaxserve.text.message import MessageReader, Part, joined
 from jaxserve.text.tokenizer import Tokenizer
@@ -84,7 +85,7 @@ class Generation:
     Args:
         prompts: token ids of each prompt, at least one token; samplings: aligned with them.
         tenant, weight: who is charged, and its share.
-        arrived_ns: when the request reached the server.
+        record: of the request; its tokens and times are noted there.
         deadline_ns: when it is given up; None for never.
         adapter: a LoRA adapter; None for the base model.
 
@@ -103,15 +104,14 @@ class Generation:
         options: Options,
         tenant: str,
         weight: float,
-        arrived_ns: int,
+        record: RequestRecord,
         deadline_ns: int | None,
         adapter: AdapterRef | None = None,
     ) -> None:
         self.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in prompts))
         self._options = options
         self._metrics = metrics
-        self._arrived_ns = arrived_ns
-        self._first_token = True
+        self._record = record
         self._choices = [
             _Choice(
                 ChoiceText(
@@ -143,12 +143,14 @@ class Generation:
                 tenant=tenant,
                 weight=weight,
                 cache_salt=options.cache_salt,
-                arrived_ns=arrived_ns,
+                arrived_ns=record.arrived_ns,
                 adapter=adapter,
             )
             stream.watch(self._wake)
             self._streams.append(stream)
         metrics.prompt_tokens(self.usage.prompt_tokens)
+        record.submitted_ns = time.monotonic_ns()
+        record.prompt_tokens = self.usage.prompt_tokens
         if deadline_ns is not None:
             left_s = (deadline_ns - time.monotonic_ns()) / 1e9
             self._expiry = self._loop.call_later(left_s, self._expire)
@@ -180,7 +182,8 @@ class Generation:
                 if deltas:
                     return deltas
             if not self._running:
-                self._metrics.request_done((time.monotonic_ns() - self._arrived_ns) / 1e9)
+                done_ns = time.monotonic_ns() - self._record.arrived_ns
+                self._metrics.request_done(done_ns / 1e9)
                 return []
             self._waiter = self._loop.create_future()
             await self._waiter
@@ -204,8 +207,8 @@ class Generation:
         """Turns one event into a delta, if it brings anything that shows."""
         index = prompt * self._options.candidates + event.choice
         choice = self._choices[index]
-        if event.finished is not None and event.choice == 0:
-            self.usage.cached_tokens += event.finished.record.cached_tokens
+        if event.finished is not None:
+            self._note_end(event.finished, event.choice)
         if choice.done:
             return
         delta = Delta(index, prompt_logprobs=event.prompt_logprobs)
@@ -220,7 +223,17 @@ class Generation:
                 delta.parts = [*delta.parts, *choice.reader.add(tail.text)]
         if choice.done and choice.reader is not None:
             _finish_message(choice.reader, delta)
+        if delta.finish_reason is not None:
+            self._record.finish_reasons.append(delta.finish_reason)
         deltas.append(delta)
+
+    def _note_end(self, finished: Finished, choice: int) -> None:
+        """The engine's last word about a sequence, which may come after the choice's end here."""
+        record, usage = self._record, self.usage
+        record.sequences.append(finished.record)
+        if choice == 0:
+            usage.cached_tokens += finished.record.cached_tokens
+        record.cached_tokens = usage.cached_tokens
 
     def _add_tokens(
         self, choice: _Choice, delta: Delta, stream: Stream, event: SequenceEvent
@@ -234,7 +247,7 @@ class Generation:
         delta.text = added.text
         delta.token_ids = event.token_ids
         delta.logprobs = event.logprobs
-        self._measure(choice, event)
+        self._measure(choice, event, num_tokens)
         if added.stopped:
             delta.token_ids = event.token_ids[:num_tokens]
             delta.logprobs = event.logprobs[:num_tokens]
@@ -261,15 +274,20 @@ class Generation:
         delta.parts = parts
         return whole
 
-    def _measure(self, choice: _Choice, event: SequenceEvent) -> None:
+    def _measure(self, choice: _Choice, event: SequenceEvent, num_tokens: int) -> None:
+        record = self._record
+        record.completion_tokens = self.usage.completion_tokens
+        record.reasoning_tokens = self.usage.reasoning_tokens
         last_ns, choice.last_ns = choice.last_ns, event.at_ns
         if last_ns:
+            record.decode_ns += event.at_ns - last_ns
+            record.decode_tokens += num_tokens
             self._metrics.tokens(len(event.token_ids), (event.at_ns - last_ns) / 1e9)
             return
         self._metrics.tokens(len(event.token_ids))
-        if self._first_token:
-            self._first_token = False
-            self._metrics.first_token((time.monotonic_ns() - self._arrived_ns) / 1e9)
+        if not record.first_token_ns:
+            record.first_token_ns = time.monotonic_ns()
+            self._metrics.first_token((record.first_token_ns - record.arrived_ns) / 1e9)
 
 
 def _finish_message(reader: MessageReader, delta: Delta) -> None:

@@ -10,6 +10,7 @@
     keys:
       - hash: 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
         tenant: acme
+        name: ci                 # in usage, costs and traces; made from the hash if absent
         role: user               # or admin
         priority: 0              # the tenant's if absent, as the ceiling, which it cannot exceed
         limits: {requests_per_minute: 100, burst_requests: 20}
@@ -34,9 +35,11 @@ from jaxserve.http.sampling import PRIORITIES
 from jaxserve.limits.quota import Limits, Quota, read_limits
 from jaxserve.types import MAX_WEIGHT, MIN_WEIGHT
 
-_KEY = ("hash", "tenant", "role", "priority", "priority_ceiling", "limits")
+_KEY = ("hash", "tenant", "name", "role", "priority", "priority_ceiling", "limits")
 _TENANT = ("name", "weight", "priority", "priority_ceiling", "limits", "user_limits")
 _NO_LIMITS = Limits()
+#: Characters of a key's name.
+MAX_NAME = 64
 
 
 class _Tenant:
@@ -105,6 +108,9 @@ def _row(where: str, row: Any, tenants: dict[str, _Tenant]) -> tuple[bytes, Iden
         raise ConfigError(f"{where}: tenant must be a name, got {name!r}")
     if role not in ("user", "admin"):
         raise ConfigError(f"{where}: role must be user or admin, got {role!r}")
+    called = row.get("name", _store_name(digest)[:12])
+    if not isinstance(called, str) or not called or len(called) > MAX_NAME:
+        raise ConfigError(f"{where}: name must be a text of up to {MAX_NAME}, got {called!r}")
     tenant = tenants.get(name) or _Tenant(where, {"name": name})
     own_ceiling = tenant.ceiling if tenant.is_capped else None
     priority, ceiling = _priorities(where, row, tenant.priority, own_ceiling)
@@ -116,6 +122,7 @@ def _row(where: str, row: Any, tenants: dict[str, _Tenant]) -> tuple[bytes, Iden
     limits = read_limits(f"{where}: limits", row.get("limits")) or _NO_LIMITS
     identity = Identity(
         tenant=name,
+        key=called,
         admin=role == "admin",
         priority=priority,
         priority_ceiling=ceiling,

@@ -1,4 +1,4 @@
-"""What operators ask: is it alive, is it ready, what does it serve, how does it do."""
+"""What operators ask: is it alive, is it ready, what does it serve."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from jaxserve.http.adapters import SEPARATOR, adapter_card
 from jaxserve.http.body import show
 from jaxserve.http.errors import send_json
 from jaxserve.http.frontend import Frontend
-from jaxserve.http.metrics import CONTENT_TYPE
 
 
 class Health:
@@ -99,17 +98,3 @@ class Models:
             "owned_by": "jaxserve",
             "max_model_len": max_length,
         }
-
-
-class PrometheusMetrics:
-    """/metrics."""
-
-    def __init__(self, frontend: Frontend) -> None:
-        self._metrics = frontend.metrics
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answers in Prometheus' text format."""
-        body = self._metrics.render()
-        headers = [(b"content-type", CONTENT_TYPE), (b"content-length", b"%d" % len(body))]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})

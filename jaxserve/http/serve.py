@@ -2,7 +2,8 @@
 
     serve ─┬─ engine process (JAX)          ← ZeroMQ, ipc:// ─┐
            ├─ HTTP worker 0 ──────────────────────────────────┤   all workers accept on
-           └─ HTTP worker 1 … ────────────────────────────────┘   the one listening socket
+           ├─ HTTP worker 1 … ────────────────────────────────┘   the one listening socket
+           └─ observer        ← what the workers see: traces, SLOs, costs, alerts
 
 The supervisor serves nothing itself: it shows start-up's progress, watches its children, and passes
 SIGTERM on. An engine that dies is started again, within a budget, and the workers' streams go on
@@ -38,6 +39,8 @@ from jaxserve.http.keyfile import load_keys
 from jaxserve.http.lives import Lives
 from jaxserve.http.metrics import create_shared
 from jaxserve.http.news import News, NewsPipe
+from jaxserve.http.observer.keeper import ObserverKeeper
+from jaxserve.http.observer.parts import check_parts
 from jaxserve.http.restarts import ended, run_follower
 from jaxserve.http.worker import WorkerSettings
 from jaxserve.limits.owner import Owner
@@ -83,6 +86,8 @@ def serve(
         if config.limits.redis_url:
             shared_store(config.limits)
         _check_tls(config.http)
+        if config.telemetry.enabled:
+            check_parts(config)
         with _bind(config.http) as listener:
             config = _resolved(config, resolve)
             return asyncio.run(_Supervisor(config, listener, engine_module, worker_module).run())
@@ -147,6 +152,7 @@ class _Supervisor:
         self._listening: asyncio.Future[list[None]] | None = None
         self._stopping = asyncio.Event()
         self._limits: Owner | None = None
+        self._observer: ObserverKeeper | None = None
         self._bar = _Bar()
 
     async def run(self) -> int:
@@ -156,6 +162,8 @@ class _Supervisor:
             loop.add_signal_handler(number, self._on_signal)
         scratch = ScratchDirectory()
         self._limits = Owner(scratch.path / "limits") if self._shares_limits() else None
+        if self._config.telemetry.enabled:
+            self._observer = ObserverKeeper(self._config, scratch.path)
         lives = Lives(
             self._config,
             scratch.path / "flight",
@@ -167,6 +175,8 @@ class _Supervisor:
         try:
             if self._limits is not None:
                 await self._limits.start()
+            if self._observer is not None:
+                self._observer.start()
             self._start_workers(lives.launch(), scratch.path)
             return await self._watch(lives)
         finally:
@@ -176,6 +186,8 @@ class _Supervisor:
             lives.close()
             if self._limits is not None:
                 await self._limits.close()
+            if self._observer is not None:
+                await self._observer.close()
             scratch.remove()
 
     def _shares_limits(self) -> bool:
@@ -194,6 +206,7 @@ class _Supervisor:
                 metrics_file=metrics_file,
                 adapters_directory=scratch / "adapters",
                 limits_socket=self._limits.path if self._limits is not None else None,
+                observer_socket=self._observer.socket if self._observer is not None else None,
             )
             self._workers.append(_Worker(settings, self._listener, self._worker_module))
         listening = (worker.listening() for worker in self._workers)

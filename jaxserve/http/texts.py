@@ -35,7 +35,9 @@ from jaxserve.http.demand import ReadDemand
 from jaxserve.http.errors import send_json
 from jaxserve.http.frontend import INLINE_CHARACTERS, Frontend
 from jaxserve.http.generation import Usage
+from jaxserve.http.records import note_admitted, note_read, record_of
 from jaxserve.http.sse import Departure
+from jaxserve.protocol.records import Outcome, RequestRecord
 from jaxserve.protocol.stream import Stream
 from jaxserve.text.embedding import EmbeddingText, Tokens, groups_of
 from jaxserve.types import POOLINGS, EmbeddingInfo, EmbeddingParams, FinishReason
@@ -87,13 +89,18 @@ class TextsEndpoint:
         frontend.gate.glance(scope, identity, generates=False)
         fields = await frontend.read(scope, receive)
         _check_model(fields, model)
+        record = record_of(scope)
+        note_read(record, model.name, "")
         visit = await frontend.gate.enter(scope, fields, identity, self._kind.demand)
         try:
+            frontend.reporter.begun(note_admitted(record, visit.demand))
             work = await self._kind.read(fields, frontend, model, identity)
             usage = Usage(prompt_tokens=sum(len(text.ids) for text in work.texts))
             await visit.begin_texts(usage.prompt_tokens)
             visit.follow(usage)
-            run = TextRun(frontend, model, work, identity, scope["jaxserve.arrived_ns"])
+            record.tokenized_ns = record.submitted_ns = time.monotonic_ns()
+            record.prompt_tokens, record.texts = usage.prompt_tokens, len(work.texts)
+            run = TextRun(frontend, model, work, identity, record)
             departure = Departure(receive, run.cancel)
             try:
                 async with departure:
@@ -103,10 +110,11 @@ class TextsEndpoint:
             except JaxserveError:
                 if not departure.gone:
                     raise
+                record.outcome = Outcome.LEFT
                 return
             finally:
                 run.cancel()
-            done_ns = time.monotonic_ns() - scope["jaxserve.arrived_ns"]
+            done_ns = time.monotonic_ns() - record.arrived_ns
             frontend.metrics.request_done(done_ns / 1e9)
         except Overloaded:
             visit.forgive()
@@ -124,13 +132,13 @@ class TextRun:
         model: EmbeddingInfo,
         work: TextWork,
         identity: Identity,
-        arrived_ns: int,
+        record: RequestRecord,
     ) -> None:
         self._client = frontend.client
         self._group = model.group
         self._work = work
         self._identity = identity
-        self._arrived_ns = arrived_ns
+        self._record = record
         self._streams: set[Stream] = set()
         self._cancelled = False
 
@@ -171,6 +179,7 @@ class TextRun:
                     if event.finished.reason is FinishReason.CANCELLED:
                         raise Overloaded("the request was cancelled before it was done")
                     found[group[event.choice]] = event.finished.vector
+                    self._record.sequences.append(event.finished.record)
             self._streams.discard(stream)
         return np.frombuffer(b"".join(found), np.float32).reshape(len(texts), -1)
 
@@ -186,7 +195,7 @@ class TextRun:
             priority=self._work.priority,
             tenant=self._identity.tenant,
             weight=self._identity.weight,
-            arrived_ns=self._arrived_ns,
+            arrived_ns=self._record.arrived_ns,
         )
         self._streams.add(stream)
         return stream

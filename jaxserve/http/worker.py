@@ -29,10 +29,12 @@ from jaxserve.http.app import create_app
 from jaxserve.http.keyfile import load_keys
 from jaxserve.http.metrics import Metrics
 from jaxserve.http.news import News, listen
+from jaxserve.http.observer.reporter import NoReporter, ObserverLink
 from jaxserve.http.server import Server
 from jaxserve.limits.stores import make_store
 from jaxserve.lora.registry import Registry
 from jaxserve.protocol.client import EngineClient
+from jaxserve.protocol.messages import EngineStatus, StepStats
 from jaxserve.protocol.parent import follow_parent
 from jaxserve.protocol.zmq import ZmqClient
 from jaxserve.text.embedding import EmbeddingText, load_embedding_text
@@ -57,6 +59,7 @@ class WorkerSettings:
         metrics_file: shared by all workers.
         adapters_directory: where the names of adapters are, which all workers share.
         limits_socket: of the rate limits that all workers share; None where there is one worker.
+        observer_socket: where it reports what it sees; None where nobody observes.
     """
 
     config: Config
@@ -65,6 +68,7 @@ class WorkerSettings:
     metrics_file: Path
     adapters_directory: Path
     limits_socket: Path | None = None
+    observer_socket: Path | None = None
 
 
 def main(load_text: LoadText | None = None) -> int:
@@ -102,15 +106,24 @@ async def _serve(
 ) -> None:
     config = settings.config
     metrics = Metrics(lambda: client.status, settings.metrics_file, settings.index)
+    link = _link(settings, lambda: client.status)
+    reporter = link or NoReporter()
+
+    def on_stats(stats: StepStats) -> None:
+        metrics.step(stats)
+        reporter.step(stats)
+
     client = EngineClient(
         ZmqClient(settings.engine_address),
-        on_stats=metrics.step if settings.index == 0 else None,
+        on_stats=on_stats if settings.index == 0 else None,
         supervised=True,
         on_replay=metrics.replays,
         vocabulary=lambda: vocabulary_of(tokenizer),
     )
 
     def on_news(news: News) -> None:
+        if settings.index == 0:
+            reporter.news(f"engine_{news.state}", news.error)
         match news.state:
             case "down":
                 client.down()
@@ -122,6 +135,8 @@ async def _serve(
                 client.fail(DeviceFailure(news.error))
 
     await client.start()
+    if link is not None:
+        link.start()
     listen(int(sys.argv[3]), on_news)
     keys = load_keys(config.http)
     store = None
@@ -145,11 +160,30 @@ async def _serve(
         embeddings=embeddings,
         embeddings_config=config.embeddings,
         adapters=adapters,
+        reporter=reporter,
     )
     await Server(app, config.http, _say_listening).run_on(listener, lambda: os._exit(1))
     await app.frontend.gate.close()
     await app.frontend.grammars.close()
     await client.close()
+    if link is not None:
+        await link.close()
+
+
+def _link(
+    settings: WorkerSettings, status: Callable[[], EngineStatus | None]
+) -> ObserverLink | None:
+    """The road to the observer, if there is one."""
+    if settings.observer_socket is None:
+        return None
+    telemetry = settings.config.telemetry
+    return ObserverLink(
+        settings.observer_socket,
+        settings.index,
+        interval_s=telemetry.report_interval_s,
+        max_records=telemetry.max_records,
+        status=status if settings.index == 0 else None,
+    )
 
 
 def _say_listening() -> None:

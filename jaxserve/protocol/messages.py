@@ -155,6 +155,20 @@ ClientMessage = Submit | Cancel | Drain | GetStatus | Goodbye | UseVocabulary | 
 
 
 @dataclass(slots=True, kw_only=True)
+class Interval:
+    """A stretch of a request's life that has a name.
+
+    Attributes:
+        kind: in the engine "held" (on trial after a death), "adapter", "grammar", "preempted" or
+            "swapped" (its pages were on the host), "replay"; the front end has others.
+    """
+
+    kind: str
+    start_ns: int
+    end_ns: int
+
+
+@dataclass(slots=True, kw_only=True)
 class SequenceRecord:
     """What a sequence did and when; metering, tracing and SLOs are computed from it.
 
@@ -166,6 +180,11 @@ class SequenceRecord:
         drafted_tokens: proposed by speculation; discarded_tokens: sampled or drafted, not emitted.
         context_tokens: prompt plus emitted tokens at the end.
         replays: how often the engine ended under it and it went on in another.
+        prefill_device_ns: its share of the device's time, of each step by the work that its rows
+            caused there: for prompt positions that were computed for the first time.
+        decode_device_ns: for tokens that were emitted.
+        wasted_device_ns: for positions computed again, and tokens that were not emitted.
+        intervals: what else it waited for, in order.
         *_ns: zero while it has not happened.
     """
 
@@ -185,6 +204,10 @@ class SequenceRecord:
     scheduled_ns: int = 0
     first_token_ns: int = 0
     done_ns: int = 0
+    prefill_device_ns: int = 0
+    decode_device_ns: int = 0
+    wasted_device_ns: int = 0
+    intervals: list[Interval] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -247,6 +270,7 @@ class StepStats:
         preemptions, prefix_lookup_tokens, prefix_hit_tokens: since the statistics before these;
             known tokens of sequences that joined, and those of them found instead of computed.
         pages_saved, pages_loaded: KV pages that this call copied to the host and from it.
+        at_ns: when its result was read.
     """
 
     step_id: int
@@ -273,6 +297,7 @@ class StepStats:
     compiles_after_warmup: int
     pages_saved: int = 0
     pages_loaded: int = 0
+    at_ns: int = 0
 
 
 @dataclass(slots=True, kw_only=True)

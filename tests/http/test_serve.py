@@ -147,11 +147,39 @@ def test_a_killed_supervisor_leaves_no_orphans():
     with started("http.workers=2") as process:
         address_of(process)
         pids = children(process.pid)
-        assert len(pids) == 3
+        assert len(pids) == 4  # the engine, two workers, the observer
         watches = [os.pidfd_open(pid) for pid in pids]
         process.kill()
         for watch in watches:
             wait_gone(watch)
+
+
+def test_an_observer_that_is_killed_is_started_again_and_serving_goes_on():
+    with started("telemetry.report_interval_s=0.01") as process:
+        base = address_of(process)
+        with httpx.Client(base_url=base, timeout=TIMEOUT_S) as client:
+            ask = {"messages": HI, "max_tokens": 2, "seed": 1}
+            first = client.post("/v1/chat/completions", json=ask)
+            assert len(first.headers["x-request-id"]) == 32
+            observer = next(p for p in children(process.pid) if "observer" in command(p))
+            watch = os.pidfd_open(observer)
+            os.kill(observer, signal.SIGKILL)
+            wait_gone(watch)
+            again = client.post("/v1/chat/completions", json=ask)
+            assert again.json()["choices"] == first.json()["choices"]
+            deadline = time.monotonic() + TIMEOUT_S
+            while "jaxserve_observer_up 1.0" not in client.get("/metrics").text:
+                assert time.monotonic() < deadline, "no observer was started again"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT_S) == 0
+        assert "serving goes on" in process.stderr.read()
+
+
+def test_a_directory_for_records_that_cannot_be_used_ends_it_with_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with started(f"telemetry.state_dir={tmp_path / 'file' / 'state'}") as process:
+        assert process.wait(TIMEOUT_S) == 1
+        assert "telemetry.state_dir" in process.stderr.read()
 
 
 def test_a_second_signal_ends_it_at_once():

@@ -1,0 +1,73 @@
+"""Routes whose answer the observer has: its parts' documents, and their metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+from urllib.parse import parse_qsl
+
+from jaxserve.errors import Overloaded
+from jaxserve.http.auth import Identity
+from jaxserve.http.frontend import Frontend
+from jaxserve.http.metrics import CONTENT_TYPE
+from jaxserve.http.observer.messages import Question
+from jaxserve.http.observer.observer import METRICS
+
+#: How long a scrape waits for the observer.
+_SCRAPE_S = 2.0
+_DOWN = b"""\
+# HELP jaxserve_observer_up 1 if the observer answered
+# TYPE jaxserve_observer_up gauge
+jaxserve_observer_up 0.0
+"""
+
+
+class Observed:
+    """ASGI: passes a client's question on to the observer.
+
+    Args:
+        name: of the question.
+    """
+
+    def __init__(self, frontend: Frontend, name: str) -> None:
+        self._frontend = frontend
+        self._name = name
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answers one request; raises what the error table answers."""
+        identity: Identity = scope["jaxserve.identity"]
+        question = Question(
+            id=0,
+            name=self._name,
+            query=dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)),
+            tenant=identity.tenant,
+            admin=identity.admin,
+        )
+        answer = await self._frontend.reporter.ask(question)
+        await _send(send, answer.status, answer.content_type.encode(), answer.body)
+
+
+class PrometheusMetrics:
+    """/metrics: of the workers and the engine, and behind them of the observer's parts."""
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answers in Prometheus' text format."""
+        body = self._frontend.metrics.render() + await self._observed()
+        await _send(send, 200, CONTENT_TYPE, body)
+
+    async def _observed(self) -> bytes:
+        try:
+            async with asyncio.timeout(_SCRAPE_S):
+                answer = await self._frontend.reporter.ask(Question(id=0, name=METRICS, admin=True))
+        except (TimeoutError, Overloaded):
+            return _DOWN
+        return answer.body if answer.status == 200 else _DOWN
+
+
+async def _send(send: Any, status: int, content_type: bytes, body: bytes) -> None:
+    headers = [(b"content-type", content_type), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

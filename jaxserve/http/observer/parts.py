@@ -1,0 +1,33 @@
+"""Which parts the observer has, by the configuration: the one place that knows all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from jaxserve.config import Config
+from jaxserve.http.observer.part import Part
+
+#: Has all workers know something: a topic, and its JSON.
+Tell = Callable[[str, bytes], None]
+
+
+def make_parts(config: Config, state: Path, tell: Tell) -> list[Part]:
+    """The parts.
+
+    Args:
+        state: directory of what outlives this process.
+        tell: `Observer.tell`.
+
+    Raises:
+        ConfigError: a setting of a part cannot be used.
+    """
+    return []
+
+
+def check_parts(config: Config) -> None:
+    """Looks at the settings of all parts before anything is started.
+
+    Raises:
+        ConfigError: one cannot be used.
+    """
