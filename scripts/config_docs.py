@@ -63,7 +63,7 @@ def render() -> str:
     """
     parts = [HEAD]
     for section in dataclasses.fields(config.Config):
-        values = section.default
+        values = getattr(config.Config(), section.name)
         summary, entries = read_docstring(type(values).__doc__ or "")
         rows = []
         for key in dataclasses.fields(values):
