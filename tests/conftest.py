@@ -11,8 +11,11 @@ them together take minutes; `in_turn("name")` joins several tests of a file in t
 from __future__ import annotations
 
 import datetime
+import gc
 import os
+import sys
 from collections import defaultdict
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -23,6 +26,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Two busy cores: a slow example is not a failure, and the examples are the same on every run.
 settings.register_profile("jaxserve", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("jaxserve")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """Lets go of what a module has compiled.
+
+    Each compiled program is several mappings of memory, of which Linux gives a process 65,530; with
+    all tests in one process LLVM crashed when there were no more.
+    """
+    yield
+    jax = sys.modules.get("jax")
+    if jax is not None:
+        jax.clear_caches()
+    gc.collect()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -60,6 +61,10 @@ class Build:
         self._done.set()
 
 
+#: Jobs of the threads; None ends one.
+_Work = queue.SimpleQueue[Callable[[], None] | None]
+
+
 class Compiler:
     """Compiled grammars of one model.
 
@@ -72,20 +77,18 @@ class Compiler:
         self._model = model
         self._table: _Table | None = None
         self._builds: OrderedDict[Grammar, Build] = OrderedDict()
-        self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []
+        self._work: _Work = queue.SimpleQueue()
 
     def use(self, vocabulary: Vocabulary) -> None:
         """Takes the model's vocabulary; a second one is the same."""
         if self._table is None:
             self._table = _Table(vocabulary, self._model)
             self._work.put(self._table.make)
-            self._threads = [
-                threading.Thread(target=self._run, name="jaxserve grammars", daemon=True)
-                for _ in range(_NUM_THREADS)
-            ]
-            for thread in self._threads:
-                thread.start()
+            for _ in range(_NUM_THREADS):
+                threading.Thread(
+                    target=_run, args=(self._work,), name="jaxserve grammars", daemon=True
+                ).start()
+            weakref.finalize(self, _end, self._work)
 
     def start(self, grammar: Grammar) -> Build:
         """Begins to compile a grammar, unless that has been done.
@@ -111,9 +114,18 @@ class Compiler:
             self._builds.popitem(last=False)
         return build
 
-    def _run(self) -> None:
-        while True:
-            self._work.get()()
+
+def _run(work: _Work) -> None:
+    """What a thread does; it knows no compiler, so that one that nobody needs any more goes."""
+    while (job := work.get()) is not None:
+        job()
+        del job  # which holds its compiler
+
+
+def _end(work: _Work) -> None:
+    """The compiler is gone: its threads end."""
+    for _ in range(_NUM_THREADS):
+        work.put(None)
 
 
 def check_size(grammar: Grammar, config: StructuredConfig) -> None:
