@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from jaxserve.cli.adapters import ACTIONS
 from jaxserve.cli.lora import add_train
 
 if TYPE_CHECKING:
@@ -129,10 +130,14 @@ def _parser() -> argparse.ArgumentParser:
         choices=("auto", "float32", "bfloat16", "float16"),
         help="of the stored matrices (default: each as it is)",
     )
-    lora = kinds.add_parser("lora", help="adapters: lora train --help")
+    lora = kinds.add_parser("lora", help="adapters: lora --help")
     of_lora = lora.add_subparsers(metavar="ACTION", required=True)
     train = _command(of_lora, "train", _train, "fine-tune an adapter on the served model")
     add_train(train)
+    for name, (summary, add, run) in ACTIONS.items():
+        action = of_lora.add_parser(name, help=summary, description=summary.capitalize())
+        action.set_defaults(run=run)
+        add(action)
     doctor = _command(
         kinds, "doctor", _doctor, "this machine, what would be compiled, what would fit"
     )
