@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jaxserve.errors import AdapterNotFound, InvalidRequest, ModelNotFound, Overloaded
+from jaxserve.errors import (
+    AdapterNotFound,
+    DeadlineExceeded,
+    InvalidRequest,
+    ModelNotFound,
+    Overloaded,
+)
 from jaxserve.http.body import Fields, show
 from jaxserve.http.errors import send_json
 from jaxserve.lora.registry import Entry, Registry
@@ -95,10 +102,13 @@ class Adapters:
         return Pick(dataclasses.replace(model, name=name), adapter)
 
     @asynccontextmanager
-    async def using(self, pick: Pick) -> AsyncIterator[AdapterRef | None]:
+    async def using(
+        self, pick: Pick, deadline_ns: int | None = None
+    ) -> AsyncIterator[AdapterRef | None]:
         """The adapter of a request, fetched if need be, for as long as it is answered.
 
         Raises:
+            DeadlineExceeded: it was not there in time; it is fetched to the end all the same.
             AdapterNotFound: its name was taken away meanwhile.
             InvalidAdapter: it cannot be fetched, or does not fit the base model.
         """
@@ -106,7 +116,19 @@ class Adapters:
             yield None
             return
         disk = self.registry.disk
-        key = await self._hold(pick.adapter, base_of(pick.model))
+        left_s = None
+        if deadline_ns is not None:
+            left_s = max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9)
+        waiting = asyncio.timeout(left_s)
+        try:
+            async with waiting:
+                key = await self._hold(pick.adapter, base_of(pick.model))
+        except TimeoutError:
+            if not waiting.expired():
+                raise
+            raise DeadlineExceeded(
+                f"the request's deadline passed before adapter {pick.adapter!r} was there"
+            ) from None
         try:
             yield AdapterRef(key=key, path=str(disk.path(key)))
         finally:

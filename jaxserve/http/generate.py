@@ -54,7 +54,7 @@ class GenerationEndpoint:
             frontend.reporter.begun(note_admitted(record, visit.demand))
             work = await self._read(fields, frontend, pick.model, identity)
             note_options(record, work.options)
-            async with frontend.adapters.using(pick) as adapter:
+            async with frontend.adapters.using(pick, visit.deadline_ns) as adapter:
                 await visit.begin(work)
                 generation = Generation(
                     frontend.client,

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from jaxserve.formats.peft import adapter_digest, write_adapter
 from jaxserve.http.adapters import Adapters
 from jaxserve.http.auth import Identity, KeyRing
 from jaxserve.lora.registry import Registry
-from jaxserve.types import SamplingParams
+from jaxserve.types import AdapterBase, SamplingParams
 from tests.fakes.engine import ADAPTER_BYTES, MODULES, oracle
 from tests.fakes.tokenizer import ByteTokenizer
 from tests.http.frontend import CONFIG, Front, front
@@ -160,6 +161,26 @@ def test_a_broken_adapter_is_a_400(served: Front, directory: Path) -> None:
     load = {"lora_name": "x", "lora_path": str(weights.parent)}
     assert served.post("/v1/load_lora_adapter", load).status_code == 400
     assert tokens_of(served, "one") == answer(adapter_digest(directory / "one"))
+
+
+def test_a_deadline_holds_while_an_adapter_is_fetched(
+    served: Front, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """504 in time; the fetch goes on, and the next request finds its adapter."""
+    arrives = threading.Event()
+    registry = served.app.frontend.adapters.registry
+    materialise = registry.materialise
+
+    def slow(name: str, base: AdapterBase) -> str:
+        assert arrives.wait(60)
+        return materialise(name, base)
+
+    monkeypatch.setattr(registry, "materialise", slow)
+    response = served.post("/v1/completions", body("three") | {"timeout": 0.05})
+    assert response.status_code == 504
+    assert "adapter 'three'" in response.json()["error"]["message"]
+    arrives.set()
+    assert tokens_of(served, "three") == answer(adapter_digest(directory / "root" / "three"))
 
 
 def test_unload_in_use(served: Front, directory: Path) -> None:
