@@ -26,7 +26,7 @@ from tests.models.driver import Driver
 from tests.models.loading import ORACLE, load_tiny, skip_without_native
 
 TOLERANCE = 1e-3
-CLASSES = (RankClass(rank=4, num_slots=2), RankClass(rank=16, num_slots=3))
+CLASSES = (RankClass(rank=4, num_slots=3), RankClass(rank=16, num_slots=5))
 XLA = ModelOptions()
 SCANNED = ModelOptions(layers="scanned", lora="cpu")
 NATIVE = ModelOptions(layers="scanned", matmul="cpu", attention="cpu", lora="cpu")
@@ -47,7 +47,7 @@ def slots_with(model: Decoder, adapters: list[Adapter], places: list[int]) -> Ad
 
 
 def adapters_of(layout: AdapterLayout) -> list[Adapter]:
-    """Ranks 2 to 16, of all modules, of some, of some layers; with and without the vocabulary's."""
+    """Eight, of ranks 2 to 16, of all modules, of some, of some layers; with and without the vocabulary's."""
     targets = layout.targets
     return [
         random_adapter(targets, 3, 1, wanted=ends_with("q_proj", "v_proj")),
@@ -55,6 +55,9 @@ def adapters_of(layout: AdapterLayout) -> list[Adapter]:
         random_adapter(targets, 8, 3, ranks={"o_proj": 16, "down_proj": 5, "k_proj": 1}),
         random_adapter(cut_to(targets, [1]), 2, 4, wanted=all_but("embed_tokens")),
         random_adapter(targets, 16, 5, wanted=ends_with("embed_tokens", "gate_proj", "o_proj")),
+        random_adapter(targets, 12, 6, wanted=all_but("embed_tokens", "lm_head", "v_proj")),
+        random_adapter(cut_to(targets, [0]), 6, 7, wanted=all_but("lm_head"), rslora=True),
+        random_adapter(targets, 5, 8, wanted=ends_with("up_proj", "down_proj", "lm_head")),
     ]
 
 
@@ -64,7 +67,7 @@ def check(case: str, options: ModelOptions, directory: Path, prompt_len: int = 2
     model = load_tiny(case, options)
     layout = AdapterLayout(model, vocabulary=True)
     adapters = adapters_of(layout)
-    places = [0, 1, 4, 2, 3]
+    places = [0, 1, 6, 2, 3, 4, 7, 5]
     slots = slots_with(model, adapters, places)
     tokens = np.load(ORACLE / case / "reference.npz")["tokens"].tolist()[:prompt_len]
     count = len(adapters) + 1
