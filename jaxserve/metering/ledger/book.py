@@ -168,7 +168,8 @@ class Ledger:
         return num_deleted
 
     def close(self) -> None:
-        """Lets go of the database."""
+        """Lets go of the database; another call opens it again."""
+        self._prepared = False
         self._database.close()
 
     def _month(self, month: str, group_by: tuple[str, ...]) -> list[Usage]:
@@ -198,15 +199,22 @@ class Ledger:
 
     @contextmanager
     def _reading(self) -> Iterator[Session]:
+        unprepared: LedgerUnavailable | None = None
         try:
             self._prepare()
-            readable = True
-        except LedgerUnavailable:
-            readable = False  # it may be whole, and only not to be written: a full disk
+        except LedgerUnavailable as error:  # it may be whole, and only not to be written
+            unprepared = error
         with self._database.reading() as session:
-            if not readable:
-                schema.check(session, self._currency, len(self._migrations))
+            if unprepared is not None and not self._is_current(session):
+                raise unprepared
             yield session
+
+    def _is_current(self, session: Session) -> bool:
+        try:
+            schema.check(session, self._currency, len(self._migrations))
+        except LedgerUnavailable:
+            return False
+        return True
 
     def _prepare(self) -> None:
         """Looks at the tables, the first time that it can."""

@@ -7,8 +7,9 @@ made: the repeat finds its rows.
 
 from __future__ import annotations
 
+import os
+import socket
 import threading
-import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,8 @@ from jaxserve.metering.ledger.database import Words, unavailable
 if TYPE_CHECKING:
     import psycopg
 
-SCHEMES = ("postgresql", "postgres")
+SCHEMES = ("postgresql://", "postgres://")
 _CONNECT_S = 5
-#: A statement, and a network that does not answer, are given up after so long.
-_STATEMENT_MS = 20_000
 #: Of `pg_advisory_xact_lock`: whoever changes the schema.
 SCHEMA_LOCK = 0x6A61_7873
 
@@ -32,6 +31,8 @@ class Postgres:
 
     Args:
         url: postgresql://USER:PASSWORD@HOST:PORT/DATABASE; what libpq takes.
+        timeout_s: a transaction that takes longer is given up: by the server, and a little later,
+            where that one does not answer at all, here.
 
     Raises:
         ConfigError: psycopg is missing, or the address cannot be understood.
@@ -39,7 +40,7 @@ class Postgres:
 
     words = Words(text='TEXT COLLATE "C"', clustered="")
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, timeout_s: float = 20.0) -> None:
         try:
             import psycopg
             from psycopg.conninfo import conninfo_to_dict
@@ -58,6 +59,7 @@ class Postgres:
             ) from None
         self.name = f"PostgreSQL at {known.get('host', 'localhost')}"
         self._url = url
+        self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._writer: psycopg.Connection[Any] | None = None
 
@@ -68,8 +70,8 @@ class Postgres:
             try:
                 if self._writer is None or self._writer.closed:
                     self._writer = self._connect()
-                with self._writer.transaction():
-                    yield _begun(self._writer)
+                with self._deadline(self._writer), self._writer.transaction():
+                    yield self._begun(self._writer)
             except self._psycopg.Error as error:
                 self._close_writer()
                 raise unavailable(self.name, error) from error
@@ -84,8 +86,8 @@ class Postgres:
             with self._connect() as reader:
                 reader.read_only = True
                 reader.isolation_level = self._psycopg.IsolationLevel.REPEATABLE_READ
-                with reader.transaction():
-                    yield _begun(reader)
+                with self._deadline(reader), reader.transaction():
+                    yield self._begun(reader)
         except self._psycopg.Error as error:
             raise unavailable(self.name, error) from error
 
@@ -100,13 +102,27 @@ class Postgres:
             autocommit=True,
             connect_timeout=_CONNECT_S,
             application_name="jaxserve",
-            # keepalives find a peer that is gone between statements, the others one within
-            keepalives_idle=5,
-            keepalives_interval=2,
-            keepalives_count=3,
-            tcp_user_timeout=_STATEMENT_MS,
             prepare_threshold=None,  # poolers of connections know no prepared statements
         )
+
+    @contextmanager
+    def _deadline(self, connection: psycopg.Connection[Any]) -> Iterator[None]:
+        """Ends a connection whose server is silent for too long; libpq would wait for ever."""
+        line = socket.socket(fileno=os.dup(connection.fileno()))
+        timer = threading.Timer(1.5 * self._timeout_s, line.shutdown, [socket.SHUT_RDWR])
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            timer.join()
+            line.close()
+
+    def _begun(self, connection: psycopg.Connection[Any]) -> _Session:
+        """A transaction that has begun: its own settings, since a pooler hands connections on."""
+        milliseconds = round(1000 * self._timeout_s)
+        connection.execute(f"SET LOCAL statement_timeout = {milliseconds}".encode())
+        return _Session(connection)
 
     def _close_writer(self) -> None:
         if self._writer is not None:
@@ -126,12 +142,6 @@ class _Session:
         return cursor.fetchall() if cursor.description else []
 
 
-def _begun(connection: psycopg.Connection[Any]) -> _Session:
-    """A transaction that has begun: its own settings, since a pooler hands connections on."""
-    connection.execute(f"SET LOCAL statement_timeout = {_STATEMENT_MS}".encode())
-    return _Session(connection)
-
-
 def is_postgres(address: str) -> bool:
     """Whether an address is one of PostgreSQL, not of a file."""
-    return urllib.parse.urlsplit(address).scheme in SCHEMES
+    return address.startswith(SCHEMES)

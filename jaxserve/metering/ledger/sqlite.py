@@ -17,6 +17,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from jaxserve.errors import LedgerUnavailable
 from jaxserve.metering.ledger.database import Words, unavailable
 
 #: How long to wait for another process that writes: a copy being made, someone's shell.
@@ -39,12 +40,14 @@ class Sqlite:
         self._read_timeout_s = read_timeout_s
         self._lock = threading.Lock()
         self._writer: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None  # device and inode of what is open
 
     @contextmanager
     def writing(self) -> Iterator[_Session]:
         """See `Database`."""
         with self._lock:
             try:
+                self._check_place()
                 writer = self._writer = self._writer or self._open()
                 writer.execute("BEGIN IMMEDIATE")
                 yield _Session(writer)
@@ -81,12 +84,34 @@ class Sqlite:
         with self._lock:
             self._close_writer()
 
+    def _check_place(self) -> None:
+        """Whether what is open is still what has this name: else rows would go where no one looks.
+
+        Raises:
+            LedgerUnavailable: it is not; next time what is there is opened.
+        """
+        if self._writer is None:
+            return
+        try:
+            found = os.stat(self._path)
+            moved = (found.st_dev, found.st_ino) != self._file
+        except FileNotFoundError:
+            moved = True
+        except OSError as error:
+            raise unavailable(self.name, error) from error
+        if moved:
+            self._close_writer()
+            raise LedgerUnavailable(f"the ledger {self.name} was moved away or replaced")
+
     def _open(self) -> sqlite3.Connection:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            found = os.fstat(descriptor)
+            os.close(descriptor)
         except OSError as error:
             raise unavailable(self.name, error) from error
+        self._file = found.st_dev, found.st_ino
         writer = sqlite3.connect(
             self._path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
         )
