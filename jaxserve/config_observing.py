@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,15 @@ class MeteringConfig:
 
     Attributes:
         enabled: whether costs are computed and kept.
+        ledger: where: a file of SQLite, or postgresql://USER:PASSWORD@HOST:PORT/DATABASE, which
+            several servers may share; where empty, a file in telemetry.state_dir.
+        keep_days: rows of single requests, and sums that tell users and hours apart, are deleted
+            after so long; 0 keeps them. Sums by day, without users, are always kept.
     """
 
     enabled: bool = True
+    ledger: str = field(default="", metadata={"secret": True})
+    keep_days: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

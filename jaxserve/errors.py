@@ -187,6 +187,14 @@ class EmbeddingNotFinite(JaxserveError):
     code = "embedding_not_finite"
 
 
+class LedgerUnavailable(JaxserveError):
+    """The ledger cannot be written or read now: disk full, file damaged, database away."""
+
+    code = "ledger_unavailable"
+    status = 503
+    retryable = True
+
+
 class ConfigError(JaxserveError):
     """A configuration key, value or combination is wrong; ends start-up."""
 

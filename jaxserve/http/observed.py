@@ -36,10 +36,13 @@ class Observed:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answers one request; raises what the error table answers."""
         identity: Identity = scope["jaxserve.identity"]
+        query = dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
+        if b"text/csv" in dict(scope["headers"]).get(b"accept", b""):
+            query.setdefault("format", "csv")
         question = Question(
             id=0,
             name=self._name,
-            query=dict(parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)),
+            query=query,
             tenant=identity.tenant,
             admin=identity.admin,
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxserve.config import Config
+from jaxserve.http.observer.ledger import LedgerPart, check_ledger, open_ledger
 from jaxserve.http.observer.part import Part
 
 #: Has all workers know something: a topic, and its JSON.
@@ -22,7 +23,11 @@ def make_parts(config: Config, state: Path, tell: Tell) -> list[Part]:
     Raises:
         ConfigError: a setting of a part cannot be used.
     """
-    return []
+    parts: list[Part] = []
+    if config.metering.enabled:
+        ledger = open_ledger(config.metering, state)
+        parts.append(LedgerPart(ledger, keep_days=config.metering.keep_days).part)
+    return parts
 
 
 def check_parts(config: Config) -> None:
@@ -31,3 +36,5 @@ def check_parts(config: Config) -> None:
     Raises:
         ConfigError: one cannot be used.
     """
+    if config.metering.enabled:
+        check_ledger(config.metering)
