@@ -145,6 +145,7 @@ class Generation:
                 cache_salt=options.cache_salt,
                 arrived_ns=record.arrived_ns,
                 adapter=adapter,
+                traceparent=record.traceparent,
             )
             stream.watch(self._wake)
             self._streams.append(stream)
@@ -208,6 +209,7 @@ class Generation:
         index = prompt * self._options.candidates + event.choice
         choice = self._choices[index]
         if event.finished is not None:
+            event.finished.record.choice = index
             self._note_end(event.finished, event.choice)
         if choice.done:
             return

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from jaxserve.errors import DeadlineExceeded, JaxserveError, Overloaded
 from jaxserve.protocol.records import Asked, Begun, Outcome, RequestRecord
+from jaxserve.telemetry.tracing.context import read_context
+from jaxserve.telemetry.tracing.sampling import begins_sampled
 
 if TYPE_CHECKING:
+    from jaxserve.config import TracingConfig
     from jaxserve.http.auth import Identity
     from jaxserve.http.demand import Demand
     from jaxserve.http.sampling import Options
@@ -36,6 +39,18 @@ def open_record(path: str) -> RequestRecord:
     return RequestRecord(
         request_id=secrets.token_hex(16), route=path, arrived_ns=time.monotonic_ns()
     )
+
+
+def note_context(record: RequestRecord, scope: Any, config: TracingConfig) -> None:
+    """Which trace it belongs to: its caller's, or one of its own, whose id is the request's."""
+    context = read_context(scope["headers"])
+    record.span_id = record.request_id[:16]
+    if context is None:
+        record.trace_id = record.request_id
+    else:
+        record.trace_id, record.parent_id = context.trace_id, context.span_id
+        record.trace_flags, record.tracestate = context.flags, context.tracestate
+    record.sampled = begins_sampled(config, record.trace_id, context)
 
 
 def record_of(scope: Any) -> RequestRecord:
