@@ -134,6 +134,7 @@ class Generation:
         self._streams: list[Stream] = []
         self._expiry: asyncio.TimerHandle | None = None
         self._expired = False
+        record.submitted_ns = time.monotonic_ns()  # before the engine can have done anything
         for prompt, sampling in zip(prompts, samplings, strict=True):
             stream = client.submit(
                 prompt,
@@ -150,7 +151,6 @@ class Generation:
             stream.watch(self._wake)
             self._streams.append(stream)
         metrics.prompt_tokens(self.usage.prompt_tokens)
-        record.submitted_ns = time.monotonic_ns()
         record.prompt_tokens = self.usage.prompt_tokens
         if deadline_ns is not None:
             left_s = (deadline_ns - time.monotonic_ns()) / 1e9

@@ -84,6 +84,7 @@ class RequestRecord:
         texts: embedded, or pairs scored.
         sequences: one for each sequence that the engine has ended.
         spans: other intervals of the front end, by kind.
+        asked_content, answered_content: messages, as JSON; empty unless `tracing.record_content`.
     """
 
     request_id: str
@@ -124,6 +125,8 @@ class RequestRecord:
     finish_reasons: list[str] = field(default_factory=list)
     sequences: list[SequenceRecord] = field(default_factory=list)
     spans: list[Interval] = field(default_factory=list)
+    asked_content: str = ""
+    answered_content: str = ""
 
     @property
     def traceparent(self) -> str:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from jaxserve.config import Config
 from jaxserve.http.observer.part import Part
+from jaxserve.http.observer.tracing import make_tracing
+from jaxserve.telemetry.tracing.settings import check_tracing
 
 #: Has all workers know something: a topic, and its JSON.
 Tell = Callable[[str, bytes], None]
@@ -22,7 +24,7 @@ def make_parts(config: Config, state: Path, tell: Tell) -> list[Part]:
     Raises:
         ConfigError: a setting of a part cannot be used.
     """
-    return []
+    return [*make_tracing(config.tracing)]
 
 
 def check_parts(config: Config) -> None:
@@ -31,3 +33,4 @@ def check_parts(config: Config) -> None:
     Raises:
         ConfigError: one cannot be used.
     """
+    check_tracing(config.tracing)

@@ -95,8 +95,3 @@ def parse_tracestate(text: str) -> str:
         return ""
     keys = {member.partition("=")[0] for member in members}
     return ",".join(members) if len(keys) == len(members) else ""
-
-
-def format_traceparent(trace_id: str, span_id: str, *, sampled: bool) -> str:
-    """The header of version 00."""
-    return f"00-{trace_id}-{span_id}-{'01' if sampled else '00'}"
