@@ -113,6 +113,7 @@ def create_app(
         tracing: which requests are traced; the defaults where None.
     """
     metrics = metrics or Metrics(lambda: client.status)
+    tracing = tracing or TracingConfig()
     frontend = Frontend(
         client=client,
         tokenizer=tokenizer,
@@ -129,6 +130,7 @@ def create_app(
         embeddings_config=embeddings_config or EmbeddingsConfig(),
         adapters=adapters or Adapters(),
         reporter=reporter or NoReporter(),
+        record_content=tracing.record_content,
     )
     post, get = ["POST"], ["GET"]
     router = Router(
@@ -161,7 +163,7 @@ def create_app(
             expose_headers=_EXPOSED,
             max_age=600,
         )
-    return Arrival(app, frontend, tracing or TracingConfig())
+    return Arrival(app, frontend, tracing)
 
 
 class Cors(CORSMiddleware):

@@ -88,6 +88,7 @@ class Generation:
         record: of the request; its tokens and times are noted there.
         deadline_ns: when it is given up; None for never.
         adapter: a LoRA adapter; None for the base model.
+        keep_answers: whether `answers` will be asked for.
 
     Attributes:
         usage: complete once `next` has given nothing.
@@ -107,6 +108,7 @@ class Generation:
         record: RequestRecord,
         deadline_ns: int | None,
         adapter: AdapterRef | None = None,
+        keep_answers: bool = False,
     ) -> None:
         self.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in prompts))
         self._options = options
@@ -127,6 +129,7 @@ class Generation:
             for prompt in prompts
             for _ in range(options.candidates)
         ]
+        self._kept: list[list[Delta]] | None = [[] for _ in self._choices] if keep_answers else None
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._woken = False
@@ -162,6 +165,16 @@ class Generation:
             self._expiry.cancel()
         for stream in self._streams:
             stream.cancel()
+
+    def answers(self) -> list[tuple[str, str]]:
+        """Text and finish reason of each choice, as far as they have come and were kept."""
+        return [
+            (
+                "".join(delta.text for delta in deltas),
+                next((d.finish_reason for d in deltas if d.finish_reason is not None), ""),
+            )
+            for deltas in self._kept or ()
+        ]
 
     async def next(self) -> list[Delta]:
         """What has come since the last call, waiting for it if need be; empty at the end.
@@ -228,6 +241,8 @@ class Generation:
         if delta.finish_reason is not None:
             self._record.finish_reasons.append(delta.finish_reason)
         deltas.append(delta)
+        if self._kept is not None:
+            self._kept[index].append(delta)
 
     def _note_end(self, finished: Finished, choice: int) -> None:
         """The engine's last word about a sequence, which may come after the choice's end here."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 
@@ -14,7 +15,8 @@ from jaxserve.http.observer.reporter import NoReporter
 from jaxserve.protocol.records import Outcome, RequestRecord
 from jaxserve.telemetry.tracing.context import parse_traceparent
 from jaxserve.telemetry.tracing.spans import Place, spans_of
-from tests.http.frontend import CONFIG, Front, front
+from tests.fakes.tokenizer import ByteTokenizer
+from tests.http.frontend import CONFIG, Front, expected, front
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 GOOD = f"00-{TRACE}-{SPAN}-01"
@@ -193,6 +195,32 @@ def test_the_children_cover_99_percent_of_1000_requests(traced: Front, records: 
         assert all(root.start_ns <= s.start_ns <= s.end_ns <= root.end_ns for s in engine)
     records.ended_records.clear()
     assert least >= 0.99
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_contents_are_in_spans_where_they_are_asked_for_only(stream: bool) -> None:
+    records = Records()
+    tracing = TracingConfig(endpoint="http://127.0.0.1:1", record_content=True)
+    ask = body(prompt="my secret", max_tokens=6, n=2, stream=stream)
+    with front(reporter=records, tracing=tracing) as made:
+        made.post(URL, ask)
+    record = records.take()
+    attributes = spans_of(record)[0].attributes
+    (asked,) = json.loads(str(attributes["gen_ai.input.messages"]))
+    assert asked["parts"] == [{"type": "text", "content": "my secret"}]
+    answered = json.loads(str(attributes["gen_ai.output.messages"]))
+    prompt = ByteTokenizer().encode("my secret", add_special_tokens=True)
+    for choice, answer in enumerate(answered):
+        _, text = expected(prompt, choice, seed=1, max_tokens=6, ignore_eos=True)
+        assert answer["parts"][0]["content"] == text and answer["finish_reason"] == "length"
+    with front(reporter=records, tracing=TRACING) as made:
+        made.post(URL, ask)
+    assert "secret" not in repr(spans_of(records.take()))
+
+
+def test_the_answer_s_id_is_in_the_span(traced: Front, records: Records) -> None:
+    answer = traced.post(URL, body()).json()
+    assert spans_of(records.take())[0].attributes["gen_ai.response.id"] == answer["id"]
 
 
 def test_with_tracing_off_the_context_is_still_passed_on() -> None:
