@@ -32,9 +32,31 @@ class TracingConfig:
 
     Attributes:
         endpoint: of a collector, "http://HOST:4317" for one; nothing is traced where empty.
+        protocol: "grpc", or "http" (protobuf; "/v1/traces" is added where the endpoint has no
+            path).
+        headers: "name=value" of each, sent with the spans: a collector's key, say.
+        sample_ratio: share of the requests that are kept whatever they are like.
+        follow_caller: whether a caller's `traceparent` decides that instead, where there is one.
+        slow_ms: a request that takes as long is kept in any case; 0 for never.
+        slow_ttft_ms: the same, until its first token.
+        service_name: what the spans say that this is; attributes: "name=value" of what else.
+        record_content: whether spans have what is asked and answered, in plain text.
+        max_spans: that wait for the collector; beyond it the oldest are dropped, and counted.
+        timeout_s: how long a batch may take to be sent.
     """
 
     endpoint: str = ""
+    protocol: str = "grpc"
+    headers: tuple[str, ...] = field(default=(), metadata={"secret": True})
+    sample_ratio: float = 0.1
+    follow_caller: bool = True
+    slow_ms: float = 60_000.0
+    slow_ttft_ms: float = 5_000.0
+    service_name: str = "jaxserve"
+    attributes: tuple[str, ...] = ()
+    record_content: bool = False
+    max_spans: int = 20_000
+    timeout_s: float = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)

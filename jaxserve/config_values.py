@@ -22,6 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "embeddings.pooling": ("auto", "cls", "mean", "max", "last", "weightedmean"),
     "embeddings.normalize": ("auto", "true", "false"),
     "embeddings.over_length": ("error", "truncate"),
+    "tracing.protocol": ("grpc", "http"),
     "logging.level": ("debug", "info", "warning", "error"),
 }
 #: Lowest and highest value of numbers.
@@ -88,6 +89,11 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "telemetry.flush_interval_s": (0.05, 3600),
     "telemetry.max_records": (1000, 2**31 - 1),
     "metering.keep_days": (0, 36_500),
+    "tracing.sample_ratio": (0, 1),
+    "tracing.slow_ms": (0, 86_400_000),
+    "tracing.slow_ttft_ms": (0, 86_400_000),
+    "tracing.max_spans": (100, 10_000_000),
+    "tracing.timeout_s": (0.1, 600),
     "lora.cache_bytes": (0, 2**60),
     "lora.host_bytes": (0, 2**50),
     "lora.max_bytes": (1024, 2**50),

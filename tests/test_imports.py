@@ -77,5 +77,12 @@ def test_the_front_half_never_imports_jax(part: str) -> None:
     import_without(("jax", "jaxlib", "flax", "orbax", "pallas_kernels"), modules((part,)))
 
 
+def test_only_who_sends_spans_imports_opentelemetry() -> None:
+    """It takes half a second, which no HTTP worker has to spend."""
+    names = modules(("http", "telemetry", "protocol"))
+    names.remove("jaxserve.telemetry.tracing.otlp")
+    import_without(("opentelemetry", "grpc"), names)
+
+
 def test_importing_jaxserve_imports_nothing_heavy() -> None:
     import_without(("jax", "starlette", "numpy", "zmq"), ["jaxserve", "jaxserve.errors"])

@@ -33,7 +33,7 @@ class RequestAdapters:
 
     def __init__(self, host: HostAdapters | None = None) -> None:
         self._host = host
-        self._held: HeldRequests[Submit] = HeldRequests()
+        self._held: HeldRequests[Submit] = HeldRequests("adapter")
 
     @property
     def num_held(self) -> int:

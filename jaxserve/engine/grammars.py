@@ -46,7 +46,7 @@ class Grammars:
     def __init__(self, config: StructuredConfig, model: ModelInfo) -> None:
         self._config = config
         self._model = model
-        self._held: HeldRequests[Submit] = HeldRequests()
+        self._held: HeldRequests[Submit] = HeldRequests("grammar")
         self._pending: dict[Grammar, Build] = {}
         self._compiler: Compiler | None = None
         self._maker: MaskMaker | None = None

@@ -47,7 +47,7 @@ from jaxserve.engine.grammars import Grammars
 from jaxserve.engine.outbox import Outbox
 from jaxserve.engine.probation import Probation
 from jaxserve.engine.recorder import NoRecorder, Recorder
-from jaxserve.engine.statistics import Statistics, prefill_tokens, record_of
+from jaxserve.engine.statistics import Statistics, prefill_tokens, record_of, waits_of
 from jaxserve.engine.turn import Batch, Executor, InFlight, TextsInFlight
 from jaxserve.errors import ConfigError, DeviceFailure, GrammarError, JaxserveError, Overloaded
 from jaxserve.protocol.messages import (
@@ -331,6 +331,9 @@ class Engine:
             self._refuse(client, message, error)
         else:
             live.update(zip(message.sequence_ids, sequences, strict=True))
+            for sequence in sequences:
+                sequence.traceparent = message.traceparent
+                sequence.waits += waits_of(message)
             self._probation.watch(message, sequences)
             if isinstance(message, Submit):
                 self._give_up(self._grammars.constrain(message, sequences))
@@ -438,6 +441,8 @@ class Engine:
         vector: bytes = b"",
     ) -> None:
         client, sequence_id = sequence.key
+        if error is not None and logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s: %s (trace %s)", error.code, error.message, sequence.traceparent)
         del self._live[client][sequence_id]
         if not isinstance(sequence, Text):
             self._backlog.leave(sequence, now_ns)
@@ -458,7 +463,13 @@ class Engine:
     def _refuse(self, client: Hashable, message: Submit | Embed, error: JaxserveError) -> None:
         now_ns = time.monotonic_ns()
         for sequence_id in message.sequence_ids:
-            record = SequenceRecord(arrived_ns=message.arrived_ns, done_ns=now_ns)
+            record = SequenceRecord(
+                arrived_ns=message.arrived_ns,
+                done_ns=now_ns,
+                intervals=list(message.waited),
+                traceparent=message.traceparent,
+                pid=os.getpid(),
+            )
             self._outbox.events(client).finished.append(
                 Finished(
                     sequence_id=sequence_id,

@@ -56,7 +56,7 @@ class Probation:
         self._tokens = tokens
         self._recorder = recorder
         self._clock_s = clock_s
-        self._held: HeldRequests[Submit | Embed] = HeldRequests()
+        self._held: HeldRequests[Submit | Embed] = HeldRequests("held")
         self._trial = 0  # index of the one that is on or comes next
         self._let_in = False  # whether its requests were
         self._watched: list[tuple[Sequence, int]] = []  # sequences on trial, length to come to

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence as Seq
@@ -9,10 +10,10 @@ from collections.abc import Sequence as Seq
 from jaxserve.device.embed_step import EmbedOutputs
 from jaxserve.device.step import StepOutputs
 from jaxserve.engine.turn import Executor, InFlight, TextsInFlight
-from jaxserve.protocol.messages import SequenceRecord, StepStats
+from jaxserve.protocol.messages import Embed, Interval, SequenceRecord, StepStats, Submit
 from jaxserve.scheduler.copies import Schedulers
 from jaxserve.scheduler.plan import Plan
-from jaxserve.scheduler.sequence import Sequence
+from jaxserve.scheduler.sequence import Sequence, Wait
 
 
 class Statistics:
@@ -106,6 +107,11 @@ def prefill_tokens(plans: Seq[Plan | None]) -> int:
     return sum(len(chunk.token_ids) for chunk in chunks if not chunk.num_drafts)
 
 
+def waits_of(message: Submit | Embed) -> list[Wait]:
+    """What a request waited for before the scheduler saw it."""
+    return [Wait(wait.kind, wait.start_ns, wait.end_ns) for wait in message.waited]
+
+
 def record_of(sequence: Sequence, now_ns: int) -> SequenceRecord:
     """What a sequence that ends now did and when."""
     return SequenceRecord(
@@ -124,4 +130,10 @@ def record_of(sequence: Sequence, now_ns: int) -> SequenceRecord:
         scheduled_ns=sequence.scheduled_ns,
         first_token_ns=sequence.first_token_ns,
         done_ns=now_ns,
+        intervals=[
+            Interval(kind=wait.kind, start_ns=wait.start_ns, end_ns=wait.end_ns or now_ns)
+            for wait in sequence.waits
+        ],
+        traceparent=sequence.traceparent,
+        pid=os.getpid(),
     )

@@ -24,6 +24,7 @@ from jaxserve.config import (
     LimitsConfig,
     StructuredConfig,
     ToolsConfig,
+    TracingConfig,
 )
 from jaxserve.errors import InvalidRequest, JaxserveError
 from jaxserve.http.adapters import Adapters, LoadAdapter, UnloadAdapter
@@ -40,7 +41,14 @@ from jaxserve.http.metrics import Metrics
 from jaxserve.http.observed import Observed, PrometheusMetrics
 from jaxserve.http.observer.reporter import NoReporter, Reporter
 from jaxserve.http.probes import Health, Models, Ready
-from jaxserve.http.records import LEFT, WORK_ROUTES, close_record, note_error, open_record
+from jaxserve.http.records import (
+    LEFT,
+    WORK_ROUTES,
+    close_record,
+    note_context,
+    note_error,
+    open_record,
+)
 from jaxserve.http.responses import read_response
 from jaxserve.http.score import RERANK, SCORE
 from jaxserve.http.texts import TextsEndpoint
@@ -59,7 +67,7 @@ logger = logging.getLogger(__name__)
 _SHOWN_PATH = 100
 #: Headers that pages of other origins may read, besides the few that they always may.
 _EXPOSED = [
-    *("retry-after", "retry-after-ms", CAPPED_HEADER.decode()),
+    *("retry-after", "retry-after-ms", CAPPED_HEADER.decode(), "x-request-id", "traceparent"),
     *(
         f"x-ratelimit-{name}-{kind}"
         for name in ("limit", "remaining", "reset")
@@ -85,6 +93,7 @@ def create_app(
     embeddings_config: EmbeddingsConfig | None = None,
     adapters: Adapters | None = None,
     reporter: Reporter | None = None,
+    tracing: TracingConfig | None = None,
 ) -> Arrival:
     """The application over a client that has been started.
 
@@ -101,8 +110,10 @@ def create_app(
         embeddings_config: limits of its requests; the defaults where None.
         adapters: LoRA adapters by name; None where there are none.
         reporter: where the records of requests go; nowhere where None.
+        tracing: which requests are traced; the defaults where None.
     """
     metrics = metrics or Metrics(lambda: client.status)
+    tracing = tracing or TracingConfig()
     frontend = Frontend(
         client=client,
         tokenizer=tokenizer,
@@ -119,6 +130,7 @@ def create_app(
         embeddings_config=embeddings_config or EmbeddingsConfig(),
         adapters=adapters or Adapters(),
         reporter=reporter or NoReporter(),
+        record_content=tracing.record_content,
     )
     post, get = ["POST"], ["GET"]
     router = Router(
@@ -153,7 +165,7 @@ def create_app(
             expose_headers=_EXPOSED,
             max_age=600,
         )
-    return Arrival(app, frontend)
+    return Arrival(app, frontend, tracing)
 
 
 class Cors(CORSMiddleware):
@@ -195,9 +207,10 @@ class Arrival:
         frontend: what the endpoints share; `frontend.idle()` waits for all requests to end.
     """
 
-    def __init__(self, app: Any, frontend: Frontend) -> None:
+    def __init__(self, app: Any, frontend: Frontend, tracing: TracingConfig) -> None:
         self.frontend = frontend
         self._app = app
+        self._tracing = tracing
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answers one request."""
@@ -207,6 +220,9 @@ class Arrival:
         scope["jaxserve.arrived_ns"] = record.arrived_ns
         scope["jaxserve.record"] = record
         added: dict[bytes, bytes] = {b"x-request-id": record.request_id.encode()}
+        if record.route in WORK_ROUTES:
+            note_context(record, scope, self._tracing)
+            added[b"traceparent"] = record.traceparent.encode()
         scope["jaxserve.headers"] = added
         frontend = self.frontend
         status = 0

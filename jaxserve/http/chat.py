@@ -115,6 +115,7 @@ class ChatWire:
     ) -> None:
         kind = "chat.completion.chunk" if options.stream else "chat.completion"
         self._head = Head("chatcmpl-", kind, model, include_usage=options.include_usage)
+        self.response_id: str = self._head.fields["id"]
         self._tokenizer = tokenizer
         self._options = options
         self._num_top = num_top

@@ -114,6 +114,7 @@ class CompletionWire:
         echoed: list[str] | None,
     ) -> None:
         self._head = Head("cmpl-", "text_completion", model, include_usage=options.include_usage)
+        self.response_id: str = self._head.fields["id"]
         self._tokenizer = tokenizer
         self._options = options
         self._num_top = num_top

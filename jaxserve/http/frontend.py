@@ -49,6 +49,7 @@ class Frontend:
         started_s: wall clock, the `created` of /v1/models.
         adapters: LoRA adapters by name.
         reporter: where the records of requests go.
+        record_content: whether they have what is asked and answered.
         draining: no new work is taken.
     """
 
@@ -67,6 +68,7 @@ class Frontend:
     embeddings_config: EmbeddingsConfig = field(default_factory=EmbeddingsConfig)
     adapters: Adapters = field(default_factory=Adapters)
     reporter: Reporter = field(default_factory=NoReporter)
+    record_content: bool = False
     draining: bool = False
     num_requests: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)

@@ -17,7 +17,16 @@ from jaxserve.http.body import Fields
 from jaxserve.http.errors import send_json
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.generation import Delta, Generation
-from jaxserve.http.records import note_admitted, note_error, note_options, note_read, record_of
+from jaxserve.http.records import (
+    note_adapter,
+    note_admitted,
+    note_answered,
+    note_asked,
+    note_error,
+    note_read,
+    note_work,
+    record_of,
+)
 from jaxserve.http.sse import Departure, EventStream
 from jaxserve.http.wire import Answer, Work
 from jaxserve.protocol.records import Outcome
@@ -49,12 +58,16 @@ class GenerationEndpoint:
         fields = await frontend.read(scope, receive)
         pick = frontend.adapters.pick(fields, model)
         note_read(record, model.name, pick.adapter or "")
+        if frontend.record_content:
+            note_asked(record, fields)
         visit = await frontend.gate.enter(scope, fields, identity)
         try:
             frontend.reporter.begun(note_admitted(record, visit.demand))
             work = await self._read(fields, frontend, pick.model, identity)
-            note_options(record, work.options)
+            note_work(record, work)
             async with frontend.adapters.using(pick, visit.deadline_ns) as adapter:
+                if adapter is not None:
+                    note_adapter(record)
                 await visit.begin(work)
                 generation = Generation(
                     frontend.client,
@@ -68,6 +81,7 @@ class GenerationEndpoint:
                     record=record,
                     deadline_ns=visit.deadline_ns,
                     adapter=adapter,
+                    keep_answers=frontend.record_content,
                 )
                 visit.follow(generation.usage)
                 answer = _stream if work.options.stream else _whole
@@ -78,6 +92,8 @@ class GenerationEndpoint:
                         record.outcome = Outcome.LEFT
                 finally:
                     generation.cancel()
+                    if frontend.record_content:
+                        note_answered(record, generation)
         except Overloaded:
             visit.forgive()
             raise

@@ -88,6 +88,7 @@ class Generation:
         record: of the request; its tokens and times are noted there.
         deadline_ns: when it is given up; None for never.
         adapter: a LoRA adapter; None for the base model.
+        keep_answers: whether `answers` will be asked for.
 
     Attributes:
         usage: complete once `next` has given nothing.
@@ -107,6 +108,7 @@ class Generation:
         record: RequestRecord,
         deadline_ns: int | None,
         adapter: AdapterRef | None = None,
+        keep_answers: bool = False,
     ) -> None:
         self.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in prompts))
         self._options = options
@@ -127,6 +129,7 @@ class Generation:
             for prompt in prompts
             for _ in range(options.candidates)
         ]
+        self._kept: list[list[Delta]] | None = [[] for _ in self._choices] if keep_answers else None
         self._loop = asyncio.get_running_loop()
         self._waiter: asyncio.Future[None] | None = None
         self._woken = False
@@ -134,6 +137,7 @@ class Generation:
         self._streams: list[Stream] = []
         self._expiry: asyncio.TimerHandle | None = None
         self._expired = False
+        record.submitted_ns = time.monotonic_ns()  # before the engine can have done anything
         for prompt, sampling in zip(prompts, samplings, strict=True):
             stream = client.submit(
                 prompt,
@@ -145,11 +149,11 @@ class Generation:
                 cache_salt=options.cache_salt,
                 arrived_ns=record.arrived_ns,
                 adapter=adapter,
+                traceparent=record.traceparent,
             )
             stream.watch(self._wake)
             self._streams.append(stream)
         metrics.prompt_tokens(self.usage.prompt_tokens)
-        record.submitted_ns = time.monotonic_ns()
         record.prompt_tokens = self.usage.prompt_tokens
         if deadline_ns is not None:
             left_s = (deadline_ns - time.monotonic_ns()) / 1e9
@@ -161,6 +165,16 @@ class Generation:
             self._expiry.cancel()
         for stream in self._streams:
             stream.cancel()
+
+    def answers(self) -> list[tuple[str, str]]:
+        """Text and finish reason of each choice, as far as they have come and were kept."""
+        return [
+            (
+                "".join(delta.text for delta in deltas),
+                next((d.finish_reason for d in deltas if d.finish_reason is not None), ""),
+            )
+            for deltas in self._kept or ()
+        ]
 
     async def next(self) -> list[Delta]:
         """What has come since the last call, waiting for it if need be; empty at the end.
@@ -208,6 +222,7 @@ class Generation:
         index = prompt * self._options.candidates + event.choice
         choice = self._choices[index]
         if event.finished is not None:
+            event.finished.record.choice = index
             self._note_end(event.finished, event.choice)
         if choice.done:
             return
@@ -226,6 +241,8 @@ class Generation:
         if delta.finish_reason is not None:
             self._record.finish_reasons.append(delta.finish_reason)
         deltas.append(delta)
+        if self._kept is not None:
+            self._kept[index].append(delta)
 
     def _note_end(self, finished: Finished, choice: int) -> None:
         """The engine's last word about a sequence, which may come after the choice's end here."""

@@ -11,12 +11,19 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.errors import DeadlineExceeded, JaxserveError, Overloaded
+from jaxserve.protocol.messages import Interval
 from jaxserve.protocol.records import Asked, Begun, Outcome, RequestRecord
+from jaxserve.telemetry.tracing.content import answered_content, asked_content
+from jaxserve.telemetry.tracing.context import read_context
+from jaxserve.telemetry.tracing.sampling import begins_sampled
 
 if TYPE_CHECKING:
+    from jaxserve.config import TracingConfig
     from jaxserve.http.auth import Identity
+    from jaxserve.http.body import Fields
     from jaxserve.http.demand import Demand
-    from jaxserve.http.sampling import Options
+    from jaxserve.http.generation import Generation
+    from jaxserve.http.wire import Work
 
 #: Routes whose requests ask for work. All others are counted by status only.
 WORK_ROUTES = frozenset(
@@ -36,6 +43,18 @@ def open_record(path: str) -> RequestRecord:
     return RequestRecord(
         request_id=secrets.token_hex(16), route=path, arrived_ns=time.monotonic_ns()
     )
+
+
+def note_context(record: RequestRecord, scope: Any, config: TracingConfig) -> None:
+    """Which trace it belongs to: its caller's, or one of its own, whose id is the request's."""
+    context = read_context(scope["headers"])
+    record.span_id = record.request_id[:16]
+    if context is None:
+        record.trace_id = record.request_id
+    else:
+        record.trace_id, record.parent_id = context.trace_id, context.span_id
+        record.trace_flags, record.tracestate = context.flags, context.tracestate
+    record.sampled = begins_sampled(config, record.trace_id, context)
 
 
 def record_of(scope: Any) -> RequestRecord:
@@ -59,6 +78,18 @@ def note_read(record: RequestRecord, model: str, adapter: str) -> None:
     record.adapter = adapter
 
 
+def note_asked(record: RequestRecord, fields: Fields) -> None:
+    """What it asks is to be kept."""
+    messages = fields.peek("messages")
+    messages = fields.peek("input") if messages is None else messages
+    record.asked_content = asked_content(messages, fields.peek("prompt"))
+
+
+def note_answered(record: RequestRecord, generation: Generation) -> None:
+    """What it was answered is to be kept, as far as it came."""
+    record.answered_content = answered_content(generation.answers())
+
+
 def note_admitted(record: RequestRecord, demand: Demand) -> Begun:
     """It was let in: what is told of it at once."""
     record.admitted_ns = time.monotonic_ns()
@@ -74,9 +105,11 @@ def note_admitted(record: RequestRecord, demand: Demand) -> Begun:
     )
 
 
-def note_options(record: RequestRecord, options: Options) -> None:
+def note_work(record: RequestRecord, work: Work) -> None:
     """What it asked for is known."""
+    options = work.options
     given = options.sampling
+    record.response_id = work.wire.response_id
     record.tokenized_ns = time.monotonic_ns()
     record.streamed = options.stream
     record.asked = Asked(
@@ -89,6 +122,13 @@ def note_options(record: RequestRecord, options: Options) -> None:
         seed=given.get("seed"),
         stop=list(options.stop),
         choices=options.n,
+    )
+
+
+def note_adapter(record: RequestRecord) -> None:
+    """Its adapter's files are here."""
+    record.spans.append(
+        Interval(kind="adapter", start_ns=record.tokenized_ns, end_ns=time.monotonic_ns())
     )
 
 

@@ -43,8 +43,9 @@ class ResponseWire:
     def __init__(
         self, fields: dict[str, Any], tokenizer: Tokenizer, num_top: int | None, *, reads: bool
     ) -> None:
+        self.response_id = "resp_" + secrets.token_hex(24)
         self._fields = {
-            "id": "resp_" + secrets.token_hex(24),
+            "id": self.response_id,
             "object": "response",
             "created_at": int(time.time()),
             **fields,

@@ -179,6 +179,7 @@ class TextRun:
                     if event.finished.reason is FinishReason.CANCELLED:
                         raise Overloaded("the request was cancelled before it was done")
                     found[group[event.choice]] = event.finished.vector
+                    event.finished.record.choice = group[event.choice]
                     self._record.sequences.append(event.finished.record)
             self._streams.discard(stream)
         return np.frombuffer(b"".join(found), np.float32).reshape(len(texts), -1)
@@ -196,6 +197,7 @@ class TextRun:
             tenant=self._identity.tenant,
             weight=self._identity.weight,
             arrived_ns=self._record.arrived_ns,
+            traceparent=self._record.traceparent,
         )
         self._streams.add(stream)
         return stream

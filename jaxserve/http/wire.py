@@ -24,7 +24,13 @@ encode = msgspec.json.Encoder().encode
 
 
 class Wire(Protocol):
-    """One response format, for one request."""
+    """One response format, for one request.
+
+    Attributes:
+        response_id: the `id` of the answer.
+    """
+
+    response_id: str
 
     def events(self, delta: Delta) -> bytes:
         """A delta as server-sent events; empty if it brings nothing that shows."""

@@ -161,6 +161,7 @@ async def _serve(
         embeddings_config=config.embeddings,
         adapters=adapters,
         reporter=reporter,
+        tracing=config.tracing,
     )
     await Server(app, config.http, _say_listening).run_on(listener, lambda: os._exit(1))
     await app.frontend.gate.close()

@@ -163,6 +163,7 @@ class EngineClient:
         weight: float = 1.0,
         arrived_ns: int | None = None,
         adapter: AdapterRef | None = None,
+        traceparent: str = "",
     ) -> Stream:
         """Starts n sequences over one prompt and returns their stream at once.
 
@@ -176,6 +177,7 @@ class EngineClient:
             weight: the tenant's share beside others'.
             arrived_ns: CLOCK_MONOTONIC when the request came in; now where None.
             adapter: a LoRA adapter; None for the base model.
+            traceparent: the caller's span, as W3C trace context; empty where nothing is traced.
 
         Raises:
             DeviceFailure: the engine is known to be dead. All else is raised by the stream.
@@ -191,6 +193,7 @@ class EngineClient:
             weight=weight,
             arrived_ns=arrived_ns,
             adapter=adapter,
+            traceparent=traceparent,
         )
         return self._begin(state, message)
 
@@ -204,13 +207,15 @@ class EngineClient:
         tenant: str = "",
         weight: float = 1.0,
         arrived_ns: int | None = None,
+        traceparent: str = "",
     ) -> Stream:
         """Asks for the vectors of some texts; each is a choice, whose one event has it.
 
         Args:
             texts: token ids of each, at least one.
             second_starts: where each pair's second text begins, for a cross-encoder.
-            priority, tenant, weight, arrived_ns: as of `submit`, which this raises as.
+            priority, tenant, weight, arrived_ns, traceparent: as of `submit`, which this raises
+                as.
         """
         state = self._dispatcher.open(len(texts))
         message = embed_message(
@@ -222,6 +227,7 @@ class EngineClient:
             tenant=tenant,
             weight=weight,
             arrived_ns=arrived_ns,
+            traceparent=traceparent,
         )
         return self._begin(state, message)
 

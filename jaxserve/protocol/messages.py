@@ -23,6 +23,21 @@ from jaxserve.types import (
     Vocabulary,
 )
 
+
+@dataclass(slots=True, kw_only=True)
+class Interval:
+    """A stretch of a request's life that has a name.
+
+    Attributes:
+        kind: in the engine "held" (on trial after a death), "adapter", "grammar", "preempted" or
+            "swapped" (its pages were on the host), "replay"; the front end has others.
+    """
+
+    kind: str
+    start_ns: int
+    end_ns: int
+
+
 # ---------------------------------------------------------------------------- client → engine
 
 
@@ -66,6 +81,9 @@ class Submit:
         choices: indexes of the sequences among the request's choices; 0, 1, … where empty.
         emitted: of each sequence, output tokens that its client has; none where empty.
         prompt_logprobs_done: prompt log-probabilities that its client has.
+        traceparent: the front end's span, as W3C trace context; empty where nothing is traced.
+        waited: what it has waited for before the scheduler sees it: its client says of the lives
+            of the engine that ended, whoever holds it here adds its own.
     """
 
     sequence_ids: list[int]
@@ -82,6 +100,8 @@ class Submit:
     emitted: list[list[int]] = field(default_factory=list)
     prompt_logprobs_done: int = 0
     adapter: AdapterRef | None = None
+    traceparent: str = ""
+    waited: list[Interval] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +115,7 @@ class Embed:
         arrived_ns, priority, tenant, weight, request_key: as of `Submit`.
         attempt: earlier lives of the engine that had taken it in, as of `Submit`; nothing else is
             kept of those.
+        traceparent, waited: as of `Submit`.
     """
 
     sequence_ids: list[int]
@@ -107,6 +128,8 @@ class Embed:
     weight: float = 1.0
     request_key: str = ""
     attempt: int = 0
+    traceparent: str = ""
+    waited: list[Interval] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,20 +178,6 @@ ClientMessage = Submit | Cancel | Drain | GetStatus | Goodbye | UseVocabulary | 
 
 
 @dataclass(slots=True, kw_only=True)
-class Interval:
-    """A stretch of a request's life that has a name.
-
-    Attributes:
-        kind: in the engine "held" (on trial after a death), "adapter", "grammar", "preempted" or
-            "swapped" (its pages were on the host), "replay"; the front end has others.
-    """
-
-    kind: str
-    start_ns: int
-    end_ns: int
-
-
-@dataclass(slots=True, kw_only=True)
 class SequenceRecord:
     """What a sequence did and when; metering, tracing and SLOs are computed from it.
 
@@ -185,6 +194,8 @@ class SequenceRecord:
         decode_device_ns: for tokens that were emitted.
         wasted_device_ns: for positions computed again, and tokens that were not emitted.
         intervals: what else it waited for, in order.
+        traceparent: as it was submitted; pid: of the engine's process that says this, 0 for none.
+        choice: index among all sequences of its request; the front end says it.
         *_ns: zero while it has not happened.
     """
 
@@ -208,6 +219,9 @@ class SequenceRecord:
     decode_device_ns: int = 0
     wasted_device_ns: int = 0
     intervals: list[Interval] = field(default_factory=list)
+    traceparent: str = ""
+    pid: int = 0
+    choice: int = 0
 
 
 @dataclass(slots=True, kw_only=True)

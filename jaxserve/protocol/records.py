@@ -63,9 +63,10 @@ class RequestRecord:
     Attributes:
         request_id: 32 hexadecimal digits, unique for ever; the response's `x-request-id`.
         response_id: the `id` in the answer's body; empty where there is none.
-        trace_id, span_id: of the request's own span, hexadecimal; empty where nothing is traced.
+        trace_id, span_id: of the request's own span, hexadecimal.
         parent_id: span of the caller, as its `traceparent` says; tracestate: as it came.
         trace_flags: of `traceparent`; -1 where there was none.
+        sampled: whether its trace is kept however it ends.
         model: as it is served; adapter: its name, or empty.
         key: who called: the key's name in the key file, never the key.
         user: the request's `user`, which subdivides the tenant.
@@ -83,6 +84,7 @@ class RequestRecord:
         texts: embedded, or pairs scored.
         sequences: one for each sequence that the engine has ended.
         spans: other intervals of the front end, by kind.
+        asked_content, answered_content: messages, as JSON; empty unless `tracing.record_content`.
     """
 
     request_id: str
@@ -94,6 +96,7 @@ class RequestRecord:
     parent_id: str = ""
     tracestate: str = ""
     trace_flags: int = -1
+    sampled: bool = False
     model: str = ""
     adapter: str = ""
     tenant: str = ""
@@ -122,6 +125,15 @@ class RequestRecord:
     finish_reasons: list[str] = field(default_factory=list)
     sequences: list[SequenceRecord] = field(default_factory=list)
     spans: list[Interval] = field(default_factory=list)
+    asked_content: str = ""
+    answered_content: str = ""
+
+    @property
+    def traceparent(self) -> str:
+        """The request's own span as W3C trace context; empty where it has none."""
+        if not self.trace_id:
+            return ""
+        return f"00-{self.trace_id}-{self.span_id}-{'01' if self.sampled else '00'}"
 
     @property
     def ttft_ns(self) -> int | None:

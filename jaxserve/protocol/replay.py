@@ -16,10 +16,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from jaxserve.protocol.messages import Embed, Finished, SequenceRecord, Submit
+from jaxserve.protocol.messages import Embed, Finished, Interval, SequenceRecord, Submit
 from jaxserve.types import FinishReason
 
 
@@ -35,6 +36,7 @@ class JournalEntry:
         cancelled: choices whose end was asked for and is not confirmed, with the reason.
         attempt: lives of the engine that have ended under it.
         sent: whether an engine has been asked for it at all; not if it came between two lives.
+        waited: between two lives, each time; lost_ns: since when it does now, 0 where it does not.
     """
 
     submit: Submit | Embed
@@ -44,26 +46,43 @@ class JournalEntry:
     cancelled: dict[int, FinishReason] = field(default_factory=dict)
     attempt: int = 0
     sent: bool = True
+    waited: list[Interval] = field(default_factory=list)
+    lost_ns: int = 0
 
     def __post_init__(self) -> None:
+        if not self.sent:
+            self.lose(time.monotonic_ns())
         num_choices = len(self.submit.sequence_ids)
         self.emitted = [[] for _ in range(num_choices)]
         self.first_token_ns = [0] * num_choices
 
-    def again(self, sequence_ids: range, choices: list[int]) -> Submit | Embed:
+    def lose(self, now_ns: int) -> None:
+        """No engine runs it from now on."""
+        self.lost_ns = self.lost_ns or now_ns
+
+    def again(
+        self, sequence_ids: range, choices: list[int], now_ns: int | None = None
+    ) -> Submit | Embed:
         """The message that continues these choices.
 
         Args:
             sequence_ids: new ones, of all the request's choices.
+            now_ns: CLOCK_MONOTONIC; now where None.
         """
+        self.waited = self._waited(time.monotonic_ns() if now_ns is None else now_ns)
+        self.lost_ns = 0
+        waited = list(self.waited)
         if not self.sent and len(choices) == len(sequence_ids):
             self.sent = True
-            return dataclasses.replace(self.submit, sequence_ids=list(sequence_ids))
+            return dataclasses.replace(self.submit, sequence_ids=list(sequence_ids), waited=waited)
         self.attempt += 1
         if isinstance(self.submit, Embed):  # texts come out whole, or not at all
             ids = [sequence_ids[choice] for choice in choices]
             return dataclasses.replace(
-                some_texts(self.submit, choices), sequence_ids=ids, attempt=self.attempt
+                some_texts(self.submit, choices),
+                sequence_ids=ids,
+                attempt=self.attempt,
+                waited=waited,
             )
         return dataclasses.replace(
             self.submit,
@@ -72,6 +91,7 @@ class JournalEntry:
             choices=choices,
             emitted=[list(self.emitted[choice]) for choice in choices],
             prompt_logprobs_done=self.num_prompt_logprobs,
+            waited=waited,
         )
 
     def complete(self, choice: int, record: SequenceRecord) -> None:
@@ -95,8 +115,16 @@ class JournalEntry:
             arrived_ns=self.submit.arrived_ns,
             first_token_ns=self.first_token_ns[choice],
             done_ns=now_ns,
+            intervals=self._waited(now_ns),
+            traceparent=self.submit.traceparent,
         )
         return Finished(sequence_id=sequence_id, reason=reason, record=record)
+
+    def _waited(self, now_ns: int) -> list[Interval]:
+        """All its waits between two lives, up to now."""
+        if not self.lost_ns:
+            return list(self.waited)
+        return [*self.waited, Interval(kind="replay", start_ns=self.lost_ns, end_ns=now_ns)]
 
 
 def num_prompt_tokens(message: Submit | Embed, choice: int) -> int:

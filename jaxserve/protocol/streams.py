@@ -273,7 +273,10 @@ class Dispatcher:
         """
         if self.status is not None:
             self.status = dataclasses.replace(self.status, state=RESTARTING)
+        now_ns = time.monotonic_ns()
         for state in self._open_streams():
+            if state.journal is not None:
+                state.journal.lose(now_ns)
             self.end_cancelled(state)
 
     def end_cancelled(self, state: StreamState) -> None:

@@ -76,6 +76,7 @@ def embed_message(
     tenant: str = "",
     weight: float = 1.0,
     arrived_ns: int | None = None,
+    traceparent: str = "",
 ) -> Embed:
     """The message that asks for the vectors of a stream's texts."""
     return Embed(
@@ -87,6 +88,7 @@ def embed_message(
         priority=priority,
         tenant=tenant,
         weight=weight,
+        traceparent=traceparent,
     )
 
 
@@ -101,6 +103,7 @@ def submit_message(
     weight: float = 1.0,
     arrived_ns: int | None = None,
     adapter: AdapterRef | None = None,
+    traceparent: str = "",
 ) -> Submit:
     """The message that starts a stream's sequences."""
     return Submit(
@@ -113,4 +116,5 @@ def submit_message(
         cache_salt=cache_salt,
         weight=weight,
         adapter=adapter,
+        traceparent=traceparent,
     )

@@ -18,7 +18,7 @@ from jaxserve.scheduler.phases import Phase, chunk_end
 from jaxserve.scheduler.plan import PageCopy, Plan
 from jaxserve.scheduler.room import Room, worst_first
 from jaxserve.scheduler.rows import Rows
-from jaxserve.scheduler.sequence import Sequence, SequenceState
+from jaxserve.scheduler.sequence import Sequence, SequenceState, Wait
 
 
 class Planner:
@@ -144,6 +144,7 @@ class Planner:
             if sequence is None or sequence.has_unread:
                 return budget  # preempted a moment ago: its last tokens are still on their way
             if not self._rows.adapters.may_join(sequence):
+                sequence.waits.append(Wait("adapter", self._clock_ns()))
                 self._rows.park(sequence)
                 continue
             if self._rows.prefix.find(sequence):
@@ -222,6 +223,8 @@ class Planner:
         sequence.state = SequenceState.PREFILLING
         sequence.has_begun = True
         sequence.scheduled_ns = sequence.scheduled_ns or self._clock_ns()
+        if sequence.waits:
+            sequence.end_waits(self._clock_ns())
         self._rows.prefilling[sequence] = None
         plan.joins.append(join_of(sequence))
 
@@ -241,6 +244,8 @@ class Planner:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._rows.set_back(sequence)
+        kind = "preempted" if sequence.host_table is None else "swapped"
+        sequence.waits.append(Wait(kind, self._clock_ns()))
         self._set_back_level = min(self._set_back_level, sequence.level)
 
 

@@ -68,6 +68,20 @@ class AdapterUse:
     rank_class: int
 
 
+@dataclass(slots=True)
+class Wait:
+    """A stretch in which a sequence that was let in did not run.
+
+    Attributes:
+        kind: "preempted", "swapped" (its pages were on the host) or "adapter" (parked for a slot).
+        end_ns: 0 while it goes on.
+    """
+
+    kind: str
+    start_ns: int
+    end_ns: int = 0
+
+
 @dataclass(slots=True, eq=False, kw_only=True)
 class Sequence:
     """State of one generation.
@@ -90,6 +104,8 @@ class Sequence:
         adapter_slot: where that is, while it holds a row; -1 else.
         request: number of its request in the flight recorder; 0: none.
         host_table: its pages on the host, while it waits with its cache saved.
+        waits: those that were more than the queue, for the record.
+        traceparent: of whoever submitted it, for the record.
         followers: choices that wait to share this one's prompt.
         num_computed: positions whose KV is launched; while decoding see `decode_base`.
         num_planned: output tokens launched, read back or not; drafts among them.
@@ -152,6 +168,8 @@ class Sequence:
     queued_ns: int = 0
     scheduled_ns: int = 0
     first_token_ns: int = 0
+    waits: list[Wait] = field(default_factory=list)
+    traceparent: str = ""
 
     def __post_init__(self) -> None:
         self.max_len = self.prompt_len + self.sampling.max_tokens
@@ -222,6 +240,11 @@ class Sequence:
         ):
             return []
         return self.token_ids[: self.num_computed]
+
+    def end_waits(self, now_ns: int) -> None:
+        """It runs again."""
+        for wait in self.waits:
+            wait.end_ns = wait.end_ns or now_ns
 
     def count_found(self) -> None:
         """Positions up to `num_computed` that were never launched for it count as cached."""

@@ -358,7 +358,10 @@ def test_no_life_hears_or_is_heard_in_another() -> None:
             attempt=1,
             choices=[0, 2],
             emitted=[[7], [8, 9]],
+            waited=again.waited,
         )
+        (wait,) = again.waited  # one, though two lives ended in it
+        assert wait.kind == "replay" and first.arrived_ns < wait.start_ns < wait.end_ns
         assert stream.sequence_ids == range(3, 6)
         await roads[2].says(events(0, 401), ends(2), events(3, 10), ends(3), events(5, 11), ends(5))
         reader = Reader(stream, 3)

@@ -8,6 +8,8 @@ from pathlib import Path
 from jaxserve.config import Config
 from jaxserve.http.observer.ledger import LedgerPart, check_ledger, open_ledger
 from jaxserve.http.observer.part import Part
+from jaxserve.http.observer.tracing import make_tracing
+from jaxserve.telemetry.tracing.settings import check_tracing
 
 #: Has all workers know something: a topic, and its JSON.
 Tell = Callable[[str, bytes], None]
@@ -28,6 +30,7 @@ def make_parts(config: Config, state: Path, tell: Tell) -> list[Part]:
         ledger = open_ledger(config.metering, state)
         parts.append(LedgerPart(ledger, keep_days=config.metering.keep_days).part)
     return parts
+    return [*make_tracing(config.tracing)]
 
 
 def check_parts(config: Config) -> None:
@@ -38,3 +41,4 @@ def check_parts(config: Config) -> None:
     """
     if config.metering.enabled:
         check_ledger(config.metering)
+    check_tracing(config.tracing)
