@@ -1,4 +1,4 @@
-"""The command line: `python -m jaxserve [serve|generate|chat|bench|convert|lora|doctor] …`.
+"""The command line: `python -m jaxserve [serve|generate|chat|bench|convert|lora|cost|doctor] …`.
 
 Arguments and errors only; each subcommand lives where its work is done and is imported when it is
 asked for, so that `--help` is quick and `serve` never imports JAX. Without a subcommand it serves.
@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from jaxserve.cli.cost import add_cost
 from jaxserve.cli.lora import add_train
 
 if TYPE_CHECKING:
@@ -133,6 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     of_lora = lora.add_subparsers(metavar="ACTION", required=True)
     train = _command(of_lora, "train", _train, "fine-tune an adapter on the served model")
     add_train(train)
+    cost = kinds.add_parser("cost", help="what a million tokens cost: cost --help")
+    add_cost(cost)
+    cost.set_defaults(run=_cost)
     doctor = _command(
         kinds, "doctor", _doctor, "this machine, what would be compiled, what would fit"
     )
@@ -270,6 +274,12 @@ def _train(arguments: argparse.Namespace) -> int:
     from jaxserve.cli.lora import train_adapter
 
     return train_adapter(config, arguments)
+
+
+def _cost(arguments: argparse.Namespace) -> int:
+    from jaxserve.cli.cost import report
+
+    return report(arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
