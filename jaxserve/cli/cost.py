@@ -175,7 +175,7 @@ def _table(rates: Rates, prices: Prices, costs: Sequence[Cost], currency: str) -
     ]
     ratio = rates.input_tokens_per_s / rates.output_tokens_per_s
     energy = prices.energy_per_kwh
-    shown_energy = "none if rented, 0.10 if bought" if energy is None else f"{energy:g}"
+    shown_energy = "0 (rented) or 0.10 (bought)" if energy is None else f"{energy:g}"
     lines = [
         f"Amounts in {currency}, at {prices.utilisation:.0%} utilisation; energy {shown_energy} a "
         f"kWh, PUE {prices.pue:g}; {ratio:.3g} input tokens for each output token.",
@@ -185,11 +185,15 @@ def _table(rates: Rates, prices: Prices, costs: Sequence[Cost], currency: str) -
         *(f"- {cost.device}: {_assumptions(cost, prices)}" for cost in costs),
     ]
     if any(cost.estimated for cost in costs):
+        bound = (
+            "the ratio of what bounds it (memory bandwidth or peak FLOPs)"
+            if any(rates.decode_work)
+            else "the smaller ratio of memory bandwidth and peak FLOPs (the result counts neither)"
+        )
         lines += [
             "",
-            f"* estimated from {rates.device_name} by the ratio of what bounds it (memory "
-            "bandwidth or peak FLOPs), at the same share of that limit: measure before you buy. "
-            "Whether the model fits is not looked at.",
+            f"* estimated from {rates.device_name} by {bound}, at the same share of that limit: "
+            "measure before you buy. Whether the model fits is not looked at.",
         ]
     return "\n".join(lines) + "\n"
 
