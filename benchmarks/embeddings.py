@@ -42,7 +42,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # a checkout needs no installation
 
-from benchmarks.plot import grouped_bars  # noqa: E402
+from jaxserve.bench.plot import grouped_bars  # noqa: E402
 from jaxserve.bench.stats import (  # noqa: E402
     environment,
     json_line,

@@ -38,7 +38,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no installation
 
-from benchmarks.plot import grouped_bars
+from jaxserve.bench.plot import grouped_bars
 from jaxserve.bench.roofline import Roofline
 from jaxserve.bench.stats import environment, json_line, median, ratio_interval, table
 from jaxserve.config import CacheConfig, Config, LoraConfig, SchedulerConfig

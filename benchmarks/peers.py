@@ -36,9 +36,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from plot import grouped_bars  # noqa: E402
-
 from jaxserve.bench import stats  # noqa: E402
+from jaxserve.bench.plot import grouped_bars  # noqa: E402
 from jaxserve.bench.roofline import Roofline  # noqa: E402
 
 WORKERS = ROOT / "benchmarks" / "peer_workers"

@@ -34,7 +34,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no installation
 
-from benchmarks.plot import grouped_bars
+from jaxserve.bench.plot import grouped_bars
 from jaxserve.bench.stats import environment, json_line, percentile, table
 from jaxserve.config import CacheConfig, SchedulerConfig
 from jaxserve.scheduler.plan import Plan

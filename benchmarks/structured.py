@@ -40,8 +40,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no installation
 
-from benchmarks.plot import grouped_bars
 from jaxserve.bench.engine import BenchServer
+from jaxserve.bench.plot import grouped_bars
 from jaxserve.bench.stats import (
     environment,
     json_line,

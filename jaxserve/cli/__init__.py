@@ -1,4 +1,4 @@
-"""The command line: `python -m jaxserve [serve|generate|chat|bench|convert|lora|doctor] …`.
+"""The command line: `python -m jaxserve [serve|generate|chat|bench|convert|lora|cost|doctor] …`.
 
 Arguments and errors only; each subcommand lives where its work is done and is imported when it is
 asked for, so that `--help` is quick and `serve` never imports JAX. Without a subcommand it serves.
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from jaxserve.cli.adapters import ACTIONS
+from jaxserve.cli.cost import add_cost
 from jaxserve.cli.lora import add_train
 
 if TYPE_CHECKING:
@@ -138,6 +139,9 @@ def _parser() -> argparse.ArgumentParser:
         action = of_lora.add_parser(name, help=summary, description=summary.capitalize())
         action.set_defaults(run=run)
         add(action)
+    cost = kinds.add_parser("cost", help="what a million tokens cost: cost --help")
+    add_cost(cost)
+    cost.set_defaults(run=_cost)
     doctor = _command(
         kinds, "doctor", _doctor, "this machine, what would be compiled, what would fit"
     )
@@ -275,6 +279,12 @@ def _train(arguments: argparse.Namespace) -> int:
     from jaxserve.cli.lora import train_adapter
 
     return train_adapter(config, arguments)
+
+
+def _cost(arguments: argparse.Namespace) -> int:
+    from jaxserve.cli.cost import report
+
+    return report(arguments)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

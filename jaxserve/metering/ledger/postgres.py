@@ -40,7 +40,7 @@ class Postgres:
 
     words = Words(text='TEXT COLLATE "C"', clustered="")
 
-    def __init__(self, url: str, timeout_s: float = 20.0) -> None:
+    def __init__(self, url: str, timeout_s: float = 15.0) -> None:
         try:
             import psycopg
             from psycopg.conninfo import conninfo_to_dict

@@ -16,11 +16,13 @@ def grouped_bars(
     groups: Sequence[str],
     series: Sequence[tuple[str, Sequence[float | None]]],
     unit: str,
+    shown: str = ".0f",
 ) -> str:
     """An SVG document.
 
     Args:
         series: name and one value a group; None leaves the place empty.
+        shown: how a bar's value is written.
     """
     largest = max((v for _, values in series for v in values if v is not None), default=1.0)
     step = _nice_step(largest)
@@ -56,7 +58,7 @@ def grouped_bars(
             out.append(
                 f'<rect x="{x:.1f}" y="{base - height:.1f}" width="{bar_width * 0.92:.1f}" '
                 f'height="{height:.1f}" fill="{COLORS[index % len(COLORS)]}">'
-                f"<title>{escape(name)}, {escape(group)}: {value:.0f}</title></rect>"
+                f"<title>{escape(name)}, {escape(group)}: {value:{shown}}</title></rect>"
             )
     for index, (name, _) in enumerate(series):
         row, column = divmod(index, LEGEND_COLUMNS)
