@@ -87,6 +87,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "telemetry.report_interval_s": (0.01, 10),
     "telemetry.flush_interval_s": (0.05, 3600),
     "telemetry.max_records": (1000, 2**31 - 1),
+    "slo.overdue_s": (0, 3600),
+    "slo.min_bad_events": (1, 1_000_000),
     "lora.cache_bytes": (0, 2**60),
     "lora.host_bytes": (0, 2**50),
     "lora.max_bytes": (1024, 2**50),

@@ -1,4 +1,4 @@
-"""The command line: `python -m jaxserve [serve|generate|chat|bench|convert|lora|doctor] …`.
+"""The command line: `python -m jaxserve [serve|generate|chat|bench|convert|lora|slo|doctor] …`.
 
 Arguments and errors only; each subcommand lives where its work is done and is imported when it is
 asked for, so that `--help` is quick and `serve` never imports JAX. Without a subcommand it serves.
@@ -27,7 +27,7 @@ __all__ = ["main"]
 EXIT_WRONG_USE = 2
 EXIT_INTERRUPTED = 130
 
-_SUBCOMMANDS = ("serve", "generate", "chat", "bench", "convert", "train", "doctor")
+_SUBCOMMANDS = ("serve", "generate", "chat", "bench", "convert", "train", "rules", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,6 +133,10 @@ def _parser() -> argparse.ArgumentParser:
     of_lora = lora.add_subparsers(metavar="ACTION", required=True)
     train = _command(of_lora, "train", _train, "fine-tune an adapter on the served model")
     add_train(train)
+    of_slo = kinds.add_parser("slo", help="objectives: slo rules --help").add_subparsers(
+        metavar="ACTION", required=True
+    )
+    _command(of_slo, "rules", _rules, "print Prometheus rules of the configured objectives")
     doctor = _command(
         kinds, "doctor", _doctor, "this machine, what would be compiled, what would fit"
     )
@@ -270,6 +274,13 @@ def _train(arguments: argparse.Namespace) -> int:
     from jaxserve.cli.lora import train_adapter
 
     return train_adapter(config, arguments)
+
+
+def _rules(arguments: argparse.Namespace) -> int:
+    config = _load_config(arguments)
+    from jaxserve.cli.slo import print_rules
+
+    return print_rules(config)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

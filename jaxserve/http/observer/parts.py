@@ -7,6 +7,8 @@ from pathlib import Path
 
 from jaxserve.config import Config
 from jaxserve.http.observer.part import Part
+from jaxserve.http.observer.slo import make_slo
+from jaxserve.telemetry.slo.objective import parse_objectives
 
 #: Has all workers know something: a topic, and its JSON.
 Tell = Callable[[str, bytes], None]
@@ -22,7 +24,7 @@ def make_parts(config: Config, state: Path, tell: Tell) -> list[Part]:
     Raises:
         ConfigError: a setting of a part cannot be used.
     """
-    return []
+    return [make_slo(config, state)]
 
 
 def check_parts(config: Config) -> None:
@@ -31,3 +33,4 @@ def check_parts(config: Config) -> None:
     Raises:
         ConfigError: one cannot be used.
     """
+    parse_objectives(config.slo.objectives)
