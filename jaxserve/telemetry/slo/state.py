@@ -30,6 +30,7 @@ VERSION = 1
 
 #: The name of what is counted over all objectives.
 _ALL = ""
+_TABLES = {"meta", "counts", "totals", "counted", "running"}
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE counts (
@@ -300,6 +301,9 @@ def _read(connection: sqlite3.Connection) -> Snapshot | None:
     """
     if (check := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
         raise DamagedState(check)
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+    if missing := _TABLES - tables:
+        raise DamagedState(f"no table {', '.join(sorted(missing))}")
     meta = dict(connection.execute("SELECT key, value FROM meta").fetchall())
     if meta["version"] != str(VERSION):
         raise DamagedState(f"version {meta['version']}, not {VERSION}")

@@ -7,16 +7,23 @@ from pathlib import Path
 import pytest
 
 from jaxserve.protocol.records import Outcome
+from jaxserve.telemetry.slo.judge import Verdict
 from tests.telemetry.slo.simulation import S, Server
 
 DONE, FAILED = Outcome.DONE, Outcome.FAILED
 
 
-def settled(directory: Path, *objectives: str, rate: int = 2, seconds: int = 3700) -> Server:
-    """A server that has answered well for a while."""
+def settled(directory: Path, *objectives: str, rate: int = 2) -> Server:
+    """A server that has answered well for four days."""
     server = Server(directory, *objectives)
-    server.run(seconds, *[DONE] * rate)
-    assert not server.alarm.told
+    for tally in server.compliance.tallies():
+        for age_s in range(4 * 86400, 0, -5):
+            at_s = server.compliance.now_s + 4 * 86400 - age_s
+            tally.fine.add(at_s, Verdict.GOOD, 5 * rate)
+            tally.coarse.add(at_s, Verdict.GOOD, 5 * rate)
+    server.clocks.advance(4 * 86400)
+    server.compliance.tick()
+    assert server.objective()["good"] == 4 * 86400 * rate
     return server
 
 
@@ -24,7 +31,7 @@ def test_one_error_in_20_requests_pages_nobody(tmp_path: Path):
     server = Server(tmp_path, "error_rate < 0.1%", "availability > 99.9%")
     for number in range(20):
         server.end(outcome=FAILED if number == 7 else DONE)
-        server.run(180)
+        server.run(170)
     assert server.objective()["burn_rates"]["1h"] == pytest.approx(50)
     assert not server.alarm.told
 
