@@ -64,10 +64,16 @@ class SloConfig:
     """What was promised.
 
     Attributes:
-        objectives: "p99 ttft < 100 ms", "error_rate < 0.1%" and the like; none where empty.
+        objectives: "p99 ttft < 100 ms", "error_rate < 0.1%" and the like (docs/slo.md); none where
+            empty.
+        overdue_s: an unfinished request without a first token (or, where none is generated, an
+            end) counts against the availability after so long; 0 for never.
+        min_bad_events: bad requests in an alert's long window below which nobody is told.
     """
 
     objectives: tuple[str, ...] = ()
+    overdue_s: float = 5.0
+    min_bad_events: int = 10
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,6 +94,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "tracing.slow_ttft_ms": (0, 86_400_000),
     "tracing.max_spans": (100, 10_000_000),
     "tracing.timeout_s": (0.1, 600),
+    "slo.overdue_s": (0, 3600),
+    "slo.min_bad_events": (1, 1_000_000),
     "lora.cache_bytes": (0, 2**60),
     "lora.host_bytes": (0, 2**50),
     "lora.max_bytes": (1024, 2**50),

@@ -1,4 +1,4 @@
-"""The command line: `python -m jaxserve [serve|generate|chat|bench|convert|lora|cost|doctor] …`.
+"""The command line: `python -m jaxserve COMMAND …`; without one it serves.
 
 Arguments and errors only; each subcommand lives where its work is done and is imported when it is
 asked for, so that `--help` is quick and `serve` never imports JAX. Without a subcommand it serves.
@@ -29,7 +29,7 @@ __all__ = ["main"]
 EXIT_WRONG_USE = 2
 EXIT_INTERRUPTED = 130
 
-_SUBCOMMANDS = ("serve", "generate", "chat", "bench", "convert", "train", "doctor")
+_SUBCOMMANDS = ("serve", "generate", "chat", "bench", "convert", "train", "rules", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,6 +142,10 @@ def _parser() -> argparse.ArgumentParser:
     cost = kinds.add_parser("cost", help="what a million tokens cost: cost --help")
     add_cost(cost)
     cost.set_defaults(run=_cost)
+    of_slo = kinds.add_parser("slo", help="objectives: slo rules --help").add_subparsers(
+        metavar="ACTION", required=True
+    )
+    _command(of_slo, "rules", _rules, "print Prometheus rules of the configured objectives")
     doctor = _command(
         kinds, "doctor", _doctor, "this machine, what would be compiled, what would fit"
     )
@@ -285,6 +289,13 @@ def _cost(arguments: argparse.Namespace) -> int:
     from jaxserve.cli.cost import report
 
     return report(arguments)
+
+
+def _rules(arguments: argparse.Namespace) -> int:
+    config = _load_config(arguments)
+    from jaxserve.cli.slo import print_rules
+
+    return print_rules(config)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -152,6 +152,7 @@ def create_app(
             Route("/v1/usage", Observed(frontend, "usage"), methods=get),
             Route("/v1/costs", Observed(frontend, "costs"), methods=get),
             Route("/metrics", PrometheusMetrics(frontend), methods=get),
+            Route("/slo", Observed(frontend, "slo"), methods=get),
         ],
         redirect_slashes=False,
     )

@@ -80,6 +80,7 @@ class GenerationEndpoint:
                     weight=identity.weight,
                     record=record,
                     deadline_ns=visit.deadline_ns,
+                    on_first=frontend.reporter.first_token,
                     adapter=adapter,
                     keep_answers=frontend.record_content,
                 )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jaxserve.errors import DeadlineExceeded, Overloaded
@@ -87,6 +87,7 @@ class Generation:
         tenant, weight: who is charged, and its share.
         record: of the request; its tokens and times are noted there.
         deadline_ns: when it is given up; None for never.
+        on_first: is told when the first token is there.
         adapter: a LoRA adapter; None for the base model.
         keep_answers: whether `answers` will be asked for.
 
@@ -107,6 +108,7 @@ class Generation:
         weight: float,
         record: RequestRecord,
         deadline_ns: int | None,
+        on_first: Callable[[RequestRecord], None],
         adapter: AdapterRef | None = None,
         keep_answers: bool = False,
     ) -> None:
@@ -114,6 +116,7 @@ class Generation:
         self._options = options
         self._metrics = metrics
         self._record = record
+        self._on_first = on_first
         self._choices = [
             _Choice(
                 ChoiceText(
@@ -305,6 +308,7 @@ class Generation:
         if not record.first_token_ns:
             record.first_token_ns = time.monotonic_ns()
             self._metrics.first_token((record.first_token_ns - record.arrived_ns) / 1e9)
+            self._on_first(record)
 
 
 def _finish_message(reader: MessageReader, delta: Delta) -> None:

@@ -69,6 +69,7 @@ def note_identity(scope: Any, identity: Identity) -> None:
         return
     record.tenant = identity.tenant
     record.key = identity.key
+    record.priority = identity.priority  # until it says otherwise
 
 
 def note_read(record: RequestRecord, model: str, adapter: str) -> None:
@@ -102,6 +103,7 @@ def note_admitted(record: RequestRecord, demand: Demand) -> Begun:
         model=record.model,
         tenant=record.tenant,
         priority=record.priority,
+        adapter=record.adapter,
     )
 
 

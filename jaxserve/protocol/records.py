@@ -39,6 +39,15 @@ class Begun:
     model: str = ""
     tenant: str = ""
     priority: int = 0
+    adapter: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class FirstToken:
+    """A generating request has its first token: it is not waiting for a sign of life any more."""
+
+    request_id: str
+    at_ns: int
 
 
 @dataclass(slots=True, kw_only=True)

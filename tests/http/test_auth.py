@@ -71,6 +71,8 @@ def test_keys_open_what_their_role_allows(guarded: Front):
     denied = guarded.get("/metrics", headers=bearer("alice"))
     assert (denied.status_code, denied.json()["error"]["code"]) == (403, "forbidden")
     assert guarded.get("/metrics", headers=bearer("root")).status_code == 200
+    assert guarded.get("/slo", headers=bearer("alice")).status_code == 403
+    assert guarded.get("/slo", headers=bearer("root")).status_code == 503  # nothing observes here
     assert guarded.get("/health").status_code == guarded.get("/ready").status_code == 200
 
 

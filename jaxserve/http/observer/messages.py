@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from jaxserve.protocol.codec import Codec
 from jaxserve.protocol.messages import EngineStatus, StepStats
-from jaxserve.protocol.records import Begun, RequestRecord
+from jaxserve.protocol.records import Begun, FirstToken, RequestRecord
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,6 +41,7 @@ class Report:
     news: list[News] = field(default_factory=list)
     status: EngineStatus | None = None
     dropped: int = 0
+    first_tokens: list[FirstToken] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -164,6 +164,7 @@ class Observer:
         for part in self._parts:
             self._each(part, part.news, report.news)
             self._each(part, part.begun, report.begun)
+            self._each(part, part.first_token, report.first_tokens)
             self._each(part, part.step, report.steps)
             self._each(part, part.ended, report.ended)
             if report.status is not None:

@@ -15,7 +15,7 @@ from prometheus_client.core import Metric
 
 from jaxserve.http.observer.messages import Answer, News, Question
 from jaxserve.protocol.messages import EngineStatus, StepStats
-from jaxserve.protocol.records import Begun, RequestRecord
+from jaxserve.protocol.records import Begun, FirstToken, RequestRecord
 
 #: Answers a question that a worker passes on from a client.
 Ask = Callable[[Question], Awaitable[Answer]]
@@ -28,6 +28,7 @@ class Part:
     Attributes:
         name: in logs and metrics.
         begun: a request has arrived.
+        first_token: it has its first token.
         ended: a request has ended. The same record comes twice where a worker was not told in time
             that it was kept: what must count once looks at `request_id`.
         step: a device call was made.
@@ -43,6 +44,7 @@ class Part:
 
     name: str
     begun: Callable[[Begun], None] | None = None
+    first_token: Callable[[FirstToken], None] | None = None
     ended: Callable[[RequestRecord], None] | None = None
     step: Callable[[StepStats], None] | None = None
     status: Callable[[EngineStatus], None] | None = None

@@ -10,6 +10,8 @@ from jaxserve.http.observer.ledger import LedgerPart, check_ledger, open_ledger
 from jaxserve.http.observer.part import Part
 from jaxserve.http.observer.tracing import make_tracing
 from jaxserve.telemetry.tracing.settings import check_tracing
+from jaxserve.http.observer.slo import make_slo
+from jaxserve.telemetry.slo.objective import parse_objectives
 
 #: Has all workers know something: a topic, and its JSON.
 Tell = Callable[[str, bytes], None]
@@ -31,6 +33,7 @@ def make_parts(config: Config, state: Path, tell: Tell) -> list[Part]:
         parts.append(LedgerPart(ledger, keep_days=config.metering.keep_days).part)
     return parts
     return [*make_tracing(config.tracing)]
+    return [make_slo(config, state)]
 
 
 def check_parts(config: Config) -> None:
@@ -42,3 +45,4 @@ def check_parts(config: Config) -> None:
     if config.metering.enabled:
         check_ledger(config.metering)
     check_tracing(config.tracing)
+    parse_objectives(config.slo.objectives)

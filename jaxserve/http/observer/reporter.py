@@ -30,7 +30,7 @@ from jaxserve.http.observer.messages import (
     Told,
 )
 from jaxserve.protocol.messages import EngineStatus, StepStats
-from jaxserve.protocol.records import Begun, RequestRecord
+from jaxserve.protocol.records import Begun, FirstToken, RequestRecord
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,10 @@ class Reporter(Protocol):
 
     def begun(self, begun: Begun) -> None:
         """A request has arrived."""
+        ...
+
+    def first_token(self, record: RequestRecord) -> None:
+        """A request has its first token."""
         ...
 
     def ended(self, record: RequestRecord) -> None:
@@ -80,6 +84,9 @@ class NoReporter:
     """Nobody observes: tests, or `telemetry.enabled=false`."""
 
     def begun(self, begun: Begun) -> None:
+        """See `Reporter`."""
+
+    def first_token(self, record: RequestRecord) -> None:
         """See `Reporter`."""
 
     def ended(self, record: RequestRecord) -> None:
@@ -163,6 +170,12 @@ class ObserverLink:
         """See `Reporter`."""
         self._next.begun.append(begun)
 
+    def first_token(self, record: RequestRecord) -> None:
+        """See `Reporter`."""
+        self._next.first_tokens.append(
+            FirstToken(request_id=record.request_id, at_ns=record.first_token_ns)
+        )
+
     def ended(self, record: RequestRecord) -> None:
         """See `Reporter`."""
         self._next.ended.append(record)
@@ -213,12 +226,13 @@ class ObserverLink:
         if self._status is not None and now_ns - self._status_ns > 1e9:
             self._status_ns = now_ns
             report.status = self._status()
-        if not (report.begun or report.ended or report.steps or report.news or report.status):
+        records = (report.begun, report.first_tokens, report.ended, report.steps)
+        if not (any(records) or report.news or report.status):
             return
         report.dropped = self.num_dropped
         self._next = Report(worker=self._worker, life=report.life, number=report.number + 1)
         frame = TO_OBSERVER.encode(report)
-        num_records = len(report.begun) + len(report.ended) + len(report.steps)
+        num_records = sum(map(len, records))
         self._unkept.append((report.number, num_records, frame))
         self._num_unkept += num_records
         self._all_kept.clear()
