@@ -37,7 +37,7 @@ from jaxserve.http.gate import CAPPED_HEADER, Gate
 from jaxserve.http.generate import GenerationEndpoint
 from jaxserve.http.grammars import GrammarChecker
 from jaxserve.http.metrics import Metrics
-from jaxserve.http.observed import PrometheusMetrics
+from jaxserve.http.observed import Observed, PrometheusMetrics
 from jaxserve.http.observer.reporter import NoReporter, Reporter
 from jaxserve.http.probes import Health, Models, Ready
 from jaxserve.http.records import LEFT, WORK_ROUTES, close_record, note_error, open_record
@@ -137,6 +137,7 @@ def create_app(
             Route("/detokenize", Detokenize(frontend), methods=post),
             Route("/health", Health(frontend), methods=get),
             Route("/ready", Ready(frontend), methods=get),
+            Route("/v1/alerts", Observed(frontend, "alerts"), methods=get),
             Route("/metrics", PrometheusMetrics(frontend), methods=get),
         ],
         redirect_slashes=False,

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxserve.config import Config
+from jaxserve.http.observer.alerts import make_alerts, make_baselines, source_name
 from jaxserve.http.observer.part import Part
+from jaxserve.telemetry.alerts.receivers import make_receivers
 
 #: Has all workers know something: a topic, and its JSON.
 Tell = Callable[[str, bytes], None]
@@ -22,7 +24,11 @@ def make_parts(config: Config, state: Path, tell: Tell) -> list[Part]:
     Raises:
         ConfigError: a setting of a part cannot be used.
     """
-    return []
+    alerts = make_alerts(config, state)
+    parts = [alerts.part]
+    if config.alerts.degradation:
+        parts.append(make_baselines(config, state, alerts.on_alert))
+    return parts
 
 
 def check_parts(config: Config) -> None:
@@ -31,3 +37,4 @@ def check_parts(config: Config) -> None:
     Raises:
         ConfigError: one cannot be used.
     """
+    make_receivers(config.alerts, source_name(config))
