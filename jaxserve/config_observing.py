@@ -94,4 +94,4 @@ class AlertsConfig:
     degradation: bool = True
     min_shift: float = 0.03
     sample_s: float = 10.0
-    baseline_samples: int = 200
+    baseline_samples: int = 500

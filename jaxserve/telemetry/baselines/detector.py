@@ -35,12 +35,14 @@ MIN_SAMPLES = 50
 #: Samples that must look like the baseline again before an alarm ends; their mean score at most.
 RECOVERED_SAMPLES = 10
 RECOVERED_SCORE = 0.8
+#: Samples for which better must stay, to become the baseline.
+STAYED_SAMPLES = 100
 #: Samples that may wait for the verdict on them before they join the baseline.
 MAX_DOUBTFUL = 20
 #: Of the lag-1 correlation that is believed.
 _MAX_CORRELATION = 0.9
 #: A baseline of correlated samples may be so many times as long.
-_MAX_GROWTH = 5
+_MAX_GROWTH = 3
 #: The shift of a baseline that is 0.
 _ENDLESS = 1e9
 
@@ -92,7 +94,7 @@ class Detector:
     """
 
     def __init__(
-        self, *, higher_is_worse: bool, min_shift: float = 0.03, baseline_samples: int = 200
+        self, *, higher_is_worse: bool, min_shift: float = 0.03, baseline_samples: int = 500
     ) -> None:
         self._sign = 1.0 if higher_is_worse else -1.0
         self._min_shift = min_shift
@@ -138,6 +140,7 @@ class Detector:
             return self._recovered()
         if self._crossed(self._worse):
             self.alarmed = True
+            self._last.clear()
             self._doubtful.clear()
             self._candidate = None
             return Finding.WORSE
@@ -204,7 +207,7 @@ class Detector:
         return Finding.RECOVERED
 
     def _improved(self, value: float) -> Finding:
-        """Better is noted at once, and is the baseline once it has stayed for a whole one."""
+        """Better is noted at once, and is the baseline once it has stayed."""
         if self._candidate is None:
             if not self._crossed(self._better):
                 return Finding.NOTHING
@@ -212,7 +215,7 @@ class Detector:
             self._doubtful.clear()
             return Finding.BETTER
         self._candidate.append(value)
-        if len(self._candidate) < self._size:
+        if len(self._candidate) < min(self._size, STAYED_SAMPLES):
             return Finding.NOTHING
         candidate, self._candidate = self._candidate, None
         shift = self._relative(median(candidate[len(candidate) // 2 :]))
@@ -236,7 +239,10 @@ class Detector:
         if len(self._baseline) >= self._full:
             return
         self._doubtful.append(value)
-        if self._worse.total == 0.0 or len(self._doubtful) > MAX_DOUBTFUL:
+        # A large baseline changes little by one sample, and sorting it takes its time.
+        few = len(self._doubtful) < len(self._baseline) // 50
+        suspected = self._worse.total > 0.0 and len(self._doubtful) <= MAX_DOUBTFUL
+        if not few and not suspected:
             self._learn([*self._baseline, *self._doubtful][: self._full])
             self._doubtful.clear()
 

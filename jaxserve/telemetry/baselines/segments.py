@@ -35,7 +35,7 @@ ALPHA = 0.001
 #: Least standard deviation that is believed, as a part of the typical value and of the standard
 #: deviation that neighbours' differences show: a run of equal values is no segment of its own.
 _LEAST_SPREAD = 0.002
-_LEAST_NOISE = 0.2
+_LEAST_NOISE = 0.5
 #: Of a normal distribution, standard deviation to median absolute deviation.
 _MAD = 1.4826
 #: Mean absolute difference of two samples to standard deviation.
@@ -98,6 +98,7 @@ def find_changes(
 def clip_outliers(x: Float[ndarray, "n"]) -> Float[ndarray, "n"]:
     """The series with single samples that differ from both their sides brought back to them."""
     out = x.copy()
+    least = _LEAST_NOISE * _noise(x) if len(x) > 1 else 0.0
     for i in range(len(x)):
         left = x[max(0, i - NEIGHBOURHOOD) : i]
         right = x[i + 1 : i + 1 + NEIGHBOURHOOD]
@@ -109,7 +110,7 @@ def clip_outliers(x: Float[ndarray, "n"]) -> Float[ndarray, "n"]:
         for side in sides:
             center = float(np.median(side))
             spread = max(
-                _MAD * float(np.median(np.abs(side - center))), _LEAST_SPREAD * abs(center)
+                _MAD * float(np.median(np.abs(side - center))), _LEAST_SPREAD * abs(center), least
             )
             limits.append((center - OUTLIER_SIGMAS * spread, center + OUTLIER_SIGMAS * spread))
         # Far from both sides, and its next neighbours are not: else it is a change.
@@ -131,8 +132,7 @@ def partition(x: Float[ndarray, "n"]) -> list[int]:
     np.cumsum(y, out=sums[1:])
     np.cumsum(y * y, out=squares[1:])
     price = PENALTY * math.log(n)
-    noise = float(np.mean(np.abs(np.diff(y)))) / _DIFFERENCE
-    floor = max(_LEAST_SPREAD, _LEAST_NOISE * noise) ** 2
+    floor = max(_LEAST_SPREAD, _LEAST_NOISE * _noise(y)) ** 2
     best = np.full(n + 1, np.inf)
     best[0] = -price
     last = np.zeros(n + 1, dtype=np.int64)
@@ -153,6 +153,11 @@ def partition(x: Float[ndarray, "n"]) -> list[int]:
     while bounds[-1]:
         bounds.append(int(last[bounds[-1]]))
     return bounds[::-1]
+
+
+def _noise(x: Float[ndarray, "n"]) -> float:
+    """Standard deviation that the differences of neighbours show, whatever the steps."""
+    return float(np.mean(np.abs(np.diff(x)))) / _DIFFERENCE
 
 
 def _has_company(

@@ -64,7 +64,7 @@ class Baselines:
         device: str,
         sample_s: float = 10.0,
         min_shift: float = 0.03,
-        baseline_samples: int = 200,
+        baseline_samples: int = 500,
         wall: Callable[[], float] = time.time,
     ) -> None:
         self.changes: deque[dict[str, Any]] = deque(maxlen=NUM_CHANGES)
