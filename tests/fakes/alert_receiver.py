@@ -5,8 +5,10 @@ Runs in a thread; what it answers, and whether it is there at all, can be change
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
@@ -19,6 +21,7 @@ class AlertReceiver:
         bodies: of what was taken, as JSON; headers and paths of the same.
         statuses: answers to come, oldest first; after them 202 for PagerDuty's path, else 200.
         num_refused: requests that were answered with one of `statuses`.
+        before_answer: is called when a body has been taken.
     """
 
     def __init__(self) -> None:
@@ -28,6 +31,7 @@ class AlertReceiver:
         self.paths: list[str] = []
         self.statuses: list[int] = []
         self.num_refused = 0
+        self.before_answer: Callable[[], None] | None = None
         self.port = 0
         self._server: ThreadingHTTPServer | None = None
         self._thread: threading.Thread | None = None
@@ -81,10 +85,16 @@ class AlertReceiver:
             self.raw.append(raw)
             self.headers.append({k.lower(): v for k, v in request.headers.items()})
             self.paths.append(request.path)
+            if self.before_answer is not None:
+                self.before_answer()
             if request.path == "/v2/enqueue":
                 answer = json.dumps(
                     {"status": "success", "message": "x", "dedup_key": body["dedup_key"]}
                 ).encode()
+        with contextlib.suppress(ConnectionError):  # whoever asked has died meanwhile
+            self._answer(request, status, answer)
+
+    def _answer(self, request: BaseHTTPRequestHandler, status: int, answer: bytes) -> None:
         request.send_response(status)
         if status == 429:
             request.send_header("retry-after", "7")

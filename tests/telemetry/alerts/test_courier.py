@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from itertools import pairwise
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_what_was_told_while_it_was_away_comes_once_and_in_order():
                 pauses.append(clock.now_s)
             clock.advance(1)
         assert len(courier.queue) == 5
-        gaps = [b - a for a, b in zip(pauses, pauses[1:], strict=False)]
+        gaps = [b - a for a, b in pairwise(pauses)]
         assert gaps[:6] == [1, 2, 4, 8, 16, 32]
         assert set(gaps[6:]) == {LONGEST_PAUSE_S}
         receiver.away = False
