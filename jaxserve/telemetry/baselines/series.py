@@ -83,7 +83,7 @@ class Series:
         self.key = key
         self.metric = METRICS[key.metric]
         self.detector = detector
-        self.last_s = 0.0  # of the last sample
+        self.last_s = 0.0  # of the last event
         self.last = math.nan
         self._sample_s = sample_s
         self._chance = chance
@@ -106,6 +106,7 @@ class Series:
         if self._since_s is None:
             self._since_s = now_s
         self._num_events += 1
+        self.last_s = now_s
         if self.metric.ratio:
             self._top += value
             self._bottom += weight
@@ -130,7 +131,7 @@ class Series:
         self._since_s, self._num_events = None, 0
         self._events.clear()
         self._top = self._bottom = 0.0
-        self.last_s, self.last = now_s, value
+        self.last = value
         return self.detector.push(value)
 
     def describe(self) -> dict[str, Any]:

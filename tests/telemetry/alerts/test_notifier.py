@@ -1,4 +1,4 @@
-"""From an alert to those who are told: outages, restarts, a full disk, death between send and answer."""
+"""From an alert to those who are told: outages, restarts, a full disk, a death while sending."""
 
 from __future__ import annotations
 
