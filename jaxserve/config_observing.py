@@ -95,10 +95,37 @@ class MeteringConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AlertsConfig:
-    """Who is told when something is wrong.
+    """Who is told when something is wrong (docs/alerts.md).
+
+    Entries of receivers may begin with the least severity that they are told of, as in
+    "critical:https://…": info, warning (where nothing is said), error or critical.
 
     Attributes:
-        resend_s: an alert that goes on is told again after so long; 0 for never.
+        pagerduty: integration keys of PagerDuty services (Events API v2).
+        pagerduty_url: of its API; "https://events.eu.pagerduty.com" for accounts in Europe.
+        slack: addresses of Slack's incoming webhooks.
+        webhooks: addresses that incidents are POSTed to as JSON.
+        webhook_secret: with which these are signed (HMAC-SHA256); not signed where empty.
+        alertmanagers: addresses of Prometheus Alertmanagers.
+        source: what this server is called in alerts; HOST:PORT where empty.
+        hold_s: an incident is over once its cause has been calm for so long.
+        resend_s: an incident that goes on is told again after so long; 0 for never.
+        degradation: whether a server that is slower than it was is an incident.
+        min_shift: the least part by which it must be slower.
+        sample_s: how long what a baseline's sample is made of is collected.
+        baseline_samples: samples of a baseline.
     """
 
+    pagerduty: tuple[str, ...] = field(default=(), metadata={"secret": True})
+    pagerduty_url: str = "https://events.pagerduty.com"
+    slack: tuple[str, ...] = field(default=(), metadata={"secret": True})
+    webhooks: tuple[str, ...] = field(default=(), metadata={"secret": True})
+    webhook_secret: str = field(default="", metadata={"secret": True})
+    alertmanagers: tuple[str, ...] = field(default=(), metadata={"secret": True})
+    source: str = ""
+    hold_s: float = 60.0
     resend_s: float = 0.0
+    degradation: bool = True
+    min_shift: float = 0.03
+    sample_s: float = 10.0
+    baseline_samples: int = 500

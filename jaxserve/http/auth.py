@@ -26,7 +26,12 @@ MAX_PRIORITY = 1_000_000
 
 #: Paths that need no key, and paths that need an admin's.
 PUBLIC_PATHS = frozenset({"/health", "/ready"})
-ADMIN_PATHS = frozenset({"/metrics", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/slo"})
+ADMIN_PATHS = frozenset(
+    {
+        *("/metrics", "/slo", "/v1/alerts"),
+        *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -252,6 +252,7 @@ class Observer:
         if now_s - self._logged_s.get(part.name, -_QUIET_S) >= _QUIET_S:
             self._logged_s[part.name] = now_s
             logger.error("the observer's %s failed", part.name, exc_info=error)
+            self.news("part_failed", part.name)
 
     def _spawn(self, work: Any, name: str) -> None:
         task = asyncio.create_task(work, name=f"jaxserve observer {name}")

@@ -12,6 +12,9 @@ from jaxserve.http.observer.tracing import make_tracing
 from jaxserve.telemetry.tracing.settings import check_tracing
 from jaxserve.http.observer.slo import make_slo
 from jaxserve.telemetry.slo.objective import parse_objectives
+from jaxserve.http.observer.alerts import make_alerts, make_baselines, source_name
+from jaxserve.http.observer.part import Part
+from jaxserve.telemetry.alerts.receivers import make_receivers
 
 #: Has all workers know something: a topic, and its JSON.
 Tell = Callable[[str, bytes], None]
@@ -34,6 +37,11 @@ def make_parts(config: Config, state: Path, tell: Tell) -> list[Part]:
     return parts
     return [*make_tracing(config.tracing)]
     return [make_slo(config, state)]
+    alerts = make_alerts(config, state)
+    parts = [alerts.part]
+    if config.alerts.degradation:
+        parts.append(make_baselines(config, state, alerts.on_alert))
+    return parts
 
 
 def check_parts(config: Config) -> None:
@@ -46,3 +54,4 @@ def check_parts(config: Config) -> None:
         check_ledger(config.metering)
     check_tracing(config.tracing)
     parse_objectives(config.slo.objectives)
+    make_receivers(config.alerts, source_name(config))
