@@ -106,8 +106,12 @@ def prefill_tokens(plans: Seq[Plan | None]) -> int:
     return sum(len(chunk.token_ids) for chunk in chunks if not chunk.num_drafts)
 
 
-def record_of(sequence: Sequence, now_ns: int) -> SequenceRecord:
-    """What a sequence that ends now did and when."""
+def record_of(sequence: Sequence, now_ns: int, device_ns: tuple[int, int, int]) -> SequenceRecord:
+    """What a sequence that ends now did and when.
+
+    Args:
+        device_ns: its shares of the device's time: prefill, decode, and waste.
+    """
     return SequenceRecord(
         prompt_tokens=sequence.prompt_len,
         output_tokens=sequence.num_outputs,
@@ -124,4 +128,7 @@ def record_of(sequence: Sequence, now_ns: int) -> SequenceRecord:
         scheduled_ns=sequence.scheduled_ns,
         first_token_ns=sequence.first_token_ns,
         done_ns=now_ns,
+        prefill_device_ns=device_ns[0],
+        decode_device_ns=device_ns[1],
+        wasted_device_ns=device_ns[2],
     )
