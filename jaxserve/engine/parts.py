@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxserve.config import Config
 from jaxserve.device.embed_step import EmbedBuckets
@@ -60,7 +60,7 @@ class Parts:
     adapters: RequestAdapters | None = None
     hosts: Hosts | None = None
     follow: Callable[[], None] | None = None
-    work: WorkRates = WorkRates()
+    work: WorkRates = field(default_factory=WorkRates)
     embedding: EmbeddingParts | None = None
 
 

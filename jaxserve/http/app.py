@@ -43,10 +43,12 @@ from jaxserve.http.probes import Health, Models, Ready
 from jaxserve.http.records import LEFT, WORK_ROUTES, close_record, note_error, open_record
 from jaxserve.http.responses import read_response
 from jaxserve.http.score import RERANK, SCORE
+from jaxserve.http.settling import Settling
 from jaxserve.http.texts import TextsEndpoint
 from jaxserve.http.tokens import Detokenize, Tokenize
 from jaxserve.limits.store import Store
 from jaxserve.protocol.client import EngineClient
+from jaxserve.protocol.stream import Stream
 from jaxserve.text.dialect import make_dialect
 from jaxserve.text.embedding import EmbeddingText
 from jaxserve.text.template import ChatTemplate
@@ -119,6 +121,7 @@ def create_app(
         embeddings_config=embeddings_config or EmbeddingsConfig(),
         adapters=adapters or Adapters(),
         reporter=reporter or NoReporter(),
+        settling=Settling((reporter or NoReporter()).ended),
     )
     post, get = ["POST"], ["GET"]
     router = Router(
@@ -204,6 +207,8 @@ class Arrival:
         record = open_record(scope["path"])
         scope["jaxserve.arrived_ns"] = record.arrived_ns
         scope["jaxserve.record"] = record
+        streams: list[Stream] = []
+        scope["jaxserve.streams"] = streams
         added: dict[bytes, bytes] = {b"x-request-id": record.request_id.encode()}
         scope["jaxserve.headers"] = added
         frontend = self.frontend
@@ -234,7 +239,7 @@ class Arrival:
             frontend.metrics.request(_route_of(scope["path"]), status or LEFT)
             close_record(record, status or LEFT)
             if record.route in WORK_ROUTES:
-                frontend.reporter.ended(record)
+                frontend.settling.settle(record, streams)
 
 
 def _route_of(path: str) -> str:

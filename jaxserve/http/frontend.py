@@ -19,6 +19,7 @@ from jaxserve.http.gate import Gate
 from jaxserve.http.grammars import GrammarChecker
 from jaxserve.http.metrics import Metrics
 from jaxserve.http.observer.reporter import NoReporter, Reporter
+from jaxserve.http.settling import Settling
 from jaxserve.http.structured import Wanted
 from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.streams import RESTARTING
@@ -49,6 +50,7 @@ class Frontend:
         started_s: wall clock, the `created` of /v1/models.
         adapters: LoRA adapters by name.
         reporter: where the records of requests go.
+        settling: completes them.
         draining: no new work is taken.
     """
 
@@ -67,6 +69,7 @@ class Frontend:
     embeddings_config: EmbeddingsConfig = field(default_factory=EmbeddingsConfig)
     adapters: Adapters = field(default_factory=Adapters)
     reporter: Reporter = field(default_factory=NoReporter)
+    settling: Settling = field(default_factory=lambda: Settling(NoReporter().ended))
     draining: bool = False
     num_requests: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)

@@ -69,6 +69,7 @@ class GenerationEndpoint:
                     deadline_ns=visit.deadline_ns,
                     adapter=adapter,
                 )
+                scope["jaxserve.streams"] += generation.streams
                 visit.follow(generation.usage)
                 answer = _stream if work.options.stream else _whole
                 try:

@@ -91,6 +91,7 @@ class Generation:
 
     Attributes:
         usage: complete once `next` has given nothing.
+        streams: at the engine.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Generation:
         adapter: AdapterRef | None = None,
     ) -> None:
         self.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in prompts))
+        self.streams: list[Stream] = []
         self._options = options
         self._metrics = metrics
         self._record = record
@@ -131,7 +133,6 @@ class Generation:
         self._waiter: asyncio.Future[None] | None = None
         self._woken = False
         self._running = True
-        self._streams: list[Stream] = []
         self._expiry: asyncio.TimerHandle | None = None
         self._expired = False
         for prompt, sampling in zip(prompts, samplings, strict=True):
@@ -147,7 +148,7 @@ class Generation:
                 adapter=adapter,
             )
             stream.watch(self._wake)
-            self._streams.append(stream)
+            self.streams.append(stream)
         metrics.prompt_tokens(self.usage.prompt_tokens)
         record.submitted_ns = time.monotonic_ns()
         record.prompt_tokens = self.usage.prompt_tokens
@@ -159,7 +160,7 @@ class Generation:
         """The client has left, or the answer failed: gives the engine's pages back."""
         if self._expiry is not None:
             self._expiry.cancel()
-        for stream in self._streams:
+        for stream in self.streams:
             stream.cancel()
 
     async def next(self) -> list[Delta]:
@@ -175,7 +176,7 @@ class Generation:
             if self._woken:
                 self._woken = self._running = False
                 deltas: list[Delta] = []
-                for index, stream in enumerate(self._streams):
+                for index, stream in enumerate(self.streams):
                     while (event := stream.take()) is not None:
                         self._advance(deltas, stream, index, event)
                     self._running = self._running or not stream.done
@@ -229,11 +230,9 @@ class Generation:
 
     def _note_end(self, finished: Finished, choice: int) -> None:
         """The engine's last word about a sequence, which may come after the choice's end here."""
-        record, usage = self._record, self.usage
-        record.sequences.append(finished.record)
         if choice == 0:
-            usage.cached_tokens += finished.record.cached_tokens
-        record.cached_tokens = usage.cached_tokens
+            self.usage.cached_tokens += finished.record.cached_tokens
+            self._record.cached_tokens = self.usage.cached_tokens
 
     def _add_tokens(
         self, choice: _Choice, delta: Delta, stream: Stream, event: SequenceEvent

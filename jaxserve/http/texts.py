@@ -100,7 +100,7 @@ class TextsEndpoint:
             visit.follow(usage)
             record.tokenized_ns = record.submitted_ns = time.monotonic_ns()
             record.prompt_tokens, record.texts = usage.prompt_tokens, len(work.texts)
-            run = TextRun(frontend, model, work, identity, record)
+            run = TextRun(frontend, model, work, identity, record, scope["jaxserve.streams"])
             departure = Departure(receive, run.cancel)
             try:
                 async with departure:
@@ -124,7 +124,11 @@ class TextsEndpoint:
 
 
 class TextRun:
-    """The texts of one request on their way through the engine."""
+    """The texts of one request on their way through the engine.
+
+    Args:
+        streams: gets all that are opened.
+    """
 
     def __init__(
         self,
@@ -133,6 +137,7 @@ class TextRun:
         work: TextWork,
         identity: Identity,
         record: RequestRecord,
+        streams: list[Stream],
     ) -> None:
         self._client = frontend.client
         self._group = model.group
@@ -140,6 +145,7 @@ class TextRun:
         self._identity = identity
         self._record = record
         self._streams: set[Stream] = set()
+        self._all_streams = streams
         self._cancelled = False
 
     def cancel(self) -> None:
@@ -179,7 +185,6 @@ class TextRun:
                     if event.finished.reason is FinishReason.CANCELLED:
                         raise Overloaded("the request was cancelled before it was done")
                     found[group[event.choice]] = event.finished.vector
-                    self._record.sequences.append(event.finished.record)
             self._streams.discard(stream)
         return np.frombuffer(b"".join(found), np.float32).reshape(len(texts), -1)
 
@@ -198,6 +203,7 @@ class TextRun:
             arrived_ns=self._record.arrived_ns,
         )
         self._streams.add(stream)
+        self._all_streams.append(stream)
         return stream
 
 

@@ -165,6 +165,7 @@ async def _serve(
     await Server(app, config.http, _say_listening).run_on(listener, lambda: os._exit(1))
     await app.frontend.gate.close()
     await app.frontend.grammars.close()
+    await app.frontend.settling.close()
     await client.close()
     if link is not None:
         await link.close()

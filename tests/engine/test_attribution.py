@@ -13,6 +13,7 @@ from jaxserve.config import CacheConfig, Config, EmbeddingsConfig, SchedulerConf
 from jaxserve.engine.attribution import Attribution, WorkRates, apportion
 from jaxserve.engine.process import build_engine
 from jaxserve.protocol.messages import Cancel, Embed, GetStatus, SequenceRecord, StepStats
+from jaxserve.scheduler.commit import Commit
 from jaxserve.types import EmbeddingParams, FinishReason, SamplingParams
 from tests.engine.test_loop import ListServer, submit
 from tests.fakes.engine import PAGE_BYTES, fake_parts, oracle
@@ -51,9 +52,9 @@ class Timed:
 
     def finish(self) -> None:
         for _ in range(3000):
-            if not self.engine.scheduler.has_work and self.engine.in_flight is None:
-                if not self.engine._embedding.num_waiting:
-                    return
+            work = self.engine.scheduler.has_work or self.engine._embedding.num_waiting
+            if not work and self.engine.in_flight is None:
+                return
             self.turn()
         raise AssertionError("it does not come to an end")
 
@@ -268,8 +269,6 @@ def test_a_step_of_many_rows_is_divided_in_microseconds():
     step = timed.engine.in_flight
     assert step is not None and step.inputs[0].num_decode_rows == 1024
     outputs = timed.device.collect(step.launched)
-    from jaxserve.scheduler.commit import Commit
-
     attribution, best = timed.engine._attribution, float("inf")
     for _ in range(200):
         began = time.perf_counter()

@@ -155,6 +155,7 @@ class Front:
         self.run(self.http.aclose())
         self.run(self.app.frontend.gate.close())
         self.run(self.app.frontend.grammars.close())
+        self.run(self.app.frontend.settling.close())
         self.run(self.client.close())
         self._runner.close()
 
