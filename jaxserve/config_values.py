@@ -22,6 +22,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "embeddings.pooling": ("auto", "cls", "mean", "max", "last", "weightedmean"),
     "embeddings.normalize": ("auto", "true", "false"),
     "embeddings.over_length": ("error", "truncate"),
+    "metering.power": ("auto", "nvml", "rapl", "modelled"),
+    "metering.over_budget_status": ("402", "429"),
     "logging.level": ("debug", "info", "warning", "error"),
 }
 #: Lowest and highest value of numbers.
@@ -87,6 +89,13 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "telemetry.report_interval_s": (0.01, 10),
     "telemetry.flush_interval_s": (0.05, 3600),
     "telemetry.max_records": (1000, 2**31 - 1),
+    "metering.hardware_per_hour": (0, 1_000_000_000),
+    "metering.energy_per_kwh": (0, 1_000_000),
+    "metering.pue": (1, 10),
+    "metering.carbon_g_per_kwh": (0, 10_000),
+    "metering.devices": (1, 100_000),
+    "metering.idle_watts": (0, 100_000),
+    "metering.busy_watts": (0, 100_000),
     "lora.cache_bytes": (0, 2**60),
     "lora.host_bytes": (0, 2**50),
     "lora.max_bytes": (1024, 2**50),

@@ -22,6 +22,7 @@ from jaxserve.config import (
     EmbeddingsConfig,
     HttpConfig,
     LimitsConfig,
+    MeteringConfig,
     StructuredConfig,
     ToolsConfig,
 )
@@ -30,6 +31,7 @@ from jaxserve.http.adapters import Adapters, LoadAdapter, UnloadAdapter
 from jaxserve.http.auth import Authentication, KeyRing
 from jaxserve.http.chat import read_chat
 from jaxserve.http.completions import read_completion
+from jaxserve.http.costs import COST_HEADER, LIMIT_HEADER, RESET_HEADER, SPENT_HEADER, Costs
 from jaxserve.http.embeddings import EMBEDDINGS
 from jaxserve.http.errors import MethodNotAllowed, NotFound, error_body, send_error
 from jaxserve.http.frontend import Frontend
@@ -62,6 +64,7 @@ _SHOWN_PATH = 100
 #: Headers that pages of other origins may read, besides the few that they always may.
 _EXPOSED = [
     *("retry-after", "retry-after-ms", CAPPED_HEADER.decode()),
+    *(name.decode() for name in (COST_HEADER, LIMIT_HEADER, SPENT_HEADER, RESET_HEADER)),
     *(
         f"x-ratelimit-{name}-{kind}"
         for name in ("limit", "remaining", "reset")
@@ -87,6 +90,7 @@ def create_app(
     embeddings_config: EmbeddingsConfig | None = None,
     adapters: Adapters | None = None,
     reporter: Reporter | None = None,
+    metering: MeteringConfig | None = None,
 ) -> Arrival:
     """The application over a client that has been started.
 
@@ -103,7 +107,9 @@ def create_app(
         embeddings_config: limits of its requests; the defaults where None.
         adapters: LoRA adapters by name; None where there are none.
         reporter: where the records of requests go; nowhere where None.
+        metering: prices; the defaults where None. Costs are told only where there is a reporter.
     """
+    metering = metering or MeteringConfig()
     metrics = metrics or Metrics(lambda: client.status)
     frontend = Frontend(
         client=client,
@@ -122,6 +128,11 @@ def create_app(
         adapters=adapters or Adapters(),
         reporter=reporter or NoReporter(),
         settling=Settling((reporter or NoReporter()).ended),
+        costs=Costs(
+            metering,
+            (reporter or NoReporter()).told,
+            enabled=metering.enabled and reporter is not None,
+        ),
     )
     post, get = ["POST"], ["GET"]
     router = Router(

@@ -15,6 +15,7 @@ from jaxserve.errors import DeviceFailure, InvalidRequest, ModelNotFound, Overlo
 from jaxserve.http.adapters import Adapters
 from jaxserve.http.auth import KeyRing
 from jaxserve.http.body import Fields, read_object
+from jaxserve.http.costs import Costs, no_costs
 from jaxserve.http.gate import Gate
 from jaxserve.http.grammars import GrammarChecker
 from jaxserve.http.metrics import Metrics
@@ -51,6 +52,7 @@ class Frontend:
         adapters: LoRA adapters by name.
         reporter: where the records of requests go.
         settling: completes them.
+        costs: of requests that ask for them, and budgets.
         draining: no new work is taken.
     """
 
@@ -70,6 +72,7 @@ class Frontend:
     adapters: Adapters = field(default_factory=Adapters)
     reporter: Reporter = field(default_factory=NoReporter)
     settling: Settling = field(default_factory=lambda: Settling(NoReporter().ended))
+    costs: Costs = field(default_factory=no_costs)
     draining: bool = False
     num_requests: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)

@@ -45,8 +45,10 @@ class GenerationEndpoint:
         model = frontend.model()
         identity: Identity = scope["jaxserve.identity"]
         record = record_of(scope)
+        frontend.costs.admit(scope, identity)
         frontend.gate.glance(scope, identity)
         fields = await frontend.read(scope, receive)
+        frontend.costs.read(scope, fields)
         pick = frontend.adapters.pick(fields, model)
         note_read(record, model.name, pick.adapter or "")
         visit = await frontend.gate.enter(scope, fields, identity)
@@ -112,6 +114,7 @@ async def _whole(
         if options.candidates > options.n:
             choices = sorted(choices, key=_mean_logprob, reverse=True)[: options.n]
         answers.append(Answer(choices=choices, prompt_logprobs=prompt_logprobs))
+    frontend.costs.tell(scope, generation.usage)
     await send_json(send, work.wire.document(answers, generation.usage))
 
 
@@ -132,6 +135,7 @@ async def _stream(
                 data += b"".join([wire.events(delta) for delta in deltas[1:]])
             if data:
                 await events.write(data)
+        frontend.costs.tell(scope, generation.usage)
         await events.end(wire.ending(generation.usage))
     except JaxserveError as error:
         if departure.gone:

@@ -22,7 +22,7 @@ from jaxserve.http.metrics import Metrics
 from jaxserve.http.sampling import Options
 from jaxserve.protocol.client import EngineClient, SequenceEvent, Stream
 from jaxserve.protocol.messages import AdapterRef, Finished
-from jaxserve.protocol.records import RequestRecord
+from jaxserve.protocol.records import RequestCost, RequestRecord
 from jaxserve.text.choice import ChoiceText, TextDelta
 from jaxserve.text.message import MessageReader, Part, joined
 from jaxserve.text.tokenizer import Tokenizer
@@ -59,12 +59,14 @@ class Usage:
 
     Attributes:
         reasoning_tokens: of the completion's, those of the reasoning.
+        cost: where the request asked for it, once it is done.
     """
 
     prompt_tokens: int
     completion_tokens: int = 0
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    cost: RequestCost | None = None
 
 
 class _Choice:

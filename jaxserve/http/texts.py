@@ -86,8 +86,10 @@ class TextsEndpoint:
         frontend = self._frontend
         model = frontend.embedding_model()
         identity: Identity = scope["jaxserve.identity"]
+        frontend.costs.admit(scope, identity)
         frontend.gate.glance(scope, identity, generates=False)
         fields = await frontend.read(scope, receive)
+        frontend.costs.read(scope, fields)
         _check_model(fields, model)
         record = record_of(scope)
         note_read(record, model.name, "")
@@ -106,6 +108,7 @@ class TextsEndpoint:
                 async with departure:
                     vectors = await run.vectors(visit.deadline_ns)
                     frontend.metrics.texts(len(work.texts), usage.prompt_tokens)
+                    frontend.costs.tell(scope, usage)
                     await send_json(send, work.answer(vectors, usage))
             except JaxserveError:
                 if not departure.gone:

@@ -160,7 +160,8 @@ async def _serve(
         embeddings=embeddings,
         embeddings_config=config.embeddings,
         adapters=adapters,
-        reporter=reporter,
+        reporter=link,
+        metering=config.metering,
     )
     await Server(app, config.http, _say_listening).run_on(listener, lambda: os._exit(1))
     await app.frontend.gate.close()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from decimal import Decimal
 
 from jaxserve.protocol.messages import Interval, SequenceRecord
 
@@ -57,6 +58,32 @@ class Asked:
 
 
 @dataclass(slots=True, kw_only=True)
+class RequestCost:
+    """What a request costs, priced once (`metering.pricing`).
+
+    Attributes:
+        prefill, decode: what it is charged for; wasted: what it is not.
+        *_device_ns: its shares of the device's time.
+        energy_j: of what it is charged for; carbon_g: of CO2.
+    """
+
+    currency: str
+    prefill: Decimal
+    decode: Decimal
+    wasted: Decimal
+    prefill_device_ns: int
+    decode_device_ns: int
+    wasted_device_ns: int
+    energy_j: float
+    carbon_g: float
+
+    @property
+    def total(self) -> Decimal:
+        """What the request is charged for."""
+        return self.prefill + self.decode
+
+
+@dataclass(slots=True, kw_only=True)
 class RequestRecord:
     """One request, from the first byte of its head to the last of its answer.
 
@@ -83,6 +110,7 @@ class RequestRecord:
         texts: embedded, or pairs scored.
         sequences: one for each sequence that the engine has ended.
         spans: other intervals of the front end, by kind.
+        cost: where its answer has told it; else it is priced from `sequences`.
     """
 
     request_id: str
@@ -122,6 +150,7 @@ class RequestRecord:
     finish_reasons: list[str] = field(default_factory=list)
     sequences: list[SequenceRecord] = field(default_factory=list)
     spans: list[Interval] = field(default_factory=list)
+    cost: RequestCost | None = None
 
     @property
     def ttft_ns(self) -> int | None:

@@ -19,6 +19,7 @@ from jaxserve.config import (
     EmbeddingsConfig,
     HttpConfig,
     LimitsConfig,
+    MeteringConfig,
     ModelConfig,
     SchedulerConfig,
     StructuredConfig,
@@ -28,6 +29,7 @@ from jaxserve.engine.thread import EngineThread
 from jaxserve.http.adapters import Adapters
 from jaxserve.http.app import create_app
 from jaxserve.http.auth import KeyRing
+from jaxserve.http.observer.reporter import Reporter
 from jaxserve.limits.store import Store
 from jaxserve.protocol.client import EngineClient
 from jaxserve.text.vocabulary import vocabulary_of
@@ -101,6 +103,8 @@ class Front:
         tools: ToolsConfig | None = None,
         embeddings: EmbeddingsConfig | None = None,
         adapters: Adapters | None = None,
+        reporter: Reporter | None = None,
+        metering: MeteringConfig | None = None,
         **headers: str,
     ) -> None:
         self.engine = engine
@@ -123,6 +127,8 @@ class Front:
             embeddings=fake_text() if embeddings is not None and embeddings.model else None,
             embeddings_config=embeddings,
             adapters=adapters,
+            reporter=reporter,
+            metering=metering,
         )
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app, raise_app_exceptions=False),
@@ -174,6 +180,8 @@ def front(
     store: Store | None = None,
     adapters: Adapters | None = None,
     structured: StructuredConfig | None = None,
+    reporter: Reporter | None = None,
+    metering: MeteringConfig | None = None,
 ) -> Iterator[Front]:
     """An application over an engine of its own."""
     with EngineThread(config, fake_parts) as engine:
@@ -182,6 +190,8 @@ def front(
             structured=structured,
             embeddings=config.embeddings,
             adapters=adapters,
+            reporter=reporter,
+            metering=metering,
         )
         try:
             yield made

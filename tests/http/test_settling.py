@@ -125,7 +125,7 @@ def test_a_record_is_reported_though_the_engine_never_answers(monkeypatch: pytes
 
     class Silent:
         done = False
-        records: list[SequenceRecord] = []
+        records: tuple[SequenceRecord, ...] = ()
 
         def at_end(self, call) -> None:
             pass
@@ -142,7 +142,7 @@ def test_a_record_is_reported_though_the_engine_never_answers(monkeypatch: pytes
 
 
 def test_all_that_steps_took_is_somebodys_or_nobodys(front: Front, kept: Kept):
-    """Requests that end, stop, leave and fail: their shares and the engine's waste are the steps'."""
+    """Requests that end, stop, leave and fail: shares and the engine's waste are the steps'."""
     engine = front.engine.engine
 
     async def scenario() -> None:

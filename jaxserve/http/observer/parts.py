@@ -6,7 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxserve.config import Config
+from jaxserve.http.keyfile import load_keys
+from jaxserve.http.observer.metering import Metering, NoLedger
 from jaxserve.http.observer.part import Part
+from jaxserve.metering.power.power import make_power
+from jaxserve.metering.prices import make_prices
 
 #: Has all workers know something: a topic, and its JSON.
 Tell = Callable[[str, bytes], None]
@@ -22,7 +26,11 @@ def make_parts(config: Config, state: Path, tell: Tell) -> list[Part]:
     Raises:
         ConfigError: a setting of a part cannot be used.
     """
-    return []
+    parts = []
+    if config.metering.enabled:
+        budgets = load_keys(config.http).budgets
+        parts.append(Metering(config.metering, NoLedger(), tell, state, budgets=budgets).part)
+    return parts
 
 
 def check_parts(config: Config) -> None:
@@ -31,3 +39,5 @@ def check_parts(config: Config) -> None:
     Raises:
         ConfigError: one cannot be used.
     """
+    make_prices(config.metering)
+    make_power(config.metering)
