@@ -86,9 +86,33 @@ class MeteringConfig:
             several servers may share; where empty, a file in telemetry.state_dir.
         keep_days: rows of single requests, and sums that tell users and hours apart, are deleted
             after so long; 0 keeps them. Sums by day, without users, are always kept.
+        currency: of all prices, three letters.
+        hardware_per_hour: price of the machine that this server has, for an hour; 0: unpriced.
+        energy_per_kwh: price of a kilowatt-hour; 0: unpriced.
+        pue: energy that the building takes for each that the devices take.
+        carbon_g_per_kwh: CO2 of a kilowatt-hour, in grams.
+        power: what measures energy: "auto" (NVML, else RAPL, else the model), "nvml", "rapl" or
+            "modelled"; the model steps in wherever nothing can be read.
+        gpus: those that are this server's, by NVML's index; all where empty.
+        device: row of the power table, for the model; devices: how many.
+        idle_watts, busy_watts: of one device, instead of the table's; 0: the table's. The same for
+            both is a constant: for TPUs, which nothing measures.
+        over_budget_status: of a refusal because a hard budget is spent: "402" or "429".
     """
 
     enabled: bool = True
+    currency: str = "USD"
+    hardware_per_hour: float = 0.0
+    energy_per_kwh: float = 0.0
+    pue: float = 1.0
+    carbon_g_per_kwh: float = 0.0
+    power: str = "auto"
+    gpus: tuple[str, ...] = ()
+    device: str = "cpu"
+    devices: int = 1
+    idle_watts: float = 0.0
+    busy_watts: float = 0.0
+    over_budget_status: str = "402"
     ledger: str = field(default="", metadata={"secret": True})
     keep_days: int = 0
 

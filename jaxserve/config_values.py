@@ -23,6 +23,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "embeddings.normalize": ("auto", "true", "false"),
     "embeddings.over_length": ("error", "truncate"),
     "tracing.protocol": ("grpc", "http"),
+    "metering.power": ("auto", "nvml", "rapl", "modelled"),
+    "metering.over_budget_status": ("402", "429"),
     "logging.level": ("debug", "info", "warning", "error"),
 }
 #: Lowest and highest value of numbers.
@@ -101,6 +103,13 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "alerts.min_shift": (0.001, 10),
     "alerts.sample_s": (0.1, 3600),
     "alerts.baseline_samples": (50, 10_000),
+    "metering.hardware_per_hour": (0, 1_000_000_000),
+    "metering.energy_per_kwh": (0, 1_000_000),
+    "metering.pue": (1, 10),
+    "metering.carbon_g_per_kwh": (0, 10_000),
+    "metering.devices": (1, 100_000),
+    "metering.idle_watts": (0, 100_000),
+    "metering.busy_watts": (0, 100_000),
     "lora.cache_bytes": (0, 2**60),
     "lora.host_bytes": (0, 2**50),
     "lora.max_bytes": (1024, 2**50),

@@ -133,6 +133,20 @@ class RateLimited(JaxserveError):
     retryable = True
 
 
+class BudgetExceeded(JaxserveError):
+    """The tenant has spent its budget of the month."""
+
+    code = "budget_exceeded"
+    status = 402
+
+
+class BudgetLimited(BudgetExceeded):
+    """The same, where `metering.over_budget_status` is 429."""
+
+    status = 429
+    retryable = True
+
+
 class Overloaded(JaxserveError):
     """The waiting queue is full, or the server drains."""
 

@@ -162,6 +162,14 @@ class Embedding:
         assert self._parts is not None
         return self._parts.embedder.count_work([text.prompt_len for text in step.texts])
 
+    def shares(self, step: TextsInFlight) -> list[float]:
+        """How much of a step's work each of its texts is: by its operations, or its tokens."""
+        assert self._parts is not None
+        lengths = [text.prompt_len for text in step.texts]
+        count = self._parts.embedder.count_work
+        work = {length: count([length])[0] for length in set(lengths)}
+        return [work[length] or length for length in lengths]
+
     def _made(self, texts: list[Text], outputs: EmbedOutputs, *, raw: bool) -> list[bytes | None]:
         """The bytes of each text's vector; None where it is none."""
         first = texts[0].params

@@ -28,6 +28,7 @@ from jaxserve.device.meeting import connect
 from jaxserve.device.memory import Memory, host_memory, least_memory
 from jaxserve.device.sharding import make_mesh, param_sharding, tensor_parallel
 from jaxserve.device.state import DeviceState, hidden_states, init_device_state
+from jaxserve.engine.attribution import FLOPS_PER_BYTE, WorkRates
 from jaxserve.engine.batches import Batches
 from jaxserve.engine.layout import log_layout
 from jaxserve.engine.load_embedding import load_embedding
@@ -166,7 +167,13 @@ def parts_of(
         hosts=hosts,
         follow=executor.follow if config.parallel.host else None,
         embedding=embedding,
+        work=_work_rates(model, mesh.devices.flat[0].platform),
     )
+
+
+def _work_rates(model: Decoder, platform: str) -> WorkRates:
+    windows = [kind.window for kind in model.spec.layers]
+    return WorkRates.measured(model.count_work, FLOPS_PER_BYTE[platform], windows)
 
 
 def devices() -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]

@@ -40,6 +40,7 @@ from collections.abc import Hashable
 
 from jaxserve.config import EmbeddingsConfig, SchedulerConfig, StructuredConfig
 from jaxserve.engine.adapters import RequestAdapters
+from jaxserve.engine.attribution import Attribution, WorkRates
 from jaxserve.engine.backlog import Backlog
 from jaxserve.engine.check import check_submit, request_number, resumed
 from jaxserve.engine.embedding import Embedding
@@ -64,6 +65,7 @@ from jaxserve.protocol.messages import (
     UseVocabulary,
 )
 from jaxserve.protocol.server import ServerTransport
+from jaxserve.scheduler.commit import Commit
 from jaxserve.scheduler.copies import Schedulers
 from jaxserve.scheduler.embedding import Text
 from jaxserve.scheduler.plan import Plan
@@ -90,6 +92,7 @@ class Engine:
         grammars: of requests whose output must match one.
         embedding: the other kind of step.
         adapters: which requests have to wait for their LoRA adapter; none where None.
+        attribution: divides the device's time over sequences.
 
     Attributes:
         in_flight: the step that runs on the device.
@@ -109,6 +112,7 @@ class Engine:
         grammars: Grammars | None = None,
         embedding: Embedding | None = None,
         adapters: RequestAdapters | None = None,
+        attribution: Attribution | None = None,
     ) -> None:
         self._recorder = recorder or NoRecorder()
         self._probation = probation or Probation((), (), 0, self._recorder)
@@ -129,6 +133,7 @@ class Engine:
         self._embedding = embedding or Embedding(
             None, EmbeddingsConfig(), SchedulerConfig(), self._recorder
         )
+        self._attribution = attribution or Attribution(WorkRates(), scheduler.max_rows)
         self._texts_next = True
         self._stopping = False
         self._error = ""
@@ -183,7 +188,9 @@ class Engine:
     def _launch(self, plans: list[Plan | None]) -> InFlight:
         inputs = self.batch.build(plans)
         self._recorder.launching(plans, inputs)
-        return InFlight(plans, inputs, self.executor.launch(inputs))
+        launched = self.executor.launch(inputs)
+        accounts = self._attribution.launched(plans, inputs, self.scheduler.owners)
+        return InFlight(plans, inputs, launched, accounts)
 
     def _deliver(self, step: InFlight) -> None:
         """Reads a step's tokens and sends each client its own."""
@@ -191,6 +198,7 @@ class Engine:
         self._recorder.collected()
         now_ns = time.monotonic_ns()
         rows = [inputs.num_decode_rows for inputs in step.inputs]
+        commits: list[Commit | None] = [None] * len(step.inputs)
         self.scheduler.measured(step.plans, rows, outputs[0].device_ns, outputs[0].idle_ns)
         for copy, (plan, own, brought) in enumerate(
             zip(step.plans, step.inputs, outputs, strict=True)
@@ -206,6 +214,9 @@ class Engine:
             step.drafted += commit.num_drafted
             step.accepted += commit.num_accepted
             self._outbox.add_step(plan.step_id, now_ns, commit, own, brought)
+            commits[copy] = commit
+        self._attribution.divide(step, outputs, commits)
+        for commit in filter(None, commits):
             for sequence in commit.finished:
                 self._finish(sequence, now_ns)
         self._outbox.send()
@@ -230,6 +241,7 @@ class Engine:
         """Reads an embedding step's vectors and sends each client its own."""
         outputs = self._embedding.collect(step)
         self._recorder.collected()
+        self._attribution.divide_texts(step.texts, self._embedding.shares(step), outputs.device_ns)
         self._embedding.deliver(step, outputs, time.monotonic_ns(), self._finish)
         self._outbox.send()
         if self._outbox.wants_stats:
@@ -451,7 +463,7 @@ class Engine:
         finished = Finished(
             sequence_id=sequence_id,
             reason=sequence.reason,
-            record=record_of(sequence, now_ns),
+            record=record_of(sequence, now_ns, self._attribution.take(sequence)),
             stop_token_id=sequence.stop_token_id,
             error=error.message if error else "",
             error_code=error.code if error else "",

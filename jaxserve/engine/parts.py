@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from jaxserve.config import Config
 from jaxserve.device.embed_step import EmbedBuckets
 from jaxserve.device.hosts import Hosts
 from jaxserve.engine.adapters import RequestAdapters
+from jaxserve.engine.attribution import WorkRates
 from jaxserve.engine.turn import Batch, Embedder, Executor
 from jaxserve.types import EmbeddingInfo, ModelInfo
 
@@ -42,6 +43,7 @@ class Parts:
         adapter_slots: of each class of LoRA adapters, in each copy; none where there are none.
         adapters: those of live requests; None where there are none.
         hosts: that share it, where there are several.
+        work: what rows of a step cost beside each other.
         embedding: the model that embeds, where there is one.
         follow: on another host than number 0, makes the device calls that host 0 broadcasts, for
             as long as it lives.
@@ -58,6 +60,7 @@ class Parts:
     adapters: RequestAdapters | None = None
     hosts: Hosts | None = None
     follow: Callable[[], None] | None = None
+    work: WorkRates = field(default_factory=WorkRates)
     embedding: EmbeddingParts | None = None
 
 

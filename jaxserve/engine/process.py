@@ -26,6 +26,7 @@ from typing import NoReturn
 
 from jaxserve.config import Config
 from jaxserve.device.hosts import EXIT_LOST, Hosts
+from jaxserve.engine.attribution import Attribution
 from jaxserve.engine.embedding import Embedding
 from jaxserve.engine.grammars import Grammars
 from jaxserve.engine.greeter import Greeter
@@ -181,6 +182,7 @@ def build_engine(
         adapters=parts.adapters,
         grammars=Grammars(config.structured, parts.model),
         embedding=Embedding(parts.embedding, config.embeddings, config.scheduler, recorder),
+        attribution=Attribution(parts.work, config.scheduler.max_rows, parts.copies),
     )
 
 

@@ -112,8 +112,12 @@ def waits_of(message: Submit | Embed) -> list[Wait]:
     return [Wait(wait.kind, wait.start_ns, wait.end_ns) for wait in message.waited]
 
 
-def record_of(sequence: Sequence, now_ns: int) -> SequenceRecord:
-    """What a sequence that ends now did and when."""
+def record_of(sequence: Sequence, now_ns: int, device_ns: tuple[int, int, int]) -> SequenceRecord:
+    """What a sequence that ends now did and when.
+
+    Args:
+        device_ns: its shares of the device's time: prefill, decode, and waste.
+    """
     return SequenceRecord(
         prompt_tokens=sequence.prompt_len,
         output_tokens=sequence.num_outputs,
@@ -136,4 +140,7 @@ def record_of(sequence: Sequence, now_ns: int) -> SequenceRecord:
         ],
         traceparent=sequence.traceparent,
         pid=os.getpid(),
+        prefill_device_ns=device_ns[0],
+        decode_device_ns=device_ns[1],
+        wasted_device_ns=device_ns[2],
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import UInt
+from jaxtyping import Int, UInt
 
 from jaxserve.device.embed_step import EmbedInput, EmbedOutputs, EmbedProgram
 from jaxserve.device.step import StepInputs, StepOutputs
@@ -87,11 +87,13 @@ class InFlight:
     """A launched step that has not been read.
 
     Attributes:
+        accounts: of each copy's live rows (`engine.attribution`); empty where it has no plan.
         drafted, accepted: drafts that it verified, and those that were right, once it is read.
     """
 
     plans: list[Plan | None]
     inputs: list[StepInputs]
     launched: Any
+    accounts: list[Int[np.ndarray, "R"]]
     drafted: int = 0
     accepted: int = 0

@@ -22,6 +22,7 @@ from jaxserve.config import (
     EmbeddingsConfig,
     HttpConfig,
     LimitsConfig,
+    MeteringConfig,
     StructuredConfig,
     ToolsConfig,
     TracingConfig,
@@ -31,6 +32,7 @@ from jaxserve.http.adapters import Adapters, LoadAdapter, UnloadAdapter
 from jaxserve.http.auth import Authentication, KeyRing
 from jaxserve.http.chat import read_chat
 from jaxserve.http.completions import read_completion
+from jaxserve.http.costs import COST_HEADER, LIMIT_HEADER, RESET_HEADER, SPENT_HEADER, Costs
 from jaxserve.http.embeddings import EMBEDDINGS
 from jaxserve.http.errors import MethodNotAllowed, NotFound, error_body, send_error
 from jaxserve.http.frontend import Frontend
@@ -51,10 +53,12 @@ from jaxserve.http.records import (
 )
 from jaxserve.http.responses import read_response
 from jaxserve.http.score import RERANK, SCORE
+from jaxserve.http.settling import Settling
 from jaxserve.http.texts import TextsEndpoint
 from jaxserve.http.tokens import Detokenize, Tokenize
 from jaxserve.limits.store import Store
 from jaxserve.protocol.client import EngineClient
+from jaxserve.protocol.stream import Stream
 from jaxserve.text.dialect import make_dialect
 from jaxserve.text.embedding import EmbeddingText
 from jaxserve.text.template import ChatTemplate
@@ -68,6 +72,7 @@ _SHOWN_PATH = 100
 #: Headers that pages of other origins may read, besides the few that they always may.
 _EXPOSED = [
     *("retry-after", "retry-after-ms", CAPPED_HEADER.decode(), "x-request-id", "traceparent"),
+    *(name.decode() for name in (COST_HEADER, LIMIT_HEADER, SPENT_HEADER, RESET_HEADER)),
     *(
         f"x-ratelimit-{name}-{kind}"
         for name in ("limit", "remaining", "reset")
@@ -94,6 +99,7 @@ def create_app(
     adapters: Adapters | None = None,
     reporter: Reporter | None = None,
     tracing: TracingConfig | None = None,
+    metering: MeteringConfig | None = None,
 ) -> Arrival:
     """The application over a client that has been started.
 
@@ -111,7 +117,9 @@ def create_app(
         adapters: LoRA adapters by name; None where there are none.
         reporter: where the records of requests go; nowhere where None.
         tracing: which requests are traced; the defaults where None.
+        metering: prices; the defaults where None. Costs are told only where there is a reporter.
     """
+    metering = metering or MeteringConfig()
     metrics = metrics or Metrics(lambda: client.status)
     tracing = tracing or TracingConfig()
     frontend = Frontend(
@@ -131,6 +139,12 @@ def create_app(
         adapters=adapters or Adapters(),
         reporter=reporter or NoReporter(),
         record_content=tracing.record_content,
+        settling=Settling((reporter or NoReporter()).ended),
+        costs=Costs(
+            metering,
+            (reporter or NoReporter()).told,
+            enabled=metering.enabled and reporter is not None,
+        ),
     )
     post, get = ["POST"], ["GET"]
     router = Router(
@@ -221,6 +235,8 @@ class Arrival:
         record = open_record(scope["path"])
         scope["jaxserve.arrived_ns"] = record.arrived_ns
         scope["jaxserve.record"] = record
+        streams: list[Stream] = []
+        scope["jaxserve.streams"] = streams
         added: dict[bytes, bytes] = {b"x-request-id": record.request_id.encode()}
         if record.route in WORK_ROUTES:
             note_context(record, scope, self._tracing)
@@ -254,7 +270,7 @@ class Arrival:
             frontend.metrics.request(_route_of(scope["path"]), status or LEFT)
             close_record(record, status or LEFT)
             if record.route in WORK_ROUTES:
-                frontend.reporter.ended(record)
+                frontend.settling.settle(record, streams)
 
 
 def _route_of(path: str) -> str:

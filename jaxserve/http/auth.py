@@ -20,6 +20,7 @@ from jaxserve.errors import ConfigError, Forbidden, JaxserveError, Unauthenticat
 from jaxserve.http.errors import send_error
 from jaxserve.http.records import note_error, note_identity
 from jaxserve.limits.quota import Quota
+from jaxserve.metering.budgets import Budget
 
 #: Bound of priorities, either way.
 MAX_PRIORITY = 1_000_000
@@ -46,6 +47,7 @@ class Identity:
         priority_ceiling: the smallest they may name.
         weight: of the tenant's share.
         quota: rate limits of the key, of its tenant, and of its tenant's users.
+        budget: of the tenant, for a month; None where it has none.
     """
 
     tenant: str = ""
@@ -55,6 +57,7 @@ class Identity:
     priority_ceiling: int = 0
     weight: float = 1.0
     quota: Quota = field(default_factory=Quota)
+    budget: Budget | None = None
 
 
 ANONYMOUS = Identity(admin=True, priority_ceiling=-MAX_PRIORITY)
@@ -70,6 +73,12 @@ class KeyRing:
     def is_limited(self) -> bool:
         """Whether any key has a rate limit."""
         return any(identity.quota.is_limited for _, identity in self._rows or ())
+
+    @property
+    def budgets(self) -> dict[str, Budget]:
+        """By tenant, of those that have one."""
+        identities = [identity for _, identity in self._rows or ()]
+        return {who.tenant: who.budget for who in identities if who.budget is not None}
 
     def identify(self, authorization: bytes | None) -> Identity:
         """Whom an Authorization header stands for.

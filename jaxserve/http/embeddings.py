@@ -23,7 +23,7 @@ from jaxserve.http.texts import (
     encode_texts,
     read_pooling,
 )
-from jaxserve.http.wire import encode
+from jaxserve.http.wire import cost_fields, encode
 from jaxserve.text.embedding import Tokens
 from jaxserve.types import EmbeddingInfo, EmbeddingParams
 
@@ -149,6 +149,7 @@ def _document(model: str, vectors: Float32[np.ndarray, "R D"], form: str, usage:
             "usage": {
                 "prompt_tokens": usage.prompt_tokens,
                 "total_tokens": usage.prompt_tokens,
+                **cost_fields(usage),
             },
         }
     )

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from jaxserve.errors import (
+    BudgetExceeded,
     EmbeddingNotFinite,
     Forbidden,
     JaxserveError,
@@ -24,6 +25,7 @@ RETRY_AFTER_S = 1
 
 _TYPES = {
     401: "authentication_error",
+    402: "insufficient_quota",
     403: "permission_error",
     429: "rate_limit_error",
 }
@@ -83,6 +85,8 @@ async def send_error(send: Any, error: JaxserveError) -> None:
         milliseconds = max(1, math.ceil(retry_s * 1000))
         headers.append((b"retry-after", b"%d" % -(-milliseconds // 1000)))
         headers.append((b"retry-after-ms", b"%d" % milliseconds))
+    if isinstance(error, BudgetExceeded):
+        headers.append((b"x-should-retry", b"false"))  # not for the rest of the month
     await send_json(send, error_body(error), status=error.status, headers=headers)
 
 

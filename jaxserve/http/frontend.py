@@ -15,10 +15,12 @@ from jaxserve.errors import DeviceFailure, InvalidRequest, ModelNotFound, Overlo
 from jaxserve.http.adapters import Adapters
 from jaxserve.http.auth import KeyRing
 from jaxserve.http.body import Fields, read_object
+from jaxserve.http.costs import Costs, no_costs
 from jaxserve.http.gate import Gate
 from jaxserve.http.grammars import GrammarChecker
 from jaxserve.http.metrics import Metrics
 from jaxserve.http.observer.reporter import NoReporter, Reporter
+from jaxserve.http.settling import Settling
 from jaxserve.http.structured import Wanted
 from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.streams import RESTARTING
@@ -50,6 +52,8 @@ class Frontend:
         adapters: LoRA adapters by name.
         reporter: where the records of requests go.
         record_content: whether they have what is asked and answered.
+        settling: completes them.
+        costs: of requests that ask for them, and budgets.
         draining: no new work is taken.
     """
 
@@ -69,6 +73,8 @@ class Frontend:
     adapters: Adapters = field(default_factory=Adapters)
     reporter: Reporter = field(default_factory=NoReporter)
     record_content: bool = False
+    settling: Settling = field(default_factory=lambda: Settling(NoReporter().ended))
+    costs: Costs = field(default_factory=no_costs)
     draining: bool = False
     num_requests: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)

@@ -54,8 +54,10 @@ class GenerationEndpoint:
         model = frontend.model()
         identity: Identity = scope["jaxserve.identity"]
         record = record_of(scope)
+        frontend.costs.admit(scope, identity)
         frontend.gate.glance(scope, identity)
         fields = await frontend.read(scope, receive)
+        frontend.costs.read(scope, fields)
         pick = frontend.adapters.pick(fields, model)
         note_read(record, model.name, pick.adapter or "")
         if frontend.record_content:
@@ -84,6 +86,7 @@ class GenerationEndpoint:
                     adapter=adapter,
                     keep_answers=frontend.record_content,
                 )
+                scope["jaxserve.streams"] += generation.streams
                 visit.follow(generation.usage)
                 answer = _stream if work.options.stream else _whole
                 try:
@@ -128,6 +131,7 @@ async def _whole(
         if options.candidates > options.n:
             choices = sorted(choices, key=_mean_logprob, reverse=True)[: options.n]
         answers.append(Answer(choices=choices, prompt_logprobs=prompt_logprobs))
+    frontend.costs.tell(scope, generation.usage)
     await send_json(send, work.wire.document(answers, generation.usage))
 
 
@@ -148,6 +152,7 @@ async def _stream(
                 data += b"".join([wire.events(delta) for delta in deltas[1:]])
             if data:
                 await events.write(data)
+        frontend.costs.tell(scope, generation.usage)
         await events.end(wire.ending(generation.usage))
     except JaxserveError as error:
         if departure.gone:

@@ -22,7 +22,7 @@ from jaxserve.http.metrics import Metrics
 from jaxserve.http.sampling import Options
 from jaxserve.protocol.client import EngineClient, SequenceEvent, Stream
 from jaxserve.protocol.messages import AdapterRef, Finished
-from jaxserve.protocol.records import RequestRecord
+from jaxserve.protocol.records import RequestCost, RequestRecord
 from jaxserve.text.choice import ChoiceText, TextDelta
 from jaxserve.text.message import MessageReader, Part, joined
 from jaxserve.text.tokenizer import Tokenizer
@@ -59,12 +59,14 @@ class Usage:
 
     Attributes:
         reasoning_tokens: of the completion's, those of the reasoning.
+        cost: where the request asked for it, once it is done.
     """
 
     prompt_tokens: int
     completion_tokens: int = 0
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    cost: RequestCost | None = None
 
 
 class _Choice:
@@ -93,6 +95,7 @@ class Generation:
 
     Attributes:
         usage: complete once `next` has given nothing.
+        streams: at the engine.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class Generation:
         keep_answers: bool = False,
     ) -> None:
         self.usage = Usage(prompt_tokens=sum(len(prompt) for prompt in prompts))
+        self.streams: list[Stream] = []
         self._options = options
         self._metrics = metrics
         self._record = record
@@ -137,7 +141,6 @@ class Generation:
         self._waiter: asyncio.Future[None] | None = None
         self._woken = False
         self._running = True
-        self._streams: list[Stream] = []
         self._expiry: asyncio.TimerHandle | None = None
         self._expired = False
         record.submitted_ns = time.monotonic_ns()  # before the engine can have done anything
@@ -155,7 +158,7 @@ class Generation:
                 traceparent=record.traceparent,
             )
             stream.watch(self._wake)
-            self._streams.append(stream)
+            self.streams.append(stream)
         metrics.prompt_tokens(self.usage.prompt_tokens)
         record.prompt_tokens = self.usage.prompt_tokens
         if deadline_ns is not None:
@@ -166,7 +169,7 @@ class Generation:
         """The client has left, or the answer failed: gives the engine's pages back."""
         if self._expiry is not None:
             self._expiry.cancel()
-        for stream in self._streams:
+        for stream in self.streams:
             stream.cancel()
 
     def answers(self) -> list[tuple[str, str]]:
@@ -192,7 +195,7 @@ class Generation:
             if self._woken:
                 self._woken = self._running = False
                 deltas: list[Delta] = []
-                for index, stream in enumerate(self._streams):
+                for index, stream in enumerate(self.streams):
                     while (event := stream.take()) is not None:
                         self._advance(deltas, stream, index, event)
                     self._running = self._running or not stream.done
@@ -225,7 +228,6 @@ class Generation:
         index = prompt * self._options.candidates + event.choice
         choice = self._choices[index]
         if event.finished is not None:
-            event.finished.record.choice = index
             self._note_end(event.finished, event.choice)
         if choice.done:
             return
@@ -249,11 +251,9 @@ class Generation:
 
     def _note_end(self, finished: Finished, choice: int) -> None:
         """The engine's last word about a sequence, which may come after the choice's end here."""
-        record, usage = self._record, self.usage
-        record.sequences.append(finished.record)
         if choice == 0:
-            usage.cached_tokens += finished.record.cached_tokens
-        record.cached_tokens = usage.cached_tokens
+            self.usage.cached_tokens += finished.record.cached_tokens
+            self._record.cached_tokens = self.usage.cached_tokens
 
     def _add_tokens(
         self, choice: _Choice, delta: Delta, stream: Stream, event: SequenceEvent

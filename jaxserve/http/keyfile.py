@@ -7,6 +7,7 @@
         priority_ceiling: high   # the smallest that its requests may name; its priority if absent
         limits: {requests_per_minute: 600, tokens_per_minute: 200000}
         user_limits: {requests_per_minute: 60}   # of each `user` that its requests name
+        budget: {soft: 100, hard: 120}           # a month, in `metering.currency`
     keys:
       - hash: 9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
         tenant: acme
@@ -33,10 +34,11 @@ from jaxserve.errors import ConfigError
 from jaxserve.http.auth import MAX_PRIORITY, Identity, KeyRing
 from jaxserve.http.sampling import PRIORITIES
 from jaxserve.limits.quota import Limits, Quota, read_limits
+from jaxserve.metering.budgets import read_budget
 from jaxserve.types import MAX_WEIGHT, MIN_WEIGHT
 
 _KEY = ("hash", "tenant", "name", "role", "priority", "priority_ceiling", "limits")
-_TENANT = ("name", "weight", "priority", "priority_ceiling", "limits", "user_limits")
+_TENANT = ("name", "weight", "priority", "priority_ceiling", "limits", "user_limits", "budget")
 _NO_LIMITS = Limits()
 #: Characters of a key's name.
 MAX_NAME = 64
@@ -52,6 +54,7 @@ class _Tenant:
         self.is_capped = "priority_ceiling" in row
         self.limits = read_limits(f"{where}: limits", row.get("limits")) or _NO_LIMITS
         self.user_limits = read_limits(f"{where}: user_limits", row.get("user_limits"))
+        self.budget = read_budget(f"{where}: budget", row.get("budget"))
 
 
 def load_keys(config: HttpConfig) -> KeyRing:
@@ -133,6 +136,7 @@ def _row(where: str, row: Any, tenants: dict[str, _Tenant]) -> tuple[bytes, Iden
             per_user=tenant.user_limits,
             tenant=name,
         ),
+        budget=tenant.budget,
     )
     return bytes.fromhex(digest), identity
 

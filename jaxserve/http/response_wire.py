@@ -22,7 +22,7 @@ from typing import Any
 from jaxserve.errors import JaxserveError
 from jaxserve.http.generation import Delta, Usage
 from jaxserve.http.logprobs import chat_logprobs
-from jaxserve.http.wire import Answer, encode
+from jaxserve.http.wire import Answer, cost_fields, encode
 from jaxserve.text.message import CallEnd, CallStart, CallText, Part, Text, Thought
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import FinishReason
@@ -127,6 +127,7 @@ def response_usage(usage: Usage) -> dict[str, Any]:
         "output_tokens": usage.completion_tokens,
         "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        **cost_fields(usage),
     }
 
 

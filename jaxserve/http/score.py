@@ -32,7 +32,7 @@ from jaxserve.http.texts import (
     sigmoid,
     text_list,
 )
-from jaxserve.http.wire import encode
+from jaxserve.http.wire import cost_fields, encode
 from jaxserve.types import EmbeddingInfo, EmbeddingParams
 
 #: Writes the document of the pairs' scores, in their order.
@@ -186,8 +186,9 @@ class _Distinct:
         self.texts = list(numbers)
 
 
-def _usage(usage: Usage) -> dict[str, int]:
-    return {"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.prompt_tokens}
+def _usage(usage: Usage) -> dict[str, Any]:
+    tokens = {"prompt_tokens": usage.prompt_tokens, "total_tokens": usage.prompt_tokens}
+    return tokens | cost_fields(usage)
 
 
 SCORE = TextKind(read_score, text_demand("text_1", "text_2"))

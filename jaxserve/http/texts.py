@@ -86,8 +86,10 @@ class TextsEndpoint:
         frontend = self._frontend
         model = frontend.embedding_model()
         identity: Identity = scope["jaxserve.identity"]
+        frontend.costs.admit(scope, identity)
         frontend.gate.glance(scope, identity, generates=False)
         fields = await frontend.read(scope, receive)
+        frontend.costs.read(scope, fields)
         _check_model(fields, model)
         record = record_of(scope)
         note_read(record, model.name, "")
@@ -100,12 +102,13 @@ class TextsEndpoint:
             visit.follow(usage)
             record.tokenized_ns = record.submitted_ns = time.monotonic_ns()
             record.prompt_tokens, record.texts = usage.prompt_tokens, len(work.texts)
-            run = TextRun(frontend, model, work, identity, record)
+            run = TextRun(frontend, model, work, identity, record, scope["jaxserve.streams"])
             departure = Departure(receive, run.cancel)
             try:
                 async with departure:
                     vectors = await run.vectors(visit.deadline_ns)
                     frontend.metrics.texts(len(work.texts), usage.prompt_tokens)
+                    frontend.costs.tell(scope, usage)
                     await send_json(send, work.answer(vectors, usage))
             except JaxserveError:
                 if not departure.gone:
@@ -124,7 +127,11 @@ class TextsEndpoint:
 
 
 class TextRun:
-    """The texts of one request on their way through the engine."""
+    """The texts of one request on their way through the engine.
+
+    Args:
+        streams: gets all that are opened.
+    """
 
     def __init__(
         self,
@@ -133,6 +140,7 @@ class TextRun:
         work: TextWork,
         identity: Identity,
         record: RequestRecord,
+        streams: list[Stream],
     ) -> None:
         self._client = frontend.client
         self._group = model.group
@@ -140,6 +148,7 @@ class TextRun:
         self._identity = identity
         self._record = record
         self._streams: set[Stream] = set()
+        self._all_streams = streams
         self._cancelled = False
 
     def cancel(self) -> None:
@@ -179,8 +188,6 @@ class TextRun:
                     if event.finished.reason is FinishReason.CANCELLED:
                         raise Overloaded("the request was cancelled before it was done")
                     found[group[event.choice]] = event.finished.vector
-                    event.finished.record.choice = group[event.choice]
-                    self._record.sequences.append(event.finished.record)
             self._streams.discard(stream)
         return np.frombuffer(b"".join(found), np.float32).reshape(len(texts), -1)
 
@@ -200,6 +207,7 @@ class TextRun:
             traceparent=self._record.traceparent,
         )
         self._streams.add(stream)
+        self._all_streams.append(stream)
         return stream
 
 

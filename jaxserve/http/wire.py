@@ -92,7 +92,7 @@ class Head:
 
     def ending(self, usage: Usage) -> bytes:
         """The usage, if it was asked for, and [DONE]."""
-        if not self._include_usage:
+        if not self._include_usage and usage.cost is None:
             return DONE
         document = {**self.fields, "choices": [], "usage": usage_fields(usage)}
         return b"data: " + encode(document) + b"\n\n" + DONE
@@ -108,4 +108,20 @@ def usage_fields(usage: Usage) -> dict[str, Any]:
     }
     if usage.reasoning_tokens:
         fields["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
-    return fields
+    return fields | cost_fields(usage)
+
+
+def cost_fields(usage: Usage) -> dict[str, Any]:
+    """`cost` of a usage object, where the request asked for it."""
+    cost = usage.cost
+    if cost is None:
+        return {}
+    fields = {
+        "total": float(cost.total),
+        "prefill": float(cost.prefill),
+        "decode": float(cost.decode),
+        "currency": cost.currency,
+        "device_ms": (cost.prefill_device_ns + cost.decode_device_ns) / 1e6,
+        "energy_j": cost.energy_j,
+    }
+    return {"cost": fields}

@@ -160,12 +160,14 @@ async def _serve(
         embeddings=embeddings,
         embeddings_config=config.embeddings,
         adapters=adapters,
-        reporter=reporter,
+        reporter=link,
         tracing=config.tracing,
+        metering=config.metering,
     )
     await Server(app, config.http, _say_listening).run_on(listener, lambda: os._exit(1))
     await app.frontend.gate.close()
     await app.frontend.grammars.close()
+    await app.frontend.settling.close()
     await client.close()
     if link is not None:
         await link.close()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from decimal import Decimal
 
 from jaxserve.protocol.messages import Interval, SequenceRecord
 
@@ -66,6 +67,32 @@ class Asked:
 
 
 @dataclass(slots=True, kw_only=True)
+class RequestCost:
+    """What a request costs, priced once (`metering.pricing`).
+
+    Attributes:
+        prefill, decode: what it is charged for; wasted: what it is not.
+        *_device_ns: its shares of the device's time.
+        energy_j: of what it is charged for; carbon_g: of CO2.
+    """
+
+    currency: str
+    prefill: Decimal
+    decode: Decimal
+    wasted: Decimal
+    prefill_device_ns: int
+    decode_device_ns: int
+    wasted_device_ns: int
+    energy_j: float
+    carbon_g: float
+
+    @property
+    def total(self) -> Decimal:
+        """What the request is charged for."""
+        return self.prefill + self.decode
+
+
+@dataclass(slots=True, kw_only=True)
 class RequestRecord:
     """One request, from the first byte of its head to the last of its answer.
 
@@ -94,6 +121,7 @@ class RequestRecord:
         sequences: one for each sequence that the engine has ended.
         spans: other intervals of the front end, by kind.
         asked_content, answered_content: messages, as JSON; empty unless `tracing.record_content`.
+        cost: where its answer has told it; else it is priced from `sequences`.
     """
 
     request_id: str
@@ -136,6 +164,7 @@ class RequestRecord:
     spans: list[Interval] = field(default_factory=list)
     asked_content: str = ""
     answered_content: str = ""
+    cost: RequestCost | None = None
 
     @property
     def traceparent(self) -> str:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from jaxserve.protocol.messages import SequenceRecord
 from jaxserve.protocol.streams import SequenceEvent, StreamState
 from jaxserve.types import FinishReason
 
@@ -38,6 +39,20 @@ class Stream:
     def done(self) -> bool:
         """Whether every choice has ended (its events may still be unread)."""
         return self._state.done
+
+    @property
+    def records(self) -> dict[int, SequenceRecord]:
+        """By choice, of those that the engine has ended, what it said of them; read or not."""
+        return self._state.records
+
+    @property
+    def num_choices(self) -> int:
+        """Sequences that it began with."""
+        return self._state.num_choices
+
+    def at_end(self, call: Callable[[], None]) -> None:
+        """Has `call` called once no choice runs any more, which must not be so yet."""
+        self._state.at_end = call
 
     def cancel(
         self, choice: int | None = None, reason: FinishReason = FinishReason.CANCELLED

@@ -28,6 +28,7 @@ from jaxserve.protocol.messages import (
     EngineStatus,
     Finished,
     Progress,
+    SequenceRecord,
     StepStats,
     Submit,
     TokenEvents,
@@ -68,6 +69,8 @@ class StreamState:
     Attributes:
         sequence_ids: of the choices, in order; others after a replay.
         wake: called when there is something to take and there was nothing before, or at the end.
+        at_end: called once no choice runs any more.
+        records: by choice, what the engine said of those that it has ended, read or not.
         journal: what is kept to go on in another life of the engine; None: nothing is.
     """
 
@@ -77,7 +80,9 @@ class StreamState:
         "_pending",
         "_ready",
         "_running",
+        "at_end",
         "journal",
+        "records",
         "sequence_ids",
         "wake",
     )
@@ -85,6 +90,8 @@ class StreamState:
     def __init__(self, sequence_ids: range) -> None:
         self.sequence_ids = sequence_ids
         self.wake: Callable[[], None] = _nobody
+        self.at_end: Callable[[], None] = _nobody
+        self.records: dict[int, SequenceRecord] = {}
         self.journal: JournalEntry | None = None
         self._first_id = sequence_ids[0]
         self._pending: list[SequenceEvent | None] = [None] * len(sequence_ids)
@@ -183,17 +190,26 @@ class StreamState:
         self._running = set(message.sequence_ids)
         return message
 
+    @property
+    def num_choices(self) -> int:
+        """Sequences that it began with."""
+        return len(self._pending)
+
     def finish(self, finished: Finished) -> None:
         """Ends one choice; an engine's refusal or failure ends the whole stream by raising."""
         self._running.discard(finished.sequence_id)
+        choice = finished.sequence_id - self._first_id
         if self.journal is not None:
-            self.journal.complete(finished.sequence_id - self._first_id, finished.record)
+            self.journal.complete(choice, finished.record)
+        self.records[choice] = finished.record
         if finished.reason is FinishReason.ERROR:
             if self._error is None:
                 self._error = error_from(finished)
             self.wake()
         else:
             self.pending(finished.sequence_id).finished = finished
+        if not self._running:
+            self.at_end()
 
     def fail(self, error: JaxserveError) -> None:
         """Ends all choices that still run with `error`."""
@@ -201,6 +217,7 @@ class StreamState:
             self._running.clear()
             self._error = self._error or error
             self.wake()
+            self.at_end()
 
 
 class Dispatcher:

@@ -34,6 +34,7 @@ def chunk_of(sequence: Sequence, end: int, *, again: bool = False) -> Chunk:
     if due <= sequence.num_prompt_logprobs_planned and not again:
         wanted = None
     sequence.num_prompt_logprobs_planned = max(due, sequence.num_prompt_logprobs_planned)
+    num_again = max(min(end, sequence.num_reached) - start, 0)
     return Chunk(
         slot=sequence.slot,
         start=start,
@@ -41,6 +42,8 @@ def chunk_of(sequence: Sequence, end: int, *, again: bool = False) -> Chunk:
         samples=samples,
         prompt_logprobs=wanted,
         next_token_id=None if samples else known[end],
+        num_again=num_again,
+        num_outputs=max(end - max(start + num_again, sequence.prompt_len), 0),
     )
 
 

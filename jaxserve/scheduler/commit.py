@@ -19,6 +19,7 @@ class Commit:
         sequences, token_ids, rows: parallel: who got tokens, which, and its row in the step.
         chunks: (sequence, chunk, row) of each chunk whose prompt log-probabilities are due.
         finished: sequences that ended in this step.
+        ends: of these, the row and how many of its tokens were needed, an end token included.
         verified: (sequence, drafts, tokens that came of them) of each row with drafts; of ended
             sequences, too.
     """
@@ -28,6 +29,7 @@ class Commit:
     rows: list[int] = field(default_factory=list)
     chunks: list[tuple[Sequence, Chunk, int]] = field(default_factory=list)
     finished: list[Sequence] = field(default_factory=list)
+    ends: list[tuple[int, int]] = field(default_factory=list)
     verified: list[tuple[Sequence, int, int]] = field(default_factory=list)
 
     @property
@@ -89,6 +91,7 @@ class Launched:
                 commit.rows.append(row)
             if sequence.reason is not None:
                 commit.finished.append(sequence)
+                commit.ends.append((row, len(tokens) + (sequence.stop_token_id is not None)))
         return commit
 
 

@@ -64,6 +64,9 @@ class Chunk:
             needs it for its prompt log-probability. None where the chunk ends the known tokens.
         num_drafts: of `token_ids`, those at the end that are guesses to be verified, behind the
             last known token. A token is then sampled after each of them.
+        num_again, num_outputs: of `token_ids`, those at the beginning that were computed before,
+            and those behind that are output; what is left is prompt. For who divides the step's
+            time; the device does not see them.
     """
 
     slot: int
@@ -73,6 +76,8 @@ class Chunk:
     prompt_logprobs: int | None = None
     next_token_id: int | None = None
     num_drafts: int = 0
+    num_again: int = 0
+    num_outputs: int = 0
 
 
 @dataclass(slots=True, kw_only=True)

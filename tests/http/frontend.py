@@ -19,6 +19,7 @@ from jaxserve.config import (
     EmbeddingsConfig,
     HttpConfig,
     LimitsConfig,
+    MeteringConfig,
     ModelConfig,
     SchedulerConfig,
     StructuredConfig,
@@ -105,6 +106,7 @@ class Front:
         adapters: Adapters | None = None,
         reporter: Reporter | None = None,
         tracing: TracingConfig | None = None,
+        metering: MeteringConfig | None = None,
         **headers: str,
     ) -> None:
         self.engine = engine
@@ -129,6 +131,7 @@ class Front:
             adapters=adapters,
             reporter=reporter,
             tracing=tracing,
+            metering=metering,
         )
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.app, raise_app_exceptions=False),
@@ -161,6 +164,7 @@ class Front:
         self.run(self.http.aclose())
         self.run(self.app.frontend.gate.close())
         self.run(self.app.frontend.grammars.close())
+        self.run(self.app.frontend.settling.close())
         self.run(self.client.close())
         self._runner.close()
 
@@ -181,6 +185,7 @@ def front(
     structured: StructuredConfig | None = None,
     reporter: Reporter | None = None,
     tracing: TracingConfig | None = None,
+    metering: MeteringConfig | None = None,
 ) -> Iterator[Front]:
     """An application over an engine of its own."""
     with EngineThread(config, fake_parts) as engine:
@@ -191,6 +196,7 @@ def front(
             adapters=adapters,
             reporter=reporter,
             tracing=tracing,
+            metering=metering,
         )
         try:
             yield made

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 from jaxserve.config import Config
+from jaxserve.http.keyfile import load_keys
+from jaxserve.http.observer.alerts import (
+    Alerts,
+    make_alerts,
+    make_baselines,
+    source_name,
+)
 from jaxserve.http.observer.ledger import LedgerPart, check_ledger, open_ledger
+from jaxserve.http.observer.metering import Metering
 from jaxserve.http.observer.part import Part
-from jaxserve.http.observer.tracing import make_tracing
-from jaxserve.telemetry.tracing.settings import check_tracing
 from jaxserve.http.observer.slo import make_slo
-from jaxserve.telemetry.slo.objective import parse_objectives
-from jaxserve.http.observer.alerts import make_alerts, make_baselines, source_name
-from jaxserve.http.observer.part import Part
+from jaxserve.http.observer.tracing import make_tracing
+from jaxserve.metering.power.power import make_power
+from jaxserve.metering.prices import make_prices
+from jaxserve.telemetry.alerts.incident import Severity
 from jaxserve.telemetry.alerts.receivers import make_receivers
+from jaxserve.telemetry.slo.burn import PAGE
+from jaxserve.telemetry.slo.objective import parse_objectives
+from jaxserve.telemetry.tracing.settings import check_tracing
 
 #: Has all workers know something: a topic, and its JSON.
 Tell = Callable[[str, bytes], None]
@@ -30,17 +42,16 @@ def make_parts(config: Config, state: Path, tell: Tell) -> list[Part]:
     Raises:
         ConfigError: a setting of a part cannot be used.
     """
-    parts: list[Part] = []
-    if config.metering.enabled:
-        ledger = open_ledger(config.metering, state)
-        parts.append(LedgerPart(ledger, keep_days=config.metering.keep_days).part)
-    return parts
-    return [*make_tracing(config.tracing)]
-    return [make_slo(config, state)]
     alerts = make_alerts(config, state)
-    parts = [alerts.part]
+    parts = [
+        *make_tracing(config.tracing),
+        make_slo(config, state, _slo_alerts(alerts)),
+        alerts.part,
+    ]
     if config.alerts.degradation:
         parts.append(make_baselines(config, state, alerts.on_alert))
+    if config.metering.enabled:
+        parts += _metering(config, state, tell, alerts)
     return parts
 
 
@@ -50,8 +61,48 @@ def check_parts(config: Config) -> None:
     Raises:
         ConfigError: one cannot be used.
     """
-    if config.metering.enabled:
-        check_ledger(config.metering)
     check_tracing(config.tracing)
     parse_objectives(config.slo.objectives)
     make_receivers(config.alerts, source_name(config))
+    if config.metering.enabled:
+        check_ledger(config.metering)
+        make_prices(config.metering)
+        make_power(config.metering)
+
+
+def _slo_alerts(alerts: Alerts) -> Callable[[str, bool, str, str, dict[str, Any]], None]:
+    """Where burn rates are told: a page wakes somebody up, a ticket waits for the morning."""
+
+    def on_alert(
+        key: str, firing: bool, severity: str, title: str, details: dict[str, Any]
+    ) -> None:
+        told = Severity.CRITICAL if severity == PAGE else Severity.WARNING
+        alerts.on_alert(key, firing, told, title, {k: str(v) for k, v in details.items()})
+
+    return on_alert
+
+
+def _metering(config: Config, state: Path, tell: Tell, alerts: Alerts) -> list[Part]:
+    """What prices requests and writes them down, and what answers from there."""
+    metering = config.metering
+    ledger = open_ledger(metering, state, metering.currency)
+
+    def on_passed(tenant: str, limit: str, spent: Decimal, most: Decimal) -> None:
+        alerts.on_alert(
+            f"budget:{tenant}:{limit}",
+            True,
+            Severity.ERROR if limit == "hard" else Severity.WARNING,
+            f"tenant {tenant} has spent its {limit} budget of the month",
+            {"tenant": tenant, "spent": f"{spent:.2f}", "budget": f"{most:.2f}"},
+        )
+
+    prices = Metering(
+        metering,
+        ledger,
+        tell,
+        state,
+        budgets=load_keys(config.http).budgets,
+        on_passed=on_passed,
+    )
+    reports = LedgerPart(ledger, metering.currency, metering.keep_days)
+    return [prices.part, reports.part]

@@ -1,0 +1,283 @@
+"""The observer's part that prices: requests into the ledger, budgets and the rate to the workers.
+
+Each request that ends becomes an entry, each stretch of time its lines (`metering.hours`). `flush`
+hands both to the ledger, in a thread; where that fails they stay here, and the workers keep their
+reports.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Protocol
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from jaxserve.config import MeteringConfig
+from jaxserve.http.observer.part import Part
+from jaxserve.metering.budgets import Budget, OnPassed, Spending, month_of
+from jaxserve.metering.entry import ZERO, Entry, Line
+from jaxserve.metering.live import LivePrices
+from jaxserve.metering.meter import Meter
+from jaxserve.metering.power.power import Power, make_power
+from jaxserve.metering.prices import make_prices
+from jaxserve.metering.pricing import entry_of
+from jaxserve.protocol.messages import StepStats
+from jaxserve.protocol.records import RequestRecord
+
+logger = logging.getLogger(__name__)
+
+#: Topics that workers are told.
+RATE, BUDGETS = "rate", "budgets"
+#: How often the month's totals are taken from the ledger again.
+TOTALS_S = 60.0
+#: The same where it could not tell them.
+AGAIN_S = 5.0
+#: Entries that wait for the ledger, at most; beyond it the oldest are lost, and counted.
+MAX_UNKEPT = 500_000
+#: Tenants whose budgets are in the metrics.
+_MAX_TENANTS = 200
+
+
+class Ledger(Protocol):
+    """Where entries and lines are kept. Called in a thread, one call at a time."""
+
+    def add(self, entries: Sequence[Entry], lines: Sequence[Line]) -> object:
+        """Keeps them durably; those that it has are not counted again.
+
+        Raises:
+            Exception: it could not; they are given again.
+        """
+        ...
+
+    def month_totals(self, month: str) -> Mapping[str, Decimal]:
+        """What each tenant's requests of a month, "2026-11" for one, came to, in UTC."""
+        ...
+
+
+class NoLedger:
+    """Nothing is kept: costs are told and counted, and forgotten with the server."""
+
+    def add(self, entries: Sequence[Entry], lines: Sequence[Line]) -> None:
+        """See `Ledger`."""
+
+    def month_totals(self, month: str) -> Mapping[str, Decimal]:
+        """See `Ledger`."""
+        return {}
+
+
+class Metering:
+    """See the module; `part` is what the observer gets.
+
+    Args:
+        tell: `Observer.tell`.
+        state: directory of what outlives the observer.
+        budgets: by tenant.
+        on_passed: told when a tenant passes a limit of its budget.
+        power: as configured where None.
+        source: unique to a life of the server, of which an observer may have several.
+        clock_ns, wall_s: CLOCK_MONOTONIC, and seconds since 1970.
+
+    Raises:
+        ConfigError: a price or a device cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: MeteringConfig,
+        ledger: Ledger,
+        tell: Callable[[str, bytes], None],
+        state: Path,
+        *,
+        budgets: Mapping[str, Budget] | None = None,
+        on_passed: OnPassed | None = None,
+        power: Power | None = None,
+        source: str | None = None,
+        clock_ns: Callable[[], int] = time.monotonic_ns,
+        wall_s: Callable[[], float] = time.time,
+    ) -> None:
+        self._prices = make_prices(config)
+        self._ledger = ledger
+        self._tell = tell
+        self._clock_ns = clock_ns
+        self._wall_s = wall_s
+        self.meter = Meter(
+            self._prices,
+            power or make_power(config),
+            source=source or life_of_the_server(),
+            path=state / "meter.json",
+            now_ns=clock_ns(),
+        )
+        self.spending = Spending(budgets or {}, on_passed)
+        self._live = LivePrices()
+        self._unkept: list[Entry] = []
+        self._num_kept = self._num_lost = 0
+        self._charged = {"prefill": ZERO, "decode": ZERO, "waste": ZERO}
+        self._charged_j = 0.0
+        self._totals_due_ns = 0
+        self._asks_ledger = asyncio.Lock()
+        self.part = Part(
+            name="metering",
+            ended=self.ended,
+            step=self.step,
+            tick=self.tick,
+            flush=self.flush,
+            metrics=self.metrics,
+            close=self.close,
+        )
+        tell(RATE, self.meter.rate.to_json())
+
+    def ended(self, record: RequestRecord) -> None:
+        """A request has ended: prices it, unless its answer has said what it cost."""
+        now_ns = self._clock_ns()
+        cost = record.cost or self.meter.rate.price(record)
+        ended_s = self._wall_s() - (now_ns - (record.done_ns or now_ns)) / 1e9
+        entry = entry_of(record, cost, ended_s)
+        self._unkept.append(entry)
+        if len(self._unkept) > MAX_UNKEPT:
+            self._num_lost += 1
+            del self._unkept[0]
+        self.spending.add(month_of(ended_s), entry.tenant, entry.cost)
+        self._live.add(entry, now_ns / 1e9)
+        self._charged["prefill"] += entry.prefill_cost
+        self._charged["decode"] += entry.decode_cost
+        self._charged_j += entry.energy_j
+
+    def step(self, stats: StepStats) -> None:
+        """The device has worked."""
+        self.meter.step(stats.at_ns, stats.device_ns)
+
+    async def tick(self) -> None:
+        """Settles the time that is over, and tells the workers what follows."""
+        now_ns, wall_s = self._clock_ns(), self._wall_s()
+        interval = self.meter.tick(now_ns, wall_s)
+        if interval is not None:
+            wall_ns = interval.end_ns - interval.start_ns
+            cost = self._prices.hardware(wall_ns)
+            cost += self._prices.energy(self.meter.power.watts * wall_ns / 1e9)
+            self._live.spent(cost, now_ns / 1e9)
+        self._tell(RATE, self.meter.rate.to_json())
+        if self.spending.budgets:
+            await self._refresh(now_ns, month_of(wall_s))
+            self._tell(BUDGETS, self.spending.to_json())
+
+    async def flush(self) -> None:
+        """Hands the ledger what it has not got; raises where it does not take it."""
+        await self._flush(last=False)
+
+    async def close(self) -> None:
+        """The last lines."""
+        self.meter.tick(self._clock_ns(), self._wall_s())
+        await self._flush(last=True)
+
+    def metrics(self) -> Iterator[Metric]:
+        """The families of costs."""
+        meter, currency = self.meter, self._prices.currency
+        rate = meter.rate
+        busy, idle = rate.cost(meter.busy_ns), self._prices.hardware(max(meter.idle_ns, 0))
+        cost = CounterMetricFamily(
+            "jaxserve_cost",
+            "What requests are charged (prefill, decode); all that work cost (busy), of which the "
+            "rest is waste; and the hardware that stood idle",
+            labels=["kind", "currency"],
+        )
+        for kind, amount in (
+            ("prefill", self._charged["prefill"]),
+            ("decode", self._charged["decode"]),
+            ("busy", busy),
+            ("idle", idle),
+        ):
+            cost.add_metric([kind, currency], float(amount))
+        yield cost
+        per_million = GaugeMetricFamily(
+            "jaxserve_cost_per_million_tokens",
+            "Over five minutes: input and output as charged, all with waste and idle time",
+            labels=["kind", "currency"],
+        )
+        for kind, amount in self._live.per_million(self._clock_ns() / 1e9).items():
+            per_million.add_metric([kind, currency], amount)
+        yield per_million
+        watts = GaugeMetricFamily("jaxserve_cost_power_watts", "Taken of late", labels=["source"])
+        watts.add_metric([meter.power.source], meter.power.watts)
+        yield watts
+        yield CounterMetricFamily(
+            "jaxserve_cost_power_modelled_seconds",
+            "Time whose energy was modelled, since nothing measured it",
+            meter.power.modelled_s,
+        )
+        yield CounterMetricFamily(
+            "jaxserve_cost_energy_joules", "Charged to requests", self._charged_j
+        )
+        yield CounterMetricFamily(
+            "jaxserve_cost_entries", "Requests kept in the ledger", self._num_kept
+        )
+        yield CounterMetricFamily(
+            "jaxserve_cost_entries_lost",
+            "Requests that the ledger did not take in time",
+            self._num_lost,
+        )
+        yield GaugeMetricFamily(
+            "jaxserve_cost_entries_waiting", "Requests that wait for the ledger", len(self._unkept)
+        )
+        yield from self._budget_metrics()
+
+    def _budget_metrics(self) -> Iterator[Metric]:
+        limits = GaugeMetricFamily(
+            "jaxserve_cost_budget", "Of the month that runs", labels=["tenant", "kind"]
+        )
+        spent = GaugeMetricFamily(
+            "jaxserve_cost_budget_spent", "In the month that runs", labels=["tenant"]
+        )
+        for tenant, budget in list(self.spending.budgets.items())[:_MAX_TENANTS]:
+            spent.add_metric([tenant], float(self.spending.spent(tenant)))
+            for kind, limit in (("soft", budget.soft), ("hard", budget.hard)):
+                if limit is not None:
+                    limits.add_metric([tenant, kind], float(limit))
+        yield limits
+        yield spent
+
+    async def _flush(self, *, last: bool) -> None:
+        async with self._asks_ledger:
+            lines = self.meter.save(self._clock_ns(), last=last)
+            entries = list(self._unkept)
+            if not entries and not lines:
+                return
+            await asyncio.to_thread(self._ledger.add, entries, lines)
+            given = set(map(id, entries))  # some may have been dropped meanwhile
+            self._unkept = [entry for entry in self._unkept if id(entry) not in given]
+            self._num_kept += len(entries)
+            self.meter.kept(lines)
+
+    async def _refresh(self, now_ns: int, month: str) -> None:
+        """Takes the month's totals from the ledger, and adds what it has not got."""
+        if month == self.spending.month and now_ns < self._totals_due_ns:
+            return
+        async with self._asks_ledger:
+            try:
+                totals = await asyncio.to_thread(self._ledger.month_totals, month)
+                self._totals_due_ns = now_ns + int(TOTALS_S * 1e9)
+            except Exception as error:  # whatever a store raises: what was counted so far stays
+                logger.warning("the ledger does not tell the month's totals: %s", error)
+                self._totals_due_ns = now_ns + int(AGAIN_S * 1e9)
+                if month == self.spending.month:
+                    return
+                totals = {}
+        self.spending.begin(month, totals)
+        for entry in self._unkept:
+            self.spending.add(month_of(entry.ended_s), entry.tenant, entry.cost)
+
+
+def life_of_the_server() -> str:
+    """Names this life of the server: its process, when that began, and the machine's boot."""
+    parent = os.getppid()
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        boot, began = "", str(time.time_ns())
+    return f"{boot}-{parent}-{began}"
