@@ -30,6 +30,8 @@ from jaxserve.http.adapters import Adapters, LoadAdapter, UnloadAdapter
 from jaxserve.http.auth import Authentication, KeyRing
 from jaxserve.http.chat import read_chat
 from jaxserve.http.completions import read_completion
+from jaxserve.http.console import PATHS as CONSOLE_PATHS
+from jaxserve.http.console import ConsoleFile
 from jaxserve.http.embeddings import EMBEDDINGS
 from jaxserve.http.errors import MethodNotAllowed, NotFound, error_body, send_error
 from jaxserve.http.frontend import Frontend
@@ -37,7 +39,7 @@ from jaxserve.http.gate import CAPPED_HEADER, Gate
 from jaxserve.http.generate import GenerationEndpoint
 from jaxserve.http.grammars import GrammarChecker
 from jaxserve.http.metrics import Metrics
-from jaxserve.http.observed import PrometheusMetrics
+from jaxserve.http.observed import Observed, PrometheusMetrics
 from jaxserve.http.observer.reporter import NoReporter, Reporter
 from jaxserve.http.probes import Health, Models, Ready
 from jaxserve.http.records import LEFT, WORK_ROUTES, close_record, note_error, open_record
@@ -138,6 +140,9 @@ def create_app(
             Route("/health", Health(frontend), methods=get),
             Route("/ready", Ready(frontend), methods=get),
             Route("/metrics", PrometheusMetrics(frontend), methods=get),
+            Route("/console/data", Observed(frontend, "console"), methods=get),
+            Route("/console/request", Observed(frontend, "request"), methods=get),
+            *(Route(path, ConsoleFile(path), methods=get) for path in CONSOLE_PATHS),
         ],
         redirect_slashes=False,
     )

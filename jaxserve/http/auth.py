@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxserve.config import HttpConfig
 from jaxserve.errors import ConfigError, Forbidden, JaxserveError, Unauthenticated
+from jaxserve.http.console import PATHS as CONSOLE_PATHS
 from jaxserve.http.errors import send_error
 from jaxserve.http.records import note_error, note_identity
 from jaxserve.limits.quota import Quota
@@ -25,8 +26,13 @@ from jaxserve.limits.quota import Quota
 MAX_PRIORITY = 1_000_000
 
 #: Paths that need no key, and paths that need an admin's.
-PUBLIC_PATHS = frozenset({"/health", "/ready"})
-ADMIN_PATHS = frozenset({"/metrics", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+PUBLIC_PATHS = frozenset({"/health", "/ready"}) | CONSOLE_PATHS
+ADMIN_PATHS = frozenset(
+    {
+        *("/metrics", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+        *("/console/data", "/console/request"),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxserve.config import Config
+from jaxserve.http.observer.console import console_part
 from jaxserve.http.observer.part import Part
 
 #: Has all workers know something: a topic, and its JSON.
@@ -22,7 +23,7 @@ def make_parts(config: Config, state: Path, tell: Tell) -> list[Part]:
     Raises:
         ConfigError: a setting of a part cannot be used.
     """
-    return []
+    return [console_part()]
 
 
 def check_parts(config: Config) -> None:
