@@ -54,7 +54,9 @@ class Sketch:
         seen = 0
         for index in sorted(self._counts):
             seen += self._counts[index]
-            while len(found) < len(shares) and seen >= max(1, _rank(shares[len(found)], self.count)):
+            while len(found) < len(shares) and seen >= max(
+                1, _rank(shares[len(found)], self.count)
+            ):
                 found.append(2 * _GAMMA**index / (_GAMMA + 1))
         return tuple(found)
 

@@ -12,7 +12,9 @@ const TABLE_ROWS = 30;
 export class LineChart {
   /**
    * @param {{title: string, about: string, series: {name: string, label: string}[],
-   *   format: (value: number) => string, empty?: string, max?: number, headline?: number}} options
+   *   format: (value: number) => string, tick?: (value: number) => string, empty?: string,
+   *   max?: number, headline?: number}} options
+   *   tick: as `format`, at the axis;
    *   max: the axis goes at least so far; headline: which line's last value stands beside the title.
    */
   constructor(options) {
@@ -90,7 +92,7 @@ export class LineChart {
       for (const tick of ticks) {
         const y = Math.round(this.scale.y(tick)) + 0.5;
         parts.push(svg("line", { class: tick ? "grid" : "axis", x1: PAD.left, x2: width - PAD.right, y1: y, y2: y }));
-        parts.push(svg("text", { class: "tick", x: PAD.left - 6, y: y + 3.5, "text-anchor": "end" }, this.options.format(tick)));
+        parts.push(svg("text", { class: "tick", x: PAD.left - 6, y: y + 3.5, "text-anchor": "end" }, (this.options.tick ?? this.options.format)(tick)));
       }
       parts.push(...this.#times());
       view.columns.forEach((column, index) => parts.push(...this.#line(column, index)));

@@ -20,7 +20,7 @@ export class Chat {
     this.tip = new Tip();
     this.log = el("div", { class: "log", role: "log", "aria-label": "Conversation", "aria-live": "off", tabindex: 0 }, this.#welcome());
     this.status = el("p", { class: "unseen", role: "status" });
-    this.input = el("textarea", { id: "prompt", rows: 3, placeholder: "Ask something", "aria-describedby": "prompt-note", onkeydown: (event) => this.#key(event) });
+    this.input = el("textarea", { id: "prompt", rows: 2, placeholder: "Ask something", "aria-describedby": "prompt-note", onkeydown: (event) => this.#key(event) });
     this.send = el("button", { class: "primary", type: "submit" }, "Send");
     this.stop = el("button", { class: "danger", type: "button", hidden: true, onclick: () => this.#stop() }, "Stop");
     this.clear = el("button", { class: "quiet", type: "button", onclick: () => this.#clear() }, "New chat");

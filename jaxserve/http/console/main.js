@@ -64,7 +64,8 @@ function setTheme(theme) {
   if (theme === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = theme;
   localStorage.setItem(THEME, theme);
-  byId("theme").textContent = `Theme: ${theme}`;
+  byId("theme-name").textContent = theme;
+  byId("theme").setAttribute("aria-label", `Theme: ${theme}`);
 }
 byId("theme").addEventListener("click", () => {
   const at = THEMES.indexOf(localStorage.getItem(THEME) ?? "auto");

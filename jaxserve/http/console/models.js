@@ -21,7 +21,7 @@ export class Models {
       el("h3", {}, "Load an adapter"),
       el("label", { for: "lora-name" }, "Name", this.name), el("label", { for: "lora-path" }, "From", this.path),
       el("label", { class: "check", for: "lora-replace" }, this.replace, " replace one of the same name"), this.load, this.outcome);
-    this.element = el("div", {}, el("div", { class: "bar" }, el("h2", {}, "Engine")), this.health, el("h2", {}, "Models"), this.models, el("h2", {}, "Adapters"), this.adapters, this.form);
+    this.element = el("div", {}, el("div", { class: "bar" }, el("h2", {}, "Engine")), this.health, el("h2", {}, "Models"), this.models, el("h2", {}, "Adapters"), el("div", { class: "halves" }, this.adapters, this.form));
     feed.addEventListener("update", () => this.#showHealth());
   }
 
@@ -40,6 +40,9 @@ export class Models {
     const { now } = this.feed;
     const engine = now?.engine;
     if (!this.element.isConnected) return;
+    const shown = JSON.stringify(engine);
+    if (shown === this.shownEngine) return;
+    this.shownEngine = shown;
     const facts = engine
       ? [
           ["State", engine.state], ["Process", engine.pid], ["Last step", `${duration(1000 * engine.step_age_s)} ago`],
@@ -64,7 +67,10 @@ export class Models {
     this.adapters.replaceChildren(adapters.length
       ? el("div", { class: "card scroll" }, table("Adapters", [{ label: "Name" }, { label: "From", wide: true }, { label: "Content", wide: true }, { label: "" }],
           adapters.map((card) => [card.id, card.root, el("code", {}, (card.hash ?? "").slice(0, 12)), el("button", { class: "quiet small", type: "button", "aria-label": `Unload ${card.id}`, onclick: (event) => this.#unload(card.id, event.currentTarget) }, "Unload")])))
-      : blank("No adapters", "Load one below, or name a directory of them with lora.directory."));
+      : this.feed.now?.engine?.adapter_slots === 0
+        ? blank("Adapters are off", "Start the server with lora.enabled=true to load some.")
+        : blank("No adapters", "Load one here, or name some with lora.adapters."));
+    this.form.hidden = this.feed.now?.engine?.adapter_slots === 0;
   }
 
   async #load(event) {

@@ -24,8 +24,8 @@ const CHARTS = [
   { title: "Step time", about: "Device time of a step, on average.", series: [{ name: "step_ms", label: "step" }], format: duration, empty: "No steps in this time" },
   { title: "Batch", about: "Sequences in a step, on average.", series: [{ name: "rows", label: "rows" }], format: number, max: 4, empty: "No steps in this time" },
   { title: "Device busy", about: "Share of the time in which the device worked.", series: [{ name: "busy", label: "busy" }], format: percent, max: 1 },
-  { title: "Compute", about: "Floating-point operations a second, counted from shapes.", series: [{ name: "flops", label: "compute" }], format: (value) => big(value, "FLOP/s"), share: { peak: "flops", label: "MFU" }, empty: "The engine counts no operations" },
-  { title: "Memory traffic", about: "Bytes moved a second, counted from shapes.", series: [{ name: "bytes", label: "traffic" }], format: (value) => big(value, "B/s"), share: { peak: "bytes", label: "MBU" }, empty: "The engine counts no bytes" },
+  { title: "Compute, FLOP/s", about: "Floating-point operations a second, counted from shapes.", series: [{ name: "flops", label: "compute" }], format: (value) => big(value, "FLOP/s"), tick: rate, share: { peak: "flops", label: "MFU" }, empty: "The engine counts no operations" },
+  { title: "Memory traffic, B/s", about: "Bytes moved a second, counted from shapes.", series: [{ name: "bytes", label: "traffic" }], format: (value) => big(value, "B/s"), tick: rate, share: { peak: "bytes", label: "MBU" }, empty: "The engine counts no bytes" },
 ];
 
 export class Overview {

@@ -1,89 +1,100 @@
-// What /slo, /v1/costs and /v1/alerts answer, as the page shows it: the one place that knows those
-// documents. A field that is not there is null, and shown as "–".
+// What /slo, /v1/costs, /v1/usage and /v1/alerts answer, as the page shows it: the one place that
+// knows those documents. What is not there is null or empty, and shown as "–".
 
 const list = (value) => (Array.isArray(value) ? value : []);
-const first = (...values) => values.find((value) => value !== undefined && value !== null) ?? null;
+const asText = (value) => (value === undefined || value === null ? "" : String(value));
 const asNumber = (value) => {
   const made = typeof value === "string" && value.trim() !== "" ? Number(value) : value;
   return typeof made === "number" && Number.isFinite(made) ? made : null;
 };
-const asText = (value) => (value === undefined || value === null ? "" : String(value));
-const over = (value, by) => (value === null ? null : value / by);
-const asTime = (value) => {
-  if (typeof value === "string" && Number.isNaN(Number(value))) return over(asNumber(Date.parse(value)), 1000);
-  return asNumber(value);
-};
+const hundredth = (value) => (asNumber(value) === null ? null : asNumber(value) / 100);
 
-/** [{name, scope, compliance, target, budgetLeft (shares), good, bad, burns: [{window, rate}], alert}] */
+// ---------------------------------------------------------------- /slo
+
+/** [{name, scope, compliance, target, budgetLeft (shares), good, bad, burns: [{window, rate}], alerts: [severity]}] */
 export function objectives(doc) {
-  return list(first(doc?.objectives, doc?.data, doc)).map((one) => ({
-    name: asText(first(one.name, one.objective, one.title)),
-    scope: scopeOf(one),
-    compliance: first(asNumber(one.compliance), over(asNumber(one.compliance_percent), 100)),
-    target: first(asNumber(one.target), over(asNumber(one.target_percent), 100)),
-    budgetLeft: first(asNumber(one.budget_left), asNumber(one.budget_left_share), over(asNumber(one.budget_left_percent), 100)),
+  return list(doc?.objectives).map((one) => ({
+    name: asText(one.name),
+    scope: Object.entries(one.scope ?? {}).flatMap(([name, value]) => {
+      const words = list(value).length ? value.join(", ") : Array.isArray(value) ? "" : asText(value);
+      return words ? [`${name} ${words}`] : [];
+    }).join(" · "),
+    periodS: asNumber(one.period_s),
+    compliance: hundredth(one.compliance_percent),
+    target: hundredth(one.target_percent),
+    budgetLeft: asNumber(one.budget?.left_share),
     good: asNumber(one.good),
     bad: asNumber(one.bad),
-    burns: burns(first(one.burn_rates, one.burn)),
-    alert: asText(first(one.alert, one.severity, one.firing === true ? "firing" : null)),
+    burns: Object.entries(one.burn_rates ?? {}).map(([window, rate]) => ({ window, rate: asNumber(rate) })),
+    alerts: Object.entries(one.alerts ?? {}).filter(([, firing]) => firing === true).map(([severity]) => severity),
   }));
 }
 
-function burns(value) {
-  if (Array.isArray(value)) {
-    return value.map((one) => ({ window: asText(first(one.window, one.window_s && `${one.window_s} s`)), rate: asNumber(first(one.rate, one.burn_rate, one.value)) }));
-  }
-  return Object.entries(value ?? {}).map(([window, rate]) => ({ window, rate: asNumber(rate) }));
+/** Of the last five minutes: {share, requestsPerS, tokensPerS}; null where it is not told. */
+export function goodput(doc) {
+  const told = doc?.goodput?.["5m"];
+  return told ? { share: asNumber(told.share), requestsPerS: asNumber(told.requests_per_s), tokensPerS: asNumber(told.tokens_per_s) } : null;
 }
 
-function scopeOf(one) {
-  if (typeof one.scope === "string") return one.scope;
-  return Object.entries(one.scope ?? one.labels ?? {}).filter(([, value]) => value !== "" && value !== null).map(([name, value]) => `${name} ${value}`).join(", ");
-}
+// ---------------------------------------------------------------- /v1/costs, /v1/usage
 
-/** {currency, total, rows: [{tenant, cost, requests, promptTokens, completionTokens, energyJ}], lines: [{name, cost}]} */
-export function costs(doc) {
-  const rows = list(first(doc?.tenants, doc?.data, doc?.rows)).map((one) => ({
-    tenant: asText(first(one.tenant, one.name, one.group?.tenant)),
-    cost: asNumber(first(one.cost, one.total_cost, one.total)),
-    requests: asNumber(first(one.requests, one.num_requests)),
-    promptTokens: asNumber(one.prompt_tokens),
-    completionTokens: asNumber(one.completion_tokens),
-    energyJ: asNumber(one.energy_j),
-  })).sort((a, b) => (b.cost ?? 0) - (a.cost ?? 0));
-  const totals = first(doc?.totals, typeof doc?.total === "object" ? doc.total : null) ?? {};
-  const lines = ["idle", "wasted", "hardware", "energy"].flatMap((name) => {
-    const cost = asNumber(first(totals[name], totals[`${name}_cost`], doc?.[name], doc?.[`${name}_cost`]));
-    return cost === null ? [] : [{ name, cost }];
-  });
+/** Where the costs since a time (seconds since 1970) are: by tenant, by line, and usage by tenant. */
+export function costPaths(fromS) {
+  const when = `interval=all&from=${Math.floor(fromS)}`;
   return {
-    currency: asText(doc?.currency),
-    total: first(asNumber(totals.cost), asNumber(doc?.total), rows.reduce((sum, row) => sum + (row.cost ?? 0), 0)),
-    rows,
-    lines,
+    byTenant: `/v1/costs?group_by=tenant&${when}`,
+    byLine: `/v1/costs?group_by=line_item&${when}`,
+    usage: `/v1/usage?group_by=tenant&${when}`,
   };
 }
 
-/** [{title, detail, severity, open, sinceS, endedS}], open ones first */
-export function incidents(doc) {
-  return list(first(doc?.incidents, doc?.alerts, doc?.data, doc)).map((one) => {
-    const endedS = asTime(first(one.resolved_s, one.resolved_at, one.ended_s, one.ended_at));
-    const state = asText(first(one.state, one.status)).toLowerCase();
+const results = (doc) => list(doc?.data).flatMap((bucket) => list(bucket?.results));
+
+/** {currency, total, rows: [{tenant, cost, wasted, requests, inputTokens, outputTokens, energyJ}], lines: [{name, cost}]} */
+export function costs(byTenant, byLine, usage) {
+  const used = new Map(results(usage).map((one) => [asText(one.tenant), one]));
+  const rows = results(byTenant).map((one) => {
+    const tokens = used.get(asText(one.tenant));
     return {
-      title: asText(first(one.title, one.summary, one.name, one.key, one.dedup_key)),
-      detail: asText(first(one.detail, one.description, one.message)),
-      severity: asText(one.severity) || "warning",
-      open: state ? !["resolved", "closed", "ended"].includes(state) : endedS === null,
-      sinceS: asTime(first(one.opened_s, one.started_s, one.began_s, one.since_s, one.opened_at, one.started_at)),
-      endedS,
+      tenant: asText(one.tenant),
+      cost: asNumber(one.amount?.value),
+      wasted: asNumber(one.wasted),
+      requests: asNumber(one.num_model_requests),
+      inputTokens: asNumber(tokens?.input_tokens),
+      outputTokens: asNumber(tokens?.output_tokens),
+      energyJ: asNumber(tokens?.energy_j),
     };
-  }).sort((a, b) => Number(b.open) - Number(a.open) || (b.sinceS ?? 0) - (a.sinceS ?? 0));
+  }).sort((a, b) => (b.cost ?? 0) - (a.cost ?? 0));
+  const lines = results(byLine).map((one) => ({ name: asText(one.line_item), cost: asNumber(one.amount?.value) }));
+  const first = [...results(byTenant), ...results(byLine)].find((one) => one.amount?.currency);
+  return { currency: asText(first?.amount.currency).toUpperCase(), total: rows.reduce((sum, row) => sum + (row.cost ?? 0), 0), rows, lines };
 }
 
-/** {cost, currency} of one answer's usage; null where it tells none */
+// ---------------------------------------------------------------- /v1/alerts
+
+/** [{title, details: [[name, value]], severity, open, sinceS, endedS}], open ones first */
+export function incidents(doc) {
+  const read = (one, open) => ({
+    title: asText(one.title ?? one.key),
+    details: Object.entries(one.details ?? {}).map(([name, value]) => [name, asText(value)]),
+    severity: asText(one.severity) || "warning",
+    open,
+    sinceS: asNumber(one.started_s),
+    endedS: asNumber(one.ended_s) || null,
+  });
+  const newest = (a, b) => (b.sinceS ?? 0) - (a.sinceS ?? 0);
+  return [
+    ...list(doc?.open).map((one) => read(one, true)).sort(newest),
+    ...list(doc?.recent).map((one) => read(one, false)).filter((one) => one.endedS !== null).sort(newest),
+  ];
+}
+
+// ---------------------------------------------------------------- usage of one answer
+
+/** {cost, currency} of an answer's `usage`; null where it tells none. */
 export function costOf(usage) {
-  const told = first(usage?.cost, usage?.cost_details);
-  const object = typeof told === "object" && told !== null ? told : {};
-  const cost = asNumber(first(object.total, object.cost, typeof told === "object" ? null : told));
-  return cost === null ? null : { cost, currency: asText(first(object.currency, usage.cost_currency, usage.currency)) };
+  const told = usage?.cost;
+  const object = typeof told === "object" && told !== null ? told : { total: told };
+  const cost = asNumber(object.total ?? object.value);
+  return cost === null ? null : { cost, currency: asText(object.currency ?? usage.currency).toUpperCase() };
 }
