@@ -1,7 +1,7 @@
 """The console's page: files that are served as they are, to anyone, since no data is in them.
 
-The page is `console.html`; its modules and style lie beside it and are loaded from here alone, which
-its Content-Security-Policy holds it to. What it shows it asks for with the caller's key
+The page is `console.html`; its modules and style lie beside it and are loaded from here alone,
+which its Content-Security-Policy holds it to. What it shows it asks for with the caller's key
 (`http.observer.console`). There is no build step: what lies here is what runs in the browser.
 """
 

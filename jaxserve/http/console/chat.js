@@ -98,7 +98,7 @@ export class Chat {
   async #ask() {
     const content = this.input.value.trim();
     if (!content || this.abort) return;
-    if (!this.turns.length) this.log.replaceChildren();
+    this.log.querySelector(":scope > .blank")?.remove();
     this.input.value = "";
     this.log.append(el("article", { class: "turn user", "aria-label": "You" }, el("p", { class: "who" }, "You"), el("div", { class: "text" }, content)));
     const answer = new Answer(this.tip);
