@@ -40,7 +40,7 @@ def bars(record: RequestRecord) -> list[Bar]:
     if record.sequences:
         last_ns = max(sequence.done_ns for sequence in record.sequences)
         if last_ns:
-            made.append(_bar("detokenize", "request", last_ns, record.done_ns))
+            made.append(_bar("detokenize", "request", last_ns, max(record.done_ns, last_ns)))
     made += [
         _bar(span.kind, "request", span.start_ns, span.end_ns, depth=1) for span in record.spans
     ]
@@ -112,34 +112,37 @@ def _in_front(record: RequestRecord) -> list[Bar]:
         ("admit", record.admitted_ns),
         ("tokenize", record.submitted_ns or (record.tokenized_ns if record.sequences else 0)),
     ]
-    made, start_ns = [], record.arrived_ns
-    for name, end_ns in ends:
-        if not end_ns:
-            made.append(_bar(name, "request", start_ns, record.done_ns))
-            break
-        made.append(_bar(name, "request", start_ns, end_ns))
-        start_ns = end_ns
-    return made
+    return _chain(ends, "request", record.arrived_ns, record.done_ns)
 
 
 def _in_engine(record: RequestRecord, sequence: SequenceRecord, lane: str) -> list[Bar]:
-    queued_ns = record.submitted_ns or record.tokenized_ns or sequence.queued_ns
+    submitted_ns = record.submitted_ns or record.tokenized_ns or sequence.queued_ns
     ends = [
         ("queue", sequence.scheduled_ns),
         ("prefill", sequence.first_token_ns),
         ("decode", sequence.done_ns),
     ]
-    made, start_ns = [], queued_ns
-    for name, end_ns in ends:
-        if not end_ns:
-            made.append(_bar(name, lane, start_ns, sequence.done_ns or record.done_ns))
-            break
-        made.append(_bar(name, lane, start_ns, end_ns))
-        start_ns = end_ns
+    made = _chain(ends, lane, submitted_ns, sequence.done_ns or record.done_ns)
     made += [
         _bar(interval.kind, lane, interval.start_ns, interval.end_ns, depth=1)
         for interval in sequence.intervals
     ]
+    return made
+
+
+def _chain(ends: list[tuple[str, int]], lane: str, start_ns: int, last_ns: int) -> list[Bar]:
+    """Stretches that follow each other; the first that has no end goes to the last moment.
+
+    Two processes stamp the times, so one may be a little before the one that it follows: the
+    stretch between them then took no time.
+    """
+    made = []
+    for name, end_ns in ends:
+        stop_ns = max(end_ns or last_ns, start_ns)
+        made.append(_bar(name, lane, start_ns, stop_ns))
+        if not end_ns:
+            break
+        start_ns = stop_ns
     return made
 
 

@@ -123,7 +123,7 @@ def test_a_chart_is_read_by_mouse_by_keys_and_as_a_table(base: str, browser: Any
         heads = chart.locator("thead th").all_inner_texts()
         assert heads == ["Time", "running", "waiting"]
         for choice in ("15 min", "24 h", "5 min"):
-            page.get_by_role("radio", name=choice).check()
+            page.get_by_role("radio", name=choice, exact=True).check()
             page.wait_for_selector(".chart svg .tick")
 
 

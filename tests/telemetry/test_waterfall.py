@@ -66,6 +66,16 @@ def test_seven_stretches_are_the_whole():
     assert (doc["ttft_ms"], doc["total_ms"]) == (31, 101)
 
 
+def test_stamps_of_two_processes_may_cross_and_no_stretch_is_lost():
+    record = whole(submitted_ns=at(10.2))  # stamped after the engine had begun
+    assert told(record)[2:5] == [
+        ("tokenize", 2, 10.2),
+        ("queue", 10.2, 10.2),
+        ("prefill", 10.2, 30),
+    ]
+    assert document(record)["covered"] == 1
+
+
 def test_choices_have_lanes_and_what_they_waited_for_lies_inside():
     waited = Interval(kind="preempted", start_ns=at(40), end_ns=at(60))
     record = whole(
