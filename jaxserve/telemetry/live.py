@@ -262,6 +262,7 @@ class Live:
         now_ns = self._clock_ns()
         oldest_ns = min(self._open.values(), default=now_ns)
         return {
+            "life": str(self._started_ns),  # of this observer
             "now_s": self._wall_s(),
             "observed_s": (now_ns - self._started_ns) / 1e9,
             "requests_ended": self._num_records,

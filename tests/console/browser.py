@@ -38,8 +38,8 @@ needs_browser = [
 
 
 @contextmanager
-def server(directory: Path, *settings: str) -> Iterator[str]:
-    """A whole server over the paced fake engine; its address."""
+def server(directory: Path, *settings: str) -> Iterator[tuple[str, int]]:
+    """A whole server over the paced fake engine; its address and process."""
     command = [
         *(sys.executable, "-m", "tests.fakes.serve", "http.port=0", "model.max_context=2000"),
         *("engine=tests.fakes.paced_engine", "cache.num_pages=1000", "model.served_name=fake"),
@@ -58,7 +58,7 @@ def server(directory: Path, *settings: str) -> Iterator[str]:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith("ready on http"), (directory / "log").read_text()
-        yield line.split()[-1]
+        yield line.split()[-1], process.pid
     finally:
         process.terminate()
         process.communicate(timeout=TIMEOUT_S)

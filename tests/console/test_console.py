@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -25,7 +28,7 @@ STAGES = ["receive", "admit", "tokenize", "queue", "prefill", "decode", "detoken
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server."""
-    with server(tmp_path_factory.mktemp("server"), "scheduler.max_rows=8") as address:
+    with server(tmp_path_factory.mktemp("server"), "scheduler.max_rows=8") as (address, _):
         yield address
 
 
@@ -254,6 +257,26 @@ def test_a_server_that_goes_is_told_and_comes_again(base: str, browser: Any):
         assert page.evaluate("document.body.classList.contains('stale')")
         page.unroute("**/console/data*")
         page.wait_for_selector("#connection[data-state=live]")
+
+
+def test_an_observer_that_dies_leaves_a_gap_and_no_hole(browser: Any, tmp_path: Path):
+    with server(tmp_path) as (own, pid), visiting(browser, own) as visit:
+        page = visit.open("requests")
+        work(own, 3)
+        page.wait_for_selector(".requests tbody tr:nth-child(3)")
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        (observer,) = (
+            int(child)
+            for child in children
+            if "observer.process" in Path(f"/proc/{child}/cmdline").read_text()
+        )
+        os.kill(observer, signal.SIGKILL)
+        page.wait_for_selector("#connection[data-state=off]")
+        page.wait_for_selector("#connection[data-state=live]")
+        work(own, 2)
+        page.wait_for_selector(".requests tbody tr:nth-child(5)")  # the old ones are still there
+        page.goto(f"{own}/console#overview")
+        page.wait_for_selector(".chart path.line.s0[d^=M]")
 
 
 def test_what_nobody_has_configured_is_said_quietly(base: str, browser: Any):

@@ -26,7 +26,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     ]
     path = directory / "keys.yaml"
     path.write_text(yaml.safe_dump({"keys": rows}))
-    with server(directory, f"http.key_file={path}") as address:
+    with server(directory, f"http.key_file={path}") as (address, _):
         yield address
 
 

@@ -19,6 +19,7 @@ export class Feed extends EventTarget {
   updatedMs = 0;
   #series = {};
   #requestsNext = 0;
+  #life = "";
   #timer = 0;
   #asking = null;
   #failures = 0;
@@ -43,6 +44,7 @@ export class Feed extends EventTarget {
     this.requests = [];
     this.#series = {};
     this.#requestsNext = 0;
+    this.#life = "";
   }
 
   /** Asks now. */
@@ -86,28 +88,32 @@ export class Feed extends EventTarget {
     const told = await json(`/console/data?step=${step}&since=${since}&requests=${this.#requestsNext}`, { signal });
     if (step === 60) this.#slowMs = Date.now();
     this.#join(step, told.series);
-    this.#joinRequests(told.requests);
+    this.#joinRequests(told.requests, told.life);
     this.now = told;
     this.updatedMs = Date.now();
   }
 
+  /** Puts what was told behind what is known; where nobody watched in between, there is a gap. */
   #join(step, told) {
     const old = this.#series[step];
-    const kept = old && told.first <= old.next + 1 && told.next >= old.next && told.first > old.first ? told.first - old.first : 0;
+    const goesOn = old && told.next >= old.next && told.first > old.first;
+    const gap = goesOn ? Array(Math.min(KEPT[step], Math.max(0, told.first - old.next - 1))).fill(null) : [];
     const columns = {};
     for (const [name, values] of Object.entries(told.columns)) {
-      const whole = kept ? old.columns[name].slice(0, kept).concat(values) : values;
-      columns[name] = whole.slice(-KEPT[step]);
+      const before = goesOn ? (old.columns[name] ?? []).slice(0, told.first - old.first) : [];
+      columns[name] = [...before, ...gap, ...values].slice(-KEPT[step]);
     }
     const size = Object.values(columns)[0]?.length ?? 0;
     this.#series[step] = { stepS: told.step_s, first: told.next - size + 1, next: told.next, endS: told.end_s, columns };
   }
 
-  #joinRequests(told) {
-    if (told.next < this.#requestsNext) {
+  #joinRequests(told, life) {
+    if (life !== this.#life) {
       // Another observer counts from the beginning: ask it for all it has.
+      const anew = this.#life !== "";
+      this.#life = life;
       this.#requestsNext = 0;
-      return;
+      if (anew) return;
     }
     this.#requestsNext = told.next;
     const known = new Set(this.requests.map((row) => row.id));
