@@ -32,6 +32,8 @@ from jaxserve.http.adapters import Adapters, LoadAdapter, UnloadAdapter
 from jaxserve.http.auth import Authentication, KeyRing
 from jaxserve.http.chat import read_chat
 from jaxserve.http.completions import read_completion
+from jaxserve.http.console import PATHS as CONSOLE_PATHS
+from jaxserve.http.console import ConsoleFile
 from jaxserve.http.costs import COST_HEADER, LIMIT_HEADER, RESET_HEADER, SPENT_HEADER, Costs
 from jaxserve.http.embeddings import EMBEDDINGS
 from jaxserve.http.errors import MethodNotAllowed, NotFound, error_body, send_error
@@ -168,6 +170,9 @@ def create_app(
             Route("/v1/alerts", Observed(frontend, "alerts"), methods=get),
             Route("/metrics", PrometheusMetrics(frontend), methods=get),
             Route("/slo", Observed(frontend, "slo"), methods=get),
+            Route("/console/data", Observed(frontend, "console"), methods=get),
+            Route("/console/request", Observed(frontend, "request"), methods=get),
+            *(Route(path, ConsoleFile(path), methods=get) for path in CONSOLE_PATHS),
         ],
         redirect_slashes=False,
     )

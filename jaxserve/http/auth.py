@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxserve.config import HttpConfig
 from jaxserve.errors import ConfigError, Forbidden, JaxserveError, Unauthenticated
+from jaxserve.http.console import PATHS as CONSOLE_PATHS
 from jaxserve.http.errors import send_error
 from jaxserve.http.records import note_error, note_identity
 from jaxserve.limits.quota import Quota
@@ -26,10 +27,10 @@ from jaxserve.metering.budgets import Budget
 MAX_PRIORITY = 1_000_000
 
 #: Paths that need no key, and paths that need an admin's.
-PUBLIC_PATHS = frozenset({"/health", "/ready"})
+PUBLIC_PATHS = frozenset({"/health", "/ready"}) | CONSOLE_PATHS
 ADMIN_PATHS = frozenset(
     {
-        *("/metrics", "/slo", "/v1/alerts"),
+        *("/metrics", "/slo", "/v1/alerts", "/console/data", "/console/request"),
         *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
     }
 )

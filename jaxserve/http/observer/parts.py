@@ -15,6 +15,7 @@ from jaxserve.http.observer.alerts import (
     make_baselines,
     source_name,
 )
+from jaxserve.http.observer.console import console_part
 from jaxserve.http.observer.ledger import LedgerPart, check_ledger, open_ledger
 from jaxserve.http.observer.metering import Metering
 from jaxserve.http.observer.part import Part
@@ -47,6 +48,7 @@ def make_parts(config: Config, state: Path, tell: Tell) -> list[Part]:
         *make_tracing(config.tracing),
         make_slo(config, state, _slo_alerts(alerts)),
         alerts.part,
+        console_part(),
     ]
     if config.alerts.degradation:
         parts.append(make_baselines(config, state, alerts.on_alert))
