@@ -181,6 +181,7 @@ def build_engine(
         adapters=parts.adapters,
         grammars=Grammars(config.structured, parts.model),
         embedding=Embedding(parts.embedding, config.embeddings, config.scheduler, recorder),
+        device=parts.device,
     )
 
 

@@ -102,7 +102,7 @@ def create_app(
         adapters: LoRA adapters by name; None where there are none.
         reporter: where the records of requests go; nowhere where None.
     """
-    metrics = metrics or Metrics(lambda: client.status)
+    metrics = metrics or Metrics(lambda: client.status, page_size=page_size)
     frontend = Frontend(
         client=client,
         tokenizer=tokenizer,
@@ -234,6 +234,7 @@ class Arrival:
             frontend.metrics.request(_route_of(scope["path"]), status or LEFT)
             close_record(record, status or LEFT)
             if record.route in WORK_ROUTES:
+                frontend.metrics.ended(record)
                 frontend.reporter.ended(record)
 
 

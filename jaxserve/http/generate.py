@@ -52,6 +52,7 @@ class GenerationEndpoint:
         visit = await frontend.gate.enter(scope, fields, identity)
         try:
             frontend.reporter.begun(note_admitted(record, visit.demand))
+            frontend.metrics.admitted(record)
             work = await self._read(fields, frontend, pick.model, identity)
             note_options(record, work.options)
             async with frontend.adapters.using(pick) as adapter:
