@@ -17,6 +17,13 @@ class TelemetryConfig:
         flush_interval_s: how often the observer keeps it: what a crash of the machine may lose.
         max_records: requests and steps that wait for the observer in a worker, at most; beyond it
             the oldest are dropped, and counted.
+        vllm_metrics: whether /metrics has vLLM's names too, for its dashboards and autoscalers.
+        max_tenant_labels: tenants that /metrics tells apart, the key file's first; the others are
+            counted together.
+        max_adapter_labels: LoRA adapters that it tells apart, those used first.
+        device_flops_per_s, device_bytes_per_s: what one device computes and its memory moves at
+            best, for MFU and MBU; where 0, by the kind of device, and not told where that is not
+            known. `python -m jaxserve bench engine` measures both.
     """
 
     enabled: bool = True
@@ -24,6 +31,11 @@ class TelemetryConfig:
     report_interval_s: float = 0.1
     flush_interval_s: float = 1.0
     max_records: int = 200_000
+    vllm_metrics: bool = True
+    max_tenant_labels: int = 50
+    max_adapter_labels: int = 16
+    device_flops_per_s: float = 0.0
+    device_bytes_per_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -189,6 +189,23 @@ class AdapterBase:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceInfo:
+    """What an engine computes on.
+
+    Attributes:
+        kind: as its maker calls it.
+        count: of devices, on all hosts.
+        flops_per_s, bytes_per_s: what one of them can compute and its memory move at best; 0
+            where that is not known.
+    """
+
+    kind: str
+    count: int = 1
+    flops_per_s: float = 0.0
+    bytes_per_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """What the front end and the scheduler need to know of a loaded model.
 

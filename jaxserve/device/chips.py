@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from jaxserve.device.memory import Memory
 from jaxserve.errors import ConfigError
+from jaxserve.types import DeviceInfo
 
 _GIB = 1 << 30
 
@@ -31,6 +32,7 @@ class Chip:
         bandwidth: of one device's memory, bytes a second.
         flops: of one device in bfloat16, operations a second.
         capability: compute capability of a GPU; None for a TPU.
+        kinds: what JAX calls its devices.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Chip:
     bandwidth: float
     flops: float
     capability: str | None = None
+    kinds: tuple[str, ...]
 
 
 CHIPS = {
@@ -47,6 +50,7 @@ CHIPS = {
     for chip in (
         Chip(
             name="v5e",
+            kinds=("TPU v5 lite", "TPU v5e"),
             platform="tpu",
             memory_bytes=int(15.75 * _GIB),
             bandwidth=0.8e12,
@@ -54,6 +58,7 @@ CHIPS = {
         ),
         Chip(
             name="v6e",
+            kinds=("TPU v6 lite", "TPU v6e"),
             platform="tpu",
             memory_bytes=int(31.24 * _GIB),
             bandwidth=1.6e12,
@@ -61,6 +66,7 @@ CHIPS = {
         ),
         Chip(
             name="tpu7x",
+            kinds=("TPU7x",),
             platform="tpu",
             devices=2,
             memory_bytes=int(94.74 * _GIB),
@@ -69,6 +75,7 @@ CHIPS = {
         ),
         Chip(
             name="h100",
+            kinds=("NVIDIA H100 80GB HBM3",),
             platform="gpu",
             memory_bytes=84_942_979_072,
             bandwidth=3.35e12,
@@ -77,6 +84,7 @@ CHIPS = {
         ),
         Chip(
             name="h200",
+            kinds=("NVIDIA H200",),
             platform="gpu",
             memory_bytes=151_397_597_184,
             bandwidth=4.8e12,
@@ -113,6 +121,14 @@ class Slice:
         """Of one device, with nothing in it."""
         size = self.chip.memory_bytes
         return Memory(total_bytes=size, free_bytes=size)
+
+
+def device_info(kind: str, count: int) -> DeviceInfo:
+    """What is known of devices that JAX calls `kind`; other boards of one chip are other kinds."""
+    chip = next((chip for chip in CHIPS.values() if kind in chip.kinds), None)
+    if chip is None:
+        return DeviceInfo(kind=kind, count=count)
+    return DeviceInfo(kind=kind, count=count, flops_per_s=chip.flops, bytes_per_s=chip.bandwidth)
 
 
 def parse_slice(text: str) -> Slice:

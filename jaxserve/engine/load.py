@@ -20,6 +20,7 @@ from jaxserve.device.cache import (
     pages_per_sequence,
     pool_sizes,
 )
+from jaxserve.device.chips import device_info
 from jaxserve.device.clock import DeviceClock
 from jaxserve.device.compiles import compile_counter, use_persistent_cache
 from jaxserve.device.executor import Executor
@@ -168,6 +169,7 @@ def parts_of(
         follow=executor.follow if config.parallel.host else None,
         embedding=embedding,
         work=_work_rates(model, mesh.devices.flat[0].platform),
+        device=device_info(mesh.devices.flat[0].device_kind, mesh.devices.size),
     )
 
 

@@ -70,7 +70,7 @@ from jaxserve.scheduler.copies import Schedulers
 from jaxserve.scheduler.embedding import Text
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.sequence import Sequence
-from jaxserve.types import FinishReason, ModelInfo
+from jaxserve.types import DeviceInfo, FinishReason, ModelInfo
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ class Engine:
         embedding: the other kind of step.
         adapters: which requests have to wait for their LoRA adapter; none where None.
         attribution: divides the device's time over sequences.
+        device: what the executor runs on; None where that is nothing to tell.
 
     Attributes:
         in_flight: the step that runs on the device.
@@ -113,6 +114,7 @@ class Engine:
         embedding: Embedding | None = None,
         adapters: RequestAdapters | None = None,
         attribution: Attribution | None = None,
+        device: DeviceInfo | None = None,
     ) -> None:
         self._recorder = recorder or NoRecorder()
         self._probation = probation or Probation((), (), 0, self._recorder)
@@ -125,6 +127,7 @@ class Engine:
         self.state = "ready"
         self.step_ns = time.monotonic_ns()
         self._model = model
+        self._device = device
         self._server = server
         self._outbox = Outbox(server)
         self._backlog = Backlog()
@@ -441,6 +444,7 @@ class Engine:
             adapter_hits=self.scheduler.num_adapter_hits,
             adapter_loads=self._adapters.num_loads,
             adapter_host_bytes=self._adapters.host_bytes,
+            device=self._device,
         )
 
     # ------------------------------------------------------------------ ends

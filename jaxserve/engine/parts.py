@@ -11,7 +11,7 @@ from jaxserve.device.hosts import Hosts
 from jaxserve.engine.adapters import RequestAdapters
 from jaxserve.engine.attribution import WorkRates
 from jaxserve.engine.turn import Batch, Embedder, Executor
-from jaxserve.types import EmbeddingInfo, ModelInfo
+from jaxserve.types import DeviceInfo, EmbeddingInfo, ModelInfo
 
 #: Told how far start-up is: phase ("loading" or "compiling"), done, total.
 Progressing = Callable[[str, int, int], None]
@@ -47,6 +47,7 @@ class Parts:
         embedding: the model that embeds, where there is one.
         follow: on another host than number 0, makes the device calls that host 0 broadcasts, for
             as long as it lives.
+        device: what it runs on; None where that is nothing to tell.
     """
 
     model: ModelInfo
@@ -62,6 +63,7 @@ class Parts:
     follow: Callable[[], None] | None = None
     work: WorkRates = field(default_factory=WorkRates)
     embedding: EmbeddingParts | None = None
+    device: DeviceInfo | None = None
 
 
 #: Loads and compiles what a configuration asks for.

@@ -183,6 +183,7 @@ def build_engine(
         grammars=Grammars(config.structured, parts.model),
         embedding=Embedding(parts.embedding, config.embeddings, config.scheduler, recorder),
         attribution=Attribution(parts.work, config.scheduler.max_rows, parts.copies),
+        device=parts.device,
     )
 
 

@@ -60,6 +60,7 @@ from jaxserve.http.texts import TextsEndpoint
 from jaxserve.http.tokens import Detokenize, Tokenize
 from jaxserve.limits.store import Store
 from jaxserve.protocol.client import EngineClient
+from jaxserve.protocol.records import RequestRecord
 from jaxserve.protocol.stream import Stream
 from jaxserve.text.dialect import make_dialect
 from jaxserve.text.embedding import EmbeddingText
@@ -122,8 +123,15 @@ def create_app(
         metering: prices; the defaults where None. Costs are told only where there is a reporter.
     """
     metering = metering or MeteringConfig()
-    metrics = metrics or Metrics(lambda: client.status)
+    metrics = metrics or Metrics(lambda: client.status, page_size=page_size)
     tracing = tracing or TracingConfig()
+    watched = reporter is not None
+    reporter = reporter or NoReporter()
+
+    def ended(record: RequestRecord) -> None:
+        metrics.ended(record)
+        reporter.ended(record)
+
     frontend = Frontend(
         client=client,
         tokenizer=tokenizer,
@@ -139,14 +147,10 @@ def create_app(
         embeddings=embeddings,
         embeddings_config=embeddings_config or EmbeddingsConfig(),
         adapters=adapters or Adapters(),
-        reporter=reporter or NoReporter(),
+        reporter=reporter,
         record_content=tracing.record_content,
-        settling=Settling((reporter or NoReporter()).ended),
-        costs=Costs(
-            metering,
-            (reporter or NoReporter()).told,
-            enabled=metering.enabled and reporter is not None,
-        ),
+        settling=Settling(ended),
+        costs=Costs(metering, reporter.told, enabled=metering.enabled and watched),
     )
     post, get = ["POST"], ["GET"]
     router = Router(

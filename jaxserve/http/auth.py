@@ -71,6 +71,11 @@ class KeyRing:
         self._rows = rows
 
     @property
+    def tenants(self) -> list[str]:
+        """Of all keys, in the file's order."""
+        return list(dict.fromkeys(identity.tenant for _, identity in self._rows or ()))
+
+    @property
     def is_limited(self) -> bool:
         """Whether any key has a rate limit."""
         return any(identity.quota.is_limited for _, identity in self._rows or ())

@@ -65,6 +65,7 @@ class GenerationEndpoint:
         visit = await frontend.gate.enter(scope, fields, identity)
         try:
             frontend.reporter.begun(note_admitted(record, visit.demand))
+            frontend.metrics.admitted(record)
             work = await self._read(fields, frontend, pick.model, identity)
             note_work(record, work)
             async with frontend.adapters.using(pick, visit.deadline_ns) as adapter:

@@ -12,6 +12,7 @@ from jaxserve.http.frontend import Frontend
 from jaxserve.http.metrics import CONTENT_TYPE
 from jaxserve.http.observer.messages import Question
 from jaxserve.http.observer.observer import METRICS
+from jaxserve.http.observer.reporter import NoReporter
 
 #: How long a scrape waits for the observer.
 _SCRAPE_S = 2.0
@@ -58,7 +59,9 @@ class PrometheusMetrics:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answers in Prometheus' text format."""
-        body = self._frontend.metrics.render() + await self._observed()
+        body = self._frontend.metrics.render()
+        if not isinstance(self._frontend.reporter, NoReporter):
+            body += await self._observed()
         await _send(send, 200, CONTENT_TYPE, body)
 
     async def _observed(self) -> bytes:

@@ -105,8 +105,16 @@ async def _serve(
     embeddings: EmbeddingText | None,
 ) -> None:
     config = settings.config
-    metrics = Metrics(lambda: client.status, settings.metrics_file, settings.index)
-    link = _link(settings, lambda: client.status)
+    keys = load_keys(config.http)
+    metrics = Metrics(
+        lambda: client.status,
+        settings.metrics_file,
+        settings.index,
+        config=config.telemetry,
+        tenants=keys.tenants,
+        page_size=config.cache.page_size,
+    )
+    link = _link(settings, metrics.followed)
     reporter = link or NoReporter()
 
     def on_stats(stats: StepStats) -> None:
@@ -138,7 +146,6 @@ async def _serve(
     if link is not None:
         link.start()
     listen(int(sys.argv[3]), on_news)
-    keys = load_keys(config.http)
     store = None
     if keys.is_limited:
         store = make_store(config.limits, settings.limits_socket, metrics.store_state)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from jaxserve.types import (
+    DeviceInfo,
     EmbeddingInfo,
     EmbeddingParams,
     FinishReason,
@@ -371,6 +372,7 @@ class EngineStatus:
             adapter was in a slot.
         adapter_loads: adapters read from the disk so far.
         adapter_host_bytes: of those in the host's memory.
+        device: what it computes on; None before the model is loaded, and where it is not known.
     """
 
     state: str
@@ -406,6 +408,7 @@ class EngineStatus:
     adapter_hits: int = 0
     adapter_loads: int = 0
     adapter_host_bytes: int = 0
+    device: DeviceInfo | None = None
 
 
 EngineMessage = TokenEvents | StepStats | Progress | EngineStatus

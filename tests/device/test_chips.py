@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from jaxserve.device.chips import CHIPS, parse_slice
+from jaxserve.device.chips import CHIPS, device_info, parse_slice
 from jaxserve.errors import ConfigError
+from jaxserve.types import DeviceInfo
 
 
 @pytest.mark.parametrize(
@@ -35,3 +36,20 @@ def test_figures_are_a_device_s() -> None:
     chip = CHIPS["tpu7x"]
     assert 189 << 30 < chip.devices * chip.memory_bytes < 192 << 30
     assert chip.devices * chip.flops == pytest.approx(2307e12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "chip"),
+    [("TPU v5 lite", "v5e"), ("TPU v6 lite", "v6e"), ("NVIDIA H100 80GB HBM3", "h100")],
+)
+def test_devices_by_jaxs_name(kind: str, chip: str) -> None:
+    """A test of tests/compile asks libtpu itself what it calls its chips."""
+    found = device_info(kind, 4)
+    assert (found.kind, found.count) == (kind, 4)
+    assert found.flops_per_s == CHIPS[chip].flops
+    assert found.bytes_per_s == CHIPS[chip].bandwidth
+
+
+@pytest.mark.parametrize("kind", ["cpu", "NVIDIA H100 PCIe", "NVIDIA H200 NVL", "TPU v9"])
+def test_of_other_devices_nothing_is_claimed(kind: str) -> None:
+    assert device_info(kind, 2) == DeviceInfo(kind=kind, count=2)

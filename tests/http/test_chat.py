@@ -190,9 +190,9 @@ def test_metrics_count_what_was_served(front):
     assert value("jaxserve_output_tokens_total") == before[0] + 10
     assert value("jaxserve_time_to_first_token_seconds_c") == before[1] + 1
     assert value('jaxserve_requests_total{route="/v1/models",status="200"}') >= 1
-    assert value("jaxserve_pages_total") == 999
+    assert value("jaxserve_pages_capacity") == 999
     assert value("jaxserve_pages_saved_total") == value("jaxserve_pages_loaded_total") == 0
-    assert value("jaxserve_host_pages_total") == value("jaxserve_swapped") == 0
+    assert value("jaxserve_host_pages_capacity") == value("jaxserve_swapped") == 0
     assert value("jaxserve_pages_used") == value("jaxserve_running") == 0
     assert value("jaxserve_compiles_after_warmup") == 0
     assert value("jaxserve_engine_ready") == 1

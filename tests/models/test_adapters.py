@@ -47,7 +47,7 @@ def slots_with(model: Decoder, adapters: list[Adapter], places: list[int]) -> Ad
 
 
 def adapters_of(layout: AdapterLayout) -> list[Adapter]:
-    """Eight, of ranks 2 to 16: all modules, some, some layers; with and without the vocabulary's."""
+    """Eight, of ranks 2 to 16: all modules, some, some layers; with the vocabulary's or without."""
     targets = layout.targets
     return [
         random_adapter(targets, 3, 1, wanted=ends_with("q_proj", "v_proj")),

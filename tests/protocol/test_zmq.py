@@ -27,7 +27,7 @@ from jaxserve.protocol.messages import (
     TokenEvents,
 )
 from jaxserve.protocol.zmq import TO_CLIENT, TO_ENGINE, ZmqClient, ZmqServer
-from jaxserve.types import FinishReason
+from jaxserve.types import DeviceInfo, FinishReason
 
 
 def values(annotation) -> st.SearchStrategy:
@@ -237,7 +237,8 @@ def test_client_and_server_talk_both_ways(server, address):
     client.send(Cancel(sequence_ids=[1, 2], reason=FinishReason.STOP))
     ((name, message),) = receive(server)
     assert message == Cancel(sequence_ids=[1, 2], reason=FinishReason.STOP)
-    status = EngineStatus(state="ready", pid=1, step_age_s=0.5)
+    device = DeviceInfo(kind="x", count=4, flops_per_s=1e12)
+    status = EngineStatus(state="ready", pid=1, step_age_s=0.5, device=device)
     server.send(name, status)
     assert came.wait(10)
     assert got == [status]
