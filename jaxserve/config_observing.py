@@ -51,7 +51,8 @@ class TracingConfig:
         follow_caller: whether a caller's `traceparent` decides that instead, where there is one.
         slow_ms: a request that takes as long is kept in any case; 0 for never.
         slow_ttft_ms: the same, until its first token.
-        service_name: what the spans say that this is; attributes: "name=value" of what else.
+        service_name: what the spans say that this is.
+        attributes: "name=value" of each, what else they say of it.
         record_content: whether spans have what is asked and answered, in plain text.
         max_spans: that wait for the collector; beyond it the oldest are dropped, and counted.
         timeout_s: how long a batch may take to be sent.
@@ -106,7 +107,8 @@ class MeteringConfig:
         power: what measures energy: "auto" (NVML, else RAPL, else the model), "nvml", "rapl" or
             "modelled"; the model steps in wherever nothing can be read.
         gpus: those that are this server's, by NVML's index; all where empty.
-        device: row of the power table, for the model; devices: how many.
+        device: row of the power table, for the model.
+        devices: how many of it.
         idle_watts, busy_watts: of one device, instead of the table's; 0: the table's. The same for
             both is a constant: for TPUs, which nothing measures.
         over_budget_status: of a refusal because a hard budget is spent: "402" or "429".

@@ -121,6 +121,7 @@ def record_of(sequence: Sequence, now_ns: int, device_ns: tuple[int, int, int]) 
     return SequenceRecord(
         prompt_tokens=sequence.prompt_len,
         output_tokens=sequence.num_outputs,
+        stop_tokens=int(sequence.stop_token_id is not None),
         computed_tokens=sequence.num_first_computed,
         cached_tokens=sequence.num_cached,
         recomputed_tokens=sequence.num_recomputed,

@@ -267,7 +267,7 @@ class Generation:
         delta.text = added.text
         delta.token_ids = event.token_ids
         delta.logprobs = event.logprobs
-        self._measure(choice, event, num_tokens)
+        self._measure(choice, event)
         if added.stopped:
             delta.token_ids = event.token_ids[:num_tokens]
             delta.logprobs = event.logprobs[:num_tokens]
@@ -294,14 +294,12 @@ class Generation:
         delta.parts = parts
         return whole
 
-    def _measure(self, choice: _Choice, event: SequenceEvent, num_tokens: int) -> None:
+    def _measure(self, choice: _Choice, event: SequenceEvent) -> None:
         record = self._record
         record.completion_tokens = self.usage.completion_tokens
         record.reasoning_tokens = self.usage.reasoning_tokens
         last_ns, choice.last_ns = choice.last_ns, event.at_ns
         if last_ns:
-            record.decode_ns += event.at_ns - last_ns
-            record.decode_tokens += num_tokens
             self._metrics.tokens(len(event.token_ids), (event.at_ns - last_ns) / 1e9)
             return
         self._metrics.tokens(len(event.token_ids))

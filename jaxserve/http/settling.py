@@ -58,11 +58,16 @@ class Settling:
 def note_sequences(record: RequestRecord, streams: Sequence[Stream]) -> None:
     """What the engine has said so far, in the order of the request's choices."""
     record.sequences = []
+    record.decode_ns = record.decode_tokens = 0
     first = 0
     for stream in streams:
         for choice, sequence in sorted(stream.records.items()):
             sequence.choice = first + choice
             record.sequences.append(sequence)
+            after_first = sequence.output_tokens + sequence.stop_tokens - 1
+            if sequence.first_token_ns and after_first > 0:
+                record.decode_ns += sequence.done_ns - sequence.first_token_ns
+                record.decode_tokens += after_first
         first += stream.num_choices
 
 

@@ -183,6 +183,7 @@ class SequenceRecord:
     """What a sequence did and when; metering, tracing and SLOs are computed from it.
 
     Attributes:
+        stop_tokens: 1 where a token ended it that is not among its output.
         computed_tokens: positions run through the model for the first time, prompt and output.
         cached_tokens: prompt tokens whose KV was found instead of computed.
         recomputed_tokens: positions run again after a preemption, or after the engine's end.
@@ -202,6 +203,7 @@ class SequenceRecord:
 
     prompt_tokens: int = 0
     output_tokens: int = 0
+    stop_tokens: int = 0
     computed_tokens: int = 0
     cached_tokens: int = 0
     recomputed_tokens: int = 0

@@ -113,8 +113,8 @@ class RequestRecord:
         read_ns: the body was complete; admitted_ns: let in; tokenized_ns: understood, and tokens;
             submitted_ns: given to the engine; first_token_ns: the first token was about to be sent
             or kept; done_ns: after the last byte.
-        decode_ns: from each choice's first tokens to its last, on the engine's clock, added up;
-            decode_tokens: those that came in it.
+        decode_ns: from each choice's first token to its last, on the engine's clock, added up;
+            decode_tokens: those that were sampled in it.
         finish_reasons: of each choice that ended.
         reasoning_tokens: of the completion's; cached_tokens: of the prompt's.
         texts: embedded, or pairs scored.

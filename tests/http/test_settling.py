@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 
@@ -125,7 +126,8 @@ def test_a_record_is_reported_though_the_engine_never_answers(monkeypatch: pytes
 
     class Silent:
         done = False
-        records: tuple[SequenceRecord, ...] = ()
+        num_choices = 1
+        records: ClassVar[dict[int, SequenceRecord]] = {}
 
         def at_end(self, call) -> None:
             pass
