@@ -65,7 +65,7 @@ def note_sequences(record: RequestRecord, streams: Sequence[Stream]) -> None:
             sequence.choice = first + choice
             record.sequences.append(sequence)
             after_first = sequence.output_tokens + sequence.stop_tokens - 1
-            if sequence.first_token_ns and after_first > 0:
+            if after_first > 0 and 0 < sequence.first_token_ns < sequence.done_ns:
                 record.decode_ns += sequence.done_ns - sequence.first_token_ns
                 record.decode_tokens += after_first
         first += stream.num_choices
