@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 #: Spans that are sent together (about), and how long the first of them waits for others.
 MAX_BATCH = 512
-LINGER_S = 0.5
+LINGER_S = 2.0
 #: How often a batch is sent before it is dropped, and the longest pause between.
 MAX_ATTEMPTS = 4
 MAX_PAUSE_S = 8.0

@@ -24,6 +24,20 @@ from jaxserve.telemetry.tracing.settings import http_endpoint, pairs
 from jaxserve.telemetry.tracing.spans import Place, Span
 
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
+_FINE = Status(StatusCode.UNSET)
+
+
+class _ProcessResource(Resource):
+    """There is one for each process, so it is known by what it is and not by what it says.
+
+    Spans are grouped by it: comparing the text took a quarter of the time that encoding them took.
+    """
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
 
 class Sender:
@@ -80,9 +94,7 @@ class Translator:
             resource=self._resource(span.place, span.pid),
             attributes=span.attributes,  # pyright: ignore[reportArgumentType]
             kind=SpanKind.SERVER if span.is_request else SpanKind.INTERNAL,
-            status=Status(StatusCode.UNSET)
-            if span.error is None
-            else Status(StatusCode.ERROR, span.error),
+            status=_FINE if span.error is None else Status(StatusCode.ERROR, span.error),
             start_time=span.start_ns + offset_ns,
             end_time=span.end_ns + offset_ns,
             instrumentation_scope=self._scope,
@@ -96,7 +108,8 @@ class Translator:
             about = self._common | {"jaxserve.process": place.value}
             if pid:
                 about |= {semconv.PROCESS_PID: pid}
-            resource = self._resources[place, pid] = Resource(about, semconv.SCHEMA_URL)
+            resource = _ProcessResource(about, semconv.SCHEMA_URL)
+            self._resources[place, pid] = resource
         return resource
 
 

@@ -99,7 +99,7 @@ class _Children:
         self._record = record
         self._root = root
         self._now_ns = root.start_ns  # up to here the request is told
-        self._num = 0
+        self._seed = hashlib.blake2b(root.span_id.encode(), digest_size=8)
 
     def make(self) -> list[Span]:
         """The spans, parents before their children."""
@@ -217,11 +217,10 @@ class _Children:
         return span
 
     def _span(self, name: str, start_ns: int, end_ns: int, parent: Span) -> Span:
-        self._num += 1
-        seed = f"{self._root.span_id} {self._num}".encode()
+        self._seed.update(b"+")
         return Span(
             trace_id=self._root.trace_id,
-            span_id=hashlib.blake2b(seed, digest_size=8).hexdigest(),
+            span_id=self._seed.hexdigest(),
             parent_id=parent.span_id,
             name=name,
             start_ns=start_ns,
