@@ -53,7 +53,7 @@ class Ledger:
         self.num_failures = 0
         self.up = True
         self._database = database
-        self._currency = currency
+        self._currency = currency.lower()
         self._migrations = migrations
         self._prepared = False
         self._preparing = threading.Lock()

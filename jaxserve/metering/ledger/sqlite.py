@@ -17,11 +17,13 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from jaxserve.errors import LedgerUnavailable
+from jaxserve.errors import ConfigError, LedgerUnavailable
 from jaxserve.metering.ledger.database import Words, unavailable
 
 #: How long to wait for another process that writes: a copy being made, someone's shell.
 _BUSY_S = 5.0
+#: The first with RETURNING.
+_OLDEST = (3, 35, 0)
 
 
 class Sqlite:
@@ -30,11 +32,19 @@ class Sqlite:
     Args:
         path: of the file; made, for its owner's eyes alone, where it is missing.
         read_timeout_s: a report that takes longer is given up.
+
+    Raises:
+        ConfigError: this Python's SQLite is too old.
     """
 
     words = Words(text="TEXT", clustered="WITHOUT ROWID")
 
     def __init__(self, path: Path, read_timeout_s: float = 20.0) -> None:
+        if sqlite3.sqlite_version_info < _OLDEST:
+            raise ConfigError(
+                f"metering.ledger needs SQLite {'.'.join(map(str, _OLDEST))} or newer, and this "
+                f"Python has {sqlite3.sqlite_version}: use another Python, or PostgreSQL"
+            )
         self.name = str(path)
         self._path = path
         self._read_timeout_s = read_timeout_s
