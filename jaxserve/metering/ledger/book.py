@@ -242,17 +242,13 @@ def database_at(address: str, state: Path) -> Database:
 
 def _add_requests(session: Session, requests: dict[str, rows.Row]) -> int:
     """Inserts those that are not there, and adds them to the sums."""
-    added = []
-    names = ", ".join(rows.REQUEST)
-    ordered = sorted(requests.values())
-    for start in range(0, len(ordered), schema.INSERT_ROWS):
-        part = ordered[start : start + schema.INSERT_ROWS]
-        found = session.execute(
-            f"INSERT INTO requests ({names}) VALUES {schema.places(len(part), len(rows.REQUEST))}"
-            " ON CONFLICT (request_id) DO NOTHING RETURNING request_id",
-            [value for row in part for value in row],
-        )
-        added += [requests[request_id] for (request_id,) in found]
+    found = session.insert(
+        "requests",
+        rows.REQUEST,
+        sorted(requests.values()),
+        "ON CONFLICT (request_id) DO NOTHING RETURNING request_id",
+    )
+    added = [requests[request_id] for (request_id,) in found]
     schema.add_usage(session, added)
     return len(added)
 
@@ -273,16 +269,14 @@ def _add_lines(session: Session, lines: dict[rows.Row, rows.Row]) -> int:
             [source, max(row[2] for row in of_source)],
         )
         new = sorted(row for row in of_source if not 0 < row[1] <= through)
-        numbers = set()
-        for start in range(0, len(new), schema.INSERT_ROWS):
-            part = new[start : start + schema.INSERT_ROWS]
-            numbers |= set(
-                session.execute(
-                    f"INSERT INTO lines (source, number) VALUES {schema.places(len(part), 2)}"
-                    " ON CONFLICT (source, number) DO NOTHING RETURNING number",
-                    [value for row in part for value in row[:2]],
-                )
+        numbers = set(
+            session.insert(
+                "lines",
+                ("source", "number"),
+                [row[:2] for row in new],
+                "ON CONFLICT (source, number) DO NOTHING RETURNING number",
             )
+        )
         added += [row for row in new if (row[1],) in numbers]
         _close_ranks(session, source, through)
     schema.add_sums(

@@ -141,6 +141,19 @@ class _Session:
         )
         return cursor.fetchall() if cursor.description else []
 
+    def insert(
+        self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], then: str
+    ) -> list[tuple[Any, ...]]:
+        """See `database.Session`: a column is one parameter, an array, however many rows."""
+        if not rows:
+            return []
+        kinds = ["text" if isinstance(value, str) else "bigint" for value in rows[0]]
+        arrays = ", ".join(f"?::{kind}[]" for kind in kinds)
+        return self.execute(
+            f"INSERT INTO {table} ({', '.join(columns)}) SELECT * FROM unnest({arrays}) {then}",
+            [list(column) for column in zip(*rows, strict=True)],
+        )
+
 
 def is_postgres(address: str) -> bool:
     """Whether an address is one of PostgreSQL, not of a file."""

@@ -22,6 +22,8 @@ from jaxserve.metering.ledger.database import Words, unavailable
 
 #: How long to wait for another process that writes: a copy being made, someone's shell.
 _BUSY_S = 5.0
+#: Rows of one statement: its parameters stay below 32,766, the bound.
+_INSERT_ROWS = 500
 #: The first with RETURNING.
 _OLDEST = (3, 35, 0)
 
@@ -148,3 +150,18 @@ class _Session:
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """See `database.Session`."""
         return self._connection.execute(sql, parameters).fetchall()
+
+    def insert(
+        self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], then: str
+    ) -> list[tuple[Any, ...]]:
+        """See `database.Session`."""
+        returned = []
+        row = f"({', '.join('?' * len(columns))})"
+        for start in range(0, len(rows), _INSERT_ROWS):
+            part = rows[start : start + _INSERT_ROWS]
+            returned += self.execute(
+                f"INSERT INTO {table} ({', '.join(columns)}) VALUES "
+                f"{', '.join([row] * len(part))} {then}",
+                [value for one in part for value in one],
+            )
+        return returned

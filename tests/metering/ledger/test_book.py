@@ -280,14 +280,10 @@ def test_long_texts_stay_different(make_database: Make):
 
 def _older(database: Database, version: int, entries: Sequence[Entry]) -> None:
     """Makes a ledger of an older version, with requests in it."""
-    names = ", ".join(rows.REQUEST)
     with database.writing() as session:
         schema.prepare(session, database.words, "usd", schema.MIGRATIONS[:version])
-        for item in entries if version else ():
-            session.execute(
-                f"INSERT INTO requests ({names}) VALUES {schema.places(1, len(rows.REQUEST))}",
-                rows.request_row(item),
-            )
+        if version:
+            session.insert("requests", rows.REQUEST, list(map(rows.request_row, entries)), "")
 
 
 @pytest.mark.parametrize("version", range(len(schema.MIGRATIONS)))
