@@ -57,8 +57,11 @@ class Database(Protocol):
     name: str
     words: Words
 
-    def writing(self) -> AbstractContextManager[Session]:
+    def writing(self, *, patient: bool = False) -> AbstractContextManager[Session]:
         """One transaction at a time: all of it is kept, or nothing.
+
+        Args:
+            patient: it may take long: tables are made anew.
 
         Raises:
             LedgerUnavailable: it cannot be written now. It may have been kept all the same, where

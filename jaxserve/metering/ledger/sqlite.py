@@ -55,7 +55,7 @@ class Sqlite:
         self._file: tuple[int, int] | None = None  # device and inode of what is open
 
     @contextmanager
-    def writing(self) -> Iterator[_Session]:
+    def writing(self, *, patient: bool = False) -> Iterator[_Session]:
         """See `Database`."""
         with self._lock:
             try:
