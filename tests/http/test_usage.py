@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
+import signal
 import time
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 
+import httpx
 import pytest
 
 from jaxserve.config import Config, MeteringConfig
-from jaxserve.errors import ConfigError, LedgerUnavailable
+from jaxserve.errors import ConfigError, LedgerUnavailable, Overloaded
 from jaxserve.http.auth import Identity, KeyRing
 from jaxserve.http.observer.ledger import LedgerPart, open_ledger
 from jaxserve.http.observer.messages import Question
@@ -25,8 +28,10 @@ from jaxserve.metering.ledger.query import Query
 from jaxserve.metering.ledger.sqlite import Sqlite
 from tests.http.frontend import Front
 from tests.http.frontend import front as make_front
+from tests.http.test_serve import TIMEOUT_S, address_of, children, command, started
 
 DAY_S = 86_400
+HI = {"prompt": "hi", "max_tokens": 2}
 
 
 def entry(number: int, tenant: str, ended_s: float, **values) -> Entry:
@@ -136,6 +141,24 @@ def test_a_ledger_that_is_away_is_503_and_told_in_the_metrics(tmp_path: Path):
     asyncio.run(asyncio.wait_for(ask(), 30))
 
 
+def test_a_crowd_of_questions_is_refused_not_kept(tmp_path: Path):
+    ledger = Ledger(Sqlite(tmp_path / "ledger"))
+    part = LedgerPart(ledger)
+    question = Question(id=0, name="usage", admin=True)
+
+    async def work() -> None:
+        answers = await asyncio.gather(
+            *(part.usage(question) for _ in range(100)), return_exceptions=True
+        )
+        refused = [answer for answer in answers if isinstance(answer, Overloaded)]
+        assert len(refused) == 100 - 34  # two run, 32 wait
+        assert all(answer.status == 200 for answer in answers if answer not in refused)
+        assert (await part.usage(question)).status == 200
+        await part.close()
+
+    asyncio.run(work())
+
+
 def test_each_hour_the_oldest_day_that_is_too_old_is_forgotten(tmp_path: Path):
     ledger = Ledger(Sqlite(tmp_path / "ledger"))
     now_s = 20_000 * DAY_S + 5.0
@@ -177,3 +200,33 @@ def test_settings(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"metering\.ledger"):
         check_parts(Config(metering=MeteringConfig(ledger="postgresql://[wrong")))
     assert not (tmp_path / "ledger.sqlite").exists()  # made when it is first used
+
+
+def test_a_server_answers_from_its_ledger_also_after_its_observer_was_killed(tmp_path: Path):
+    path = tmp_path / "ledger"
+    ledger = Ledger(Sqlite(path))
+    ledger.add([entry(1, "acme", time.time())])
+    ledger.close()
+
+    def costs(client: httpx.Client) -> httpx.Response:
+        """Asks until the observer is there."""
+        for _ in range(600):
+            answer = client.get("/v1/costs?interval=all&tenant=acme")
+            if answer.status_code != 503:
+                return answer
+            time.sleep(0.05)
+        pytest.fail("there is no observer")
+
+    with started(f"metering.ledger={path}") as process:
+        base = address_of(process)
+        with httpx.Client(base_url=base, timeout=TIMEOUT_S) as client:
+            first = costs(client)
+            assert first.status_code == 200
+            assert first.json()["data"][0]["results"][0]["num_model_requests"] == 1
+            (observer,) = [pid for pid in children(process.pid) if "observer" in command(pid)]
+            os.kill(observer, signal.SIGKILL)
+            assert client.post("/v1/completions", json=HI).status_code == 200  # it serves
+            again = costs(client)
+            assert (again.status_code, again.json()) == (200, first.json())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT_S) == 0

@@ -16,7 +16,7 @@ from pathlib import Path
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from jaxserve.config import MeteringConfig
-from jaxserve.errors import LedgerUnavailable
+from jaxserve.errors import LedgerUnavailable, Overloaded
 from jaxserve.http.observer.messages import Answer, Question
 from jaxserve.http.observer.part import Part
 from jaxserve.metering.ledger.book import Ledger, database_at
@@ -25,8 +25,8 @@ from jaxserve.metering.reports import costs_report, usage_report
 
 logger = logging.getLogger(__name__)
 
-#: Reports at a time: more wait, so that a crowd of clients cannot take the database.
-_REPORTS = 2
+#: Reports at a time, and how many more may wait: a crowd of clients cannot take the database.
+_REPORTS, _MAX_WAITING = 2, 32
 #: Between looks at what is too old.
 _FORGET_EVERY_S = 3600.0
 
@@ -72,14 +72,14 @@ class LedgerPart:
         elapsed_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ledger = ledger
-        self._currency = currency
+        self._currency = currency.lower()  # as OpenAI has it
         self._keep_days = keep_days
         self._clock_s = clock_s
         self._elapsed_s = elapsed_s
         self._forget_at_s = elapsed_s() + _FORGET_EVERY_S
         self._forgetting: asyncio.Task[None] | None = None
         self._reports = asyncio.Semaphore(_REPORTS)
-        self._num_reports = 0
+        self._num_reports = self._num_waiting = 0
         self.part = Part(
             name="ledger",
             tick=self.tick,
@@ -126,10 +126,19 @@ class LedgerPart:
         await asyncio.to_thread(self._ledger.close)
 
     async def _report(self, question: Question, report: Callable[..., tuple[str, bytes]]) -> Answer:
-        async with self._reports:
+        if self._num_waiting >= _MAX_WAITING:
+            raise Overloaded(f"{_MAX_WAITING} reports of usage wait already; try again shortly")
+        self._num_waiting += 1
+        try:
+            await self._reports.acquire()
+        finally:
+            self._num_waiting -= 1
+        try:
             kind, body = await asyncio.to_thread(
                 report, question.query, question.tenant, question.admin, self._clock_s()
             )
+        finally:
+            self._reports.release()
         self._num_reports += 1
         return Answer(content_type=kind, body=body)
 

@@ -1,6 +1,6 @@
 """The ledger: each request is counted once, for good, however often it is told.
 
-Invariants: `add` is one transaction, rows and sums together, and may be repeated at any time, in
+Invariants: rows and sums are added in one transaction, and `add` may be repeated at any time, in
 any pieces, after any failure, without anything being counted twice; so whoever adds keeps what it
 has until `add` returns. Rows of requests are never changed. Every sum is of integers, so that it
 does not depend on the order.
@@ -10,6 +10,7 @@ Opened when it is first used: a server starts, and serves, while its ledger is a
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,8 @@ from jaxserve.metering.ledger.query import Interval, LineSum, Query, Usage
 from jaxserve.metering.ledger.sqlite import Sqlite
 
 FILE = "ledger.sqlite"
+#: Requests, and lines, added in one transaction: none takes long, after however long an outage.
+_ADD_ROWS = 2_000
 #: Rows deleted in one transaction.
 _FORGET_ROWS = 5_000
 
@@ -53,7 +56,7 @@ class Ledger:
         self.num_failures = 0
         self.up = True
         self._database = database
-        self._currency = currency
+        self._currency = currency.lower()
         self._migrations = migrations
         self._prepared = False
         self._preparing = threading.Lock()
@@ -74,17 +77,19 @@ class Ledger:
             How many were new.
 
         Raises:
-            LedgerUnavailable: it cannot be written now. Nothing of this was kept, or, rarely, all:
+            LedgerUnavailable: it cannot be written now. Nothing of this was kept, or some of it:
                 adding it again is right either way.
         """
         requests = {row[0]: row for row in map(rows.request_row, entries)}
         line_rows = {row[:2]: row for row in map(rows.line_row, lines)}
-        if not requests and not line_rows:
-            return 0
-        with self._writing() as session:
-            num_added = _add_requests(session, requests) + _add_lines(session, line_rows)
-        self.num_added += num_added
-        return num_added
+        before = self.num_added
+        while requests or line_rows:
+            some = _take(requests, _ADD_ROWS)
+            some_lines = _take(line_rows, _ADD_ROWS)
+            with self._writing() as session:
+                num_added = _add_requests(session, some) + _add_lines(session, some_lines)
+            self.num_added += num_added
+        return self.num_added - before
 
     def usage(self, query: Query) -> list[Usage]:
         """What requests came to, by bucket and labels, in their order.
@@ -221,7 +226,14 @@ class Ledger:
         with self._preparing:
             if self._prepared:
                 return
-            with self._database.writing() as session:
+            try:
+                with self._database.reading() as session:
+                    self._prepared = self._is_current(session)
+            except LedgerUnavailable:  # there are no tables, or nothing at all: writing will tell
+                self._prepared = False
+            if self._prepared:
+                return
+            with self._database.writing(patient=True) as session:
                 schema.prepare(session, self._database.words, self._currency, self._migrations)
             self._prepared = True
 
@@ -240,19 +252,21 @@ def database_at(address: str, state: Path) -> Database:
     return Sqlite(Path(address).expanduser() if address else state / FILE)
 
 
+def _take[K](rows_by_key: dict[K, rows.Row], count: int) -> dict[K, rows.Row]:
+    """Takes the first so many out."""
+    keys = list(itertools.islice(rows_by_key, count))
+    return {key: rows_by_key.pop(key) for key in keys}
+
+
 def _add_requests(session: Session, requests: dict[str, rows.Row]) -> int:
     """Inserts those that are not there, and adds them to the sums."""
-    added = []
-    names = ", ".join(rows.REQUEST)
-    ordered = sorted(requests.values())
-    for start in range(0, len(ordered), schema.INSERT_ROWS):
-        part = ordered[start : start + schema.INSERT_ROWS]
-        found = session.execute(
-            f"INSERT INTO requests ({names}) VALUES {schema.places(len(part), len(rows.REQUEST))}"
-            " ON CONFLICT (request_id) DO NOTHING RETURNING request_id",
-            [value for row in part for value in row],
-        )
-        added += [requests[request_id] for (request_id,) in found]
+    found = session.insert(
+        "requests",
+        rows.REQUEST,
+        sorted(requests.values()),
+        "ON CONFLICT (request_id) DO NOTHING RETURNING request_id",
+    )
+    added = [requests[request_id] for (request_id,) in found]
     schema.add_usage(session, added)
     return len(added)
 
@@ -273,16 +287,14 @@ def _add_lines(session: Session, lines: dict[rows.Row, rows.Row]) -> int:
             [source, max(row[2] for row in of_source)],
         )
         new = sorted(row for row in of_source if not 0 < row[1] <= through)
-        numbers = set()
-        for start in range(0, len(new), schema.INSERT_ROWS):
-            part = new[start : start + schema.INSERT_ROWS]
-            numbers |= set(
-                session.execute(
-                    f"INSERT INTO lines (source, number) VALUES {schema.places(len(part), 2)}"
-                    " ON CONFLICT (source, number) DO NOTHING RETURNING number",
-                    [value for row in part for value in row[:2]],
-                )
+        numbers = set(
+            session.insert(
+                "lines",
+                ("source", "number"),
+                [row[:2] for row in new],
+                "ON CONFLICT (source, number) DO NOTHING RETURNING number",
             )
+        )
         added += [row for row in new if (row[1],) in numbers]
         _close_ranks(session, source, through)
     schema.add_sums(

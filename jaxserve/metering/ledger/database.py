@@ -34,6 +34,17 @@ class Session(Protocol):
         """Runs a statement; returns its rows."""
         ...
 
+    def insert(
+        self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], then: str
+    ) -> list[tuple[Any, ...]]:
+        """Inserts many rows; returns what `then` does.
+
+        Args:
+            rows: texts and integers, one of them throughout a column.
+            then: what follows the rows: ON CONFLICT …, RETURNING ….
+        """
+        ...
+
 
 class Database(Protocol):
     """A place for the tables. Opened when it is first used, and again after a failure.
@@ -46,8 +57,11 @@ class Database(Protocol):
     name: str
     words: Words
 
-    def writing(self) -> AbstractContextManager[Session]:
+    def writing(self, *, patient: bool = False) -> AbstractContextManager[Session]:
         """One transaction at a time: all of it is kept, or nothing.
+
+        Args:
+            patient: it may take long: tables are made anew.
 
         Raises:
             LedgerUnavailable: it cannot be written now. It may have been kept all the same, where

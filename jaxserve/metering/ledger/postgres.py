@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.errors import ConfigError
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SCHEMES = ("postgresql://", "postgres://")
 _CONNECT_S = 5
+#: What making tables anew may take.
+_PATIENCE_S = 3_600.0
 #: Of `pg_advisory_xact_lock`: whoever changes the schema.
 SCHEMA_LOCK = 0x6A61_7873
 
@@ -64,14 +66,15 @@ class Postgres:
         self._writer: psycopg.Connection[Any] | None = None
 
     @contextmanager
-    def writing(self) -> Iterator[_Session]:
+    def writing(self, *, patient: bool = False) -> Iterator[_Session]:
         """See `Database`."""
+        timeout_s = _PATIENCE_S if patient else self._timeout_s
         with self._lock:
             try:
                 if self._writer is None or self._writer.closed:
                     self._writer = self._connect()
-                with self._deadline(self._writer), self._writer.transaction():
-                    yield self._begun(self._writer)
+                with _deadline(self._writer, timeout_s), self._writer.transaction():
+                    yield _begun(self._writer, timeout_s)
             except self._psycopg.Error as error:
                 self._close_writer()
                 raise unavailable(self.name, error) from error
@@ -86,8 +89,8 @@ class Postgres:
             with self._connect() as reader:
                 reader.read_only = True
                 reader.isolation_level = self._psycopg.IsolationLevel.REPEATABLE_READ
-                with self._deadline(reader), reader.transaction():
-                    yield self._begun(reader)
+                with _deadline(reader, self._timeout_s), reader.transaction():
+                    yield _begun(reader, self._timeout_s)
         except self._psycopg.Error as error:
             raise unavailable(self.name, error) from error
 
@@ -105,29 +108,35 @@ class Postgres:
             prepare_threshold=None,  # poolers of connections know no prepared statements
         )
 
-    @contextmanager
-    def _deadline(self, connection: psycopg.Connection[Any]) -> Iterator[None]:
-        """Ends a connection whose server is silent for too long; libpq would wait for ever."""
-        line = socket.socket(fileno=os.dup(connection.fileno()))
-        timer = threading.Timer(1.5 * self._timeout_s, line.shutdown, [socket.SHUT_RDWR])
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-            timer.join()
-            line.close()
-
-    def _begun(self, connection: psycopg.Connection[Any]) -> _Session:
-        """A transaction that has begun: its own settings, since a pooler hands connections on."""
-        milliseconds = round(1000 * self._timeout_s)
-        connection.execute(f"SET LOCAL statement_timeout = {milliseconds}".encode())
-        return _Session(connection)
-
     def _close_writer(self) -> None:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+
+@contextmanager
+def _deadline(connection: psycopg.Connection[Any], timeout_s: float) -> Iterator[None]:
+    """Ends a connection whose server is silent for too long; libpq would wait for ever."""
+    line = socket.socket(fileno=os.dup(connection.fileno()))
+
+    def cut() -> None:
+        with suppress(OSError):  # it has ended already
+            line.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(1.5 * timeout_s, cut)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        line.close()
+
+
+def _begun(connection: psycopg.Connection[Any], timeout_s: float) -> _Session:
+    """A transaction that has begun: its own settings, since a pooler hands connections on."""
+    connection.execute(f"SET LOCAL statement_timeout = {round(1000 * timeout_s)}".encode())
+    return _Session(connection)
 
 
 class _Session:
@@ -140,6 +149,19 @@ class _Session:
             sql.replace("%", "%%").replace("?", "%s").encode(), parameters
         )
         return cursor.fetchall() if cursor.description else []
+
+    def insert(
+        self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], then: str
+    ) -> list[tuple[Any, ...]]:
+        """See `database.Session`: a column is one parameter, an array, however many rows."""
+        if not rows:
+            return []
+        kinds = ["text" if isinstance(value, str) else "bigint" for value in rows[0]]
+        arrays = ", ".join(f"?::{kind}[]" for kind in kinds)
+        return self.execute(
+            f"INSERT INTO {table} ({', '.join(columns)}) SELECT * FROM unnest({arrays}) {then}",
+            [list(column) for column in zip(*rows, strict=True)],
+        )
 
 
 def is_postgres(address: str) -> bool:

@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 HOUR_S = 3600
 #: Bytes of a text in a row: six of them fit PostgreSQL's largest index row.
 MAX_TEXT_BYTES = 255
-#: Integers of a column are below it.
-_BOUND = 2**63
+#: Integers of a column are below it; counts further, so that a thousand wrong ones still add up.
+_BOUND, _COUNT_BOUND = 2**63, 2**53
 _PICO = Decimal("1e-12")
 #: Enough digits for the largest integer and what is rounded off it.
 _EXACT = Context(prec=60)
@@ -153,7 +153,7 @@ def _add(sums: dict[Row, list[int]], key: Row, values: list[int]) -> None:
 
 
 def _integer(value: float, about: str) -> int:
-    if math.isfinite(value) and abs(value) < _BOUND:
+    if math.isfinite(value) and abs(value) < _COUNT_BOUND:
         return round(value)
     logger.error("the ledger counts %s as 0, of %s", value, about)
     return 0

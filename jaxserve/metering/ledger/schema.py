@@ -24,8 +24,6 @@ _VERSION = "schema"
 _CURRENCY = "currency"
 #: `ledger_state`: the first hour that is wholly there; see `Ledger.forget`.
 KEPT_FROM = "kept_from_hour"
-#: Rows of one INSERT: its parameters stay below 32,766, SQLite's bound.
-INSERT_ROWS = 500
 
 
 def prepare(session: Session, words: Words, currency: str, migrations: Sequence[Migration]) -> None:
@@ -93,22 +91,13 @@ def add_sums(
     sums: dict[rows.Row, list[int]],
 ) -> None:
     """Adds to a table of sums, in the order of its key."""
-    columns = [*key, *measures]
     sets = ", ".join(f"{name} = {table}.{name} + excluded.{name}" for name in measures)
-    ordered = sorted(sums.items())
-    for start in range(0, len(ordered), INSERT_ROWS):
-        part = ordered[start : start + INSERT_ROWS]
-        session.execute(
-            f"INSERT INTO {table} ({', '.join(columns)}) VALUES {places(len(part), len(columns))}"
-            f" ON CONFLICT ({', '.join(key)}) DO UPDATE SET {sets}",
-            [value for place, values in part for value in (*place, *values)],
-        )
-
-
-def places(num_rows: int, num_columns: int) -> str:
-    """The parameters of an INSERT of several rows."""
-    row = f"({', '.join('?' * num_columns)})"
-    return ", ".join([row] * num_rows)
+    session.insert(
+        table,
+        [*key, *measures],
+        [(*place, *values) for place, values in sorted(sums.items())],
+        f"ON CONFLICT ({', '.join(key)}) DO UPDATE SET {sets}",
+    )
 
 
 HOUR_KEY = ("hour", *rows.DIMENSIONS)

@@ -17,11 +17,15 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from jaxserve.errors import LedgerUnavailable
+from jaxserve.errors import ConfigError, LedgerUnavailable
 from jaxserve.metering.ledger.database import Words, unavailable
 
 #: How long to wait for another process that writes: a copy being made, someone's shell.
 _BUSY_S = 5.0
+#: Rows of one statement: its parameters stay below 32,766, the bound.
+_INSERT_ROWS = 500
+#: The first with RETURNING.
+_OLDEST = (3, 35, 0)
 
 
 class Sqlite:
@@ -30,11 +34,19 @@ class Sqlite:
     Args:
         path: of the file; made, for its owner's eyes alone, where it is missing.
         read_timeout_s: a report that takes longer is given up.
+
+    Raises:
+        ConfigError: this Python's SQLite is too old.
     """
 
     words = Words(text="TEXT", clustered="WITHOUT ROWID")
 
     def __init__(self, path: Path, read_timeout_s: float = 20.0) -> None:
+        if sqlite3.sqlite_version_info < _OLDEST:
+            raise ConfigError(
+                f"metering.ledger needs SQLite {'.'.join(map(str, _OLDEST))} or newer, and this "
+                f"Python has {sqlite3.sqlite_version}: use another Python, or PostgreSQL"
+            )
         self.name = str(path)
         self._path = path
         self._read_timeout_s = read_timeout_s
@@ -43,7 +55,7 @@ class Sqlite:
         self._file: tuple[int, int] | None = None  # device and inode of what is open
 
     @contextmanager
-    def writing(self) -> Iterator[_Session]:
+    def writing(self, *, patient: bool = False) -> Iterator[_Session]:
         """See `Database`."""
         with self._lock:
             try:
@@ -138,3 +150,18 @@ class _Session:
     def execute(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         """See `database.Session`."""
         return self._connection.execute(sql, parameters).fetchall()
+
+    def insert(
+        self, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], then: str
+    ) -> list[tuple[Any, ...]]:
+        """See `database.Session`."""
+        returned = []
+        row = f"({', '.join('?' * len(columns))})"
+        for start in range(0, len(rows), _INSERT_ROWS):
+            part = rows[start : start + _INSERT_ROWS]
+            returned += self.execute(
+                f"INSERT INTO {table} ({', '.join(columns)}) VALUES "
+                f"{', '.join([row] * len(part))} {then}",
+                [value for one in part for value in one],
+            )
+        return returned

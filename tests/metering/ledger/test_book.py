@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import sqlite3
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -247,6 +249,7 @@ def test_amounts_are_rounded_once_to_what_is_kept(make_database: Make):
         {"energy_j": math.inf},
         {"carbon_g": 1e300},
         {"prompt_tokens": 2**63},
+        {"prompt_tokens": 2**53},
     ],
 )
 def test_a_number_that_is_none_counts_as_0_and_is_told(
@@ -277,14 +280,10 @@ def test_long_texts_stay_different(make_database: Make):
 
 def _older(database: Database, version: int, entries: Sequence[Entry]) -> None:
     """Makes a ledger of an older version, with requests in it."""
-    names = ", ".join(rows.REQUEST)
     with database.writing() as session:
         schema.prepare(session, database.words, "usd", schema.MIGRATIONS[:version])
-        for item in entries if version else ():
-            session.execute(
-                f"INSERT INTO requests ({names}) VALUES {schema.places(1, len(rows.REQUEST))}",
-                rows.request_row(item),
-            )
+        if version:
+            session.insert("requests", rows.REQUEST, list(map(rows.request_row, entries)), "")
 
 
 @pytest.mark.parametrize("version", range(len(schema.MIGRATIONS)))
@@ -405,6 +404,9 @@ def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError) as told:
         database_at("postgresql://somebody:secret@[db/billing", tmp_path)
     assert "secret" not in told.value.message and told.value.__cause__ is None
-    monkeypatch.setitem(__import__("sys").modules, "psycopg", None)
+    monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(ConfigError, match=r"jaxserve\[postgres\]"):
         database_at(url, tmp_path)
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 34, 1))
+    with pytest.raises(ConfigError, match=r"SQLite 3\.35\.0"):
+        database_at("", tmp_path)

@@ -343,3 +343,30 @@ def test_a_server_that_is_silent_is_given_up(postgres: PostgresServer, wire: _Wi
     wire.silent.clear()
     assert ledger.add([entry(1)]) == 1
     ledger.close()
+
+
+def test_what_came_in_a_long_outage_is_added_in_pieces(
+    make_database, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("jaxserve.metering.ledger.book._ADD_ROWS", 100)
+    database = make_database()
+    ledger = Ledger(database)
+    writing, sizes = database.writing, []
+
+    @contextlib.contextmanager
+    def failing(**options):
+        if len(sizes) == 3:
+            raise LedgerUnavailable("gone again")
+        with writing(**options) as session:
+            yield session
+        sizes.append(ledger.usage(ALL)[0].num_requests)
+
+    ledger.add([entry(0)])
+    monkeypatch.setattr(database, "writing", failing)
+    entries = [entry(number) for number in range(450)]
+    with pytest.raises(LedgerUnavailable, match="gone again"):
+        ledger.add(entries, [line(number) for number in range(1, 451)])
+    assert sizes == [100, 200, 300]
+    monkeypatch.setattr(database, "writing", writing)
+    assert ledger.add(entries, [line(number) for number in range(1, 451)]) == 300
+    assert check_whole(ledger, 450) == 450
