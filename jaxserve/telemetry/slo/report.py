@@ -11,7 +11,7 @@ from jaxserve.telemetry.slo.judge import APART, BAD
 from jaxserve.telemetry.slo.objective import Objective
 
 _GOODPUT_WINDOWS = {"5m": 300, "1h": 3600}
-_COLUMNS = ("objective", "met", "good", "bad", "budget left", "burn 5m", "1h", "6h", "3d", "alert")
+_COLUMNS = ("objective", "kept", "good", "bad", "budget left", "burn 5m", "1h", "6h", "3d", "alert")
 
 
 def report(compliance: Compliance) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def _objective(compliance: Compliance, objective: Objective, tally: Tally) -> di
     count = tally.count(objective.period_s)
     verdicts = tally.verdicts(objective.period_s)
     share = compliance_share(count)
-    allowed = float(objective.budget) * count.total
+    allowed = float(objective.budget * count.total)
     scope = objective.indicator.scope
     return {
         "name": objective.name,
@@ -71,14 +71,14 @@ def _objective(compliance: Compliance, objective: Objective, tally: Tally) -> di
         },
         "period_s": objective.period_s,
         "compliance_percent": None if share is None else 100 * share,
-        "met": None if share is None else count.bad <= allowed,
+        "met": None if share is None else count.bad <= objective.budget * count.total,
         "good": count.good,
         "bad": count.bad,
         "bad_by_cause": {v.name.lower(): verdicts[v] for v in BAD} | {"overdue": tally.overdue},
         "not_counted": {verdict.name.lower(): verdicts[verdict] for verdict in APART},
         "budget": {
             "allowed_bad": allowed,
-            "left_bad": allowed - count.bad,
+            "left_bad": float(objective.budget * count.total - count.bad),
             "left_share": budget_left(objective, count),
         },
         "burn_rates": {
