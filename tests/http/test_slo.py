@@ -13,6 +13,9 @@ from typing import Any
 import httpx
 import pytest
 
+from jaxserve.http.observer.reporter import NoReporter
+from jaxserve.protocol.records import Begun, Outcome, RequestRecord
+from tests.http.frontend import Front
 from tests.http.test_serve import ENDLESS, HI, TIMEOUT_S, address_of, children, command, started
 
 OBJECTIVES = "p99 ttft < 60 s,p99 tpot < 60 s,p99 e2e < 1 us,availability > 99.9%"
@@ -102,6 +105,31 @@ def test_an_engine_that_hangs_is_seen_while_it_does(tmp_path: Path):
         assert statuses == [200]
         found = until(base, lambda o: o[0]["good"] == 2)
         assert found[0]["bad"] == 0
+
+
+def test_begin_first_token_and_end_of_a_request_are_told_in_turn(front: Front):
+    class Heard(NoReporter):
+        def __init__(self) -> None:
+            self.seen: list[tuple[str, Any]] = []
+
+        def begun(self, begun: Begun) -> None:
+            self.seen.append(("begun", begun))
+
+        def first_token(self, record: RequestRecord) -> None:
+            self.seen.append(("first token", record.first_token_ns))
+
+        def ended(self, record: RequestRecord) -> None:
+            self.seen.append(("ended", record))
+
+    heard = front.app.frontend.reporter = Heard()
+    body = {"prompt": "abc", "max_tokens": 5, "ignore_eos": True, "n": 3, "priority": "high"}
+    front.ok("/v1/completions", body)
+    (_, begun), (_, first_ns), (_, record) = heard.seen  # one first token, of three choices
+    assert [name for name, _ in heard.seen] == ["begun", "first token", "ended"]
+    assert begun.request_id == record.request_id
+    assert (begun.model, begun.priority, begun.adapter) == ("fake", -10, "")
+    assert record.arrived_ns < first_ns == record.first_token_ns < record.done_ns
+    assert record.outcome is Outcome.DONE
 
 
 def test_an_objective_that_cannot_be_read_ends_the_start(tmp_path: Path):

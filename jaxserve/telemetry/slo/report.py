@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxserve.telemetry.slo.book import GOOD_REQUESTS, GOOD_TOKENS, OFFERED, Count, Tally
+from jaxserve.telemetry.slo.book import COUNTED_REQUESTS, GOOD_REQUESTS, GOOD_TOKENS, Count, Tally
 from jaxserve.telemetry.slo.burn import SEVERITIES, WINDOWS_S, burn_rate
 from jaxserve.telemetry.slo.compliance import Compliance
 from jaxserve.telemetry.slo.judge import APART, BAD
@@ -37,8 +37,8 @@ def goodput(compliance: Compliance, window_s: int) -> dict[str, float | None]:
     return {
         "requests_per_s": row[GOOD_REQUESTS] / seconds,
         "tokens_per_s": row[GOOD_TOKENS] / seconds,
-        "offered_requests_per_s": row[OFFERED] / seconds,
-        "share": row[GOOD_REQUESTS] / row[OFFERED] if row[OFFERED] else None,
+        "counted_requests_per_s": row[COUNTED_REQUESTS] / seconds,
+        "share": row[GOOD_REQUESTS] / row[COUNTED_REQUESTS] if row[COUNTED_REQUESTS] else None,
     }
 
 
@@ -106,7 +106,7 @@ def report_text(document: dict[str, Any]) -> str:
         share = of_window["share"]
         lines.append(
             f"goodput over {name}: {of_window['requests_per_s']:.2f} of "
-            f"{of_window['offered_requests_per_s']:.2f} requests/s "
+            f"{of_window['counted_requests_per_s']:.2f} requests/s "
             f"({'no traffic' if share is None else f'{100 * share:.2f}%'}), "
             f"{of_window['tokens_per_s']:.1f} tokens/s"
         )
