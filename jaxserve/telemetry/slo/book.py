@@ -31,9 +31,10 @@ FINE_S, COARSE_S = 5, 300
 FINE_WINDOWS_S = (300, 1800, 3600, 6 * 3600)
 DAYS_S = 3 * 86400
 #: Columns of what is counted over all objectives: see `Book.goodput`.
-OFFERED, GOOD_REQUESTS, GOOD_TOKENS = 0, 1, 2
+COUNTED_REQUESTS, GOOD_REQUESTS, GOOD_TOKENS = 0, 1, 2
 GOODPUT_WINDOWS_S = (300, 3600)
 
+_APART = frozenset({Outcome.LEFT, Outcome.REFUSED, Outcome.LIMITED})
 #: A late report is no late request: how much more than a promised time an unfinished one gets.
 _REPORT_SLACK_NS = 10**9
 #: What runs for longer is forgotten: its record was lost, or will still come.
@@ -113,7 +114,8 @@ class Book:
     Attributes:
         tallies: by the indicator's key.
         running: by the request's id.
-        goodput: requests, those of them that met all their objectives, and their tokens.
+        goodput: requests but those that stand apart, those of them that met all their objectives,
+            and their tokens.
         num_good_requests, num_good_tokens: the last two, since ever.
     """
 
@@ -163,11 +165,14 @@ class Book:
             adapter=record.adapter,
         )
         is_good = record.outcome is Outcome.DONE
+        is_counted = record.outcome not in _APART
         for tally in self._covering(labels):
             verdict = judge(tally.indicator, record, self._overdue_ns)
             tally.add(at_s, verdict)
-            is_good = is_good and verdict not in BAD
-        self.goodput.add(at_s, OFFERED)
+            if verdict in BAD:
+                is_good, is_counted = False, True
+        if is_counted:
+            self.goodput.add(at_s, COUNTED_REQUESTS)
         if is_good:
             self.goodput.add(at_s, GOOD_REQUESTS)
             self.goodput.add(at_s, GOOD_TOKENS, record.completion_tokens)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxserve.telemetry.slo.book import GOOD_REQUESTS, GOOD_TOKENS, OFFERED, Count, Tally
+from jaxserve.telemetry.slo.book import COUNTED_REQUESTS, GOOD_REQUESTS, GOOD_TOKENS, Count, Tally
 from jaxserve.telemetry.slo.burn import SEVERITIES, WINDOWS_S, burn_rate
 from jaxserve.telemetry.slo.compliance import Compliance
 from jaxserve.telemetry.slo.judge import APART, BAD
 from jaxserve.telemetry.slo.objective import Objective
 
 _GOODPUT_WINDOWS = {"5m": 300, "1h": 3600}
-_COLUMNS = ("objective", "met", "good", "bad", "budget left", "burn 5m", "1h", "6h", "3d", "alert")
+_COLUMNS = ("objective", "kept", "good", "bad", "budget left", "burn 5m", "1h", "6h", "3d", "alert")
 
 
 def report(compliance: Compliance) -> dict[str, Any]:
@@ -37,8 +37,8 @@ def goodput(compliance: Compliance, window_s: int) -> dict[str, float | None]:
     return {
         "requests_per_s": row[GOOD_REQUESTS] / seconds,
         "tokens_per_s": row[GOOD_TOKENS] / seconds,
-        "offered_requests_per_s": row[OFFERED] / seconds,
-        "share": row[GOOD_REQUESTS] / row[OFFERED] if row[OFFERED] else None,
+        "counted_requests_per_s": row[COUNTED_REQUESTS] / seconds,
+        "share": row[GOOD_REQUESTS] / row[COUNTED_REQUESTS] if row[COUNTED_REQUESTS] else None,
     }
 
 
@@ -56,7 +56,7 @@ def _objective(compliance: Compliance, objective: Objective, tally: Tally) -> di
     count = tally.count(objective.period_s)
     verdicts = tally.verdicts(objective.period_s)
     share = compliance_share(count)
-    allowed = float(objective.budget) * count.total
+    allowed = float(objective.budget * count.total)
     scope = objective.indicator.scope
     return {
         "name": objective.name,
@@ -71,14 +71,14 @@ def _objective(compliance: Compliance, objective: Objective, tally: Tally) -> di
         },
         "period_s": objective.period_s,
         "compliance_percent": None if share is None else 100 * share,
-        "met": None if share is None else count.bad <= allowed,
+        "met": None if share is None else count.bad <= objective.budget * count.total,
         "good": count.good,
         "bad": count.bad,
         "bad_by_cause": {v.name.lower(): verdicts[v] for v in BAD} | {"overdue": tally.overdue},
         "not_counted": {verdict.name.lower(): verdicts[verdict] for verdict in APART},
         "budget": {
             "allowed_bad": allowed,
-            "left_bad": allowed - count.bad,
+            "left_bad": float(objective.budget * count.total - count.bad),
             "left_share": budget_left(objective, count),
         },
         "burn_rates": {
@@ -106,7 +106,7 @@ def report_text(document: dict[str, Any]) -> str:
         share = of_window["share"]
         lines.append(
             f"goodput over {name}: {of_window['requests_per_s']:.2f} of "
-            f"{of_window['offered_requests_per_s']:.2f} requests/s "
+            f"{of_window['counted_requests_per_s']:.2f} requests/s "
             f"({'no traffic' if share is None else f'{100 * share:.2f}%'}), "
             f"{of_window['tokens_per_s']:.1f} tokens/s"
         )

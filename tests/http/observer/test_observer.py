@@ -16,7 +16,7 @@ from jaxserve.http.observer.observer import METRICS, Observer
 from jaxserve.http.observer.part import Part
 from jaxserve.http.observer.reporter import NoReporter, ObserverLink
 from jaxserve.protocol.messages import Interval, SequenceRecord
-from jaxserve.protocol.records import Asked, Begun, Outcome, RequestRecord
+from jaxserve.protocol.records import Asked, Begun, FirstToken, Outcome, RequestRecord
 
 
 class Book:
@@ -25,6 +25,7 @@ class Book:
     def __init__(self, name: str = "book", fails: bool = False) -> None:
         self.records: list[RequestRecord] = []
         self.begun: list[Begun] = []
+        self.first_tokens: list[FirstToken] = []
         self.news: list[News] = []
         self.num_flushes = 0
         self.fails = fails
@@ -32,6 +33,7 @@ class Book:
             name=name,
             ended=self.on_ended,
             begun=self.begun.append,
+            first_token=self.first_tokens.append,
             news=self.news.append,
             flush=self.flush,
             asks={name: self.ask},
@@ -117,11 +119,13 @@ def test_a_record_arrives_whole(tmp_path: Path):
         book = Book()
         async with observing(tmp_path / "o", book), linked(tmp_path / "o") as link:
             link.begun(Begun(request_id="1", arrived_ns=5, route="/v1/completions", priority=-3))
+            link.first_token(record(1, first_token_ns=7))
             link.ended(whole)
             link.news("engine_down", "it died")
             await until(lambda: bool(book.records and book.news))
             assert book.records == [whole]
             assert book.begun[0].priority == -3
+            assert book.first_tokens == [FirstToken(request_id=f"{1:032x}", at_ns=7)]
             assert (book.news[0].kind, book.news[0].subject) == ("engine_down", "it died")
 
     run(work())

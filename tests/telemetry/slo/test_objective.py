@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
 from jaxserve.errors import ConfigError
+from jaxserve.settings import load_config
 from jaxserve.telemetry.slo.indicator import Kind, Labels
 from jaxserve.telemetry.slo.objective import parse_objective, parse_objectives
 
@@ -110,6 +112,14 @@ def test_what_cannot_be_read_is_named_with_the_nearest_word(text, says):
         parse_objective(text)
     assert repr(text) in caught.value.message
     assert says in caught.value.message
+
+
+def test_the_objectives_of_the_documentation_can_be_read(tmp_path: Path):
+    text = (Path(__file__).parents[3] / "docs" / "slo.md").read_text()
+    (tmp_path / "server.yaml").write_text(text.split("```yaml")[1].split("```")[0])
+    written = load_config(tmp_path / "server.yaml", environ={}).slo.objectives
+    names = [objective.name for objective in parse_objectives(written)]
+    assert names == list(written) and len(names) == 5
 
 
 def test_an_objective_stands_there_once():

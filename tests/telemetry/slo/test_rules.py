@@ -172,7 +172,7 @@ def storm(second: int, rng: random.Random) -> list[Outcome | str]:
 
 @pytest.mark.slow
 def test_the_rules_agree_with_the_alerts_in_process_on_a_replayed_trace(tmp_path: Path):
-    server = Server(tmp_path, "availability > 99.9%", "p99 ttft < 100 ms", "error_rate < 0.5%")
+    server = Server(tmp_path, "availability > 99.9%", "error_rate < 0.5%")
     scrape = Scrape(server, 8 * 3600, 15, storm)
     page = "slo page: availability > 99.9%"
     assert flips(scrape, page) >= 4  # there is something to agree on
@@ -201,9 +201,9 @@ def test_the_slow_rule_agrees_over_days(tmp_path: Path):
         bad = 86_400 < second < 180_000
         return [FAILED if bad and rng.random() < 0.03 else DONE for _ in range(5)]
 
-    scrape = Scrape(server, 3 * 86_400, 60, traffic, step_s=30)
+    scrape = Scrape(server, 3 * 86_400, 120, traffic, step_s=60)
     assert flips(scrape, "slo ticket: error_rate < 1%") >= 2
-    assert check(scrape, server, tmp_path, every_s=1200) > 200
+    assert check(scrape, server, tmp_path, every_s=2400) > 150
 
 
 def test_one_error_in_20_requests_pages_nobody_by_the_rules(tmp_path: Path):
