@@ -71,7 +71,7 @@ class Hours:
         self._measure = measure
         self._source = source
         self.settled_ns: int = state.get("settled_ns", start_ns)
-        self._resumed_ns = self.settled_ns if state else 0
+        self._resumed_ns = self.settled_ns if state else -1
         self._number: int = state.get("number", 0)
         self._amounts = {int(h): Amounts(**a) for h, a in state.get("amounts", {}).items()}
         self._busy_ns = 0

@@ -213,9 +213,7 @@ def test_a_tenant_is_warned_then_refused_then_let_in_again(reporter: Telling, st
 def test_one_limit_of_the_two_is_enough():
     told = spent("15")
     for budget, refused in ((Budget(soft=Decimal(10)), False), (Budget(hard=Decimal(15)), True)):
-        costs = Costs(
-            MeteringConfig(), lambda topic: told, enabled=True, wall_s=lambda: NOVEMBER_S
-        )
+        costs = Costs(MeteringConfig(), lambda topic: told, enabled=True, wall_s=lambda: NOVEMBER_S)
         headers: dict[bytes, bytes] = {}
         identity = Identity(tenant="acme", budget=budget)
         try:
