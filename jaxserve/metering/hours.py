@@ -83,14 +83,16 @@ class Hours:
             self._busy_ns += device_ns
             self._last_ns = max(self._last_ns, at_ns)
 
-    def settle(self, now_ns: int, wall_s: float) -> Interval | None:
+    def settle(self, now_ns: int, wall_s: float, *, last: bool = False) -> Interval | None:
         """Counts the time that is over; None where there is none.
 
         Args:
             wall_s: the wall clock at `now_ns`, seconds since 1970.
+            last: no step is on its way any more.
         """
         start_ns = self.settled_ns
-        end_ns = min(max(self._last_ns, now_ns - int(LAG_S * 1e9)), now_ns)
+        lag_ns = 0 if last else int(LAG_S * 1e9)
+        end_ns = min(max(self._last_ns, now_ns - lag_ns), now_ns)
         if end_ns <= start_ns:
             return None
         interval = Interval(start_ns=start_ns, end_ns=end_ns, busy_ns=self._busy_ns)

@@ -71,10 +71,10 @@ class Meter:
         """A device call has ended."""
         self._hours.step(at_ns, device_ns)
 
-    def tick(self, now_ns: int, wall_s: float) -> Interval | None:
-        """Reads the power and settles what is over; about once a second."""
+    def tick(self, now_ns: int, wall_s: float, *, last: bool = False) -> Interval | None:
+        """Reads the power and settles what is over; about once a second, and at the end."""
         self.power.read(now_ns)
-        interval = self._hours.settle(now_ns, wall_s)
+        interval = self._hours.settle(now_ns, wall_s, last=last)
         if interval is not None:
             self.busy_ns += interval.busy_ns
             self.idle_ns += interval.end_ns - interval.start_ns - interval.busy_ns

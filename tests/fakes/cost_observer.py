@@ -1,4 +1,4 @@
-"""An observer's process that prices requests into a file: entries, lines, and the steps it heard of.
+"""An observer's process that prices requests into a file: entries, lines, and steps.
 
 The file is `ledger.jsonl` in the state's directory, a document a line, written once each.
 """

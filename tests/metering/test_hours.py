@@ -32,7 +32,7 @@ def make_hours(**values) -> Hours:
     return Hours(PRICES, constant, **{"source": "a", "start_ns": 0} | values)
 
 
-def summed(lines: list[Line]) -> dict[int, dict[LineKind, Line]]:
+def summed(lines: list[Line]) -> dict[int, dict[LineKind, list]]:
     """By hour and kind: cost and duration, added up."""
     found: dict = defaultdict(lambda: defaultdict(lambda: [Decimal(0), 0, 0.0]))
     for line in lines:

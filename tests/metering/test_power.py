@@ -1,4 +1,4 @@
-"""Energy: from counters that wrap, stop, fail and lie, else from the model, and it is said which."""
+"""Energy: from counters that wrap, stop, fail and lie, else modelled, and it is said which."""
 
 from __future__ import annotations
 

@@ -233,10 +233,10 @@ class Metering:
         yield limits
         yield spent
 
-    def _settle(self) -> None:
+    def _settle(self, *, last: bool = False) -> None:
         """Counts the time that is over."""
         now_ns = self._clock_ns()
-        interval = self.meter.tick(now_ns, self._wall_s())
+        interval = self.meter.tick(now_ns, self._wall_s(), last=last)
         if interval is not None:
             wall_ns = interval.end_ns - interval.start_ns
             cost = self._prices.hardware(wall_ns)
@@ -245,7 +245,7 @@ class Metering:
 
     async def _flush(self, *, last: bool) -> None:
         async with self._asks_ledger:
-            self._settle()  # what was reported so far: it is not reported again
+            self._settle(last=last)  # what was reported so far: it is not reported again
             lines = self.meter.save(self._clock_ns(), last=last)
             entries = list(self._unkept)
             if not entries and not lines:
