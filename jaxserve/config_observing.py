@@ -62,7 +62,8 @@ class MeteringConfig:
         power: what measures energy: "auto" (NVML, else RAPL, else the model), "nvml", "rapl" or
             "modelled"; the model steps in wherever nothing can be read.
         gpus: those that are this server's, by NVML's index; all where empty.
-        device: row of the power table, for the model; devices: how many.
+        device: row of the power table, for the model.
+        devices: of that kind, how many.
         idle_watts, busy_watts: of one device, instead of the table's; 0: the table's. The same for
             both is a constant: for TPUs, which nothing measures.
         over_budget_status: of a refusal because a hard budget is spent: "402" or "429".
