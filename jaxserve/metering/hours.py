@@ -36,11 +36,17 @@ class Amounts:
 
 @dataclass(slots=True, kw_only=True)
 class Interval:
-    """A stretch of time that was settled."""
+    """A stretch of time that was settled.
+
+    Attributes:
+        energy_j: that the devices took, once it was measured; busy_energy_j: of it, work's.
+    """
 
     start_ns: int
     end_ns: int
     busy_ns: int
+    energy_j: float = 0.0
+    busy_energy_j: float = 0.0
 
 
 #: Energy of an interval in joules, and of it what was busy's.
@@ -97,6 +103,7 @@ class Hours:
             return None
         interval = Interval(start_ns=start_ns, end_ns=end_ns, busy_ns=self._busy_ns)
         energy_j, busy_energy_j = self._measure(interval)
+        interval.energy_j, interval.busy_energy_j = energy_j, busy_energy_j
         wall_ns, busy_ns = end_ns - start_ns, self._busy_ns
         at_s = wall_s - (now_ns - start_ns) / 1e9
         done_ns = 0

@@ -141,7 +141,8 @@ class Metering:
         if len(self._unkept) > MAX_UNKEPT:
             self._num_lost += 1
             del self._unkept[0]
-        self.spending.add(month_of(ended_s), entry.tenant, entry.cost)
+        if entry.tenant in self.spending.budgets:
+            self.spending.add(month_of(ended_s), entry.tenant, entry.cost)
         self._live.add(entry, now_ns / 1e9)
         self._charged["prefill"] += entry.prefill_cost
         self._charged["decode"] += entry.decode_cost
@@ -170,19 +171,17 @@ class Metering:
     def metrics(self) -> Iterator[Metric]:
         """The families of costs."""
         meter, currency = self.meter, self._prices.currency
-        rate = meter.rate
-        busy, idle = rate.cost(meter.busy_ns), self._prices.hardware(max(meter.idle_ns, 0))
         cost = CounterMetricFamily(
             "jaxserve_cost",
             "What requests are charged (prefill, decode); all that work cost (busy), of which the "
-            "rest is waste; and the hardware that stood idle",
+            "rest is waste; and what idle time cost",
             labels=["kind", "currency"],
         )
         for kind, amount in (
             ("prefill", self._charged["prefill"]),
             ("decode", self._charged["decode"]),
-            ("busy", busy),
-            ("idle", idle),
+            ("busy", meter.busy_cost),
+            ("idle", meter.idle_cost),
         ):
             cost.add_metric([kind, currency], float(amount))
         yield cost
@@ -239,8 +238,7 @@ class Metering:
         interval = self.meter.tick(now_ns, self._wall_s(), last=last)
         if interval is not None:
             wall_ns = interval.end_ns - interval.start_ns
-            cost = self._prices.hardware(wall_ns)
-            cost += self._prices.energy(self.meter.power.watts * wall_ns / 1e9)
+            cost = self._prices.hardware(wall_ns) + self._prices.energy(interval.energy_j)
             self._live.spent(cost, now_ns / 1e9)
 
     async def _flush(self, *, last: bool) -> None:
