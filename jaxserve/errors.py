@@ -143,6 +143,7 @@ class BudgetExceeded(JaxserveError):
 class BudgetLimited(BudgetExceeded):
     """The same, where `metering.over_budget_status` is 429."""
 
+    code = "budget_limited"
     status = 429
     retryable = True
 

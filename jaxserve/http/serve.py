@@ -67,12 +67,13 @@ def serve(
     resolve: Resolve | None = None,
     engine_module: str = "jaxserve.engine.process",
     worker_module: str = "jaxserve.http.worker",
+    observer_module: str = "jaxserve.http.observer.process",
 ) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit status.
 
     Args:
         resolve: where the model's files come from.
-        engine_module, worker_module: what the children run.
+        engine_module, worker_module, observer_module: what the children run.
 
     Returns:
         0 after a drain; 1 after an error, which has been told in one sentence on stderr.
@@ -90,7 +91,8 @@ def serve(
             check_parts(config)
         with _bind(config.http) as listener:
             config = _resolved(config, resolve)
-            return asyncio.run(_Supervisor(config, listener, engine_module, worker_module).run())
+            modules = (engine_module, worker_module, observer_module)
+            return asyncio.run(_Supervisor(config, listener, *modules).run())
     except JaxserveError as error:
         sys.stderr.write(f"jaxserve: {error.message}\n")
         return 1
@@ -142,12 +144,18 @@ class _Supervisor:
     """Starts the children and watches them."""
 
     def __init__(
-        self, config: Config, listener: socket.socket, engine_module: str, worker_module: str
+        self,
+        config: Config,
+        listener: socket.socket,
+        engine_module: str,
+        worker_module: str,
+        observer_module: str,
     ) -> None:
         self._config = config
         self._listener = listener
         self._engine_module = engine_module
         self._worker_module = worker_module
+        self._observer_module = observer_module
         self._workers: list[_Worker] = []
         self._listening: asyncio.Future[list[None]] | None = None
         self._stopping = asyncio.Event()
@@ -163,7 +171,7 @@ class _Supervisor:
         scratch = ScratchDirectory()
         self._limits = Owner(scratch.path / "limits") if self._shares_limits() else None
         if self._config.telemetry.enabled:
-            self._observer = ObserverKeeper(self._config, scratch.path)
+            self._observer = ObserverKeeper(self._config, scratch.path, self._observer_module)
         lives = Lives(
             self._config,
             scratch.path / "flight",

@@ -36,11 +36,17 @@ class Amounts:
 
 @dataclass(slots=True, kw_only=True)
 class Interval:
-    """A stretch of time that was settled."""
+    """A stretch of time that was settled.
+
+    Attributes:
+        energy_j: that the devices took, once it was measured; busy_energy_j: of it, work's.
+    """
 
     start_ns: int
     end_ns: int
     busy_ns: int
+    energy_j: float = 0.0
+    busy_energy_j: float = 0.0
 
 
 #: Energy of an interval in joules, and of it what was busy's.
@@ -71,7 +77,7 @@ class Hours:
         self._measure = measure
         self._source = source
         self.settled_ns: int = state.get("settled_ns", start_ns)
-        self._resumed_ns = self.settled_ns if state else 0
+        self._resumed_ns = self.settled_ns if state else -1
         self._number: int = state.get("number", 0)
         self._amounts = {int(h): Amounts(**a) for h, a in state.get("amounts", {}).items()}
         self._busy_ns = 0
@@ -83,18 +89,21 @@ class Hours:
             self._busy_ns += device_ns
             self._last_ns = max(self._last_ns, at_ns)
 
-    def settle(self, now_ns: int, wall_s: float) -> Interval | None:
+    def settle(self, now_ns: int, wall_s: float, *, last: bool = False) -> Interval | None:
         """Counts the time that is over; None where there is none.
 
         Args:
             wall_s: the wall clock at `now_ns`, seconds since 1970.
+            last: no step is on its way any more.
         """
         start_ns = self.settled_ns
-        end_ns = min(max(self._last_ns, now_ns - int(LAG_S * 1e9)), now_ns)
+        lag_ns = 0 if last else int(LAG_S * 1e9)
+        end_ns = min(max(self._last_ns, now_ns - lag_ns), now_ns)
         if end_ns <= start_ns:
             return None
         interval = Interval(start_ns=start_ns, end_ns=end_ns, busy_ns=self._busy_ns)
         energy_j, busy_energy_j = self._measure(interval)
+        interval.energy_j, interval.busy_energy_j = energy_j, busy_energy_j
         wall_ns, busy_ns = end_ns - start_ns, self._busy_ns
         at_s = wall_s - (now_ns - start_ns) / 1e9
         done_ns = 0

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from decimal import Decimal
 from pathlib import Path
 
-from jaxserve.metering.entry import Line, LineKind
+from jaxserve.metering.entry import ZERO, Line, LineKind
 from jaxserve.metering.hours import Hours, Interval
 from jaxserve.metering.power.power import Power
 from jaxserve.metering.prices import Prices
@@ -39,7 +39,7 @@ class Meter:
 
     Attributes:
         rate: of now.
-        busy_ns, idle_ns: of the time that was settled.
+        busy_cost, idle_cost: of the time that was settled by this observer.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Meter:
     ) -> None:
         self.power = power
         self.rate = Rate(prices=prices, watts=power.busy_w)
-        self.busy_ns = self.idle_ns = 0
+        self.busy_cost = self.idle_cost = ZERO
         self._path = path
         self._source = source
         self._average_w: float | None = None
@@ -71,13 +71,16 @@ class Meter:
         """A device call has ended."""
         self._hours.step(at_ns, device_ns)
 
-    def tick(self, now_ns: int, wall_s: float) -> Interval | None:
-        """Reads the power and settles what is over; about once a second."""
+    def tick(self, now_ns: int, wall_s: float, *, last: bool = False) -> Interval | None:
+        """Reads the power and settles what is over; about once a second, and at the end."""
         self.power.read(now_ns)
-        interval = self._hours.settle(now_ns, wall_s)
+        interval = self._hours.settle(now_ns, wall_s, last=last)
         if interval is not None:
-            self.busy_ns += interval.busy_ns
-            self.idle_ns += interval.end_ns - interval.start_ns - interval.busy_ns
+            prices = self.rate.prices
+            busy = prices.hardware(interval.busy_ns) + prices.energy(interval.busy_energy_j)
+            wall_ns = interval.end_ns - interval.start_ns
+            self.busy_cost += busy
+            self.idle_cost += prices.hardware(wall_ns) + prices.energy(interval.energy_j) - busy
         return interval
 
     def save(self, now_ns: int, *, last: bool = False) -> list[Line]:

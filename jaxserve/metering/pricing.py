@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cached_property
 
 from jaxserve.metering.entry import Entry
 from jaxserve.metering.prices import SMALLEST, Prices
 from jaxserve.protocol.records import RequestCost, RequestRecord
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Rate:
     """What the device's time costs now.
 
@@ -32,10 +33,11 @@ class Rate:
 
     def price(self, record: RequestRecord) -> RequestCost:
         """What a request costs whose sequences have ended."""
-        shares = record.sequences
-        prefill_ns = sum(share.prefill_device_ns for share in shares)
-        decode_ns = sum(share.decode_device_ns for share in shares)
-        wasted_ns = sum(share.wasted_device_ns for share in shares)
+        prefill_ns = decode_ns = wasted_ns = 0
+        for share in record.sequences:
+            prefill_ns += share.prefill_device_ns
+            decode_ns += share.decode_device_ns
+            wasted_ns += share.wasted_device_ns
         energy_j = self.watts * (prefill_ns + decode_ns) / 1e9
         return RequestCost(
             currency=self.prices.currency,
@@ -51,8 +53,12 @@ class Rate:
 
     def cost(self, device_ns: int) -> Decimal:
         """Of so much of the device's time."""
+        return (self._per_ns * device_ns).quantize(SMALLEST)
+
+    @cached_property
+    def _per_ns(self) -> Decimal:
         energy = self.prices.energy_per_j * Decimal(self.watts) / 10**9
-        return ((self.prices.hardware_per_ns + energy) * device_ns).quantize(SMALLEST)
+        return self.prices.hardware_per_ns + energy
 
     def to_json(self) -> bytes:
         """As it is told to the workers."""

@@ -10,12 +10,18 @@ import numpy as np
 import pytest
 
 from jaxserve.config import CacheConfig, Config, EmbeddingsConfig, SchedulerConfig
+from jaxserve.device.step import Program, StepOutputs, empty_inputs
 from jaxserve.engine.attribution import Attribution, WorkRates, apportion
 from jaxserve.engine.process import build_engine
+from jaxserve.engine.turn import InFlight
 from jaxserve.protocol.messages import Cancel, Embed, GetStatus, SequenceRecord, StepStats
 from jaxserve.scheduler.commit import Commit
+from jaxserve.scheduler.pages import PageTable
+from jaxserve.scheduler.plan import Chunk, Join, Plan
+from jaxserve.scheduler.sequence import Sequence
 from jaxserve.types import EmbeddingParams, FinishReason, SamplingParams
 from tests.engine.test_loop import ListServer, submit
+from tests.fakes.batch import ExactBatch
 from tests.fakes.engine import PAGE_BYTES, fake_parts, oracle
 from tests.fakes.executor import ECHO
 
@@ -277,3 +283,43 @@ def test_a_step_of_many_rows_is_divided_in_microseconds():
     print(f"1,024 rows divided in {best * 1e6:.1f} us")
     assert best < 200e-6
     assert isinstance(attribution, Attribution)
+
+
+def test_rows_of_all_copies_of_the_model_share_one_step():
+    """Two copies run one device call: what each row caused, on whichever."""
+    attribution = Attribution(WorkRates(), max_rows=2, copies=2)
+    sequences, plans, inputs = [], [], []
+    for copy, num_tokens in enumerate((6, 2)):
+        sequence = Sequence(
+            key=("a", copy),
+            token_ids=[5] * num_tokens,
+            prompt_len=num_tokens,
+            sampling=SamplingParams(max_tokens=4, seed=1),
+            choice=0,
+            level=0,
+            arrival=copy,
+            stop_token_ids=frozenset(),
+            table=PageTable(pages=[], num_behind=[]),
+        )
+        plan = Plan(step_id=0)
+        plan.joins.append(Join(slot=0, sampling=sequence.sampling, prompt_len=num_tokens, choice=0))
+        plan.chunks.append(Chunk(slot=0, start=0, token_ids=sequence.token_ids, samples=True))
+        sequences.append(sequence)
+        plans.append(plan)
+        inputs += ExactBatch().build([plan])
+    accounts = attribution.launched(plans, inputs, lambda copy: [sequences[copy], None])
+    step = InFlight(plans, inputs, None, accounts)
+    outputs = [StepOutputs(token_ids=np.zeros((1, 1), np.int64), device_ns=8001)] * 2
+    attribution.divide(step, outputs, [Commit(), Commit()])
+    assert [attribution.take(sequence) for sequence in sequences] == [(6000, 0, 0), (2001, 0, 0)]
+    assert attribution.unowned_ns == 0
+
+
+def test_a_copy_that_has_nothing_to_do_takes_no_share():
+    attribution = Attribution(WorkRates(), max_rows=2, copies=2)
+    empty = empty_inputs(Program(num_rows=1, num_tokens=1), 2)
+    accounts = attribution.launched([None, None], [empty, empty], lambda copy: [])
+    step = InFlight([None, None], [empty, empty], None, accounts)
+    outputs = [StepOutputs(token_ids=np.zeros((1, 1), np.int64), device_ns=77)] * 2
+    attribution.divide(step, outputs, [None, None])
+    assert attribution.unowned_ns == 77

@@ -1,6 +1,7 @@
 """`serve` over the fake engine and worker, as a process: `python -m tests.fakes.serve key=value…`.
 
-Settings are as after `--set`; `engine=MODULE` chooses another fake engine.
+Settings are as after `--set`; `engine=MODULE` chooses another fake engine, `observer=MODULE` a fake
+observer.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from jaxserve.settings import load_config
 
 def main(arguments: list[str]) -> int:
     """Serves; returns the exit status."""
-    engine = "tests.fakes.engine"
+    engine, observer = "tests.fakes.engine", "jaxserve.http.observer.process"
     settings = []
     for argument in arguments:
         if argument.startswith("engine="):
             engine = argument.removeprefix("engine=")
+        elif argument.startswith("observer="):
+            observer = argument.removeprefix("observer=")
         else:
             settings.append(argument)
     return serve(
@@ -26,6 +29,7 @@ def main(arguments: list[str]) -> int:
         resolve=lambda model, weights, progress: Path(model.path),
         engine_module=engine,
         worker_module="tests.fakes.http_worker",
+        observer_module=observer,
     )
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import calendar
+import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator
 from decimal import Decimal
+from pathlib import Path
 
 import openai
 import pytest
 
-from jaxserve.config import EmbeddingsConfig, MeteringConfig
+from jaxserve.config import EmbeddingsConfig, HttpConfig, MeteringConfig
+from jaxserve.errors import BudgetExceeded, ConfigError
 from jaxserve.http.auth import Identity, KeyRing
 from jaxserve.http.costs import Costs
+from jaxserve.http.keyfile import load_keys
 from jaxserve.http.observer.reporter import NoReporter
 from jaxserve.metering.budgets import Budget
 from jaxserve.metering.pricing import entry_of
@@ -52,8 +57,6 @@ def reporter() -> Telling:
 
 @pytest.fixture(name="front")
 def _front(reporter: Telling) -> Iterator[Front]:
-    import dataclasses
-
     config = dataclasses.replace(CONFIG, embeddings=EmbeddingsConfig(model="fake"))
     with make_front(config=config, reporter=reporter, metering=CONFIGURED) as made:
         made.engine.engine.executor.device_ns = STEP_NS
@@ -198,7 +201,7 @@ def test_a_tenant_is_warned_then_refused_then_let_in_again(reporter: Telling, st
         response = front.post(CHAT, body)
         assert response.status_code == int(status)
         error = response.json()["error"]
-        assert error["code"] == "budget_exceeded"
+        assert error["code"] == ("budget_exceeded" if status == "402" else "budget_limited")
         for word in ("20.01", "20 EUR", "2026-12-01"):
             assert word in error["message"]
         assert response.headers["x-should-retry"] == "false"
@@ -216,12 +219,8 @@ def test_one_limit_of_the_two_is_enough():
         costs = Costs(MeteringConfig(), lambda topic: told, enabled=True, wall_s=lambda: NOVEMBER_S)
         headers: dict[bytes, bytes] = {}
         identity = Identity(tenant="acme", budget=budget)
-        try:
+        with pytest.raises(BudgetExceeded) if refused else contextlib.nullcontext():
             costs.admit({"jaxserve.headers": headers}, identity)
-        except Exception as error:
-            assert refused and error.status == 402
-        else:
-            assert not refused
         assert headers[b"x-budget-spent"] == b"15.000000"
 
 
@@ -231,3 +230,21 @@ def test_without_a_word_of_the_observer_nobody_is_refused():
     identity = Identity(tenant="acme", budget=Budget(hard=Decimal("0.01")))
     costs.admit({"jaxserve.headers": headers}, identity)
     assert headers == {}
+
+
+def test_a_tenants_row_in_the_key_file_has_its_budget(tmp_path: Path):
+    file = tmp_path / "keys.yaml"
+    tenants = [{"name": "acme", "budget": {"soft": 100, "hard": 120}}, {"name": "free"}]
+    rows = [
+        {"hash": hashlib.sha256(name.encode()).hexdigest(), "tenant": name}
+        for name in ("acme", "free", "rowless")
+    ]
+    file.write_text(json.dumps({"tenants": tenants, "keys": rows}))
+    ring = load_keys(HttpConfig(key_file=str(file)))
+    assert ring.identify(b"Bearer acme").budget == Budget(soft=Decimal(100), hard=Decimal(120))
+    assert ring.identify(b"Bearer free").budget is None
+    assert ring.budgets == {"acme": Budget(soft=Decimal(100), hard=Decimal(120))}
+    tenants[0]["budget"] = {"soft": "lots"}
+    file.write_text(json.dumps({"tenants": tenants, "keys": rows}))
+    with pytest.raises(ConfigError, match="tenant 1 .*budget: soft"):
+        load_keys(HttpConfig(key_file=str(file)))

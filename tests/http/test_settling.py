@@ -8,9 +8,13 @@ from typing import ClassVar
 
 import pytest
 
+from jaxserve.errors import JaxserveError
 from jaxserve.http import settling
-from jaxserve.protocol.messages import SequenceRecord
+from jaxserve.protocol.messages import Finished, SequenceRecord
 from jaxserve.protocol.records import Outcome, RequestRecord
+from jaxserve.protocol.stream import Stream
+from jaxserve.protocol.streams import StreamState
+from jaxserve.types import FinishReason
 from tests.http.frontend import Front, front
 from tests.http.test_streams import CHAT, listening, request
 
@@ -109,15 +113,24 @@ def test_a_deadline_and_a_stop_string_leave_nothing_out(front: Front, kept: Kept
     assert sequence.decode_device_ns > 0
 
 
-def test_an_error_of_one_choice_leaves_the_others_work_in(front: Front, kept: Kept):
-    """A page pool that cannot hold one prompt fails the request; the other's prompt is charged."""
-    prompts = ["a" * 20, "b" * 250]
-    answer = front.post(
-        "/v1/completions", {"prompt": prompts, "max_tokens": 100, "ignore_eos": True}
-    )
-    assert answer.status_code == 400
-    record = front.run(kept.record())
-    assert record.outcome is Outcome.REFUSED
+def test_an_error_of_one_choice_leaves_the_others_work_in():
+    """One of three choices fails, the others are cancelled: all their work is the request's."""
+    state, ends = StreamState(range(7, 10)), []
+    state.at_end = lambda: ends.append(True)
+
+    def end(number: int, reason: FinishReason) -> None:
+        record = SequenceRecord(decode_device_ns=10**number)
+        state.finish(Finished(sequence_id=7 + number, reason=reason, record=record))
+
+    end(1, FinishReason.ERROR)
+    with pytest.raises(JaxserveError):
+        state.take()
+    end(2, FinishReason.CANCELLED)
+    assert not ends
+    end(0, FinishReason.CANCELLED)
+    assert ends == [True]
+    stream = Stream(None, state)
+    assert [record.decode_device_ns for record in stream.records] == [1, 10, 100]
 
 
 def test_a_record_is_reported_though_the_engine_never_answers(monkeypatch: pytest.MonkeyPatch):

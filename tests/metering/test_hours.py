@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from decimal import Decimal
+from typing import Any
 
 import pytest
 
@@ -32,9 +34,9 @@ def make_hours(**values) -> Hours:
     return Hours(PRICES, constant, **{"source": "a", "start_ns": 0} | values)
 
 
-def summed(lines: list[Line]) -> dict[int, dict[LineKind, Line]]:
+def summed(lines: list[Line]) -> Mapping[int, Mapping[LineKind, list]]:
     """By hour and kind: cost and duration, added up."""
-    found: dict = defaultdict(lambda: defaultdict(lambda: [Decimal(0), 0, 0.0]))
+    found: Any = defaultdict(lambda: defaultdict(lambda: [Decimal(0), 0, 0.0]))
     for line in lines:
         total = found[line.hour][line.kind]
         total[0] += line.cost

@@ -64,7 +64,7 @@ class ObserverKeeper:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        if self._process is not None:
+        if self._process is not None and self._process.poll() is None:
             self._process.terminate()
             try:
                 async with asyncio.timeout(CLOSING_S):

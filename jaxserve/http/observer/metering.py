@@ -75,7 +75,7 @@ class Metering:
     """See the module; `part` is what the observer gets.
 
     Args:
-        tell: `Observer.tell`.
+        tell: `Observer.tell`, from the first tick on.
         state: directory of what outlives the observer.
         budgets: by tenant.
         on_passed: told when a tenant passes a limit of its budget.
@@ -130,7 +130,6 @@ class Metering:
             metrics=self.metrics,
             close=self.close,
         )
-        tell(RATE, self.meter.rate.to_json())
 
     def ended(self, record: RequestRecord) -> None:
         """A request has ended: prices it, unless its answer has said what it cost."""
@@ -142,7 +141,8 @@ class Metering:
         if len(self._unkept) > MAX_UNKEPT:
             self._num_lost += 1
             del self._unkept[0]
-        self.spending.add(month_of(ended_s), entry.tenant, entry.cost)
+        if entry.tenant in self.spending.budgets:
+            self.spending.add(month_of(ended_s), entry.tenant, entry.cost)
         self._live.add(entry, now_ns / 1e9)
         self._charged["prefill"] += entry.prefill_cost
         self._charged["decode"] += entry.decode_cost
@@ -154,16 +154,10 @@ class Metering:
 
     async def tick(self) -> None:
         """Settles the time that is over, and tells the workers what follows."""
-        now_ns, wall_s = self._clock_ns(), self._wall_s()
-        interval = self.meter.tick(now_ns, wall_s)
-        if interval is not None:
-            wall_ns = interval.end_ns - interval.start_ns
-            cost = self._prices.hardware(wall_ns)
-            cost += self._prices.energy(self.meter.power.watts * wall_ns / 1e9)
-            self._live.spent(cost, now_ns / 1e9)
+        self._settle()
         self._tell(RATE, self.meter.rate.to_json())
         if self.spending.budgets:
-            await self._refresh(now_ns, month_of(wall_s))
+            await self._refresh(self._clock_ns(), month_of(self._wall_s()))
             self._tell(BUDGETS, self.spending.to_json())
 
     async def flush(self) -> None:
@@ -172,25 +166,22 @@ class Metering:
 
     async def close(self) -> None:
         """The last lines."""
-        self.meter.tick(self._clock_ns(), self._wall_s())
         await self._flush(last=True)
 
     def metrics(self) -> Iterator[Metric]:
         """The families of costs."""
         meter, currency = self.meter, self._prices.currency
-        rate = meter.rate
-        busy, idle = rate.cost(meter.busy_ns), self._prices.hardware(max(meter.idle_ns, 0))
         cost = CounterMetricFamily(
             "jaxserve_cost",
             "What requests are charged (prefill, decode); all that work cost (busy), of which the "
-            "rest is waste; and the hardware that stood idle",
+            "rest is waste; and what idle time cost",
             labels=["kind", "currency"],
         )
         for kind, amount in (
             ("prefill", self._charged["prefill"]),
             ("decode", self._charged["decode"]),
-            ("busy", busy),
-            ("idle", idle),
+            ("busy", meter.busy_cost),
+            ("idle", meter.idle_cost),
         ):
             cost.add_metric([kind, currency], float(amount))
         yield cost
@@ -241,8 +232,18 @@ class Metering:
         yield limits
         yield spent
 
+    def _settle(self, *, last: bool = False) -> None:
+        """Counts the time that is over."""
+        now_ns = self._clock_ns()
+        interval = self.meter.tick(now_ns, self._wall_s(), last=last)
+        if interval is not None:
+            wall_ns = interval.end_ns - interval.start_ns
+            cost = self._prices.hardware(wall_ns) + self._prices.energy(interval.energy_j)
+            self._live.spent(cost, now_ns / 1e9)
+
     async def _flush(self, *, last: bool) -> None:
         async with self._asks_ledger:
+            self._settle(last=last)  # what was reported so far: it is not reported again
             lines = self.meter.save(self._clock_ns(), last=last)
             entries = list(self._unkept)
             if not entries and not lines:
