@@ -1,4 +1,4 @@
-"""The command line: `python -m jaxserve [serve|generate|chat|bench|convert|lora|doctor] …`.
+"""The command line: `python -m jaxserve [serve|generate|chat|bench|convert|lora|alerts|doctor] …`.
 
 Arguments and errors only; each subcommand lives where its work is done and is imported when it is
 asked for, so that `--help` is quick and `serve` never imports JAX. Without a subcommand it serves.
@@ -27,7 +27,7 @@ __all__ = ["main"]
 EXIT_WRONG_USE = 2
 EXIT_INTERRUPTED = 130
 
-_SUBCOMMANDS = ("serve", "generate", "chat", "bench", "convert", "train", "doctor")
+_SUBCOMMANDS = ("serve", "generate", "chat", "bench", "convert", "train", "test", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     of_lora = lora.add_subparsers(metavar="ACTION", required=True)
     train = _command(of_lora, "train", _train, "fine-tune an adapter on the served model")
     add_train(train)
+    alerts = kinds.add_parser("alerts", help="who is told what is wrong: alerts test --help")
+    of_alerts = alerts.add_subparsers(metavar="ACTION", required=True)
+    _command(of_alerts, "test", _test_alerts, "tell all receivers of a test incident")
     doctor = _command(
         kinds, "doctor", _doctor, "this machine, what would be compiled, what would fit"
     )
@@ -255,6 +258,13 @@ def _chat(arguments: argparse.Namespace) -> int:
 
     with _open(config) as llm:
         return chat.converse(llm, arguments.system, _options(arguments))
+
+
+def _test_alerts(arguments: argparse.Namespace) -> int:
+    config = _load_config(arguments)
+    from jaxserve.cli import alerts
+
+    return alerts.tell_all(config)
 
 
 def _convert(arguments: argparse.Namespace) -> int:
