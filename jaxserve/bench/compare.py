@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.bench import stats
-from jaxserve.bench.figures import differences, figures_of, read_records
+from jaxserve.bench.figures import differences, figures_of, read_records, value_of
 from jaxserve.bench.verdict import MIN_REPEATS, Comparison, Verdict, judge
 from jaxserve.errors import ConfigError
 
@@ -37,7 +37,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     across = {field.strip() for field in arguments.across.split(",")}
     if found := [field for field in differences(before, after) if field not in across]:
         shown = "; ".join(
-            f"{field} is {_short(before[-1].get(field))} and {_short(after[-1].get(field))}"
+            f"{field} is {_short(value_of(before[-1], field))} and "
+            f"{_short(value_of(after[-1], field))}"
             for field in found
         )
         raise ConfigError(f"the runs cannot be compared: {shown} (--across {','.join(found)})")

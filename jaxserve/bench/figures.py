@@ -15,9 +15,11 @@ from jaxserve.errors import ConfigError
 
 #: What both sides must have in common, so that a difference is one of the code.
 SAME = (
-    *("benchmark", "machine", "processor", "device", "model", "config"),
+    *("benchmark", "machine", "processor", "device", "model"),
     *("rate", "concurrency", "prompt_tokens", "output_tokens", "seed"),
 )
+#: Sections of the configuration that count among it.
+_SECTIONS = ("weights", "cache", "scheduler", "kernels", "parallel", "engine", "lora")
 #: Keys of a case, and whether high is good. mbu and mfu follow from tokens_per_s: shown only.
 _CASE_KEYS: dict[str, bool | None] = {
     "tokens_per_s": True,
@@ -89,9 +91,30 @@ def direction(key: str) -> bool | None:
 
 
 def differences(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[str]:
-    """What keeps two sides from being compared: names of fields of SAME."""
-    return [
-        key
-        for key in SAME
-        if len({json.dumps(record.get(key), sort_keys=True) for record in (*before, *after)}) > 1
-    ]
+    """What keeps two sides from being compared: names of fields of SAME, or of settings.
+
+    Of settings those count that both have and that decide how fast the engine is: a newer version
+    may have more of them, and directories differ between machines.
+    """
+    first, *others = (*before, *after)
+    found = [key for key in SAME if any(other.get(key) != first.get(key) for other in others)]
+    settings = _settings(first)
+    for other in map(_settings, others):
+        found += [key for key in settings.keys() & other.keys() if settings[key] != other[key]]
+    return sorted(set(found), key=found.index)
+
+
+def value_of(record: dict[str, Any], field: str) -> Any:
+    """Of a name that `differences` returned."""
+    return _settings(record).get(field, record.get(field))
+
+
+def _settings(record: dict[str, Any]) -> dict[str, Any]:
+    config = record.get("config")
+    if not isinstance(config, dict):
+        return {}
+    return {
+        f"{section}.{key}": value
+        for section in _SECTIONS
+        for key, value in (config.get(section) or {}).items()
+    }

@@ -113,7 +113,7 @@ def test_outliers_make_nothing_worse(tmp_path: Path) -> None:
     assert cli.run(["compare", before, after]) == 0
 
 
-@pytest.mark.parametrize("field", ["device", "model", "config", "processor", "concurrency"])
+@pytest.mark.parametrize("field", ["device", "model", "processor", "concurrency"])
 def test_what_cannot_be_compared_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], field: str
 ) -> None:
@@ -122,6 +122,21 @@ def test_what_cannot_be_compared_is_refused(
     assert cli.run(["compare", before, after]) == 2
     assert f"{field} is" in capsys.readouterr().err
     assert cli.run(["compare", before, after, "--across", field]) == 0
+
+
+def test_settings_that_differ_are_named_and_new_ones_are_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = {"model": {"path": "/a"}, "scheduler": {"max_rows": 8}, "http": {"port": 1}}
+    new = {"model": {"path": "/b"}, "scheduler": {"max_rows": 8, "new": 1}, "http": {"port": 2}}
+    before = write(tmp_path / "a.json", noisy(100, 10, 1), config=old)
+    after = write(tmp_path / "b.json", noisy(100, 10, 2), config=new)
+    assert cli.run(["compare", before, after]) == 0
+    capsys.readouterr()
+    new["scheduler"]["max_rows"] = 16
+    after = write(tmp_path / "b.json", noisy(100, 10, 2), config=new)
+    assert cli.run(["compare", before, after]) == 2
+    assert "scheduler.max_rows is 8 and 16" in capsys.readouterr().err
 
 
 def test_records_of_two_benchmarks_are_refused(
