@@ -61,6 +61,11 @@ def load_config(
 
 def describe(config: Config) -> str:
     """The resolved configuration as YAML, secrets blanked out."""
+    return yaml.safe_dump(without_secrets(config), sort_keys=False)
+
+
+def without_secrets(config: Config) -> dict[str, dict[str, Any]]:
+    """The resolved configuration as plain values, secrets blanked out."""
     resolved: dict[str, dict[str, Any]] = {}
     for section in dataclasses.fields(config):
         values = getattr(config, section.name)
@@ -69,7 +74,7 @@ def describe(config: Config) -> str:
             else _plain(getattr(values, f.name))
             for f in dataclasses.fields(values)
         }  # fmt: skip
-    return yaml.safe_dump(resolved, sort_keys=False)
+    return resolved
 
 
 def _from_file(file: Path | None) -> list[tuple[str, Any]]:

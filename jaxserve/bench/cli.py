@@ -35,6 +35,10 @@ def run(argv: Sequence[str]) -> int:
                 from jaxserve.bench import serve
 
                 return serve.main(arguments)
+            case "history":
+                from jaxserve.bench import history
+
+                return history.main(arguments)
             case _:
                 from jaxserve.bench import compare
 
@@ -50,9 +54,8 @@ def parser() -> argparse.ArgumentParser:
     kinds = top.add_subparsers(dest="benchmark", required=True)
     _add_engine(kinds.add_parser("engine", help="the engine itself: prefill, decode, MBU, MFU"))
     _add_serve(kinds.add_parser("serve", help="any OpenAI-compatible server under load"))
-    compare = kinds.add_parser("compare", help="two runs' figures side by side")
-    compare.add_argument("before", help="file that ends in a run's JSON line")
-    compare.add_argument("after")
+    _add_compare(kinds.add_parser("compare", help="did it get worse? a verdict, an exit status"))
+    _add_history(kinds.add_parser("history", help="where did a row of results change?"))
     return top
 
 
@@ -91,6 +94,38 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     )
     for name in ("ttft", "tpot", "e2e"):
         serve.add_argument(f"--slo-{name}-ms", type=float, help=f"{name.upper()} that is good")
+
+
+def _add_compare(compare: argparse.ArgumentParser) -> None:
+    compare.add_argument("before", help="file of one or more runs' JSON lines")
+    compare.add_argument("after")
+    compare.add_argument(
+        "--paired", action="store_true", help="the repeats of both were measured in turns"
+    )
+    compare.add_argument("--alpha", type=_part, default=0.05, help="chance of a false verdict")
+    compare.add_argument(
+        "--across", default="", metavar="FIELD,…", help="compare although these fields differ"
+    )
+    _add_judging(compare)
+
+
+def _add_history(history: argparse.ArgumentParser) -> None:
+    history.add_argument("files", nargs="+", help="files of runs' JSON lines, oldest first")
+    _add_judging(history)
+
+
+def _add_judging(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--threshold", type=_part, default=0.03, help="least change that matters (default 0.03)"
+    )
+    command.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
+
+
+def _part(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
 
 
 def _positive(text: str) -> int:

@@ -1,77 +1,94 @@
-"""`jaxserve bench compare A.json B.json`: what changed between two runs of a benchmark.
+"""`jaxserve bench compare BASE NEW`: did it get worse? For people and for CI.
 
-Reads the JSON lines that benchmarks end in and prints every figure that both have, with its ratio.
-Where a run kept its repeats (`bench engine`), the ratio comes with a bootstrap 95% interval; it is
-honest only if the two runs were interleaved or the machine was quiet.
+Judges every figure that both have by its repeats (`verdict`). Exit status: 0 if nothing is worse, 1
+if something is, 2 if it cannot be told: the runs are of different machines, models, loads or
+benchmarks, or have too few repeats.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
 from jaxserve.bench import stats
+from jaxserve.bench.figures import differences, figures_of, read_records, value_of
+from jaxserve.bench.verdict import MIN_REPEATS, Comparison, Verdict, judge
 from jaxserve.errors import ConfigError
+
+WORSE = 1
+CANNOT_TELL = 2
 
 
 def main(arguments: argparse.Namespace) -> int:
     """The subcommand; returns its exit status."""
-    before, after = read_record(Path(arguments.before)), read_record(Path(arguments.after))
-    if before.get("benchmark") != after.get("benchmark"):
-        raise ConfigError(
-            f"{arguments.before} is of bench {before.get('benchmark')}, "
-            f"{arguments.after} of bench {after.get('benchmark')}"
-        )
-    print(f"before: {before.get('commit')}  after: {after.get('commit')}")
-    print(stats.table(["figure", "before", "after", "ratio", "95%"], compare(before, after)))
-    return 0
-
-
-def read_record(file: Path) -> dict[str, Any]:
-    """The last line of a file, as JSON.
-
-    Raises:
-        ConfigError: it is not there, or not a benchmark's record.
-    """
     try:
-        record = json.loads(file.read_text(encoding="utf-8").strip().splitlines()[-1])
-    except (OSError, ValueError, IndexError) as error:
-        raise ConfigError(f"{file} does not end in a benchmark's JSON line: {error}") from error
-    if not isinstance(record, dict) or "benchmark" not in record:
-        raise ConfigError(f"{file} does not end in a benchmark's JSON line")
-    return record
+        return _compare(arguments)
+    except ConfigError as error:
+        print(f"jaxserve bench: {error.message}", file=sys.stderr)
+        return CANNOT_TELL
 
 
-def compare(before: dict[str, Any], after: dict[str, Any]) -> list[list[str]]:
-    """Rows of the table: name, both values, ratio, interval."""
-    old, new = _figures(before), _figures(after)
-    rows = []
-    for name, (old_value, old_runs) in old.items():
-        new_value, new_runs = new.get(name, (None, []))
-        if new_value is None or not old_value:
-            continue
-        interval = ""
-        if len(old_runs) == len(new_runs) and len(old_runs) > 1:
-            _, low, high = stats.ratio_interval(new_runs, old_runs)
-            interval = f"{low:.3f}-{high:.3f}"
-        rows.append(
-            [name, f"{old_value:.4g}", f"{new_value:.4g}", f"{new_value / old_value:.3f}", interval]
+def _compare(arguments: argparse.Namespace) -> int:
+    before = read_records(Path(arguments.before))
+    after = read_records(Path(arguments.after))
+    across = {field.strip() for field in arguments.across.split(",")}
+    if found := [field for field in differences(before, after) if field not in across]:
+        shown = "; ".join(
+            f"{field} is {_short(value_of(before[-1], field))} and "
+            f"{_short(value_of(after[-1], field))}"
+            for field in found
         )
-    return rows
+        raise ConfigError(f"the runs cannot be compared: {shown} (--across {','.join(found)})")
+    comparisons = judge(
+        figures_of(before),
+        figures_of(after),
+        threshold=arguments.threshold,
+        alpha=arguments.alpha,
+        paired=arguments.paired,
+    )
+    verdicts = [comparison.verdict for comparison in comparisons]
+    if Verdict.WORSE in verdicts:
+        status = WORSE
+    else:
+        status = 0 if any(v is not Verdict.UNJUDGED for v in verdicts) else CANNOT_TELL
+    commits = before[-1].get("commit"), after[-1].get("commit")
+    if arguments.json:
+        record = {
+            "benchmark": "compare",
+            "of": before[-1]["benchmark"],
+            "commits": commits,
+            "status": status,
+            "threshold": arguments.threshold,
+            "alpha": arguments.alpha,
+            "figures": [dataclasses.asdict(comparison) for comparison in comparisons],
+        }
+        print(stats.json_line(record))
+    else:
+        print(f"before: {commits[0]}  after: {commits[1]}")
+        print(_table(comparisons))
+    if status == CANNOT_TELL:
+        raise ConfigError(
+            f"no figure has {MIN_REPEATS} repeats on both sides; give files with the lines of "
+            "several runs (or bench engine --repeats)"
+        )
+    return status
 
 
-def _figures(record: dict[str, Any]) -> dict[str, tuple[float, list[float]]]:
-    """Every number of a record by name, with its repeats where they were kept."""
-    figures: dict[str, tuple[float, list[float]]] = {}
-    for key, value in record.items():
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            figures[key] = (value, [])
-        elif isinstance(value, dict) and key.endswith("_ms"):
-            figures |= {f"{key} {name}": (number, []) for name, number in value.items()}
-    for case in record.get("cases", ()):
-        for key in ("tokens_per_s", "step_ms_p50", "step_ms_p99", "mbu", "mfu"):
-            if case.get(key) is not None:
-                figures[f"{case['name']}: {key}"] = (case[key], case.get(f"{key}_runs", []))
-    return figures
+def _table(comparisons: list[Comparison]) -> str:
+    header = ["figure", "before", "after", "ratio", "95%", "p", "verdict"]
+    rows = []
+    for c in comparisons:
+        interval = f"{c.low:.3f}-{c.high:.3f}" if c.low == c.low else ""
+        p_value = f"{c.p_value:.3g}" if c.p_value == c.p_value else ""
+        verdict = "" if c.verdict is Verdict.UNJUDGED else c.verdict
+        values = [f"{c.before:.4g}", f"{c.after:.4g}", f"{c.ratio:.3f}"]
+        rows.append([c.name, *values, interval, p_value, verdict])
+    return stats.table(header, rows)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"

@@ -44,6 +44,7 @@ from jaxserve.protocol.messages import (
     TokenEvents,
     TokenSegment,
 )
+from jaxserve.settings import without_secrets
 from jaxserve.types import FinishReason, SamplingParams
 
 CLIENT = "bench"
@@ -244,7 +245,7 @@ def measure(config: Config, factory: Factory, cases: list[Case], steps: int, rep
         "jax": jax.__version__,
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "model": bench.model.name,
-        "config": bench.config,
+        "config": without_secrets(bench.config),
         "load_and_compile_s": load_s,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "read_bytes_per_s": bandwidth,

@@ -29,7 +29,10 @@ __all__ = ["main"]
 EXIT_WRONG_USE = 2
 EXIT_INTERRUPTED = 130
 
-_SUBCOMMANDS = ("serve", "generate", "chat", "bench", "convert", "train", "rules", "doctor")
+_SUBCOMMANDS = (
+    *("serve", "generate", "chat", "bench", "convert", "doctor"),
+    *("train", "rules", "test"),  # of lora, slo and alerts
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,6 +149,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="ACTION", required=True
     )
     _command(of_slo, "rules", _rules, "print Prometheus rules of the configured objectives")
+    alerts = kinds.add_parser("alerts", help="who is told what is wrong: alerts test --help")
+    of_alerts = alerts.add_subparsers(metavar="ACTION", required=True)
+    _command(of_alerts, "test", _test_alerts, "tell all receivers of a test incident")
     doctor = _command(
         kinds, "doctor", _doctor, "this machine, what would be compiled, what would fit"
     )
@@ -268,6 +274,13 @@ def _chat(arguments: argparse.Namespace) -> int:
 
     with _open(config) as llm:
         return chat.converse(llm, arguments.system, _options(arguments))
+
+
+def _test_alerts(arguments: argparse.Namespace) -> int:
+    config = _load_config(arguments)
+    from jaxserve.cli import alerts
+
+    return alerts.tell_all(config)
 
 
 def _convert(arguments: argparse.Namespace) -> int:

@@ -41,7 +41,7 @@ class OnAlert(Protocol):
         self,
         key: str,
         firing: bool,
-        severity: Severity,
+        severity: str,
         title: str,
         details: Mapping[str, str] | None = None,
     ) -> None:
@@ -105,7 +105,7 @@ class Book:
         self,
         key: str,
         firing: bool,
-        severity: Severity,
+        severity: str,
         title: str,
         details: Mapping[str, str] | None = None,
     ) -> None:
@@ -114,14 +114,15 @@ class Book:
         Args:
             key: of the cause: a few words, the same each time; no secret.
             firing: whether it is wrong. The rest only matters then.
-            severity: an incident's is the worst of its life; worse than before is told again.
+            severity: "info", "warning", "error" or "critical"; an incident's is the worst of its
+                life, and worse than before is told again.
             details: figures; what was said last is kept.
         """
         now_s = self._monotonic()
         entry = self._open.get(key)
         if entry is None:
             if firing:
-                self._begin(key, severity, title, _texts(details), now_s)
+                self._begin(key, Severity(severity), title, _texts(details), now_s)
             return
         entry.said = True
         if not firing:
@@ -129,7 +130,7 @@ class Book:
                 entry.calm, entry.fired_s = True, now_s
             return
         entry.calm, entry.fired_s = False, now_s
-        worst = max(severity, entry.incident.severity, key=lambda s: s.rank)
+        worst = max(Severity(severity), entry.incident.severity, key=lambda s: s.rank)
         incident = dataclasses.replace(
             entry.incident, severity=worst, title=title[:_MAX_TEXT], details=_texts(details)
         )

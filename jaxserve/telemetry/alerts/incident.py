@@ -54,7 +54,14 @@ class Incident:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
         """The other way; raises ValueError, TypeError or KeyError where it is none."""
-        return cls(**value | {"severity": Severity(value["severity"])})
+        return cls(
+            key=str(value["key"]),
+            severity=Severity(value["severity"]),
+            title=str(value["title"]),
+            details=dict(value["details"]),
+            started_s=float(value["started_s"]),
+            ended_s=float(value["ended_s"]),
+        )
 
 
 @dataclass(kw_only=True)

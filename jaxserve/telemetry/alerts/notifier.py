@@ -24,6 +24,8 @@ FILE = "alerts.json"
 VERSION = 1
 #: Between two attempts to save on a disk that takes nothing.
 _SAVE_AGAIN_S = 30.0
+#: At the end, how long what is being sent may take.
+_CLOSING_S = 3.0
 
 
 class Notifier:
@@ -96,8 +98,9 @@ class Notifier:
                 self.num_unsaved += 1
 
     async def close(self) -> None:
-        """Waits for what is being sent, and saves."""
-        await asyncio.gather(*self._deliveries.values(), return_exceptions=True)
+        """Waits a moment for what is being sent, and saves."""
+        if self._deliveries:
+            await asyncio.wait(list(self._deliveries.values()), timeout=_CLOSING_S)
         self._save_s = 0.0
         await self.save()
 

@@ -1,7 +1,8 @@
 """Those who are told: PagerDuty, Slack, any HTTP endpoint, Alertmanager.
 
 Their addresses and keys are secrets: they are in no name, no log and no error, and the libraries'
-own loggers stay silent. No library retries: `courier` does, for all alike.
+own loggers stay silent. No library retries: `courier` does, for all alike. A library is imported
+where somebody is told by it.
 """
 
 from __future__ import annotations
@@ -13,21 +14,20 @@ import json
 import logging
 import urllib.error
 import urllib.request
+from base64 import b64encode
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
-
-from httpx2 import BaseTransport
-from pagerduty import Error as PagerDutyError
-from pagerduty import EventsApiV2Client
-from slack_sdk.webhook import WebhookClient
 
 from jaxserve.config import AlertsConfig
 from jaxserve.errors import ConfigError
 from jaxserve.telemetry.alerts.courier import DeliveryError, Receiver
 from jaxserve.telemetry.alerts.incident import Change, Incident, Notice, Severity
+
+if TYPE_CHECKING:
+    from httpx2 import BaseTransport
 
 TIMEOUT_S = 10.0
 #: How often Alertmanager is told of what is open, and how long it believes it.
@@ -110,6 +110,8 @@ class PagerDuty:
 
     def send(self, notice: Notice) -> None:
         """See `Receiver`."""
+        from pagerduty import Error, EventsApiV2Client
+
         incident = notice.incident
         key = dedup_key(self._source, incident.key)
         transport = self.transport() if self.transport is not None else None
@@ -131,7 +133,7 @@ class PagerDuty:
                         payload={"timestamp": _iso(incident.started_s), "component": "jaxserve"},
                         custom_details=dict(incident.details),
                     )
-            except PagerDutyError as error:
+            except Error as error:
                 response = getattr(error, "response", None)
                 if response is None:
                     cause = type(error.__cause__ or error).__name__
@@ -145,6 +147,8 @@ class Slack:
     resend_s = 0.0
 
     def __init__(self, named: _Named, url: str, source: str) -> None:
+        from slack_sdk.webhook import WebhookClient
+
         self.name, self.identity, self.least = named.name, named.identity, named.least
         self._client = WebhookClient(
             url, timeout=round(TIMEOUT_S), logger=_SILENT, retry_handlers=[]
@@ -247,8 +251,6 @@ def _post(url: str, data: bytes, headers: Mapping[str, str]) -> None:
     parts = urlsplit(url)
     sent = {"content-type": "application/json", "user-agent": "jaxserve", **headers}
     if parts.username is not None:
-        from base64 import b64encode
-
         pair = f"{parts.username}:{parts.password or ''}"
         sent["authorization"] = f"Basic {b64encode(pair.encode()).decode()}"
         host = parts.netloc.rpartition("@")[2]

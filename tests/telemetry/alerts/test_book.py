@@ -168,6 +168,14 @@ def test_the_wall_clock_may_step_either_way():
     assert len(desk.book.open) == 1  # how long it holds is no matter of the wall clock
 
 
+def test_severities_may_be_given_as_plain_words():
+    desk = Desk()
+    desk.say(True, severity="critical")
+    assert desk.notices[0].incident.severity is Severity.CRITICAL
+    with pytest.raises(ValueError):
+        desk.say(True, "other", severity="very bad")
+
+
 def test_texts_are_cut_and_details_are_text():
     desk = Desk()
     desk.say(True, title="x" * 9999, details={f"n{i}": i for i in range(200)})
