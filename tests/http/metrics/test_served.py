@@ -56,7 +56,7 @@ def test_what_the_engine_computes_on_is_told(front: Front):
 
 
 def test_a_chat_is_counted_under_all_names(front: Front):
-    body = {"messages": HI, "max_tokens": 7, "n": 2, "ignore_eos": True}
+    body = {"messages": HI, "max_tokens": 70, "n": 2, "ignore_eos": True}
     used = front.ok("/v1/chat/completions", body)["usage"]
     page = seen(front)
     chat = labels("chat")
@@ -64,16 +64,16 @@ def test_a_chat_is_counted_under_all_names(front: Front):
     assert page.value("gen_ai_server_time_to_first_token_seconds_count", **chat) == 1
     assert page.value("gen_ai_server_time_per_output_token_seconds_count", **chat) == 1
     outputs = chat | {"gen_ai_token_type": "output"}
-    assert page.value("gen_ai_client_token_usage_sum", **outputs) == 14
-    assert page.value("jaxserve_tenant_completion_tokens_total") == 14
+    assert page.value("gen_ai_client_token_usage_sum", **outputs) == 140
+    assert page.value("jaxserve_tenant_completion_tokens_total") == 140
     assert page.value("jaxserve_tenant_prompt_tokens_total") == used["prompt_tokens"]
     assert page.value("jaxserve_queue_seconds_count") == 2
     assert page.value("jaxserve_finished_total", reason="length") == 2
     vllm = {"engine": "0", "model_name": "fake"}
     assert page.value("vllm:request_success_total", **vllm, finished_reason="length") == 2
     assert page.value("vllm:request_params_n_sum", **vllm) == 2
-    assert page.value("vllm:request_max_num_generation_tokens_sum", **vllm) == 7
-    assert page.value("vllm:generation_tokens_total", **vllm) == 14
+    assert page.value("vllm:request_max_num_generation_tokens_sum", **vllm) == 70
+    assert page.value("vllm:generation_tokens_total", **vllm) == 140
 
 
 def test_a_refused_request_has_an_error_type(front: Front):
