@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -14,8 +17,10 @@ from jaxserve.http.observer.messages import Question
 from jaxserve.http.observer.observer import METRICS
 from jaxserve.http.observer.reporter import NoReporter
 
-#: How long a scrape waits for the observer.
+#: How long a scrape waits for the observer; and one that did not answer is not waited for again
+#: for so long, so that a hang there costs those who scrape little.
 _SCRAPE_S = 2.0
+_HUNG_S = 10.0
 _DOWN = b"""\
 # HELP jaxserve_observer_up 1 if the observer answered
 # TYPE jaxserve_observer_up gauge
@@ -54,21 +59,28 @@ class Observed:
 class PrometheusMetrics:
     """/metrics: of the workers and the engine, and behind them of the observer's parts."""
 
-    def __init__(self, frontend: Frontend) -> None:
+    def __init__(self, frontend: Frontend, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._frontend = frontend
+        self._clock_s = clock_s
+        self._hung_until_s = -math.inf
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answers in Prometheus' text format."""
         body = self._frontend.metrics.render()
-        if not isinstance(self._frontend.reporter, NoReporter):
+        if type(self._frontend.reporter) is not NoReporter:
             body += await self._observed()
         await _send(send, 200, CONTENT_TYPE, body)
 
     async def _observed(self) -> bytes:
+        if self._clock_s() < self._hung_until_s:
+            return _DOWN
         try:
             async with asyncio.timeout(_SCRAPE_S):
                 answer = await self._frontend.reporter.ask(Question(id=0, name=METRICS, admin=True))
-        except (TimeoutError, Overloaded):
+        except TimeoutError:
+            self._hung_until_s = self._clock_s() + _HUNG_S
+            return _DOWN
+        except Overloaded:
             return _DOWN
         return answer.body if answer.status == 200 else _DOWN
 

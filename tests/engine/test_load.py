@@ -390,6 +390,9 @@ def test_a_checkpoint_is_loaded_and_served(settings: list[str]) -> None:
         client.close()
     assert status.compiles_after_warmup == 0
     assert status.pages_used == 0
+    assert status.device is not None and status.device.kind == "cpu"
+    assert status.device.count == config.parallel.data * max(1, config.parallel.model)
+    assert status.device.flops_per_s == 0  # of a CPU nothing is claimed
     phases = [phase for phase, _, _ in told]
     assert phases == sorted(phases, reverse=True) and set(phases) == {"loading", "compiling"}
     assert told[-1][1] == told[-1][2]

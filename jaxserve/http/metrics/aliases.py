@@ -93,13 +93,13 @@ class VllmNames:
             text.sample(f"vllm:{name}", labels, value)
         for name, documentation, family in _COUNTERS:
             text.head(f"vllm:{name}_total", "counter", documentation)
-            text.sample(f"vllm:{name}_total", labels, self._totals(family)[0])
+            text.sample(f"vllm:{name}_total", labels, f.totals_of(self._cells, family)[0])
         for name, documentation, family, bounds in _HISTOGRAMS:
             shown = tuple(map(float, bounds))
             if bounds is f.VLLM_TOKENS:  # as vLLM, those that the context allows
                 shown = tuple(bound for bound in shown if bound <= model.max_context)
             text.head(f"vllm:{name}", "histogram", documentation)
-            counts, total = f.cumulative(family, self._totals(family), shown)
+            counts, total = f.cumulative(family, f.totals_of(self._cells, family), shown)
             text.histogram(f"vllm:{name}", labels, shown, counts, total)
         self._write_reasons(text, labels)
         self._write_infos(text, status)
@@ -140,10 +140,6 @@ class VllmNames:
         labels = label_text(values, values.values(), keep_empty=True)  # gateways look for all
         text.head("vllm:lora_requests_info", "gauge", "Adapters of requests in work; the time")
         text.sample("vllm:lora_requests_info", labels, time.time())
-
-    def _totals(self, family: f.Family) -> list[float]:
-        (series,) = self._cells.series(family.name)
-        return self._cells.totals(series)
 
 
 def _gauges(status: EngineStatus) -> Iterator[tuple[str, str, float]]:

@@ -79,18 +79,23 @@ class Collecting:
         return text.encoded()
 
     def _family(self, text: Text, family: f.Family) -> None:
-        series = self._cells.series(family.name)
-        if not series:
+        if not family.labels:
+            text.head(family.name, family.kind, family.documentation)
+            self._one(text, family, "", f.totals_of(self._cells, family))
             return
-        text.head(family.name, family.kind, family.documentation)
+        series = self._cells.series(family.name)
+        if series:
+            text.head(family.name, family.kind, family.documentation)
         for one in series:
             labels = label_text(family.labels, one.labels)
-            totals = self._cells.totals(one)
-            if family.kind != "histogram":
-                text.sample(family.name, labels, totals[0])
-                continue
+            self._one(text, family, labels, self._cells.totals(one))
+
+    def _one(self, text: Text, family: f.Family, labels: str, totals: list[float]) -> None:
+        if family.kind == "histogram":
             counts, total = f.cumulative(family, totals, family.shown)
             text.histogram(family.name, labels, family.shown, counts, total)
+        else:
+            text.sample(family.name, labels, totals[0])
 
     def _engine(self, text: Text, status: EngineStatus) -> None:
         for name, documentation, attribute in _GAUGES:

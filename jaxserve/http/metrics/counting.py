@@ -81,7 +81,7 @@ class Metrics:
         self._first = {
             family.name: cells.claim(family.name, (), family.size)
             for family in f.FAMILIES.values()
-            if not family.labels
+            if not family.labels and family.sums is None
         }
         self._window = Window(cells)
         self._requests = RequestCounts(cells, config, tenants)

@@ -11,6 +11,8 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jaxserve.http.metrics.cells import Cells
+
 #: Boundaries that the `jaxserve_*` histograms of times show.
 TIME_BOUNDS = (
     *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
@@ -59,6 +61,8 @@ class Family:
         kind: "counter", "gauge" (here the sum over workers) or "histogram".
         bounds: of a histogram, as it is counted; shown: as it is shown.
         hidden: is only shown under another name (`aliases`).
+        sums: is not counted itself: it is the sum of this one's series…
+        where: …that have this label's value, as the last of their labels; of all where empty.
     """
 
     name: str
@@ -68,6 +72,8 @@ class Family:
     bounds: tuple[float, ...] = ()
     shown: tuple[float, ...] = ()
     hidden: bool = False
+    sums: Family | None = None
+    where: str = ""
 
     @property
     def size(self) -> int:
@@ -106,6 +112,22 @@ def _histogram(
             bounds=_union(shown, *others),
             shown=_union(shown),
             hidden=hidden,
+        )
+    )
+
+
+def _sum_of(
+    sums: Family, name: str, documentation: str, shown: Sequence[float], where: str = ""
+) -> Family:
+    return _add(
+        Family(
+            name=name,
+            kind="histogram",
+            documentation=documentation,
+            bounds=sums.bounds,
+            shown=_union(shown),
+            sums=sums,
+            where=where,
         )
     )
 
@@ -193,11 +215,6 @@ E2E = _histogram(
     *("jaxserve_request_duration_seconds", "From arrival to the last token"),
     *(TIME_BOUNDS, VLLM_REQUEST),
 )
-TPOT = _histogram(
-    "jaxserve_time_per_output_token_seconds",
-    "Of a request, its time per token after the first; none where there was one token",
-    *(TIME_BOUNDS, VLLM_OUTPUT_TOKEN),
-)
 QUEUE = _histogram(
     *("jaxserve_queue_seconds", "Of a sequence, from its place in the queue to its row"),
     *(TIME_BOUNDS, VLLM_REQUEST),
@@ -209,14 +226,6 @@ PREFILL = _histogram(
 DECODE = _histogram(
     *("jaxserve_decode_seconds", "Of a sequence, from its first token to its end"),
     *(TIME_BOUNDS, VLLM_REQUEST),
-)
-REQUEST_PROMPT = _histogram(
-    *("jaxserve_request_prompt_tokens", "Of an ended request, its prompt tokens"),
-    *(GEN_AI_TOKENS[:11], VLLM_TOKENS),
-)
-REQUEST_COMPLETION = _histogram(
-    *("jaxserve_request_completion_tokens", "Of an ended request, the tokens generated"),
-    *(GEN_AI_TOKENS[:11], VLLM_TOKENS),
 )
 STEP = _histogram(
     *("jaxserve_step_seconds", "Device time of a step, by kind of program"),
@@ -238,13 +247,31 @@ GEN_AI_SERVER_TTFT = _histogram(
 GEN_AI_SERVER_TPOT = _histogram(
     "gen_ai_server_time_per_output_token_seconds",
     "Per token after the first, of answered requests",
-    GEN_AI_OUTPUT_TOKEN,
+    *(GEN_AI_OUTPUT_TOKEN, TIME_BOUNDS, VLLM_OUTPUT_TOKEN),
     labels=_OPERATION,
 )
 GEN_AI_USAGE = _histogram(
     *("gen_ai_client_token_usage", "Of answered requests, their tokens"),
-    GEN_AI_TOKENS,
+    *(GEN_AI_TOKENS, VLLM_TOKENS),
     labels=(*_OPERATION, "gen_ai_token_type"),
+)
+TPOT = _sum_of(
+    GEN_AI_SERVER_TPOT,
+    "jaxserve_time_per_output_token_seconds",
+    "Of an answered request, its time per token after the first; none where there was one token",
+    TIME_BOUNDS,
+)
+REQUEST_PROMPT = _sum_of(
+    GEN_AI_USAGE,
+    *("jaxserve_request_prompt_tokens", "Of an answered request, its prompt tokens"),
+    GEN_AI_TOKENS[:11],
+    where="input",
+)
+REQUEST_COMPLETION = _sum_of(
+    GEN_AI_USAGE,
+    *("jaxserve_request_completion_tokens", "Of an answered request, the tokens generated"),
+    GEN_AI_TOKENS[:11],
+    where="output",
 )
 
 # Only shown under vLLM's names.
@@ -271,6 +298,19 @@ STORE_DOWN = _add(
 def selection(bounds: tuple[float, ...], shown: tuple[float, ...]) -> tuple[int, ...]:
     """Of each shown boundary, its place among the counted ones."""
     return tuple(bounds.index(bound) for bound in shown)
+
+
+def totals_of(cells: Cells, family: Family) -> list[float]:
+    """The cells of a family without labels, all workers' together."""
+    if family.sums is None:
+        (series,) = cells.series(family.name)
+        return cells.totals(series)
+    totals = [0.0] * family.size
+    for series in cells.series(family.sums.name):
+        if not family.where or series.labels[-1] == family.where:
+            found = cells.totals(series)
+            totals = [total + cell for total, cell in zip(totals, found, strict=True)]
+    return totals
 
 
 def cumulative(

@@ -90,9 +90,6 @@ class RequestCounts:
         self._cached = self._at(f.CACHED_TOKENS)
         self._recomputed = self._at(f.RECOMPUTED_TOKENS)
         self._discarded = self._at(f.DISCARDED_TOKENS)
-        self._tpot = self._histogram(f.TPOT)
-        self._prompt = self._histogram(f.REQUEST_PROMPT)
-        self._completion = self._histogram(f.REQUEST_COMPLETION)
         self._queue = self._histogram(f.QUEUE)
         self._prefill = self._histogram(f.PREFILL)
         self._decode = self._histogram(f.DECODE)
@@ -144,12 +141,9 @@ class RequestCounts:
             self._observe(places.ttft, ttft_ns / 1e9)
         if tpot_ns is not None:
             self._observe(places.tpot, tpot_ns / 1e9)
-            self._observe(self._tpot, tpot_ns / 1e9)
         self._observe(places.inputs, record.prompt_tokens)
-        self._observe(self._prompt, record.prompt_tokens)
         if record.completion_tokens:
             self._observe(places.outputs, record.completion_tokens)
-            self._observe(self._completion, record.completion_tokens)
 
     def _count_finished(self, record: RequestRecord) -> None:
         """Every choice has one reason; a request that none had begun counts as one."""

@@ -156,6 +156,7 @@ def test_rates_of_the_last_seconds_forget_what_is_older():
     assert window.rates(135 * second) == (3.5, 10.0)
     assert window.rates(140 * second) == (0.0, 0.0)  # no traffic
     window.add(500 * second, 100.0, 0.0)
+    assert window.rates(500 * second + 1) == (0.0, 0.0)  # of whole seconds
     assert window.rates(501 * second) == (10.0, 0.0)
 
 

@@ -39,7 +39,10 @@ SETTINGS = (
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs prometheus"),
+    pytest.mark.skipif(
+        not (shutil.which("prometheus") and shutil.which("promtool")),
+        reason="needs prometheus and promtool",
+    ),
 ]
 
 
@@ -204,6 +207,7 @@ def test_dashboards_rules_and_counters_of_a_server_whose_engine_dies(tmp_path: P
             until(lambda: prom.values("jaxserve_engine_restarts_total") == [1], "no restart")
             fill(client, prom, {"tokens": "rate(jaxserve_output_tokens_total[5s]) > 0"})
             _check_counters(prom)
+            _check_page(client.get("/metrics", headers=admin).content)
             _check_rules(prom)
         process.send_signal(signal.SIGTERM)
         assert process.wait(TIMEOUT_S) == 0
@@ -243,6 +247,14 @@ def _check_counters(prom: Prometheus) -> None:
         assert prom.values(f"sum(resets({name}[1m])) > 0") == [], name
     for name in names:
         assert not any(map(math.isnan, prom.values(name))), name
+
+
+def _check_page(page: bytes) -> None:
+    """promtool objects to nothing of it, the observer's part too, but to vLLM's own names."""
+    done = subprocess.run(["promtool", "check", "metrics"], input=page, capture_output=True)
+    said = (done.stdout + done.stderr).decode().splitlines()
+    assert b"jaxserve_observer_up 1.0" in page
+    assert [line for line in said if not line.startswith("vllm:")] == []
 
 
 def _check_rules(prom: Prometheus) -> None:

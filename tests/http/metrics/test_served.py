@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Iterator
 
@@ -10,6 +11,9 @@ import pytest
 from jaxserve.config import Config
 from jaxserve.engine.parts import Parts, Progressing
 from jaxserve.engine.thread import EngineThread
+from jaxserve.http import observed
+from jaxserve.http.observer.messages import Answer, Question
+from jaxserve.http.observer.reporter import NoReporter
 from jaxserve.types import DeviceInfo
 from tests.fakes.engine import fake_parts
 from tests.http.frontend import CONFIG, Front
@@ -56,7 +60,7 @@ def test_what_the_engine_computes_on_is_told(front: Front):
 
 
 def test_a_chat_is_counted_under_all_names(front: Front):
-    body = {"messages": HI, "max_tokens": 7, "n": 2, "ignore_eos": True}
+    body = {"messages": HI, "max_tokens": 70, "n": 2, "ignore_eos": True}
     used = front.ok("/v1/chat/completions", body)["usage"]
     page = seen(front)
     chat = labels("chat")
@@ -64,16 +68,16 @@ def test_a_chat_is_counted_under_all_names(front: Front):
     assert page.value("gen_ai_server_time_to_first_token_seconds_count", **chat) == 1
     assert page.value("gen_ai_server_time_per_output_token_seconds_count", **chat) == 1
     outputs = chat | {"gen_ai_token_type": "output"}
-    assert page.value("gen_ai_client_token_usage_sum", **outputs) == 14
-    assert page.value("jaxserve_tenant_completion_tokens_total") == 14
+    assert page.value("gen_ai_client_token_usage_sum", **outputs) == 140
+    assert page.value("jaxserve_tenant_completion_tokens_total") == 140
     assert page.value("jaxserve_tenant_prompt_tokens_total") == used["prompt_tokens"]
     assert page.value("jaxserve_queue_seconds_count") == 2
     assert page.value("jaxserve_finished_total", reason="length") == 2
     vllm = {"engine": "0", "model_name": "fake"}
     assert page.value("vllm:request_success_total", **vllm, finished_reason="length") == 2
     assert page.value("vllm:request_params_n_sum", **vllm) == 2
-    assert page.value("vllm:request_max_num_generation_tokens_sum", **vllm) == 7
-    assert page.value("vllm:generation_tokens_total", **vllm) == 14
+    assert page.value("vllm:request_max_num_generation_tokens_sum", **vllm) == 70
+    assert page.value("vllm:generation_tokens_total", **vllm) == 140
 
 
 def test_a_refused_request_has_an_error_type(front: Front):
@@ -102,3 +106,46 @@ def test_pages_that_ask_for_no_work_are_counted_by_status_only(front: Front):
 
 def test_without_an_observer_nothing_is_said_of_one(front: Front):
     assert "observer" not in front.get("/metrics").text
+
+
+class HungObserver(NoReporter):
+    """Takes questions and does not answer, until it does."""
+
+    num_asked = 0
+    answers = False
+
+    async def ask(self, question: Question) -> Answer:
+        self.num_asked += 1
+        if not self.answers:
+            await asyncio.Event().wait()
+        return Answer(content_type="text/plain", body=b"jaxserve_observer_up 1.0\n")
+
+
+def test_an_observer_that_hangs_delays_one_scrape_in_ten_seconds(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(observed, "_SCRAPE_S", 0.01)
+    observer = HungObserver()
+    frontend = front.app.frontend
+    now_s = 100.0
+
+    async def scrape() -> str:
+        sent: list[dict] = []
+
+        async def send(message: dict) -> None:
+            sent.append(message)
+
+        await page({}, None, send)
+        return sent[-1]["body"].decode()
+
+    monkeypatch.setattr(frontend, "reporter", observer)
+    page = observed.PrometheusMetrics(frontend, clock_s=lambda: now_s)
+    for _ in range(3):
+        text = front.run(scrape())
+        assert "jaxserve_observer_up 0.0" in text and "jaxserve_running 0.0" in text
+    assert observer.num_asked == 1
+    now_s += 11
+    observer.answers = True
+    assert "jaxserve_observer_up 1.0" in front.run(scrape())
+    assert "jaxserve_observer_up 1.0" in front.run(scrape())
+    assert observer.num_asked == 3
