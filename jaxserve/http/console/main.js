@@ -52,7 +52,7 @@ function choose() {
     if (on) tab.panel.replaceChildren(tab.view.element);
     else tab.panel.replaceChildren();
   }
-  chosen.button.scrollIntoView({ block: "nearest", inline: "nearest" });
+  chosen.button.scrollIntoView({ block: "nearest", inline: "center" });
   document.title = `${chosen.view.title} · jaxserve console`;
   chosen.view.update();
 }

@@ -29,10 +29,13 @@ export class Models {
     this.#showHealth();
     try {
       const { data } = await json("/v1/models");
+      this.data = data;
       this.#show(data);
     } catch (error) {
       this.models.replaceChildren(blank(error.status === 401 ? "A key is needed" : "Not available", error.message));
       this.adapters.replaceChildren();
+      this.data = null;
+      this.shownAdapters = "";
     }
   }
 
@@ -43,6 +46,7 @@ export class Models {
     const shown = JSON.stringify(engine);
     if (shown === this.shownEngine) return;
     this.shownEngine = shown;
+    if (this.data) this.#showAdapters();
     const facts = engine
       ? [
           ["State", engine.state], ["Process", engine.pid], ["Last step", `${duration(1000 * engine.step_age_s)} ago`],
@@ -61,16 +65,24 @@ export class Models {
 
   #show(data) {
     const bases = data.filter((card) => !card.parent);
-    const adapters = data.filter((card) => card.parent);
     this.models.replaceChildren(el("div", { class: "card scroll" }, table("Models", [{ label: "Name" }, { label: "Context", number: true }, { label: "Since", number: true }],
       bases.map((card) => [card.id, `${number(card.max_model_len)} tokens`, moment(card.created)]))));
+    this.#showAdapters();
+  }
+
+  #showAdapters() {
+    const off = this.feed.now?.engine?.adapter_slots === 0;
+    const adapters = this.data.filter((card) => card.parent);
+    const shown = JSON.stringify([off, adapters]);
+    if (shown === this.shownAdapters) return;
+    this.shownAdapters = shown;
     this.adapters.replaceChildren(adapters.length
       ? el("div", { class: "card scroll" }, table("Adapters", [{ label: "Name" }, { label: "From", wide: true }, { label: "Content", wide: true }, { label: "" }],
           adapters.map((card) => [card.id, card.root, el("code", {}, (card.hash ?? "").slice(0, 12)), el("button", { class: "quiet small", type: "button", "aria-label": `Unload ${card.id}`, onclick: (event) => this.#unload(card.id, event.currentTarget) }, "Unload")])))
-      : this.feed.now?.engine?.adapter_slots === 0
+      : off
         ? blank("Adapters are off", "Start the server with lora.enabled=true to load some.")
         : blank("No adapters", "Load one here, or name some with lora.adapters."));
-    this.form.hidden = this.feed.now?.engine?.adapter_slots === 0;
+    this.form.hidden = off;
   }
 
   async #load(event) {
@@ -85,6 +97,7 @@ export class Models {
     button.disabled = true;
     await this.#change("/v1/unload_lora_adapter", { lora_name: name }, `${name} is unloaded.`);
     button.disabled = false;
+    this.name.focus(); // its row is gone
   }
 
   async #change(path, body, done) {
