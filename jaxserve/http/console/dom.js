@@ -42,7 +42,13 @@ export function blank(title, note, kind = "empty") {
 /** A table that scrolls by itself where it is wide. Columns: {label, number, wide}; rows: arrays of cells. */
 export function table(caption, columns, rows) {
   const cell = (column, content) =>
-    el("td", { class: [column.number && "number", column.wide && "wide"].filter(Boolean).join(" ") || null }, content ?? "–");
+    el(
+      "td",
+      {
+        class: [column.number && "number", column.wide && "wide"].filter(Boolean).join(" ") || null,
+      },
+      content ?? "–",
+    );
   return el(
     "div",
     { class: "scroll", tabindex: 0, role: "region", "aria-label": caption },
@@ -50,9 +56,37 @@ export function table(caption, columns, rows) {
       "table",
       {},
       el("caption", { class: "unseen" }, caption),
-      el("thead", {}, el("tr", {}, columns.map((column) =>
-        el("th", { scope: "col", class: [column.number && "number", column.wide && "wide"].filter(Boolean).join(" ") || null }, column.label)))),
-      el("tbody", {}, rows.map((row) => el("tr", {}, columns.map((column, index) => cell(column, row[index]))))),
+      el(
+        "thead",
+        {},
+        el(
+          "tr",
+          {},
+          columns.map((column) =>
+            el(
+              "th",
+              {
+                scope: "col",
+                class:
+                  [column.number && "number", column.wide && "wide"].filter(Boolean).join(" ") ||
+                  null,
+              },
+              column.label,
+            ),
+          ),
+        ),
+      ),
+      el(
+        "tbody",
+        {},
+        rows.map((row) =>
+          el(
+            "tr",
+            {},
+            columns.map((column, index) => cell(column, row[index])),
+          ),
+        ),
+      ),
     ),
   );
 }
