@@ -220,7 +220,7 @@ export class Overview {
         engine?.prefix_lookup_tokens
           ? percent(engine.prefix_hit_tokens / engine.prefix_lookup_tokens)
           : "–",
-        "of prompt tokens",
+        "of prompts",
       ],
       ["Failed", requests ? percent(bad / requests, 2) : "–", `of ${counted(requests, "request")}`],
     ];
