@@ -198,8 +198,8 @@ export class Overview {
     const tiles = [
       ["Decoded", big(mean("decode_tokens")), "tokens/s"],
       ["Requests", big(mean("requests")), "/s"],
-      ["TTFT p95", duration(last("ttft_p95")), "last minute"],
-      ["TPOT p95", duration(last("tpot_p95")), "last minute"],
+      ["TTFT p95", duration(last("ttft_p95")), "of late"],
+      ["TPOT p95", duration(last("tpot_p95")), "of late"],
       [
         "Running",
         engine ? number(engine.running) : "–",
