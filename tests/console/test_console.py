@@ -126,6 +126,11 @@ def test_a_chart_is_read_by_mouse_by_keys_and_as_a_table(base: str, browser: Any
         chart.get_by_role("button", name="Queue, sequences as a table").click()
         heads = chart.locator("thead th").all_inner_texts()
         assert heads == ["Time", "running", "waiting"]
+        values = chart.get_by_role("region", name="Queue, sequences: values")
+        values.focus()
+        values.evaluate("e => { e.scrollTop = 40; e.firstChild.dataset.old = 1; }")
+        until(page, "!document.querySelector('.values [data-old]')")  # it was filled anew
+        assert values.evaluate("e => [e.scrollTop, e === document.activeElement]") == [40, True]
         for choice in ("15 min", "24 h", "5 min"):
             page.get_by_role("radio", name=choice, exact=True).check()
             page.wait_for_selector(".chart svg .tick")

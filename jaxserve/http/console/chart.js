@@ -1,7 +1,7 @@
 // Line charts in SVG: axes with units, a cursor for mouse and keys, and the numbers as a table.
 // A value that is null is a gap; only gaps shorter than `BRIDGE` points are drawn across.
 
-import { el, say, svg } from "./dom.js";
+import { el, say, svg, swap } from "./dom.js";
 import { clock } from "./format.js";
 
 const HEIGHT = 150;
@@ -316,7 +316,8 @@ export class LineChart {
         ),
       );
     }
-    this.values.replaceChildren(
+    swap(
+      this.values,
       el(
         "div",
         { class: "scroll", tabindex: 0, role: "region", "aria-label": `${options.title}: values` },

@@ -1,7 +1,7 @@
 // The tab of costs, and of tokens by tenant.
 
 import { json } from "./api.js";
-import { blank, el, table } from "./dom.js";
+import { blank, el, swap, table } from "./dom.js";
 import { big, counted, money, number } from "./format.js";
 import { Report, tile, track } from "./report.js";
 import { costPaths, costs } from "./shapes.js";
@@ -120,7 +120,8 @@ export class Costs extends Report {
     if (!this.element.isConnected || shown === this.shownUsage) return;
     this.shownUsage = shown;
     const rows = tenants.toSorted((a, b) => b.completion_tokens - a.completion_tokens);
-    this.usage.replaceChildren(
+    swap(
+      this.usage,
       rows.length
         ? el(
             "div",

@@ -29,6 +29,22 @@ export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
+/** Puts new content in a place; what was scrolled or focused in the old stays so in the new. */
+export function swap(place, ...content) {
+  const before = [...place.querySelectorAll(".scroll")].map((region) => ({
+    left: region.scrollLeft,
+    top: region.scrollTop,
+    focused: region === document.activeElement,
+  }));
+  place.replaceChildren(...content);
+  place.querySelectorAll(".scroll").forEach((region, index) => {
+    if (!before[index]) return;
+    region.scrollLeft = before[index].left;
+    region.scrollTop = before[index].top;
+    if (before[index].focused) region.focus({ preventScroll: true });
+  });
+}
+
 /** A state in place of content: nothing yet, not configured, an error. */
 export function blank(title, note, kind = "empty") {
   return el(

@@ -244,7 +244,7 @@ export class Overview {
   }
 
   #fillNews(news) {
-    const shown = JSON.stringify(news);
+    const shown = news.map((item) => `${moment(item.at_s)} ${item.kind} ${item.subject}`).join();
     if (shown === this.shownNews) return;
     this.shownNews = shown;
     const words = {

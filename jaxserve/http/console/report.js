@@ -1,6 +1,6 @@
 // What the tabs of SLOs, costs and alerts have in common: each asks its own routes while it is seen.
 
-import { blank, el } from "./dom.js";
+import { blank, el, swap } from "./dom.js";
 import { percent } from "./format.js";
 
 const PERIOD_MS = 10_000;
@@ -33,7 +33,7 @@ export class Report {
     const shown = failure ? `${failure.status} ${failure.message}` : JSON.stringify(doc);
     if (shown === this.shown) return;
     this.shown = shown;
-    this.content.replaceChildren(failure ? this.#refused(failure) : this.show(doc));
+    swap(this.content, failure ? this.#refused(failure) : this.show(doc));
   }
 
   #refused(error) {

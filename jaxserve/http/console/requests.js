@@ -1,7 +1,7 @@
 // The last requests that ended, and where the time of each went.
 
 import { json } from "./api.js";
-import { blank, el } from "./dom.js";
+import { blank, el, swap } from "./dom.js";
 import { clock, duration, number } from "./format.js";
 import { without } from "./overview.js";
 import { waterfall } from "./waterfall.js";
@@ -95,7 +95,8 @@ export class Requests {
       return;
     }
     const focused = document.activeElement?.dataset?.request;
-    this.list.replaceChildren(
+    swap(
+      this.list,
       el(
         "div",
         { class: "scroll card", tabindex: 0, role: "region", "aria-label": "Last requests" },
