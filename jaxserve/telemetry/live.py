@@ -23,6 +23,8 @@ from jaxserve.telemetry.sketch import Sketch
 RINGS = ((1, 900), (60, 1440))
 #: Seconds that may still change after they have passed, since reports come late.
 LATE_S = 5
+#: A second's quantiles are of so many seconds up to it, since few requests end in one.
+WINDOW_S = 10
 #: For so long a queue, or pages, are taken to be what they were last seen to be.
 CARRY_S = 3
 #: Requests that are remembered whole; and tenants, news and requests that go on.
@@ -232,16 +234,19 @@ class Live:
         if 0 <= since <= last:
             first = max(first, since + 1 - (LATE_S if step_s == 1 else 1))
         columns: dict[str, list[float | None]] = {}
+        window = _Window(max(1, WINDOW_S // step_s))
         seen: tuple[int, dict[str, int]] | None = None
-        for number in range(first - CARRY_S, last + 1):
+        for number in range(first - WINDOW_S, last + 1):
             point = ring.find(number)
+            window.take(point)
             if point is not None and point.gauges:
                 seen = number, point.gauges
             if number < first:
                 continue
             carried = seen[1] if seen and (number - seen[0]) * step_s <= CARRY_S else {}
             elapsed_s = self._elapsed_s(number, ring.step_s, now_ns)
-            for name, value in _values(point, carried, elapsed_s).items():
+            values = _values(point, carried, elapsed_s) | window.quantiles()
+            for name, value in values.items():
                 columns.setdefault(name, []).append(value)
         end_ns = (last + 1) * step_s * 1_000_000_000
         return {
@@ -313,15 +318,43 @@ class Live:
         }
 
 
+class _Window:
+    """Latencies of the last points, one after another.
+
+    Args:
+        size: points.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._points: deque[Point | None] = deque()
+        self._sums = {name: Sketch() for name in _LATENCIES}
+
+    def take(self, point: Point | None) -> None:
+        """Goes on to the next point; None where nothing was counted in it."""
+        self._points.append(point)
+        gone = self._points.popleft() if len(self._points) > self._size else None
+        for name, own in self._sums.items():
+            if point is not None:
+                own.join(point.latencies[name])
+            if gone is not None:
+                own.part(gone.latencies[name])
+
+    def quantiles(self) -> dict[str, float | None]:
+        """Of what is in the window, by the names of their columns."""
+        return {
+            f"{name}_p{share * 100:g}": None if value is None else round(value, 3)
+            for name, own in self._sums.items()
+            for share, value in zip(_SHARES, own.quantiles(_SHARES), strict=True)
+        }
+
+
 def _values(point: Point | None, gauges: dict[str, int], elapsed_s: float) -> dict[str, Any]:
     """A point's columns."""
     point = point or Point(-1)
     values: dict[str, Any] = {}
     for name in _RATES:
         values[name] = round(point.counts[name] / elapsed_s, 3) if elapsed_s > 0 else None
-    for name, sketch in point.latencies.items():
-        for share, value in zip(_SHARES, sketch.quantiles(_SHARES), strict=True):
-            values[f"{name}_p{share * 100:g}"] = None if value is None else round(value, 3)
     for name in _GAUGES:
         values[name] = gauges.get(name)
     steps = point.counts["steps"]

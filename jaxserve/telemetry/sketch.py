@@ -39,6 +39,24 @@ class Sketch:
         self.count += 1
         self.total += value
 
+    def join(self, other: Sketch) -> None:
+        """Counts all that another has."""
+        for index, count in other._counts.items():
+            self._counts[index] = self._counts.get(index, 0) + count
+        self.count += other.count
+        self.total += other.total
+
+    def part(self, other: Sketch) -> None:
+        """Takes away all that another has, which was joined before."""
+        for index, count in other._counts.items():
+            left = self._counts[index] - count
+            if left:
+                self._counts[index] = left
+            else:
+                del self._counts[index]
+        self.count -= other.count
+        self.total -= other.total
+
     def quantiles(self, shares: tuple[float, ...]) -> tuple[float | None, ...]:
         """The values below which such shares lie, each a value's rank ⌈share · count⌉.
 

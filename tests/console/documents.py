@@ -71,8 +71,8 @@ ALERTS: dict[str, Any] = {
             "severity": "critical",
             "title": f"The budget of {HOSTILE} burns",
             "details": {HOSTILE: HOSTILE, "burn rate": "16.2"},
-            "started_s": 1795699960.0,
-            "ended_s": 0.0,
+            "started_at": 1795699960.0,
+            "ended_at": None,
         }
     ],
     "recent": [
@@ -81,9 +81,12 @@ ALERTS: dict[str, Any] = {
             "severity": "warning",
             "title": "Step time is 7% above its baseline",
             "details": {},
-            "started_s": 1795600000.0,
-            "ended_s": 1795603600.0,
+            "started_at": 1795600000.0,
+            "ended_at": 1795603600.0,
         }
+    ],
+    "receivers": [
+        {"name": "slack 1", "queued": 2, "sent": 5, "failed": 1, "dropped": 0, "error": HOSTILE}
     ],
 }
 

@@ -19,6 +19,7 @@ from tests.console.documents import ALERTS, COSTS, LINES, SLO, USAGE, answer_wit
 from tests.fakes.engine import oracle
 from tests.fakes.tokenizer import ByteTokenizer
 from tests.http.frontend import chat_prompt
+from tests.http.test_adapters import written
 
 pytestmark = needs_browser
 TABS = ("overview", "chat", "requests", "slo", "costs", "alerts", "models")
@@ -125,6 +126,11 @@ def test_a_chart_is_read_by_mouse_by_keys_and_as_a_table(base: str, browser: Any
         chart.get_by_role("button", name="Queue, sequences as a table").click()
         heads = chart.locator("thead th").all_inner_texts()
         assert heads == ["Time", "running", "waiting"]
+        values = chart.get_by_role("region", name="Queue, sequences: values")
+        values.focus()
+        values.evaluate("e => { e.scrollTop = 40; e.firstChild.dataset.old = 1; }")
+        until(page, "!document.querySelector('.values [data-old]')")  # it was filled anew
+        assert values.evaluate("e => [e.scrollTop, e === document.activeElement]") == [40, True]
         for choice in ("15 min", "24 h", "5 min"):
             page.get_by_role("radio", name=choice, exact=True).check()
             page.wait_for_selector(".chart svg .tick")
@@ -288,6 +294,29 @@ def test_what_nobody_has_configured_is_said_quietly(base: str, browser: Any):
             page.wait_for_selector(f"#panel-{tab} .blank >> text=Not configured")
         page.goto(f"{base}/console#models")
         page.wait_for_selector("#panel-models >> text=Adapters are off")
+
+
+def test_adapters_are_loaded_tried_and_unloaded(browser: Any, tmp_path: Path):
+    written(tmp_path / "pirate", 1)
+    settings = ("lora.enabled=true", "lora.classes=4x3")
+    with server(tmp_path, *settings) as (own, _), visiting(browser, own) as visit:
+        page = visit.open("models")
+        page.wait_for_selector("#panel-models >> text=No adapters")
+        page.fill("#lora-name", "pirate")
+        page.fill("#lora-path", str(tmp_path / "nothing"))
+        page.get_by_role("button", name="Load").click()
+        page.wait_for_selector("#panel-models .outcome.error-text >> text=nothing")
+        page.fill("#lora-path", str(tmp_path / "pirate"))
+        page.get_by_role("button", name="Load").click()
+        page.wait_for_selector("#panel-models .outcome >> text=pirate is loaded.")
+        page.goto(f"{own}/console#chat")
+        page.select_option("#p-model", "pirate")
+        ask(page, "Ahoy", 3, 8)
+        page.wait_for_selector(".turn.assistant .waterfall", state="attached")
+        assert "pirate" in page.locator(".waterfall .facts").text_content()
+        page.goto(f"{own}/console#models")
+        page.get_by_role("button", name="Unload pirate").click()
+        page.wait_for_selector("#panel-models >> text=No adapters")
 
 
 def test_documents_of_the_other_parts_are_understood(base: str, browser: Any):

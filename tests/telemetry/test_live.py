@@ -98,9 +98,9 @@ def test_seconds_hold_what_happened_in_them(clocks, live):
     assert columns["bad"] == [0, 1, 0]
     assert columns["decode_tokens"] == [0, 12 - 3 + 12, 0]
     assert columns["prefill_tokens"] == [0, 30, 0]
-    assert columns["ttft_p50"] == [None, pytest.approx(100, rel=0.01), None]
-    assert columns["tpot_p99"] == [None, pytest.approx(10, rel=0.01), None]
-    assert columns["total_p50"] == [None, pytest.approx(500, rel=0.01), None]  # the failed one not
+    for name, ms in {"ttft_p50": 100, "tpot_p99": 10, "total_p50": 500}.items():
+        later = pytest.approx(ms, rel=0.01)  # of the failed one there is none
+        assert columns[name] == [None, later, later]
     assert columns["waiting"] == [None, 7, 7]  # carried on for a moment
     assert columns["step_ms"] == [None, 20, None]
     assert columns["rows"] == [None, 3, None]
@@ -119,6 +119,19 @@ def test_no_traffic_is_gaps_and_never_nan(clocks, live):
         assert set(series["columns"]["ttft_p99"]) == {None}
         assert set(series["columns"]["busy"]) == {None}
         assert set(series["columns"]["requests"]) == {0}
+
+
+def test_quantiles_of_a_second_are_of_ten(clocks, live):
+    for second, ms in ((0, 10), (3, 20), (5, 40)):
+        at_s = 1000.5 + second
+        live.ended(request(second, at_s, arrived_ns=int(at_s * S) - ms * MS))
+    clocks.ns = 1020 * S
+    expected = [10] * 3 + [10] * 2 + [20] * 5 + [20] * 3 + [40] * 2 + [None] * 5
+    for since in (-1, 1008):
+        found = live.series(1, since)["columns"]["total_p50"]
+        for value, ms in zip(reversed(found), reversed(expected), strict=False):
+            assert value == (ms if ms is None else pytest.approx(ms, rel=0.01))
+    assert live.series(1)["columns"]["total_p99"][5] == pytest.approx(40, rel=0.01)
 
 
 def test_a_one_token_answer_has_no_time_per_token(clocks, live):

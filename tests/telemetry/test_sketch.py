@@ -43,3 +43,23 @@ def test_what_is_no_size_is_left_out_and_extremes_are_bounded():
     low, high = sketch.quantiles((0.5, 1.0))
     assert low == pytest.approx(1e-6, rel=ERROR * 1.0001)
     assert high == pytest.approx(LARGEST, rel=ERROR * 1.0001)
+
+
+def test_what_was_joined_is_parted_again():
+    one, other = Sketch(), Sketch()
+    for value in (1.0, 2.0, 2.0):
+        one.add(value)
+        other.add(value * 100)
+    one.join(other)
+    assert one.count == 6
+    assert one.quantiles((0.9,))[0] == pytest.approx(200, rel=ERROR * 1.0001)
+    one.part(other)
+    assert one.count == 3
+    assert one.total == 5
+    assert one.quantiles((1.0,))[0] == pytest.approx(2, rel=ERROR * 1.0001)
+    rest = Sketch()
+    for value in (2.0, 1.0, 2.0):
+        rest.add(value)
+    one.part(rest)
+    assert one.count == 0
+    assert one.quantiles(SHARES) == (None, None, None)

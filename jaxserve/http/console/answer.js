@@ -19,11 +19,29 @@ export class Answer {
     this.firstMs = 0;
     this.text = el("div", { class: "text" });
     this.caret = el("span", { class: "caret", "aria-hidden": "true" });
-    this.thinking = el("details", { class: "thinking", hidden: true }, el("summary", {}, "Reasoning"), el("div", { class: "text" }));
+    this.thinking = el(
+      "details",
+      { class: "thinking", hidden: true },
+      el("summary", {}, "Reasoning"),
+      el("div", { class: "text" }),
+    );
     this.error = el("p", { class: "error-text", role: "alert", hidden: true });
     this.meta = el("p", { class: "meta" });
-    this.time = el("details", { class: "time", hidden: true }, el("summary", {}, "Where the time went"));
-    this.element = el("article", { class: "turn assistant", "aria-label": "Answer", "aria-busy": "true" }, el("p", { class: "who" }, "Assistant"), this.thinking, el("div", { class: "said" }, this.text, this.caret), this.error, this.meta, this.time);
+    this.time = el(
+      "details",
+      { class: "time", hidden: true },
+      el("summary", {}, "Where the time went"),
+    );
+    this.element = el(
+      "article",
+      { class: "turn assistant", "aria-label": "Answer", "aria-busy": "true" },
+      el("p", { class: "who" }, "Assistant"),
+      this.thinking,
+      el("div", { class: "said" }, this.text, this.caret),
+      this.error,
+      this.meta,
+      this.time,
+    );
     this.text.addEventListener("pointerover", (event) => this.#show(event.target));
     this.text.addEventListener("pointerleave", () => this.tip.hide());
     this.text.addEventListener("focusout", () => this.#pick(null));
@@ -36,7 +54,8 @@ export class Answer {
     if (chunk.usage) this.usage = chunk.usage;
     if (!choice) return;
     const { delta = {} } = choice;
-    if (!this.firstMs && (delta.content || delta.reasoning_content)) this.firstMs = performance.now();
+    if (!this.firstMs && (delta.content || delta.reasoning_content))
+      this.firstMs = performance.now();
     if (delta.reasoning_content) {
       this.thought += delta.reasoning_content;
       this.thinking.hidden = false;
@@ -57,7 +76,9 @@ export class Answer {
     // A character may be several tokens, and text may be held back: where the tokens of this piece
     // do not spell it one by one, they share one span.
     const decoder = new TextDecoder();
-    const pieces = entries.map((entry) => decoder.decode(Uint8Array.from(entry.bytes ?? []), { stream: true }));
+    const pieces = entries.map((entry) =>
+      decoder.decode(Uint8Array.from(entry.bytes ?? []), { stream: true }),
+    );
     if (pieces.join("") === content) {
       let held = [];
       pieces.forEach((piece, index) => {
@@ -73,7 +94,9 @@ export class Answer {
   #span(text, entries) {
     const sure = Math.min(...entries.map((entry) => Math.exp(entry.logprob)));
     const level = sure < DOUBTFUL ? "doubtful" : sure < UNSURE ? "unsure" : "sure";
-    this.text.append(el("span", { class: `token ${level}`, dataset: { at: this.entries.length } }, text));
+    this.text.append(
+      el("span", { class: `token ${level}`, dataset: { at: this.entries.length } }, text),
+    );
     this.entries.push(entries);
     if (this.entries.length === 1) {
       this.text.tabIndex = 0;
@@ -91,7 +114,9 @@ export class Answer {
   #key(event) {
     const tokens = this.text.querySelectorAll(".token");
     const at = this.picked ? Number(this.picked.dataset.at) : -1;
-    const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: tokens.length - 1 }[event.key];
+    const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: tokens.length - 1 }[
+      event.key
+    ];
     if (event.key === "Escape") this.#pick(null);
     if (to === undefined || !tokens.length) return;
     event.preventDefault();
@@ -116,7 +141,9 @@ export class Answer {
     this.element.setAttribute("aria-busy", "false");
     if (error) {
       this.error.hidden = false;
-      const code = error.code ? ` (${[error.status || null, error.code, error.param].filter(Boolean).join(", ")})` : "";
+      const code = error.code
+        ? ` (${[error.status || null, error.code, error.param].filter(Boolean).join(", ")})`
+        : "";
       this.error.textContent = error.message + code;
     }
     const { usage } = this;
@@ -124,16 +151,24 @@ export class Answer {
     const facts = [];
     if (this.firstMs) facts.push(`first token ${duration(this.firstMs - this.startedMs)}`);
     if (usage) {
-      const rate = usage.completion_tokens > 1 && this.firstMs ? (1000 * (usage.completion_tokens - 1)) / (now - this.firstMs) : null;
+      const rate =
+        usage.completion_tokens > 1 && this.firstMs
+          ? (1000 * (usage.completion_tokens - 1)) / (now - this.firstMs)
+          : null;
       facts.push(`${number(usage.prompt_tokens)} → ${number(usage.completion_tokens)} tokens`);
-      if (usage.prompt_tokens_details?.cached_tokens) facts.push(`${number(usage.prompt_tokens_details.cached_tokens)} cached`);
+      if (usage.prompt_tokens_details?.cached_tokens)
+        facts.push(`${number(usage.prompt_tokens_details.cached_tokens)} cached`);
       if (rate) facts.push(`${number(rate)} tokens/s`);
       const cost = costOf(usage);
       if (cost) facts.push(money(cost.cost, cost.currency));
     }
     if (stopped) facts.push("stopped");
-    else if (this.finish) facts.push({ stop: "ended by itself", length: "cut at max tokens" }[this.finish] ?? this.finish);
-    if (!this.content && !error && !stopped) this.text.append(el("span", { class: "note" }, "(an empty answer)"));
+    else if (this.finish)
+      facts.push(
+        { stop: "ended by itself", length: "cut at max tokens" }[this.finish] ?? this.finish,
+      );
+    if (!this.content && !error && !stopped)
+      this.text.append(el("span", { class: "note" }, "(an empty answer)"));
     this.meta.textContent = facts.join(" · ");
   }
 
@@ -148,7 +183,9 @@ export class Answer {
 export class Tip {
   constructor() {
     this.element = el("div", { class: "tip", role: "status", hidden: true });
-    document.addEventListener("keydown", (event) => { if (event.key === "Escape") this.hide(); });
+    document.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") this.hide();
+    });
   }
 
   show(anchor, entries) {
@@ -156,7 +193,10 @@ export class Tip {
     this.element.hidden = false;
     const box = anchor.getBoundingClientRect();
     const own = this.element.getBoundingClientRect();
-    const left = Math.min(Math.max(8, box.left), document.documentElement.clientWidth - own.width - 8);
+    const left = Math.min(
+      Math.max(8, box.left),
+      document.documentElement.clientWidth - own.width - 8,
+    );
     const above = box.bottom + own.height + 10 > innerHeight && box.top > own.height + 10;
     this.element.style.left = `${left}px`;
     this.element.style.top = `${above ? box.top - own.height - 6 : box.bottom + 6}px`;
@@ -168,14 +208,40 @@ export class Tip {
 }
 
 function tokenTable(entry) {
-  const rows = [entry, ...(entry.top_logprobs ?? []).filter((one) => !same(one, entry))]
-    .sort((a, b) => b.logprob - a.logprob);
-  return el("table", {}, el("caption", {}, "Chosen ", el("code", {}, visible(entry.token)), ` · log-probability ${entry.logprob.toFixed(3)}`),
-    el("tbody", {}, rows.map((one) => {
-      const bar = el("span", { class: "meter-fill" });
-      bar.style.width = `${100 * Math.exp(one.logprob)}%`;
-      return el("tr", { class: one === entry ? "chosen" : null }, el("th", { scope: "row" }, el("code", {}, visible(one.token)), one === entry ? el("span", { class: "unseen" }, " (chosen)") : null), el("td", {}, el("span", { class: "meter-track", "aria-hidden": "true" }, bar)), el("td", { class: "number" }, percent(Math.exp(one.logprob), 2)));
-    })));
+  const rows = [entry, ...(entry.top_logprobs ?? []).filter((one) => !same(one, entry))].sort(
+    (a, b) => b.logprob - a.logprob,
+  );
+  return el(
+    "table",
+    {},
+    el(
+      "caption",
+      {},
+      "Chosen ",
+      el("code", {}, visible(entry.token)),
+      ` · log-probability ${entry.logprob.toFixed(3)}`,
+    ),
+    el(
+      "tbody",
+      {},
+      rows.map((one) => {
+        const bar = el("span", { class: "meter-fill" });
+        bar.style.width = `${100 * Math.exp(one.logprob)}%`;
+        return el(
+          "tr",
+          { class: one === entry ? "chosen" : null },
+          el(
+            "th",
+            { scope: "row" },
+            el("code", {}, visible(one.token)),
+            one === entry ? el("span", { class: "unseen" }, " (chosen)") : null,
+          ),
+          el("td", {}, el("span", { class: "meter-track", "aria-hidden": "true" }, bar)),
+          el("td", { class: "number" }, percent(Math.exp(one.logprob), 2)),
+        );
+      }),
+    ),
+  );
 }
 
 function same(one, other) {

@@ -18,20 +18,73 @@ export class Chat {
     this.abort = null;
     this.asksCost = true;
     this.tip = new Tip();
-    this.log = el("div", { class: "log", role: "log", "aria-label": "Conversation", "aria-live": "off", tabindex: 0 }, this.#welcome());
+    this.log = el(
+      "div",
+      { class: "log", role: "log", "aria-label": "Conversation", "aria-live": "off", tabindex: 0 },
+      this.#welcome(),
+    );
     this.status = el("p", { class: "unseen", role: "status" });
-    this.input = el("textarea", { id: "prompt", rows: 2, placeholder: "Ask something", "aria-describedby": "prompt-note", onkeydown: (event) => this.#key(event) });
+    this.input = el("textarea", {
+      id: "prompt",
+      rows: 2,
+      placeholder: "Ask something",
+      "aria-describedby": "prompt-note",
+      onkeydown: (event) => this.#key(event),
+    });
     this.send = el("button", { class: "primary", type: "submit" }, "Send");
-    this.stop = el("button", { class: "danger", type: "button", hidden: true, onclick: () => this.#stop() }, "Stop");
-    this.clear = el("button", { class: "quiet", type: "button", onclick: () => this.#clear() }, "New chat");
+    this.stop = el(
+      "button",
+      { class: "danger", type: "button", hidden: true, onclick: () => this.#stop() },
+      "Stop",
+    );
+    this.clear = el(
+      "button",
+      { class: "quiet", type: "button", onclick: () => this.#clear() },
+      "New chat",
+    );
     this.fields = this.#makeFields();
-    this.element = el("div", { class: "chat", onkeydown: (event) => { if (event.key === "Escape") this.#stop(); } },
+    this.element = el(
+      "div",
+      {
+        class: "chat",
+        onkeydown: (event) => {
+          if (event.key === "Escape") this.#stop();
+        },
+      },
       el("h2", { class: "unseen" }, "Chat"),
-      el("div", { class: "talk" }, this.log,
-        el("form", { class: "composer", onsubmit: (event) => { event.preventDefault(); this.#ask(); } },
-          el("label", { class: "unseen", for: "prompt" }, "Your message"), this.input,
-          el("div", { class: "actions" }, el("span", { id: "prompt-note", class: "note" }, "Enter sends, Shift+Enter a new line, Esc stops"), this.clear, this.stop, this.send)), this.status),
-      this.fields.element, this.tip.element);
+      el(
+        "div",
+        { class: "talk" },
+        this.log,
+        el(
+          "form",
+          {
+            class: "composer",
+            onsubmit: (event) => {
+              event.preventDefault();
+              this.#ask();
+            },
+          },
+          el("label", { class: "unseen", for: "prompt" }, "Your message"),
+          this.input,
+          el(
+            "div",
+            { class: "actions" },
+            el(
+              "span",
+              { id: "prompt-note", class: "note" },
+              "Enter sends, Shift+Enter a new line, Esc stops",
+            ),
+            this.clear,
+            this.stop,
+            this.send,
+          ),
+        ),
+        this.status,
+      ),
+      this.fields.element,
+      this.tip.element,
+    );
   }
 
   /** Shown: what can be asked. */
@@ -47,12 +100,19 @@ export class Chat {
     const { model } = this.fields;
     if (names.join("\n") === [...model.options].map((option) => option.value).join("\n")) return;
     const before = model.value;
-    model.replaceChildren(...cards.filter((card) => names.includes(card.id)).map((card) => el("option", { value: card.id }, card.parent ? `${card.id} (adapter)` : card.id)));
+    model.replaceChildren(
+      ...cards
+        .filter((card) => names.includes(card.id))
+        .map((card) =>
+          el("option", { value: card.id }, card.parent ? `${card.id} (adapter)` : card.id),
+        ),
+    );
     if (names.includes(before)) model.value = before;
   }
 
   #makeFields() {
-    const numeric = (id, options) => el("input", { id, type: "number", inputmode: "decimal", ...options });
+    const numeric = (id, options) =>
+      el("input", { id, type: "number", inputmode: "decimal", ...options });
     const fields = {
       model: el("select", { id: "p-model" }, el("option", { value: "" }, "the server's")),
       system: el("textarea", { id: "p-system", rows: 3, placeholder: "none" }),
@@ -64,18 +124,43 @@ export class Chat {
     };
     const labelled = (label, field) => el("label", { for: field.id }, label, field);
     const wide = matchMedia("(min-width: 900px)").matches;
-    fields.element = el("details", { class: "parameters card", open: wide },
+    fields.element = el(
+      "details",
+      { class: "parameters card", open: wide },
       el("summary", {}, "Parameters"),
-      el("div", { class: "fields" }, labelled("Model or adapter", fields.model), labelled("System prompt", fields.system),
-        el("div", { class: "pair" }, labelled("Temperature", fields.temperature), labelled("Top p", fields.top_p)),
-        el("div", { class: "pair" }, labelled("Max tokens", fields.max_tokens), labelled("Seed", fields.seed)),
+      el(
+        "div",
+        { class: "fields" },
+        labelled("Model or adapter", fields.model),
+        labelled("System prompt", fields.system),
+        el(
+          "div",
+          { class: "pair" },
+          labelled("Temperature", fields.temperature),
+          labelled("Top p", fields.top_p),
+        ),
+        el(
+          "div",
+          { class: "pair" },
+          labelled("Max tokens", fields.max_tokens),
+          labelled("Seed", fields.seed),
+        ),
         el("label", { class: "check", for: "p-logprobs" }, fields.logprobs, " Token probabilities"),
-        el("p", { class: "note" }, "Tokens that were less likely are underlined. Point at one, or choose it with the arrow keys, to see what else was likely.")));
+        el(
+          "p",
+          { class: "note" },
+          "Tokens that were less likely are underlined. Point at one, or choose it with the arrow keys, to see what else was likely.",
+        ),
+      ),
+    );
     return fields;
   }
 
   #welcome() {
-    return blank("Try the model", "Choose parameters, ask something, and see each token's alternatives and where the time went.");
+    return blank(
+      "Try the model",
+      "Choose parameters, ask something, and see each token's alternatives and where the time went.",
+    );
   }
 
   #key(event) {
@@ -100,7 +185,14 @@ export class Chat {
     if (!content || this.abort) return;
     this.log.querySelector(":scope > .blank")?.remove();
     this.input.value = "";
-    this.log.append(el("article", { class: "turn user", "aria-label": "You" }, el("p", { class: "who" }, "You"), el("div", { class: "text" }, content)));
+    this.log.append(
+      el(
+        "article",
+        { class: "turn user", "aria-label": "You" },
+        el("p", { class: "who" }, "You"),
+        el("div", { class: "text" }, content),
+      ),
+    );
     const answer = new Answer(this.tip);
     this.log.append(answer.element);
     this.log.scrollTop = this.log.scrollHeight;
@@ -113,14 +205,19 @@ export class Chat {
       await this.#stream(answer, this.abort.signal);
     } catch (error) {
       how = error.name === "AbortError" ? { stopped: true } : { error };
-      if (how.error && !(error instanceof ApiError)) how.error = new ApiError(0, `The answer could not be read: ${error.message}`);
+      if (how.error && !(error instanceof ApiError))
+        how.error = new ApiError(0, `The answer could not be read: ${error.message}`);
     }
     answer.end(how);
     if (answer.content) turns.push({ role: "assistant", content: answer.content });
     else turns.pop(); // what was not answered is not sent again
     this.abort = null;
     this.#busy(false);
-    this.status.textContent = how.error ? "" : how.stopped ? "Stopped." : `Answered: ${answer.content}`;
+    this.status.textContent = how.error
+      ? ""
+      : how.stopped
+        ? "Stopped."
+        : `Answered: ${answer.content}`;
     this.#follow();
     this.#explain(answer);
   }
@@ -140,7 +237,10 @@ export class Chat {
   async #call(signal) {
     const body = this.#body();
     try {
-      return await call("/v1/chat/completions", { body: this.asksCost ? { ...body, include_cost: true } : body, signal });
+      return await call("/v1/chat/completions", {
+        body: this.asksCost ? { ...body, include_cost: true } : body,
+        signal,
+      });
     } catch (error) {
       if (!this.asksCost || error.param !== "include_cost") throw error;
       this.asksCost = false; // this server prices nothing
@@ -150,9 +250,14 @@ export class Chat {
 
   #body() {
     const { model, system, temperature, top_p, max_tokens, seed, logprobs } = this.fields;
-    const body = { messages: [...this.turns], stream: true, stream_options: { include_usage: true } };
+    const body = {
+      messages: [...this.turns],
+      stream: true,
+      stream_options: { include_usage: true },
+    };
     if (model.value) body.model = model.value;
-    if (system.value.trim()) body.messages.unshift({ role: "system", content: system.value.trim() });
+    if (system.value.trim())
+      body.messages.unshift({ role: "system", content: system.value.trim() });
     for (const [name, field] of Object.entries({ temperature, top_p, max_tokens, seed })) {
       if (field.value !== "") body[name] = Number(field.value);
     }

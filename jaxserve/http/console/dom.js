@@ -29,6 +29,22 @@ export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
+/** Puts new content in a place; what was scrolled or focused in the old stays so in the new. */
+export function swap(place, ...content) {
+  const before = [...place.querySelectorAll(".scroll")].map((region) => ({
+    left: region.scrollLeft,
+    top: region.scrollTop,
+    focused: region === document.activeElement,
+  }));
+  place.replaceChildren(...content);
+  place.querySelectorAll(".scroll").forEach((region, index) => {
+    if (!before[index]) return;
+    region.scrollLeft = before[index].left;
+    region.scrollTop = before[index].top;
+    if (before[index].focused) region.focus({ preventScroll: true });
+  });
+}
+
 /** A state in place of content: nothing yet, not configured, an error. */
 export function blank(title, note, kind = "empty") {
   return el(
@@ -42,7 +58,13 @@ export function blank(title, note, kind = "empty") {
 /** A table that scrolls by itself where it is wide. Columns: {label, number, wide}; rows: arrays of cells. */
 export function table(caption, columns, rows) {
   const cell = (column, content) =>
-    el("td", { class: [column.number && "number", column.wide && "wide"].filter(Boolean).join(" ") || null }, content ?? "–");
+    el(
+      "td",
+      {
+        class: [column.number && "number", column.wide && "wide"].filter(Boolean).join(" ") || null,
+      },
+      content ?? "–",
+    );
   return el(
     "div",
     { class: "scroll", tabindex: 0, role: "region", "aria-label": caption },
@@ -50,9 +72,37 @@ export function table(caption, columns, rows) {
       "table",
       {},
       el("caption", { class: "unseen" }, caption),
-      el("thead", {}, el("tr", {}, columns.map((column) =>
-        el("th", { scope: "col", class: [column.number && "number", column.wide && "wide"].filter(Boolean).join(" ") || null }, column.label)))),
-      el("tbody", {}, rows.map((row) => el("tr", {}, columns.map((column, index) => cell(column, row[index]))))),
+      el(
+        "thead",
+        {},
+        el(
+          "tr",
+          {},
+          columns.map((column) =>
+            el(
+              "th",
+              {
+                scope: "col",
+                class:
+                  [column.number && "number", column.wide && "wide"].filter(Boolean).join(" ") ||
+                  null,
+              },
+              column.label,
+            ),
+          ),
+        ),
+      ),
+      el(
+        "tbody",
+        {},
+        rows.map((row) =>
+          el(
+            "tr",
+            {},
+            columns.map((column, index) => cell(column, row[index])),
+          ),
+        ),
+      ),
     ),
   );
 }

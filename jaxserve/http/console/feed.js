@@ -85,7 +85,10 @@ export class Feed extends EventTarget {
     const slow = this.step === 60 && Date.now() - this.#slowMs < SLOW_PERIOD_MS && this.#series[60];
     const step = slow ? 1 : this.step;
     const since = this.#series[step]?.next ?? -1;
-    const told = await json(`/console/data?step=${step}&since=${since}&requests=${this.#requestsNext}`, { signal });
+    const told = await json(
+      `/console/data?step=${step}&since=${since}&requests=${this.#requestsNext}`,
+      { signal },
+    );
     if (step === 60) this.#slowMs = Date.now();
     this.#join(step, told.series);
     this.#joinRequests(told.requests, told.life);
@@ -97,14 +100,22 @@ export class Feed extends EventTarget {
   #join(step, told) {
     const old = this.#series[step];
     const goesOn = old && told.next >= old.next && told.first > old.first;
-    const gap = goesOn ? Array(Math.min(KEPT[step], Math.max(0, told.first - old.next - 1))).fill(null) : [];
+    const gap = goesOn
+      ? Array(Math.min(KEPT[step], Math.max(0, told.first - old.next - 1))).fill(null)
+      : [];
     const columns = {};
     for (const [name, values] of Object.entries(told.columns)) {
       const before = goesOn ? (old.columns[name] ?? []).slice(0, told.first - old.first) : [];
       columns[name] = [...before, ...gap, ...values].slice(-KEPT[step]);
     }
     const size = Object.values(columns)[0]?.length ?? 0;
-    this.#series[step] = { stepS: told.step_s, first: told.next - size + 1, next: told.next, endS: told.end_s, columns };
+    this.#series[step] = {
+      stepS: told.step_s,
+      first: told.next - size + 1,
+      next: told.next,
+      endS: told.end_s,
+      columns,
+    };
   }
 
   #joinRequests(told, life) {
@@ -117,7 +128,9 @@ export class Feed extends EventTarget {
     }
     this.#requestsNext = told.next;
     const known = new Set(this.requests.map((row) => row.id));
-    this.requests = this.requests.concat(told.rows.filter((row) => !known.has(row.id))).slice(-MAX_REQUESTS);
+    this.requests = this.requests
+      .concat(told.rows.filter((row) => !known.has(row.id)))
+      .slice(-MAX_REQUESTS);
   }
 
   #turn(state, error) {

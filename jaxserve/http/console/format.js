@@ -13,8 +13,15 @@ export function number(value) {
 /** 1.2k, 3.4M, 5.6G with a unit behind it. */
 export function big(value, unit = "") {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
-  for (const [factor, prefix] of [[1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]]) {
-    if (Math.abs(value) >= factor * 0.9995) return `${number(value / factor)}${THIN}${prefix}${unit}`;
+  for (const [factor, prefix] of [
+    [1e15, "P"],
+    [1e12, "T"],
+    [1e9, "G"],
+    [1e6, "M"],
+    [1e3, "k"],
+  ]) {
+    if (Math.abs(value) >= factor * 0.9995)
+      return `${number(value / factor)}${THIN}${prefix}${unit}`;
   }
   return unit ? `${number(value)}${THIN}${unit}` : number(value);
 }
@@ -41,7 +48,10 @@ export function percent(share, digits = 1) {
 export function money(value, currency = "") {
   const amount = typeof value === "string" ? Number(value) : value;
   if (amount === null || amount === undefined || !Number.isFinite(amount)) return "–";
-  const digits = amount !== 0 && Math.abs(amount) < 0.1 ? { maximumSignificantDigits: 3 } : { minimumFractionDigits: 2, maximumFractionDigits: 2 };
+  const digits =
+    amount !== 0 && Math.abs(amount) < 0.1
+      ? { maximumSignificantDigits: 3 }
+      : { minimumFractionDigits: 2, maximumFractionDigits: 2 };
   const text = amount.toLocaleString("en", { maximumFractionDigits: 20, ...digits });
   return currency ? `${text}${THIN}${currency}` : text;
 }
@@ -50,7 +60,9 @@ export function money(value, currency = "") {
 export function clock(atS, seconds = true) {
   if (!Number.isFinite(atS)) return "–";
   return new Date(atS * 1000).toLocaleTimeString("en-GB", {
-    hour: "2-digit", minute: "2-digit", ...(seconds ? { second: "2-digit" } : {}),
+    hour: "2-digit",
+    minute: "2-digit",
+    ...(seconds ? { second: "2-digit" } : {}),
   });
 }
 
@@ -58,7 +70,11 @@ export function clock(atS, seconds = true) {
 export function moment(atS) {
   if (!Number.isFinite(atS)) return "–";
   return new Date(atS * 1000).toLocaleString("en-GB", {
-    day: "2-digit", month: "short", hour: "2-digit", minute: "2-digit", second: "2-digit",
+    day: "2-digit",
+    month: "short",
+    hour: "2-digit",
+    minute: "2-digit",
+    second: "2-digit",
   });
 }
 

@@ -1,31 +1,64 @@
 // The page: tabs, theme, key, and the line that says whether it is connected.
 
 import { key } from "./api.js";
+import { Alerts } from "./alerts.js";
 import { Chat } from "./chat.js";
+import { Costs } from "./costs.js";
 import { el, say } from "./dom.js";
 import { duration } from "./format.js";
 import { Feed } from "./feed.js";
 import { Models } from "./models.js";
 import { Overview } from "./overview.js";
-import { Alerts, Costs, Slo } from "./reports.js";
 import { Requests } from "./requests.js";
+import { Slo } from "./slo.js";
 
 const THEME = "jaxserve.theme";
 const THEMES = ["auto", "light", "dark"];
 const WORDS = {
-  waiting: "Connecting", live: "Live", key: "Key needed", forbidden: "Not an admin's key", off: "Not observed", down: "Disconnected",
+  waiting: "Connecting",
+  live: "Live",
+  key: "Key needed",
+  forbidden: "Not an admin's key",
+  off: "Not observed",
+  down: "Disconnected",
 };
 
 const byId = (id) => document.getElementById(id);
 const feed = new Feed();
-const tabs = Object.entries({ overview: Overview, chat: Chat, requests: Requests, slo: Slo, costs: Costs, alerts: Alerts, models: Models })
-  .map(([id, Tab]) => ({ id, view: new Tab(feed) }));
+const tabs = Object.entries({
+  overview: Overview,
+  chat: Chat,
+  requests: Requests,
+  slo: Slo,
+  costs: Costs,
+  alerts: Alerts,
+  models: Models,
+}).map(([id, Tab]) => ({ id, view: new Tab(feed) }));
 
 // ---------------------------------------------------------------- tabs
 
 for (const tab of tabs) {
-  tab.button = el("button", { type: "button", role: "tab", id: `tab-${tab.id}`, "aria-controls": `panel-${tab.id}`, "aria-selected": "false", tabindex: -1, onclick: () => { location.hash = tab.id; } }, tab.view.title);
-  tab.panel = el("section", { role: "tabpanel", id: `panel-${tab.id}`, "aria-labelledby": `tab-${tab.id}`, hidden: true });
+  tab.button = el(
+    "button",
+    {
+      type: "button",
+      role: "tab",
+      id: `tab-${tab.id}`,
+      "aria-controls": `panel-${tab.id}`,
+      "aria-selected": "false",
+      tabindex: -1,
+      onclick: () => {
+        location.hash = tab.id;
+      },
+    },
+    tab.view.title,
+  );
+  tab.panel = el("section", {
+    role: "tabpanel",
+    id: `panel-${tab.id}`,
+    "aria-labelledby": `tab-${tab.id}`,
+    hidden: true,
+  });
   byId("tabs").append(tab.button);
   byId("main").append(tab.panel);
 }
@@ -52,7 +85,7 @@ function choose() {
     if (on) tab.panel.replaceChildren(tab.view.element);
     else tab.panel.replaceChildren();
   }
-  chosen.button.scrollIntoView({ block: "nearest", inline: "nearest" });
+  chosen.button.scrollIntoView({ block: "nearest", inline: "center" });
   document.title = `${chosen.view.title} · jaxserve console`;
   chosen.view.update();
 }
@@ -110,15 +143,20 @@ feed.addEventListener("state", () => {
   if (feed.state === "key") showKey(true);
   else if (feed.state === "live" || feed.state === "forbidden") showKey(false);
   byId("key-button").hidden = feed.state === "live" && !key.get();
-  say(byId("announce"), feed.state === "live" ? "Connected" : `${WORDS[feed.state]}. ${feed.error}`);
+  say(
+    byId("announce"),
+    feed.state === "live" ? "Connected" : `${WORDS[feed.state]}. ${feed.error}`,
+  );
 });
 feed.addEventListener("update", () => {
   say(byId("model"), feed.now?.engine?.model ?? "");
   const engine = feed.now?.engine?.state;
   let text = WORDS[feed.state];
   if (feed.state === "live" && engine && engine !== "ready") text = `Engine ${engine}`;
-  if (feed.state === "down" && feed.updatedMs) text = `Disconnected for ${duration(Date.now() - feed.updatedMs)}`;
-  byId("connection").dataset.state = feed.state === "live" && engine !== "ready" && engine ? "off" : feed.state;
+  if (feed.state === "down" && feed.updatedMs)
+    text = `Disconnected for ${duration(Date.now() - feed.updatedMs)}`;
+  byId("connection").dataset.state =
+    feed.state === "live" && engine !== "ready" && engine ? "off" : feed.state;
   say(byId("connection-text"), text);
   document.body.classList.toggle("stale", feed.state === "down" && feed.now !== null);
 });

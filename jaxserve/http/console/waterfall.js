@@ -4,8 +4,13 @@ import { el } from "./dom.js";
 import { duration, number, percent } from "./format.js";
 
 const ABOUT = {
-  receive: "head and body", admit: "limits and rights", tokenize: "template, tokens", queue: "waits for a row",
-  prefill: "to its first token", decode: "to its last token", detokenize: "text, last byte",
+  receive: "head and body",
+  admit: "limits and rights",
+  tokenize: "template, tokens",
+  queue: "waits for a row",
+  prefill: "to its first token",
+  decode: "to its last token",
+  detokenize: "text, last byte",
 };
 
 /** The element for a document of /console/request. */
@@ -16,10 +21,17 @@ export function waterfall(doc) {
     const piece = el("span", { class: `bar-piece w-${bar.name in ABOUT ? bar.name : "other"}` });
     piece.style.left = `${Math.min(99.6, (100 * bar.start_ms) / total)}%`;
     piece.style.width = `${Math.max(0.4, (100 * (bar.end_ms - bar.start_ms)) / total)}%`;
-    return el("tr", { class: bar.depth ? "inner" : null },
-      el("th", { scope: "row", title: ABOUT[bar.name] }, lanes.size > 1 && bar.lane !== "request" ? `${bar.name} (${bar.lane})` : bar.name),
+    return el(
+      "tr",
+      { class: bar.depth ? "inner" : null },
+      el(
+        "th",
+        { scope: "row", title: ABOUT[bar.name] },
+        lanes.size > 1 && bar.lane !== "request" ? `${bar.name} (${bar.lane})` : bar.name,
+      ),
       el("td", { class: "track-cell" }, el("span", { class: "track" }, piece)),
-      el("td", { class: "number" }, duration(bar.end_ms - bar.start_ms)));
+      el("td", { class: "number" }, duration(bar.end_ms - bar.start_ms)),
+    );
   });
   const facts = [
     ["Total", duration(doc.total_ms)],
@@ -35,12 +47,32 @@ export function waterfall(doc) {
     doc.trace_id ? ["Trace", doc.trace_id] : null,
     ["Covered", percent(doc.covered, 2)],
   ].filter(Boolean);
-  return el("div", { class: "waterfall" },
-    el("table", {},
+  return el(
+    "div",
+    { class: "waterfall" },
+    el(
+      "table",
+      {},
       el("caption", { class: "unseen" }, `Where the time of request ${doc.id} went`),
-      el("thead", { class: "unseen" }, el("tr", {}, el("th", { scope: "col" }, "Stretch"), el("th", { scope: "col" }, "When"), el("th", { scope: "col" }, "Took"))),
-      el("tbody", {}, rows)),
+      el(
+        "thead",
+        { class: "unseen" },
+        el(
+          "tr",
+          {},
+          el("th", { scope: "col" }, "Stretch"),
+          el("th", { scope: "col" }, "When"),
+          el("th", { scope: "col" }, "Took"),
+        ),
+      ),
+      el("tbody", {}, rows),
+    ),
     doc.error ? el("p", { class: "error-text" }, `${doc.error_code}: ${doc.error}`) : null,
-    el("dl", { class: "facts" }, facts.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value)))),
-    el("p", { class: "note" }, "Request ", el("code", {}, doc.id)));
+    el(
+      "dl",
+      { class: "facts" },
+      facts.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))),
+    ),
+    el("p", { class: "note" }, "Request ", el("code", {}, doc.id)),
+  );
 }
