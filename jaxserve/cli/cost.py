@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.bench import stats
-from jaxserve.bench.compare import read_record
+from jaxserve.bench.figures import read_records
 from jaxserve.bench.plot import grouped_bars
 from jaxserve.errors import ConfigError
 from jaxserve.metering.devices import DEVICES
@@ -76,7 +76,7 @@ def report(arguments: argparse.Namespace) -> int:
     """
     prices = _prices(arguments)
     rates = read_rates(
-        read_record(arguments.result),
+        read_records(arguments.result)[-1],
         arguments.device,
         arguments.chips,
         _positive("--input-ratio", arguments.input_ratio, zero=True),

@@ -25,7 +25,7 @@ from jaxserve.metering.power.power import make_power
 from jaxserve.metering.prices import make_prices
 from jaxserve.telemetry.alerts.incident import Severity
 from jaxserve.telemetry.alerts.receivers import make_receivers
-from jaxserve.telemetry.slo.burn import PAGE
+from jaxserve.telemetry.slo.burn import PAGE, OnAlert
 from jaxserve.telemetry.slo.objective import parse_objectives
 from jaxserve.telemetry.tracing.settings import check_tracing
 
@@ -72,7 +72,7 @@ def check_parts(config: Config) -> None:
         make_power(config.metering)
 
 
-def _slo_alerts(alerts: Alerts) -> Callable[[str, bool, str, str, dict[str, Any]], None]:
+def _slo_alerts(alerts: Alerts) -> OnAlert:
     """Where burn rates are told: a page wakes somebody up, a ticket waits for the morning."""
 
     def on_alert(
