@@ -27,6 +27,7 @@ from jaxserve.telemetry.alerts.engine import EngineWatch
 from jaxserve.telemetry.alerts.incident import Incident, Severity
 from jaxserve.telemetry.alerts.notifier import Notifier
 from jaxserve.telemetry.alerts.receivers import make_receivers
+from jaxserve.telemetry.alerts.starts import LOOP_S, Starts
 from jaxserve.telemetry.baselines.identity import device_name, fingerprint
 from jaxserve.telemetry.baselines.watch import Baselines, worse_text
 from jaxserve.telemetry.document import Document
@@ -83,6 +84,7 @@ def make_alerts(
     book = notifier.book
     engine = EngineWatch(book.on_alert)
     faults: dict[str, float] = {}
+    starts = Starts(state, wall)
 
     def on_news(news: News) -> None:
         at_s = news.at_ns / 1e9
@@ -101,6 +103,9 @@ def make_alerts(
     async def tick() -> None:
         now_s = monotonic()
         engine.tick(now_s)
+        deaths = f"{starts.num_deaths()} within {LOOP_S:.0f} s"
+        title = "The observer dies and is started again and again"
+        book.on_alert("observer", starts.is_loop(), Severity.ERROR, title, {"deaths": deaths})
         for part, at_s in list(faults.items()):
             firing = now_s - at_s < FAULT_S
             book.on_alert(
@@ -117,6 +122,10 @@ def make_alerts(
     async def ask(question: Question) -> Answer:
         return Answer(body=msgspec.json.encode(describe(notifier)))
 
+    async def close() -> None:
+        await notifier.close()
+        starts.ended()
+
     return Alerts(
         part=Part(
             name="alerts",
@@ -126,7 +135,7 @@ def make_alerts(
             flush=notifier.save,
             asks={"alerts": ask},
             metrics=lambda: _metrics(notifier),
-            close=notifier.close,
+            close=close,
         ),
         on_alert=book.on_alert,
         notifier=notifier,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from numpy import ndarray
 from scipy import stats
 
@@ -98,26 +98,22 @@ def find_changes(
 def clip_outliers(x: Float[ndarray, "n"]) -> Float[ndarray, "n"]:
     """The series with single samples that differ from both their sides brought back to them."""
     out = x.copy()
-    least = _LEAST_NOISE * _noise(x) if len(x) > 1 else 0.0
-    for i in range(len(x)):
-        left = x[max(0, i - NEIGHBOURHOOD) : i]
-        right = x[i + 1 : i + 1 + NEIGHBOURHOOD]
-        sides = [side for side in (left, right) if len(side) >= 3]
-        if not sides:
-            continue
-        around = np.concatenate([left, right])
-        limits = []
-        for side in sides:
-            center = float(np.median(side))
-            spread = max(
-                _MAD * float(np.median(np.abs(side - center))), _LEAST_SPREAD * abs(center), least
-            )
-            limits.append((center - OUTLIER_SIGMAS * spread, center + OUTLIER_SIGMAS * spread))
-        # Far from both sides, and its next neighbours are not: else it is a change.
-        if all(x[i] > high for _, high in limits) and not _has_company(x, i, limits, 1):
-            out[i] = min(float(np.max(around)), max(high for _, high in limits))
-        elif all(x[i] < low for low, _ in limits) and not _has_company(x, i, limits, -1):
-            out[i] = max(float(np.min(around)), min(low for low, _ in limits))
+    if len(x) < 2:
+        return out
+    lows, highs, known = _side_limits(x, _LEAST_NOISE * _noise(x))
+    above = known & np.all(x > highs, axis=0)
+    below = known & np.all(x < lows, axis=0)
+    for i in np.flatnonzero(above | below):
+        around = np.concatenate(
+            [x[max(0, i - NEIGHBOURHOOD) : i], x[i + 1 : i + 1 + NEIGHBOURHOOD]]
+        )
+        low, high = float(np.min(lows[:, i])), float(np.max(highs[:, i]))
+        # A neighbour out there too makes it a change.
+        beside = x[[j for j in (i - 1, i + 1) if 0 <= j < len(x)]]
+        if above[i] and not np.any(beside > high):
+            out[i] = min(float(np.max(around)), high)
+        elif below[i] and not np.any(beside < low):
+            out[i] = max(float(np.min(around)), low)
     return out
 
 
@@ -160,17 +156,34 @@ def _noise(x: Float[ndarray, "n"]) -> float:
     return float(np.mean(np.abs(np.diff(x)))) / _DIFFERENCE
 
 
-def _has_company(
-    x: Float[ndarray, "n"], i: int, limits: Sequence[tuple[float, float]], side: int
-) -> bool:
-    """Whether a neighbour lies out there too."""
-    for j in (i - 1, i + 1):
-        if 0 <= j < len(x):
-            if side > 0 and all(x[j] > high for _, high in limits):
-                return True
-            if side < 0 and all(x[j] < low for low, _ in limits):
-                return True
-    return False
+def _side_limits(
+    x: Float[ndarray, "n"], least: float
+) -> tuple[Float[ndarray, "2 n"], Float[ndarray, "2 n"], Bool[ndarray, "n"]]:
+    """What is usual before and after each sample: lowest and highest value of either side.
+
+    Args:
+        least: standard deviation of a side, at least.
+
+    Returns:
+        lows, highs, and whether a sample has a side at all. One of fewer than three samples is
+        none: everything is above and below it.
+    """
+    padded = np.pad(x, NEIGHBOURHOOD, constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, NEIGHBOURHOOD)
+    enough = np.sum(np.isfinite(windows), axis=1) >= 3
+    filled = np.where(enough[:, None], windows, 0.0)
+    centers = np.nanmedian(filled, axis=1)
+    spreads = _MAD * np.nanmedian(np.abs(filled - centers[:, None]), axis=1)
+    reach = OUTLIER_SIGMAS * np.maximum(spreads, np.maximum(_LEAST_SPREAD * np.abs(centers), least))
+    low = np.where(enough, centers - reach, np.inf)
+    high = np.where(enough, centers + reach, -np.inf)
+    before, after = slice(0, len(x)), slice(NEIGHBOURHOOD + 1, None)
+    sides = np.stack([enough[before], enough[after]])
+    return (
+        np.stack([low[before], low[after]]),
+        np.stack([high[before], high[after]]),
+        np.any(sides, axis=0),
+    )
 
 
 def _change(x: Float[ndarray, "n"], start: int, index: int, end: int) -> Change:

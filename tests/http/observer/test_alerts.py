@@ -97,6 +97,24 @@ def test_an_engine_that_ends_again_and_again_is_one_incident_and_over_by_itself(
     asyncio.run(work())
 
 
+def test_an_observer_that_dies_again_and_again_is_told_by_its_next_life(tmp_path: Path):
+    async def work() -> None:
+        wall = Clock(1e9)
+        for _ in range(3):  # and none of them is closed
+            await make_alerts(config(), tmp_path, wall=wall).part.tick()
+            wall.advance(5)
+        alerts = make_alerts(config(), tmp_path, wall=wall)
+        await alerts.part.tick()
+        assert opened(alerts) == ["The observer dies and is started again and again"]
+        wall.advance(601)
+        await alerts.part.tick()
+        await alerts.part.tick()
+        assert opened(alerts) == []
+        await alerts.part.close()
+
+    asyncio.run(work())
+
+
 def test_a_part_that_fails_is_an_incident_and_over_by_itself(tmp_path: Path):
     async def work() -> None:
         clock = Clock()
