@@ -9,7 +9,7 @@ from jaxserve.config import Config
 from jaxserve.http.keyfile import load_keys
 from jaxserve.http.observer.metering import Metering, NoLedger
 from jaxserve.http.observer.part import Part
-from jaxserve.metering.power.power import make_power
+from jaxserve.metering.power.power import check_power
 from jaxserve.metering.prices import make_prices
 
 #: Has all workers know something: a topic, and its JSON.
@@ -40,4 +40,4 @@ def check_parts(config: Config) -> None:
         ConfigError: one cannot be used.
     """
     make_prices(config.metering)
-    make_power(config.metering)
+    check_power(config.metering)
