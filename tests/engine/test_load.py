@@ -16,6 +16,7 @@ from jaxserve.config import Config, KernelsConfig, WeightsConfig
 from jaxserve.device.executor import Executor
 from jaxserve.device.memory import Memory
 from jaxserve.engine import load
+from jaxserve.engine.attribution import FLOPS_PER_BYTE
 from jaxserve.engine.layout import describe_experts
 from jaxserve.engine.load import (
     buckets_for,
@@ -351,6 +352,20 @@ def tokens_of(stream: SyncStream) -> tuple[list[list[int]], list[Any], list[Any]
             beside += event.logprobs
             of_prompt += event.prompt_logprobs
     return [tokens[choice] for choice in sorted(tokens)], beside, of_prompt
+
+
+def test_what_rows_cost_is_what_the_model_counts(
+    settings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch)
+    parts = load_parts(config_of(settings), lambda phase, done, total: None)
+    work, model = parts.work, parts.executor._model
+    assert dict(work.windows).keys() == {kind.window for kind in model.spec.layers}
+    assert sum(share for _, share in work.windows) == pytest.approx(1)
+    flops, num_bytes = model.count_work(8, 8, 80)
+    counted = flops / FLOPS_PER_BYTE["cpu"] + num_bytes
+    added = 8 * (work.token + work.sample) + 80 * (work.attend + work.read) + work.weights
+    assert added == pytest.approx(counted, rel=0.02)
 
 
 @pytest.mark.slow

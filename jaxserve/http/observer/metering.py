@@ -78,7 +78,7 @@ class Metering:
         tell: `Observer.tell`, from the first tick on.
         state: directory of what outlives the observer.
         budgets: by tenant.
-        on_passed: told when a tenant passes a limit of its budget.
+        on_passed: told when a tenant passes a limit of its budget; it is logged where None.
         power: as configured where None.
         source: unique to a life of the server, of which an observer may have several.
         clock_ns, wall_s: CLOCK_MONOTONIC, and seconds since 1970.
@@ -113,7 +113,7 @@ class Metering:
             path=state / "meter.json",
             now_ns=clock_ns(),
         )
-        self.spending = Spending(budgets or {}, on_passed)
+        self.spending = Spending(budgets or {}, on_passed or self._log_passed)
         self._live = LivePrices()
         self._unkept: list[Entry] = []
         self._num_kept = self._num_lost = 0
@@ -240,6 +240,13 @@ class Metering:
             wall_ns = interval.end_ns - interval.start_ns
             cost = self._prices.hardware(wall_ns) + self._prices.energy(interval.energy_j)
             self._live.spent(cost, now_ns / 1e9)
+
+    def _log_passed(self, tenant: str, kind: str, spent: Decimal, limit: Decimal) -> None:
+        currency = self._prices.currency
+        logger.warning(
+            "tenant %s has spent %.2f %s this month, its %s budget is %s",
+            *(tenant, spent, currency, kind, limit),
+        )
 
     async def _flush(self, *, last: bool) -> None:
         async with self._asks_ledger:

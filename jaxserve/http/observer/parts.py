@@ -21,7 +21,7 @@ from jaxserve.http.observer.metering import Metering
 from jaxserve.http.observer.part import Part
 from jaxserve.http.observer.slo import make_slo
 from jaxserve.http.observer.tracing import make_tracing
-from jaxserve.metering.power.power import make_power
+from jaxserve.metering.power.power import check_power
 from jaxserve.metering.prices import make_prices
 from jaxserve.telemetry.alerts.incident import Severity
 from jaxserve.telemetry.alerts.receivers import make_receivers
@@ -69,7 +69,7 @@ def check_parts(config: Config) -> None:
     if config.metering.enabled:
         check_ledger(config.metering)
         make_prices(config.metering)
-        make_power(config.metering)
+        check_power(config.metering)
 
 
 def _slo_alerts(alerts: Alerts) -> OnAlert:

@@ -134,6 +134,12 @@ def _indexes(gpus: Sequence[str]) -> list[int]:
     return [int(gpu) for gpu in gpus]
 
 
+def check_power(config: MeteringConfig) -> None:
+    """Looks at the settings, and at no counter; raises as `make_power`."""
+    modelled_device(config)
+    _indexes(config.gpus)
+
+
 def make_power(config: MeteringConfig) -> Power:
     """As configured: NVML if it counts, else RAPL if it may be read, else the model.
 

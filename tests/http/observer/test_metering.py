@@ -28,7 +28,7 @@ from jaxserve.metering.pricing import Rate
 from jaxserve.protocol.messages import SequenceRecord, StepStats
 from jaxserve.protocol.records import RequestCost, RequestRecord
 from tests.fakes.cost_observer import FILE
-from tests.http.storm import client_of, ready, until
+from tests.http.storm import client_of, metric, ready, until
 from tests.http.test_serve import address_of, children, command, started
 
 S = 10**9
@@ -379,6 +379,7 @@ def test_a_server_with_deaths_cancels_and_failures_adds_up(tmp_path: Path):
     with started(*settings) as process:
         base = address_of(process)
         asyncio.run(asyncio.wait_for(storm(base, process.pid), 120))
+        assert metric(base, "jaxserve_preemptions_total") > 0
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
         log = process.stderr.read()
