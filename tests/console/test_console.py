@@ -224,6 +224,14 @@ def test_requests_are_listed_and_opened_by_keys(base: str, browser: Any):
         page.wait_for_selector(".requests .waterfall")
         assert page.locator(".waterfall tbody th").all_inner_texts() == STAGES
         assert page.evaluate("document.activeElement.getAttribute('aria-expanded')") == "true"
+        # What is pressed is not taken away by requests that come meanwhile.
+        page.get_by_label("Find").fill("")
+        page.evaluate("document.querySelector('.requests tbody tr').dataset.old = 1")
+        work(base, 1)
+        page.wait_for_selector("tbody tr:nth-child(2)[data-old]")
+        page.evaluate("location.hash = 'overview'")
+        page.evaluate("location.hash = 'requests'")
+        page.wait_for_selector(".requests tr.open + tr.detail .waterfall")
 
 
 def test_all_is_reached_by_keys(base: str, browser: Any):

@@ -1,7 +1,7 @@
 // The last requests that ended, and where the time of each went.
 
 import { json } from "./api.js";
-import { blank, el, swap } from "./dom.js";
+import { blank, el } from "./dom.js";
 import { clock, duration, number } from "./format.js";
 import { without } from "./overview.js";
 import { waterfall } from "./waterfall.js";
@@ -26,12 +26,16 @@ export class Requests {
   constructor(feed) {
     this.feed = feed;
     this.open = null;
-    this.detail = null;
+    this.lines = new Map(); // table rows by request
+    this.detailCell = el("td", { colspan: HEADS.length });
+    this.detail = el("tr", { class: "detail" }, this.detailCell);
+    this.tbody = el("tbody", {});
+    this.table = this.#makeTable();
     this.filter = el("input", {
       id: "request-filter",
       type: "search",
       placeholder: "tenant, model, outcome, id",
-      oninput: () => this.#fill(true),
+      oninput: () => this.#fill(),
       autocomplete: "off",
     });
     this.paused = el("input", { type: "checkbox", onchange: () => this.#fill() });
@@ -59,15 +63,14 @@ export class Requests {
   }
 
   update() {
-    this.#fill(true);
+    this.#fill();
   }
 
-  #fill(force = false) {
+  #fill() {
     const { feed } = this;
     if (!this.element.isConnected) return;
     const message = feed.now ? null : without(feed);
     if (message) {
-      this.shown = null;
       this.list.replaceChildren(message);
       return;
     }
@@ -82,9 +85,6 @@ export class Requests {
       )
       .slice(-SHOWN)
       .reverse();
-    const shown = `${rows[0]?.id} ${rows.length} ${wanted} ${this.open}`;
-    if (!force && shown === this.shown) return;
-    this.shown = shown;
     if (!rows.length) {
       this.list.replaceChildren(
         blank(
@@ -94,46 +94,58 @@ export class Requests {
       );
       return;
     }
-    const focused = document.activeElement?.dataset?.request;
-    swap(
-      this.list,
-      el(
-        "div",
-        { class: "scroll card", tabindex: 0, role: "region", "aria-label": "Last requests" },
-        el(
-          "table",
-          { class: "requests" },
-          el("caption", { class: "unseen" }, "Last requests, newest first"),
-          el(
-            "thead",
-            {},
-            el(
-              "tr",
-              {},
-              HEADS.map(([label, kind]) => el("th", { scope: "col", class: kind ?? null }, label)),
-            ),
-          ),
-          el(
-            "tbody",
-            {},
-            rows.flatMap((row) => this.#rows(row)),
-          ),
-        ),
-      ),
-    );
-    if (focused) this.list.querySelector(`[data-request="${CSS.escape(focused)}"]`)?.focus();
+    if (this.table.parentNode !== this.list) this.list.replaceChildren(this.table);
+    this.#place(rows.flatMap((row) => this.#shown(row)));
   }
 
-  #rows(row) {
+  /** Has these rows in the table; those that are there stay untouched, under a finger too. */
+  #place(wanted) {
+    let at = this.tbody.firstChild;
+    for (const line of wanted) {
+      if (line === at) at = at.nextSibling;
+      else this.tbody.insertBefore(line, at);
+    }
+    while (at) {
+      const next = at.nextSibling;
+      this.lines.delete(at.dataset.request);
+      at.remove();
+      at = next;
+    }
+  }
+
+  #makeTable() {
+    const heads = HEADS.map(([label, kind]) =>
+      el("th", { scope: "col", class: kind ?? null }, label),
+    );
+    return el(
+      "div",
+      { class: "scroll card", tabindex: 0, role: "region", "aria-label": "Last requests" },
+      el(
+        "table",
+        { class: "requests" },
+        el("caption", { class: "unseen" }, "Last requests, newest first"),
+        el("thead", {}, el("tr", {}, heads)),
+        this.tbody,
+      ),
+    );
+  }
+
+  #shown(row) {
+    if (!this.lines.has(row.id)) this.lines.set(row.id, this.#makeLine(row));
+    const line = this.lines.get(row.id);
     const open = row.id === this.open;
+    line.className = open ? "open" : "";
+    line.querySelector("button").setAttribute("aria-expanded", String(open));
+    return open ? [line, this.detail] : [line];
+  }
+
+  #makeLine(row) {
     const button = el(
       "button",
       {
         class: "link",
         type: "button",
-        "aria-expanded": String(open),
         "aria-label": `Request of ${clock(row.at_s)}, ${row.outcome}: where its time went`,
-        dataset: { request: row.id },
         onclick: () => this.#toggle(row.id),
       },
       clock(row.at_s),
@@ -150,37 +162,24 @@ export class Requests {
       [duration(row.tpot_ms), "number wide"],
       [duration(row.total_ms), "number"],
     ];
-    const line = el(
+    return el(
       "tr",
-      { class: open ? "open" : null },
+      { dataset: { request: row.id } },
       cells.map(([content, kind]) => el("td", { class: kind ?? null }, content)),
     );
-    return open
-      ? [
-          line,
-          el(
-            "tr",
-            { class: "detail" },
-            el(
-              "td",
-              { colspan: HEADS.length },
-              this.detail ?? el("p", { class: "note" }, "Loading"),
-            ),
-          ),
-        ]
-      : [line];
   }
 
   async #toggle(id) {
     this.open = this.open === id ? null : id;
-    this.detail = null;
-    this.#fill(true);
+    this.detailCell.replaceChildren(el("p", { class: "note" }, "Loading"));
+    this.#fill();
     if (!this.open) return;
+    let content;
     try {
-      this.detail = waterfall(await json(`/console/request?id=${encodeURIComponent(id)}`));
+      content = waterfall(await json(`/console/request?id=${encodeURIComponent(id)}`));
     } catch (error) {
-      this.detail = el("p", { class: "error-text" }, error.message);
+      content = el("p", { class: "error-text" }, error.message);
     }
-    if (this.open === id) this.#fill(true);
+    if (this.open === id) this.detailCell.replaceChildren(content);
   }
 }
