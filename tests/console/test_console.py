@@ -127,6 +127,7 @@ def test_a_chart_is_read_by_mouse_by_keys_and_as_a_table(base: str, browser: Any
         heads = chart.locator("thead th").all_inner_texts()
         assert heads == ["Time", "running", "waiting"]
         values = chart.get_by_role("region", name="Queue, sequences: values")
+        until(page, "document.querySelector('.values .scroll').scrollHeight > 280")
         values.focus()
         values.evaluate("e => { e.scrollTop = 40; e.firstChild.dataset.old = 1; }")
         until(page, "!document.querySelector('.values [data-old]')")  # it was filled anew

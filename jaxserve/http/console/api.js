@@ -36,6 +36,7 @@ export async function call(path, { body, signal } = {}) {
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;
+    if (error.name === "TimeoutError") throw new ApiError(504, "The server does not answer.");
     throw new ApiError(0, "The server cannot be reached.");
   }
   if (response.ok) return response;

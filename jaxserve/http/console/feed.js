@@ -5,6 +5,7 @@
 import { ApiError, json } from "./api.js";
 
 const PERIOD_MS = 1000;
+const ANSWER_MS = 5000;
 const SLOW_PERIOD_MS = 15_000;
 const MAX_PAUSE_MS = 5000;
 const KEPT = { 1: 900, 60: 1440 };
@@ -65,7 +66,7 @@ export class Feed extends EventTarget {
   async #ask() {
     const abort = (this.#asking = new AbortController());
     try {
-      await this.#askOnce(abort.signal);
+      await this.#askOnce(AbortSignal.any([abort.signal, AbortSignal.timeout(ANSWER_MS)]));
       this.#failures = 0;
       this.#turn("live", "");
     } catch (error) {

@@ -70,12 +70,17 @@ byId("tabs").addEventListener("keydown", (event) => {
   event.preventDefault();
   const tab = tabs[(to + tabs.length) % tabs.length];
   location.hash = tab.id;
+  choose();
   tab.button.focus();
 });
+
+let shown = null;
 
 function choose() {
   const wanted = location.hash.slice(1);
   const chosen = tabs.find((tab) => tab.id === wanted) ?? tabs[0];
+  if (chosen === shown) return;
+  shown = chosen;
   for (const tab of tabs) {
     const on = tab === chosen;
     tab.button.setAttribute("aria-selected", String(on));
@@ -133,7 +138,7 @@ function changed() {
   byId("key").value = "";
   feed.clear();
   feed.poke();
-  tabs.find((tab) => !tab.panel.hidden).view.update();
+  shown.view.update();
 }
 
 // ---------------------------------------------------------------- connection
