@@ -27,8 +27,9 @@ class Budget:
     hard: Decimal | None = None
 
 
-#: Told when a tenant passes a limit: tenant, "soft" or "hard", what it has spent, the limit.
-OnPassed = Callable[[str, str, Decimal, Decimal], None]
+#: Told when a tenant passes a limit, and when a month begins in which it has not: tenant, "soft" or
+#: "hard", whether it is passed, what was spent, the limit.
+OnPassed = Callable[[str, str, bool, Decimal, Decimal], None]
 
 
 def read_budget(where: str, value: Any) -> Budget | None:
@@ -64,7 +65,7 @@ class Spending:
 
     Args:
         budgets: by tenant.
-        on_passed: called once for each limit that is passed in a month.
+        on_passed: called once for each limit that is passed in a month, and once that is over.
     """
 
     def __init__(self, budgets: Mapping[str, Budget], on_passed: OnPassed | None = None) -> None:
@@ -80,12 +81,18 @@ class Spending:
 
     def begin(self, month: str, totals: Mapping[str, Decimal]) -> None:
         """Goes on from what the ledger says."""
+        before = self._passed if month != self.month else set()
         if month != self.month:
-            self._passed.clear()
+            self._passed = set()
         self.month = month
         self._spent = {tenant: totals.get(tenant, ZERO) for tenant in self.budgets}
         for tenant in self.budgets:
             self._look(tenant)
+        for tenant, name in before - self._passed:
+            budget = self.budgets[tenant]
+            limit = budget.soft if name == "soft" else budget.hard
+            if self._on_passed is not None and limit is not None:
+                self._on_passed(tenant, name, False, self.spent(tenant), limit)
 
     def add(self, month: str, tenant: str, cost: Decimal) -> None:
         """A request of the month was priced."""
@@ -104,7 +111,7 @@ class Spending:
             if limit is not None and spent >= limit and (tenant, name) not in self._passed:
                 self._passed.add((tenant, name))
                 if self._on_passed is not None:
-                    self._on_passed(tenant, name, spent, limit)
+                    self._on_passed(tenant, name, True, spent, limit)
 
 
 def _amount(where: str, value: Any) -> Decimal:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxserve.config import TelemetryConfig
 from jaxserve.protocol.messages import EngineStatus, StepStats
 from jaxserve.protocol.records import Begun, Outcome, RequestRecord
 from jaxserve.telemetry.sketch import Sketch
@@ -192,6 +193,16 @@ class Live:
             point.idle_ns += stats.idle_ns
             point.rows += stats.rows
             point.gauge(stats)
+
+    def peaks(self, config: TelemetryConfig) -> dict[str, float] | None:
+        """FLOPs and bytes a second that the devices can do at most, 0 where unknown; None: both."""
+        device = self._status.device if self._status is not None else None
+        flops = config.device_flops_per_s or (device.flops_per_s if device else 0.0)
+        num_bytes = config.device_bytes_per_s or (device.bytes_per_s if device else 0.0)
+        if not flops and not num_bytes:
+            return None
+        count = device.count if device is not None else 1
+        return {"flops": flops * count, "bytes": num_bytes * count}
 
     def status(self, status: EngineStatus) -> None:
         """What the engine says of itself."""

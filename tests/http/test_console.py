@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import yaml
 
-from jaxserve.config import HttpConfig
+from jaxserve.config import HttpConfig, TelemetryConfig
 from jaxserve.errors import InvalidRequest
 from jaxserve.http.console import PATHS, POLICY, RequestNotFound
 from jaxserve.http.keyfile import load_keys
@@ -31,7 +31,8 @@ def ask(part, name: str, **query: str):
 @pytest.fixture
 def part():
     """The part at 1,000 s."""
-    return console_part(peaks=lambda: (1e12, 2e11), clock_ns=lambda: 1000 * S, wall_s=lambda: 1.7e9)
+    peaks = TelemetryConfig(device_flops_per_s=1e12, device_bytes_per_s=2e11)
+    return console_part(config=peaks, clock_ns=lambda: 1000 * S, wall_s=lambda: 1.7e9)
 
 
 def test_the_page_is_all_its_own(front: Front):

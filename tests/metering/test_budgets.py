@@ -46,13 +46,17 @@ def test_who_passes_a_limit_is_told_once_a_month():
     spending.add("2026-11", "acme", Decimal("1.5"))
     spending.add("2026-11", "stranger", Decimal(1000))
     spending.add("2026-10", "acme", Decimal(1000))  # it ended before the month
-    assert told == [("acme", "soft", Decimal("10.5"), Decimal(10))]
+    assert told == [("acme", "soft", True, Decimal("10.5"), Decimal(10))]
     spending.begin("2026-11", {"acme": Decimal("21")})  # as the ledger says
-    assert told[1:] == [("acme", "hard", Decimal(21), Decimal(20))]
+    assert told[1:] == [("acme", "hard", True, Decimal(21), Decimal(20))]
     assert json.loads(spending.to_json()) == {
         "month": "2026-11",
         "spent": {"acme": "21.000000", "b": "0.000000"},
     }
     spending.begin("2026-12", {})
+    assert sorted(told[2:]) == [  # a new month: neither is passed any more
+        ("acme", "hard", False, Decimal(0), Decimal(20)),
+        ("acme", "soft", False, Decimal(0), Decimal(10)),
+    ]
     spending.add("2026-12", "acme", Decimal(11))
-    assert told[2:] == [("acme", "soft", Decimal(11), Decimal(10))]
+    assert told[4:] == [("acme", "soft", True, Decimal(11), Decimal(10))]

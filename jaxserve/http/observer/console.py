@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import msgspec
 
+from jaxserve.config import TelemetryConfig
 from jaxserve.errors import InvalidRequest
 from jaxserve.http.body import show
 from jaxserve.http.console import RequestNotFound
@@ -22,8 +23,6 @@ from jaxserve.http.observer.part import Part
 from jaxserve.telemetry.live import RINGS, Live
 from jaxserve.telemetry.waterfall import document
 
-#: FLOPs and bytes a second that the device can do at most; None where that is not known.
-Peaks = Callable[[], tuple[float, float] | None]
 _STEPS = {str(step_s): step_s for step_s, _ in RINGS}
 #: Larger numbers are nobody's.
 _MAX_NUMBER = 2**53
@@ -31,11 +30,15 @@ _MAX_NUMBER = 2**53
 
 def console_part(
     *,
-    peaks: Peaks = lambda: None,
+    config: TelemetryConfig | None = None,
     clock_ns: Callable[[], int] = time.monotonic_ns,
     wall_s: Callable[[], float] = time.time,
 ) -> Part:
-    """The part."""
+    """The part.
+
+    Args:
+        config: what the devices can do, where it says so; the defaults where None.
+    """
     live = Live(clock_ns, wall_s)
     server = {"jaxserve": _version(), "python": platform.python_version()}
 
@@ -48,10 +51,10 @@ def console_part(
             raise InvalidRequest(
                 f"step is {show(step)}; it must be {' or '.join(_STEPS)}", param="step"
             )
-        known = peaks()
+        peaks = live.peaks(config or TelemetryConfig())
         told = live.now() | {
             "server": server,
-            "peaks": {"flops": known[0], "bytes": known[1]} if known is not None else None,
+            "peaks": peaks,
             "series": live.series(_STEPS[step], _number(query, "since", -1)),
             "requests": live.requests(_number(query, "requests", 0)),
         }

@@ -241,7 +241,11 @@ class Metering:
             cost = self._prices.hardware(wall_ns) + self._prices.energy(interval.energy_j)
             self._live.spent(cost, now_ns / 1e9)
 
-    def _log_passed(self, tenant: str, kind: str, spent: Decimal, limit: Decimal) -> None:
+    def _log_passed(
+        self, tenant: str, kind: str, passed: bool, spent: Decimal, limit: Decimal
+    ) -> None:
+        if not passed:
+            return
         currency = self._prices.currency
         logger.warning(
             "tenant %s has spent %.2f %s this month, its %s budget is %s",

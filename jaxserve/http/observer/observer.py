@@ -213,11 +213,10 @@ class Observer:
     async def _flush(self) -> None:
         """Has all parts keep what they took, and says so to the workers."""
         unkept, self._unkept = self._unkept, {}
-        kept = True
-        for part in self._parts:
-            if part.flush is not None:
-                kept = await self._guarded(part, part.flush) and kept
-        if not kept:
+        flushes = [
+            self._guarded(part, part.flush) for part in self._parts if part.flush is not None
+        ]
+        if not all(await asyncio.gather(*flushes)):  # together: a slow one delays no other
             self._unkept = unkept | self._unkept
             return
         for writer, number in unkept.items():

@@ -48,7 +48,7 @@ def make_parts(config: Config, state: Path, tell: Tell) -> list[Part]:
         *make_tracing(config.tracing),
         make_slo(config, state, _slo_alerts(alerts)),
         alerts.part,
-        console_part(),
+        console_part(config=config.telemetry),
     ]
     if config.alerts.degradation:
         parts.append(make_baselines(config, state, alerts.on_alert))
@@ -89,10 +89,10 @@ def _metering(config: Config, state: Path, tell: Tell, alerts: Alerts) -> list[P
     metering = config.metering
     ledger = open_ledger(metering, state, metering.currency)
 
-    def on_passed(tenant: str, limit: str, spent: Decimal, most: Decimal) -> None:
+    def on_passed(tenant: str, limit: str, passed: bool, spent: Decimal, most: Decimal) -> None:
         alerts.on_alert(
             f"budget:{tenant}:{limit}",
-            True,
+            passed,
             Severity.ERROR if limit == "hard" else Severity.WARNING,
             f"tenant {tenant} has spent its {limit} budget of the month",
             {"tenant": tenant, "spent": f"{spent:.2f}", "budget": f"{most:.2f}"},

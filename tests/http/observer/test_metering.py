@@ -238,7 +238,7 @@ def test_budgets_go_on_from_the_ledger_and_who_passes_is_told(tmp_path: Path):
     assert spent(watched) == {"acme": "9.500000"} and not passed
     watched.ended(SequenceRecord(decode_device_ns=185 * S), tenant="acme")  # 0.51, energy too
     watched.pass_time(1)
-    assert [event[:2] for event in passed] == [("acme", "soft"), ("acme", "hard")]
+    assert [event[:3] for event in passed] == [("acme", "soft", True), ("acme", "hard", True)]
     assert Decimal(spent(watched)["acme"]) > 10
     book.totals = {"acme": Decimal("12")}  # another server has spent as well
     watched.pass_time(TOTALS_S)
@@ -246,7 +246,8 @@ def test_budgets_go_on_from_the_ledger_and_who_passes_is_told(tmp_path: Path):
     watched.clock.wall_offset_s += 6 * 86400  # December
     book.totals = {}
     watched.pass_time(1)
-    assert spent(watched) == {"acme": "0.000000"} and len(passed) == 2
+    assert spent(watched) == {"acme": "0.000000"}
+    assert {event[:3] for event in passed[2:]} == {("acme", "soft", False), ("acme", "hard", False)}
     assert json.loads(watched.told["budgets"])["month"] == "2026-12"
 
 
