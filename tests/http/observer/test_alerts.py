@@ -274,8 +274,9 @@ def test_a_disk_that_takes_nothing_costs_baselines_only(
 def test_metrics_of_both(tmp_path: Path):
     async def work() -> str:
         with AlertReceiver() as at:
-            observer = Observer(tmp_path / "s", make_parts(config(at), tmp_path, None), 1.0)
-            alerts = observer._parts[0]
+            parts = make_parts(config(at), tmp_path, lambda topic, body: None)
+            observer = Observer(tmp_path / "s", parts, 1.0)
+            alerts = next(part for part in parts if part.name == "alerts")
             alerts.news(news("engine_failed", 0.0, "x"))
             await alerts.tick()
             answer = await observer._ask(Question(id=0, name=METRICS))

@@ -29,6 +29,7 @@ class Book:
         self.news: list[News] = []
         self.num_flushes = 0
         self.fails = fails
+        self.keeps = not fails
         self.part = Part(
             name=name,
             ended=self.on_ended,
@@ -45,7 +46,7 @@ class Book:
         self.records.append(record)
 
     async def flush(self) -> None:
-        if self.fails:
+        if not self.keeps:
             raise OSError("the disk is full")
         self.num_flushes += 1
 
@@ -152,11 +153,12 @@ def test_what_no_observer_kept_is_sent_to_the_next(tmp_path: Path):
     async def work() -> None:
         async with linked(tmp_path / "o") as link:
             failing = Book("ledger")
+            failing.keeps = False  # it takes the record, and cannot keep it
             async with observing(tmp_path / "o", failing) as observer:
                 link.ended(record(1))
                 await until(lambda: len(failing.records) == 1)
-                failing.fails = True  # it took the record, and cannot keep it
-                await until(lambda: observer._num_faults["ledger"] > 0)
+                faults = observer._num_faults["ledger"]
+                await until(lambda: observer._num_faults["ledger"] > faults)
             book = Book()
             async with observing(tmp_path / "o", book):
                 await until(lambda: len(book.records) >= 1)

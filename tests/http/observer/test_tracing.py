@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -111,9 +112,9 @@ def test_a_step_of_the_wall_clock_breaks_no_trace(step_s: int) -> None:
     assert first == second and third - first == step_s * S
 
 
-def test_without_a_collector_there_is_no_tracer() -> None:
+def test_without_a_collector_there_is_no_tracer(tmp_path: Path) -> None:
     assert make_tracing(TracingConfig()) == []
-    names = [part.name for part in make_parts(Config(), None, lambda topic, body: None)]
+    names = [part.name for part in make_parts(Config(), tmp_path, lambda topic, body: None)]
     assert "tracing" not in names
 
 
