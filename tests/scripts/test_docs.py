@@ -11,6 +11,7 @@ import pytest
 
 from jaxserve import errors
 from jaxserve.bench import cli as bench_cli
+from jaxserve.http.observer.parts import check_parts
 from jaxserve.settings import load_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -61,7 +62,7 @@ def test_benchmarks_in_examples_take_their_arguments(page: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.name)
 def test_example_configurations_load(file: Path) -> None:
-    assert load_config(file, environ={})
+    check_parts(load_config(file, environ={}))
 
 
 def test_the_configuration_page_is_up_to_date() -> None:
