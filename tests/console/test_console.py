@@ -286,9 +286,7 @@ def test_an_observer_that_dies_leaves_a_gap_and_no_hole(browser: Any, tmp_path: 
             if "observer.process" in Path(f"/proc/{child}/cmdline").read_text()
         )
         os.kill(observer, signal.SIGKILL)
-        page.wait_for_selector("#connection[data-state=off]")
-        page.wait_for_selector("#connection[data-state=live]")
-        work(own, 2)
+        work(own, 2)  # the page may see it gone or not, as fast as it is started again
         page.wait_for_selector(".requests tbody tr:nth-child(5)")  # the old ones are still there
         page.goto(f"{own}/console#overview")
         page.wait_for_selector(".chart path.line.s0[d^=M]")
