@@ -196,7 +196,7 @@ class ObserverLink:
         """See `Reporter`."""
         writer = self._writer
         if writer is None:
-            raise Overloaded("the observer is not there at the moment; try again shortly")
+            raise _not_there()
         self._num_asked += 1
         question.id = self._num_asked
         self._send_report()  # so that the answer knows what has ended before the question
@@ -275,6 +275,9 @@ class ObserverLink:
             finally:
                 self._writer = None
                 writer.close()
+                for future in self._asked.values():
+                    if not future.done():
+                        future.set_exception(_not_there())
             await asyncio.sleep(RETRY_S)
 
     def _receive(self, frame: bytes) -> None:
@@ -290,3 +293,7 @@ class ObserverLink:
                     future.set_result(answer)
             case Told(topic=topic, body=body):
                 self._told[topic] = body
+
+
+def _not_there() -> Overloaded:
+    return Overloaded("the observer is not there at the moment; try again shortly")

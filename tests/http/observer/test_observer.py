@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -198,6 +199,29 @@ def test_a_question_is_answered_with_all_that_ended_before_it(tmp_path: Path):
             )
             assert answers[0].body == b"1 acme {'a': 'b'}"
             assert answers[1].status == 500 and b"nobody" in answers[1].body
+
+    run(work())
+
+
+def test_a_question_that_the_observer_dies_over_is_refused_at_once(tmp_path: Path):
+    async def work() -> None:
+        book = Book()
+        asked = asyncio.Event()
+
+        async def never(question: Question) -> Answer:
+            asked.set()
+            await asyncio.Event().wait()
+            return Answer()
+
+        book.part = dataclasses.replace(book.part, asks={"book": never})
+        async with linked(tmp_path / "o") as link:
+            async with observing(tmp_path / "o", book):
+                await until(lambda: link._writer is not None)
+                answer = asyncio.create_task(link.ask(Question(id=0, name="book")))
+                await asked.wait()
+            with pytest.raises(Overloaded, match="not there"):
+                async with asyncio.timeout(10):
+                    await answer
 
     run(work())
 
