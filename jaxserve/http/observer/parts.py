@@ -95,7 +95,7 @@ def _metering(config: Config, state: Path, tell: Tell, alerts: Alerts) -> list[P
             passed,
             Severity.ERROR if limit == "hard" else Severity.WARNING,
             f"tenant {tenant} has spent its {limit} budget of the month",
-            {"tenant": tenant, "spent": f"{spent:.2f}", "budget": f"{most:.2f}"},
+            {"tenant": tenant, "spent": f"{spent:.6g}", "budget": f"{most:.6g}"},
         )
 
     prices = Metering(
