@@ -130,7 +130,7 @@ def create_app(
 
     def ended(record: RequestRecord) -> None:
         metrics.ended(record)
-        reporter.ended(record)
+        frontend.reporter.ended(record)
 
     frontend = Frontend(
         client=client,

@@ -131,16 +131,19 @@ def test_alertmanager_gets_alerts_with_basic_authentication():
     assert alert["annotations"] == {"summary": "TTFT <p99> & more", "description": "p99: 120 ms"}
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("status", "refused"), [(400, True), (404, True), (429, False), (500, False), (302, False)]
+    ("kind", "status", "refused"),
+    [
+        (kind, status, refused)
+        for kind in KINDS
+        for status, refused in ((400, True), (404, True), (429, False), (500, False), (302, False))
+        if (kind, status) != ("slack", 302)  # slack-sdk follows redirects
+    ],
 )
 def test_what_is_not_taken_is_an_error_that_shows_no_secret(
     kind: str, status: int, refused: bool, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.DEBUG)
-    if (kind, status) == ("slack", 302):
-        pytest.skip("slack-sdk follows redirects")
     with AlertReceiver() as at:
         at.statuses = [status] * 3
         with pytest.raises(DeliveryError) as caught:
