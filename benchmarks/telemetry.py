@@ -16,7 +16,8 @@ and from all pairs the ratio on / off of medians with its bootstrap 95% interval
 where the interval's bad end meets it; where the clock's interval is wider than the target, CPU time
 decides (docs/performance.md).
 
-    observer     records reach the observer's process, which has no part
+    observer     records reach the observer's process, with the parts that are always there: SLOs
+                 without objectives, incidents, the console
     tracing      of 10% of the requests, to a collector that takes them and answers
     slo          three objectives
     metering     priced, kept in a ledger
