@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -207,6 +208,20 @@ def test_an_error_is_shown_plainly_and_what_failed_is_not_sent_again(base: str, 
         assert page.locator(".turn.assistant .said .text").last.text_content() == text
         page.get_by_role("button", name="New chat").click()
         assert page.locator(".turn").count() == 0
+
+
+def test_an_answer_is_held_to_a_schema(base: str, browser: Any):
+    with visiting(browser, base) as visit:
+        page = visit.open("chat")
+        page.fill("#p-schema", '{"enum": ["tea", "coffee"]}')
+        ask(page, "Tea or coffee?", 1, 40)
+        page.wait_for_selector(".turn.assistant[aria-busy=false]")
+        said = page.locator(".turn.assistant .said .text").text_content()
+        assert json.loads(said) in ("tea", "coffee")
+        page.fill("#p-schema", "{tea}")
+        ask(page, "Tea?", 1, 40)
+        page.wait_for_selector(".turn.assistant .error-text:not([hidden])")
+        assert "no JSON" in page.locator(".turn.assistant .error-text").last.inner_text()
 
 
 def test_requests_are_listed_and_opened_by_keys(base: str, browser: Any):

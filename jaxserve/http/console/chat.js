@@ -120,6 +120,12 @@ export class Chat {
       top_p: numeric("p-top-p", { min: 0, max: 1, step: 0.05, value: 1 }),
       max_tokens: numeric("p-max-tokens", { min: 1, step: 1, value: 256 }),
       seed: numeric("p-seed", { step: 1, placeholder: "random" }),
+      schema: el("textarea", {
+        id: "p-schema",
+        rows: 3,
+        spellcheck: "false",
+        placeholder: '{"type": "object", …}',
+      }),
       logprobs: el("input", { id: "p-logprobs", type: "checkbox", checked: true }),
     };
     const labelled = (label, field) => el("label", { for: field.id }, label, field);
@@ -145,6 +151,7 @@ export class Chat {
           labelled("Max tokens", fields.max_tokens),
           labelled("Seed", fields.seed),
         ),
+        labelled("JSON schema of the answer", fields.schema),
         el("label", { class: "check", for: "p-logprobs" }, fields.logprobs, " Token probabilities"),
         el(
           "p",
@@ -249,7 +256,7 @@ export class Chat {
   }
 
   #body() {
-    const { model, system, temperature, top_p, max_tokens, seed, logprobs } = this.fields;
+    const { model, system, temperature, top_p, max_tokens, seed, schema, logprobs } = this.fields;
     const body = {
       messages: [...this.turns],
       stream: true,
@@ -261,6 +268,7 @@ export class Chat {
     for (const [name, field] of Object.entries({ temperature, top_p, max_tokens, seed })) {
       if (field.value !== "") body[name] = Number(field.value);
     }
+    if (schema.value.trim()) body.response_format = formatOf(schema.value);
     if (logprobs.checked) Object.assign(body, { logprobs: true, top_logprobs: TOP_LOGPROBS });
     return body;
   }
@@ -293,4 +301,15 @@ export class Chat {
       }
     }
   }
+}
+
+/** What holds an answer to a schema. */
+function formatOf(text) {
+  let schema;
+  try {
+    schema = JSON.parse(text);
+  } catch (error) {
+    throw new ApiError(0, `The JSON schema is no JSON: ${error.message}`);
+  }
+  return { type: "json_schema", json_schema: { name: "answer", schema, strict: true } };
 }

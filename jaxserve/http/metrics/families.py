@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxserve.http.metrics.cells import Cells
+from jaxserve.telemetry import semconv
 
 #: Boundaries that the `jaxserve_*` histograms of times show.
 TIME_BOUNDS = (
@@ -22,20 +23,11 @@ STEP_BOUNDS = (
     *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03),
     *(0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
 )
-#: OpenTelemetry's, of its semantic conventions for generative AI, docs/gen-ai/gen-ai-metrics.md.
-GEN_AI_DURATION = (
-    *(0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12),
-    *(10.24, 20.48, 40.96, 81.92),
-)
-GEN_AI_FIRST_TOKEN = (
-    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
-    *(1.0, 2.5, 5.0, 7.5, 10.0),
-)
-GEN_AI_OUTPUT_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
-GEN_AI_TOKENS = (
-    *(1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144, 1048576),
-    *(4194304, 16777216, 67108864),
-)
+#: OpenTelemetry's.
+GEN_AI_DURATION = semconv.BUCKETS[semconv.SERVER_REQUEST_DURATION]
+GEN_AI_FIRST_TOKEN = semconv.BUCKETS[semconv.SERVER_TIME_TO_FIRST_TOKEN]
+GEN_AI_OUTPUT_TOKEN = semconv.BUCKETS[semconv.SERVER_TIME_PER_OUTPUT_TOKEN]
+GEN_AI_TOKENS = semconv.BUCKETS[semconv.CLIENT_TOKEN_USAGE]
 #: vLLM's, of vllm/v1/metrics/loggers.py.
 VLLM_FIRST_TOKEN = (*GEN_AI_FIRST_TOKEN, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
 VLLM_OUTPUT_TOKEN = (*GEN_AI_OUTPUT_TOKEN, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
@@ -233,7 +225,10 @@ STEP = _histogram(
     labels=("kind",),
 )
 
-_OPERATION = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
+_OPERATION = tuple(
+    name.replace(".", "_")
+    for name in (semconv.OPERATION, semconv.PROVIDER_NAME, semconv.REQUEST_MODEL)
+)
 GEN_AI_SERVER_DURATION = _histogram(
     *("gen_ai_server_request_duration_seconds", "Until the last byte, or the error"),
     GEN_AI_DURATION,

@@ -16,18 +16,8 @@ from jaxserve.http.metrics import families as f
 from jaxserve.http.metrics.cells import Cells
 from jaxserve.protocol.messages import SequenceRecord
 from jaxserve.protocol.records import Outcome, RequestRecord
+from jaxserve.telemetry import semconv
 
-#: gen_ai.provider.name: ours is none of those that the conventions name.
-PROVIDER = "jaxserve"
-#: gen_ai.operation.name, by route.
-OPERATIONS = {
-    "/v1/chat/completions": "chat",
-    "/v1/responses": "chat",
-    "/v1/completions": "text_completion",
-    "/v1/embeddings": "embeddings",
-    "/v1/score": "score",
-    "/v1/rerank": "rerank",
-}
 #: Error types, and reasons for which choices end, that may have series of their own.
 _MAX_ERRORS = 40
 _MAX_REASONS = 16
@@ -211,7 +201,7 @@ class RequestCounts:
     def _names(self, record: RequestRecord) -> tuple[str, str, str]:
         """Operation, provider and model, as labels."""
         model = self._adapter_label(record.adapter) if record.adapter else record.model
-        return OPERATIONS.get(record.route, "other"), PROVIDER, model
+        return semconv.OPERATIONS.get(record.route, "other"), semconv.PROVIDER, model
 
     def _operation(self, record: RequestRecord) -> _Operation:
         names = self._names(record)

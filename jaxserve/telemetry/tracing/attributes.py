@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxserve.protocol.messages import SequenceRecord
 from jaxserve.protocol.records import Outcome, RequestRecord
-from jaxserve.telemetry.tracing import semconv
+from jaxserve.telemetry import semconv
 
 
 def request_attributes(record: RequestRecord, operation: str) -> dict[str, Any]:

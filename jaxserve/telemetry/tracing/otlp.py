@@ -19,7 +19,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags, TraceState
 
 from jaxserve.config_observing import TracingConfig
-from jaxserve.telemetry.tracing import semconv
+from jaxserve.telemetry import semconv
 from jaxserve.telemetry.tracing.settings import http_endpoint, pairs
 from jaxserve.telemetry.tracing.spans import Place, Span
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 
 from jaxserve.protocol.messages import Interval, SequenceRecord
 from jaxserve.protocol.records import RequestRecord
-from jaxserve.telemetry.tracing import semconv
+from jaxserve.telemetry import semconv
 from jaxserve.telemetry.tracing.attributes import request_attributes, sequence_attributes
 from jaxserve.telemetry.tracing.context import parse_traceparent
 from jaxserve.telemetry.tracing.sampling import FAILURES

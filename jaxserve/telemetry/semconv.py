@@ -79,5 +79,5 @@ BUCKETS: dict[str, tuple[float, ...]] = {
         *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
         *(1.0, 2.5),
     ),
-    CLIENT_TOKEN_USAGE: tuple(4.0**power for power in range(14)),
+    CLIENT_TOKEN_USAGE: tuple(4**power for power in range(14)),
 }

@@ -9,7 +9,7 @@ from opentelemetry.semconv._incubating.metrics import gen_ai_metrics
 from opentelemetry.semconv.attributes import error_attributes, http_attributes, service_attributes
 
 from jaxserve.http.records import WORK_ROUTES
-from jaxserve.telemetry.tracing import semconv
+from jaxserve.telemetry import semconv
 
 KNOWN = {
     value
