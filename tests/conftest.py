@@ -23,6 +23,10 @@ from hypothesis import settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+#: Directories of files that take minutes: first, so that of several processes none is left with one
+#: of them at the end.
+LONG = ("server", "device", "console", "benchmarks", "compile")
+
 # Two busy cores: a slow example is not a failure, and the examples are the same on every run.
 settings.register_profile("jaxserve", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("jaxserve")
@@ -50,7 +54,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the cases that it is not this day's turn to run."""
+    """Puts long files first, and leaves out the cases that it is not this day's turn to run.
+
+    In several processes (`scripts/test --jobs`) a file's tests stay together, and those with the
+    real server, which takes minutes to compile, all of them.
+    """
+    items.sort(key=lambda item: not any(name in item.path.parts for name in LONG))
+    for item in items:
+        together = item.path.parent if "server" in item.path.parts else item.path
+        item.add_marker(pytest.mark.xdist_group(str(together.relative_to(config.rootpath))))
     if config.getoption("--every"):
         return
     cases: dict[str, list[pytest.Item]] = defaultdict(list)
