@@ -42,9 +42,12 @@ def _compare(arguments: argparse.Namespace) -> int:
             for field in found
         )
         raise ConfigError(f"the runs cannot be compared: {shown} (--across {','.join(found)})")
+    try:
+        figures = figures_of(before), figures_of(after)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"a benchmark's record cannot be read: {error!r}") from error
     comparisons = judge(
-        figures_of(before),
-        figures_of(after),
+        *figures,
         threshold=arguments.threshold,
         alpha=arguments.alpha,
         paired=arguments.paired,

@@ -57,8 +57,8 @@ class Comparison:
     """One figure of both.
 
     Attributes:
-        ratio: of the medians, after to before; low, high: its 95% interval, NaN where there are
-            too few repeats.
+        ratio: of the medians, after to before; infinite where it was 0.
+        low, high: its 95% interval, NaN where there are too few repeats, or it is of nothing.
         p_value: corrected; NaN where it was not judged.
     """
 
@@ -90,7 +90,9 @@ def judge(
     compared = []
     for name, old in before.items():
         new = after.get(name)
-        if new is not None and old.value and math.isfinite(old.value * new.value):
+        if new is None or not math.isfinite(old.value * new.value):
+            continue
+        if old.value or new.value:
             compared.append(_compare(name, old, new, paired))
     judged = sorted((c for c in compared if c.p_value == c.p_value), key=lambda c: c.p_value)
     corrected: dict[str, float] = {}
@@ -149,8 +151,8 @@ def sign_p_value(differences: Sequence[float]) -> float:
 def _compare(name: str, old: Figure, new: Figure, paired: bool) -> Comparison:
     low = high = p_value = math.nan
     enough = min(len(old.samples), len(new.samples)) >= MIN_REPEATS
-    positive = min(*old.samples, *new.samples) > 0
-    if enough and positive:
+    samples = [*old.samples, *new.samples]
+    if enough and all(0 < value < math.inf for value in samples):
         before, after = ([math.log(v) for v in figure.samples] for figure in (old, new))
         if paired and len(before) == len(after):
             _, low, high = stats.ratio_interval(new.samples, old.samples)
@@ -158,13 +160,16 @@ def _compare(name: str, old: Figure, new: Figure, paired: bool) -> Comparison:
         else:
             low, high = _interval(old.samples, new.samples)
             p_value = regrouping_p_value(before, after)
-        if old.higher_is_better is None:
-            p_value = math.nan
+    elif enough and not (old.value and new.value) and all(0 <= v < math.inf for v in samples):
+        # Something became nothing, or the other way round: 0 has no logarithm.
+        p_value = regrouping_p_value(old.samples, new.samples)
+    if old.higher_is_better is None:
+        p_value = math.nan
     return Comparison(
         name=name,
         before=old.value,
         after=new.value,
-        ratio=new.value / old.value,
+        ratio=new.value / old.value if old.value else math.inf,
         low=low,
         high=high,
         p_value=p_value,

@@ -105,7 +105,7 @@ def _prices(arguments: argparse.Namespace) -> Prices:
     utilisation = _positive("--utilisation", arguments.utilisation)
     if utilisation > 1:
         raise ConfigError(f"--utilisation is a share between 0 and 1, not {utilisation:g}")
-    if arguments.pue < 1:
+    if not 1 <= arguments.pue < float("inf"):
         raise ConfigError(f"--pue is 1 or more, not {arguments.pue:g}")
     if arguments.chips < 0:
         raise ConfigError(f"--chips is a number of chips, not {arguments.chips}")

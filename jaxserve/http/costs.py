@@ -123,7 +123,7 @@ class Costs:
             return
         headers = scope["jaxserve.headers"]
         until = end.strftime("%Y-%m-%dT%H:%M:%SZ")
-        headers[LIMIT_HEADER] = f"{limits[-1]}".encode()
+        headers[LIMIT_HEADER] = f"{limits[-1]:f}".encode()
         headers[SPENT_HEADER] = f"{spent:.6f}".encode()
         headers[RESET_HEADER] = until.encode()
         if budget.hard is not None and spent >= budget.hard:
@@ -131,7 +131,7 @@ class Costs:
             currency = self._prices.currency
             raise kind(
                 f"the tenant has spent {spent:.2f} {currency} this month, its budget is "
-                f"{budget.hard} {currency}; it begins again at {until}, or ask for a larger one",
+                f"{budget.hard:f} {currency}; it begins again at {until}, or ask for a larger one",
                 retry_after_s=end.timestamp() - now_s,
             )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from jaxserve.http.auth import Identity
+from jaxserve.http.auth import MAX_PRIORITY, Identity
 from jaxserve.http.body import Fields
 from jaxserve.http.sampling import PRIORITIES
 from jaxserve.limits.deadline import MAX_TIMEOUT_S
@@ -120,7 +120,8 @@ def _user(fields: Fields) -> str:
 def _priority(fields: Fields, identity: Identity) -> int:
     priority = fields.peek("priority")
     priority = PRIORITIES.get(priority, priority) if type(priority) is str else priority
-    return priority if type(priority) is int else identity.priority
+    within = type(priority) is int and abs(priority) <= MAX_PRIORITY
+    return priority if within else identity.priority
 
 
 def _prompts(fields: Fields) -> tuple[int, int, int]:

@@ -52,7 +52,16 @@ class Meter:
         self._source = source
         self._average_w: float | None = None
         self._owed_j = 0.0  # taken by work, beyond what was charged for it
-        saved = _load(path, source)
+        try:
+            self._go_on(_load(path, source), now_ns)
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+            logger.warning("%s is damaged, the meter begins anew: %r", path, error)
+            self._go_on({}, now_ns)
+        self._made_ns = now_ns
+
+    def _go_on(self, saved: dict, now_ns: int) -> None:
+        """Begins where the observer before this one ended."""
+        prices, source = self.rate.prices, self._source
         self._hours = Hours(
             prices,
             self._measure,
@@ -65,7 +74,6 @@ class Meter:
             before, life = saved["before"]
             hours = Hours(prices, self._measure, source=life, start_ns=now_ns, state=before)
             self._unkept += hours.lines()
-        self._made_ns = now_ns
 
     def step(self, at_ns: int, device_ns: int) -> None:
         """A device call has ended."""

@@ -160,7 +160,8 @@ def _word[T](words: Mapping[str, str], name: str, known: Mapping[str, T], defaul
 
 def _number(words: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
     value = words.get(name, str(default))
-    if not (value.isascii() and value.isdigit() and low <= int(value[:20]) <= high):
+    short = value.isascii() and value.isdigit() and len(value) <= 20
+    if not (short and low <= int(value) <= high):
         raise InvalidRequest(f"{name} takes {low} to {high}, not {value!r}", param=name)
     return int(value)
 

@@ -145,6 +145,12 @@ def read_rates(
             raise ConfigError(f"costs are of bench serve or engine, not of {record['benchmark']}")
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"the benchmark's record cannot be read: {error!r}") from error
+    measured = (rates.input_tokens_per_s, rates.output_tokens_per_s)
+    if rates.chips < 1 or not all(0 <= rate < float("inf") for rate in measured):
+        raise ConfigError(
+            f"the benchmark's record cannot be: {measured[0]:g} input and {measured[1]:g} output "
+            f"tokens a second on {rates.chips} chips"
+        )
     if not rates.output_tokens_per_s > 0:
         raise ConfigError("the benchmark answered no token, so that none has a cost")
     return rates

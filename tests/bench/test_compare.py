@@ -192,3 +192,13 @@ def test_a_history_of_two_machines_is_refused(
     other = write_runs(tmp_path / "b.json", {"x_per_s": [1.0] * 9}, device="another")
     assert cli.run(["history", one, other]) == 2
     assert "device differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"cases": None}, {"cases": ["x"]}, {"cases": [{"tokens_per_s": 1}]}, {"e2e_ms": {"p50": "x"}}],
+)
+def test_a_record_of_another_shape_cannot_be_told(tmp_path: Path, broken: dict) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(SAME | broken))
+    assert cli.run(["compare", str(file), str(file)]) == 2

@@ -65,3 +65,31 @@ def test_what_has_no_logarithm_is_not_judged(samples: list[float]):
     assert all(
         c.verdict is Verdict.UNJUDGED for c in judge(figure, figure, threshold=0.03, alpha=0.05)
     )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "higher_is_better", "verdict"),
+    [
+        (100.0, 0.0, True, Verdict.WORSE),
+        (0.0, 100.0, True, Verdict.BETTER),
+        (0.0, 3.0, False, Verdict.WORSE),
+        (3.0, 0.0, False, Verdict.BETTER),
+        (3.0, 0.0, None, Verdict.UNJUDGED),
+    ],
+)
+def test_what_became_nothing_or_came_from_it_is_judged(
+    before: float, after: float, higher_is_better: bool | None, verdict: Verdict
+):
+    old, new = (
+        {"x": Figure(samples=[value] * 5, higher_is_better=higher_is_better)}
+        for value in (before, after)
+    )
+    (compared,) = judge(old, new, threshold=0.03, alpha=0.05)
+    assert compared.verdict is verdict
+
+
+def test_a_number_that_is_none_among_the_samples_is_no_evidence():
+    old = {"x": Figure(samples=[100.0, 101.0, 99.0, 100.0], higher_is_better=True)}
+    new = {"x": Figure(samples=[50.0, math.nan, 51.0, 49.0, 50.0], higher_is_better=True)}
+    compared = judge(old, new, threshold=0.03, alpha=0.05)
+    assert all(c.verdict is Verdict.UNJUDGED for c in compared)

@@ -213,6 +213,18 @@ def test_a_tenant_is_warned_then_refused_then_let_in_again(reporter: Telling, st
         assert front.post(CHAT, body).status_code == 200
 
 
+@pytest.mark.parametrize(("limit", "shown"), [("1e+6", b"1000000"), ("1e-7", b"0.0000001")])
+def test_a_limit_is_told_without_an_exponent(limit: str, shown: bytes):
+    costs = Costs(
+        MeteringConfig(), lambda topic: spent("1"), enabled=True, wall_s=lambda: NOVEMBER_S
+    )
+    budget = Budget(soft=Decimal("1e-8"), hard=Decimal(limit))
+    headers: dict[bytes, bytes] = {}
+    with contextlib.suppress(BudgetExceeded):
+        costs.admit({"jaxserve.headers": headers}, Identity(tenant="acme", budget=budget))
+    assert headers[b"x-budget-limit"] == shown
+
+
 def test_one_limit_of_the_two_is_enough():
     told = spent("15")
     for budget, refused in ((Budget(soft=Decimal(10)), False), (Budget(hard=Decimal(15)), True)):

@@ -108,6 +108,15 @@ def test_refusals_have_openais_body(front: Front):
     assert front.post("/v1/costs", {}, **as_key("admin")).status_code == 405
 
 
+@pytest.mark.parametrize("priority", [10**30, -(10**30), 2**64])
+def test_a_priority_beyond_all_bounds_is_refused_and_reports_go_on(front: Front, priority: int):
+    refused = front.post("/v1/completions", HI | {"priority": priority}, **as_key("user"))
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "priority"
+    front.run(asyncio.sleep(0.05))  # it is reported
+    reports = [task for task in front.app.frontend.reporter._tasks if not task.done()]
+    assert len(reports) == 2
+
+
 def test_csv_by_parameter_and_by_header(front: Front):
     asked = front.get("/v1/usage?format=csv", **as_key("admin"))
     accepted = front.get("/v1/usage", **as_key("admin", accept="text/csv"))

@@ -128,8 +128,18 @@ def test_another_server_makes_the_lines_of_the_one_before(tmp_path: Path):
     assert sum(line.duration_ns for line in lines if line.kind is LineKind.HARDWARE) == 5 * S
 
 
-def test_a_file_that_is_broken_is_begun_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    (tmp_path / "meter.json").write_text("{")
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{", "{}", "[]", "null"),
+        '{"source": "b", "lines": [{}], "hours": {}}',
+        '{"source": "a", "lines": [], "hours": {"amounts": {"1": {"x": 1}}}}',
+    ],
+)
+def test_a_file_that_is_broken_is_begun_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+):
+    (tmp_path / "meter.json").write_text(content)
     assert make_meter(tmp_path).save(0) == []
     assert "begins anew" in caplog.text
     assert json.loads((tmp_path / "meter.json").read_text())["source"] == "a"

@@ -199,6 +199,8 @@ def test_times_are_rounded_to_whole_hours(ledger: Ledger, words: dict, hours: tu
         ({"limit": "10001"}, "limit"),
         ({"limit": "²"}, "limit"),
         ({"page": "-1"}, "page"),
+        ({"page": "0" * 20 + "9" * 30}, "page"),
+        ({"page": "0" * 20 + "9" * 5000}, "page"),
         ({"format": "xml"}, "format"),
         ({"colour": "red"}, "colour"),
         ({"from": "2026-11-01", "start_time": "1"}, "start_time"),

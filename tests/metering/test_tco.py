@@ -192,3 +192,17 @@ def test_each_figure_of_the_table_has_a_source():
     estimated = {name for name, device in DEVICES.items() if device.watts_are_estimated}
     assert estimated == {"v5e", "v6e", "tpu7x"}
     assert round(DEVICES["tpu7x"].chip_watts) == 1_085
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"prompt_tokens_per_s": float("nan")},
+        {"prompt_tokens_per_s": -1.0},
+        {"output_tokens_per_s": float("inf")},
+        {"device": "0 x NVIDIA H100"},
+    ],
+)
+def test_what_no_benchmark_can_have_measured_is_refused(wrong: dict[str, Any]):
+    with pytest.raises(ConfigError, match="cannot be"):
+        read_rates(SERVE | wrong, "h100")

@@ -231,8 +231,13 @@ class ObserverLink:
             return
         report.dropped = self.num_dropped
         self._next = Report(worker=self._worker, life=report.life, number=report.number + 1)
-        frame = TO_OBSERVER.encode(report)
         num_records = sum(map(len, records))
+        try:
+            frame = TO_OBSERVER.encode(report)
+        except Exception:  # a value that no frame holds: what comes after it is reported
+            logger.exception("%d records cannot be told to the observer", num_records)
+            self.num_dropped += num_records
+            return
         self._unkept.append((report.number, num_records, frame))
         self._num_unkept += num_records
         self._all_kept.clear()

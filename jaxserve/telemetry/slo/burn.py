@@ -81,12 +81,15 @@ class Alerts:
     Args:
         min_bad: bad requests in the long window below which nobody is told.
         firing: keys of those that are on, also from before a restart.
+        told: of those, which this process has told: whoever was told before a restart takes an
+            alert that nobody speaks of any more to be over.
     """
 
     objectives: list[Objective]
     min_bad: int
     on_alert: OnAlert
     firing: set[str] = field(default_factory=set)
+    told: set[str] = field(default_factory=set)
 
     def evaluate(self, tallies: Iterable[Tally]) -> None:
         """Looks at all objectives; `tallies` are theirs, in order."""
@@ -101,7 +104,7 @@ class Alerts:
                     if rule.severity == severity
                     and is_burning(rule, objective, tally, self.min_bad)
                 ]
-                if bool(burning) != (key in self.firing):
+                if bool(burning) != (key in self.firing) or (burning and key not in self.told):
                     self._turn(key, objective, severity, tally, burning)
         for key in self.firing - wanted:  # of an objective that is no more
             self.firing.discard(key)
@@ -120,7 +123,8 @@ class Alerts:
         tally: Tally,
         burning: list[BurnRule],
     ) -> None:
-        (self.firing.add if burning else self.firing.discard)(key)
+        for keys in (self.firing, self.told):
+            (keys.add if burning else keys.discard)(key)
         rates = {
             name: round(burn_rate(objective, tally.count(window_s)), 3)
             for name, window_s in WINDOWS_S.items()

@@ -133,6 +133,21 @@ def test_a_record_arrives_whole(tmp_path: Path):
     run(work())
 
 
+def test_a_record_that_cannot_be_told_is_counted_and_stops_no_other(tmp_path: Path):
+    async def work() -> None:
+        book = Book()
+        async with observing(tmp_path / "o", book), linked(tmp_path / "o") as link:
+            for value in (2**70, -(2**70)):
+                link.begun(Begun(request_id="1", arrived_ns=5, route="/", priority=value))
+                await until(lambda: not link._next.begun)
+            link.begun(Begun(request_id="2", arrived_ns=5, route="/", tenant="\ud800"))
+            await until(lambda: link.num_dropped == 3)
+            link.ended(record(1))
+            await until(lambda: bool(book.records))
+
+    run(work())
+
+
 def test_each_record_reaches_the_parts_once_though_the_observer_dies_twice(tmp_path: Path):
     async def work() -> None:
         seen: list[str] = []

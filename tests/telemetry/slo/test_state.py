@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from jaxserve.protocol.records import Outcome
+from jaxserve.telemetry.alerts.book import Book
+from jaxserve.telemetry.alerts.incident import Change
 from jaxserve.telemetry.slo.metrics import families
 from jaxserve.telemetry.slo.report import report
 from jaxserve.telemetry.slo.state import FILE
-from tests.telemetry.slo.simulation import S, Server
+from tests.telemetry.slo.simulation import Clocks, S, Server
 
 DONE, FAILED = Outcome.DONE, Outcome.FAILED
 AVAILABLE = "availability > 99.9%"
@@ -40,7 +42,7 @@ def test_a_restart_in_the_middle_of_a_window_loses_nothing(tmp_path: Path):
     assert before[0]["bad"] == 100 and before[0]["alerts"]["page"]
     server.run(50, DONE, FAILED)
     assert bad_and_good(server) == (150, 150)
-    assert len(server.alarm.pages) == 2  # of each objective one page, told once
+    assert len(server.alarm.pages) == 4  # of each objective one page, told in both lives
     server.clocks.advance(230)  # the first 100 s have begun to leave the 5 minutes
     assert 50 <= bad_in(server, "5m") < 80 and bad_in(server, "30m") == 150
     server.clocks.advance(28 * 86400)
@@ -96,6 +98,34 @@ def test_requests_run_on_through_a_restart_of_the_observer(tmp_path: Path):
     server.end(hanging)
     server.end(answered)
     assert bad_and_good(server) == (0, 2)
+
+
+def test_an_alert_that_goes_on_after_a_restart_stays_one_open_incident(tmp_path: Path):
+    clocks, notices, state = Clocks(), [], None
+    for _ in range(2):
+        server = Server(tmp_path, AVAILABLE, clocks=clocks)
+        book = Book(
+            notices.append,
+            monotonic=lambda: clocks.ns / 1e9,
+            wall=clocks.wall_s,
+            hold_s=60,
+        )
+        if state is not None:
+            book.restore(state)
+
+        def tell(key, firing, severity, title, details, book=book) -> None:
+            book.on_alert(key, firing, "error", title)
+
+        server.compliance.alerts.on_alert = tell
+        for _ in range(700):  # longer than the book waits for somebody to speak of it
+            server.run(1, Outcome.FAILED)
+            book.tick()
+        assert server.objective()["alerts"] == {"page": True, "ticket": True}
+        assert len(book.open) == 2
+        server.flush()
+        server.compliance.close()
+        state = book.state()
+    assert [notice.change for notice in notices] == [Change.FIRING] * 2
 
 
 def test_requests_end_with_their_server(tmp_path: Path):
