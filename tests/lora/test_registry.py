@@ -133,6 +133,7 @@ def test_a_root_is_searched(tmp_path: Path, sources: Path) -> None:
         ("a:b", "/tmp", "adapter name"),
         ("a" * 129, "/tmp", "adapter name"),
         ("a", "relative/path", "absolute"),
+        ("a", "~nobody-of-that-name/a", "home directory"),
         ("a", "/tmp/../etc", r"'\.\.'"),
         ("a", "ftp://host/a", "not supported"),
         ("a", "/does/not/exist", "no directory"),
