@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,24 @@ def test_unload_refuses_or_not(tmp_path: Path, sources: Path) -> None:
     assert done.is_set()
     with pytest.raises(AdapterNotFound):
         one.unload("a", refuse_in_use=True)
+
+
+def test_a_name_that_is_unloaded_while_it_is_fetched_stays_away(
+    tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fetch that ends afterwards does not bring it back."""
+    own = registry(tmp_path, adapters=(f"a={written(sources, 1)}",))
+    add = own.disk.add
+
+    def slow(*how: Callable[[Path], None]) -> str:
+        key = add(*how)
+        registry(tmp_path).unload("a", refuse_in_use=False)
+        return key
+
+    monkeypatch.setattr(own.disk, "add", slow)
+    with pytest.raises(AdapterNotFound, match="meanwhile"):
+        own.materialise("a", BASE)
+    assert own.names() == {}
 
 
 def test_a_root_is_searched(tmp_path: Path, sources: Path) -> None:
