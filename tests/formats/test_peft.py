@@ -244,6 +244,23 @@ def test_missing_and_truncated_files(tmp_path: Path) -> None:
         read_adapter(tmp_path, max_rank=4)
 
 
+@pytest.mark.parametrize("pattern", ["([a-z]|.)*!", "(a+)+", "(.|.)" * 30, ".*" * 30, "a?" * 30])
+def test_patterns_that_take_forever_are_refused(pattern: str) -> None:
+    """Matching one would hold up all of the process."""
+    document = json.loads(adapter().config.to_json()) | {"rank_pattern": {pattern: 4}}
+    with pytest.raises(InvalidAdapter, match="may take forever"):
+        parse_config(document)
+
+
+def test_patterns_that_trainers_write_are_taken() -> None:
+    """Names, layers by number, one of several modules."""
+    patterns = {r".*\.layers\.(0|1|2)\.self_attn\.(q|v)_proj": 4, r"layers\.\d+\.mlp\.up_proj": 2}
+    document = json.loads(adapter().config.to_json()) | {"rank_pattern": patterns}
+    config = parse_config(document)
+    assert config.rank_of("model.layers.2.self_attn.v_proj") == 4
+    assert config.rank_of("model.layers.17.mlp.up_proj") == 2
+
+
 def test_a_config_of_any_shape_is_refused_not_tripped_over() -> None:
     """Fields of every wrong type."""
     good = json.loads(adapter().config.to_json())
