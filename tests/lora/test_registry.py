@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import threading
@@ -94,13 +95,14 @@ def test_unload_refuses_or_not(tmp_path: Path, sources: Path) -> None:
         one.unload("a", refuse_in_use=True)
     assert "a" in two.names()
     two.disk.release(entry.key)
-    assert not one.disk.await_unused(entry.key, 0.0)
+    assert not asyncio.run(one.disk.await_unused(entry.key, 0.0))
     one.unload("a", refuse_in_use=False)
     with pytest.raises(AdapterNotFound):
         two.find("a")
     done = threading.Event()
     waiter = threading.Thread(
-        target=lambda: one.disk.await_unused(entry.key, 30.0) and done.set(), daemon=True
+        target=lambda: asyncio.run(one.disk.await_unused(entry.key, 30.0)) and done.set(),
+        daemon=True,
     )
     waiter.start()
     assert not done.is_set()
