@@ -237,7 +237,11 @@ def _module(
             )
         if not np.isfinite(matrix).all():
             raise InvalidAdapter(f"module {name} holds values that are not finite")
-    return LoraModule(a=a, b=b, scale=config.scale_of(name), embedding=embedding)
+    scale = config.scale_of(name)
+    with np.errstate(over="ignore"):
+        if not np.isfinite(b.astype(np.float32) * np.float32(scale)).all():
+            raise InvalidAdapter(f"module {name} holds values that are not finite once scaled")
+    return LoraModule(a=a, b=b, scale=scale, embedding=embedding)
 
 
 def _check_targets(config: PeftConfig, modules: Mapping[str, LoraModule]) -> None:

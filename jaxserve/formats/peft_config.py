@@ -22,6 +22,12 @@ CONFIG_FILE = "adapter_config.json"
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_PATTERNS = 4096
 _MAX_PATTERN_CHARACTERS = 256
+#: Matching backtracks, and holds the whole process up meanwhile: groups and repeats multiply.
+_MAX_CHOICES = 5
+_CHOICE = re.compile(r"[(*+?{]")
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+#: Of ranks and alphas: what a float can hold, and not so much that it makes a delta infinite.
+_MAX_NUMBER = 2**31
 #: Settings that decide nothing once the tensors are there, whatever they hold.
 _IGNORED = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
@@ -170,8 +176,8 @@ def _positive(document: dict[str, Any], name: str, kind: Any) -> Any:
     value = document.get(name)
     if value is None or isinstance(value, bool) or not isinstance(value, kind):
         raise InvalidAdapter(f"{name} is {value!r:.80}; it must be a number above 0")
-    if not 0 < value < math.inf:
-        raise InvalidAdapter(f"{name} is {value}; it must be above 0")
+    if not 0 < value <= _MAX_NUMBER:
+        raise InvalidAdapter(f"{name} is {value!r:.80}; it must be above 0 and at most 2^31")
     return value
 
 
@@ -182,6 +188,11 @@ def _patterns(document: dict[str, Any], name: str, kind: Any) -> dict[str, Any]:
     for pattern in patterns:
         if len(pattern) > _MAX_PATTERN_CHARACTERS:
             raise InvalidAdapter(f"{name} has a pattern longer than {_MAX_PATTERN_CHARACTERS}")
+        if len(_CHOICE.findall(pattern)) > _MAX_CHOICES or _REPEATED_GROUP.search(pattern):
+            raise InvalidAdapter(
+                f"{name}: {pattern!r:.80} may take forever: at most {_MAX_CHOICES} groups and "
+                "repeats are taken, and no group that is repeated"
+            )
         _positive(patterns, pattern, kind)
         try:
             re.compile(pattern)

@@ -39,6 +39,8 @@ DTYPES: dict[str, np.dtype] = {
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+#: What NumPy can shape, also where one size is 0 and the tensor has no bytes.
+_MAX_DIMENSIONS, _MAX_ITEMS = 32, 2**48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +101,8 @@ class SafetensorsFile:
         dtype_name, shape, place = row.get("dtype"), row.get("shape"), row.get("data_offsets")
         if not (_are_counts(shape) and _are_counts(place) and len(place) == 2):
             raise self._broken(f"its entry of {name!r} is malformed")
+        if len(shape) > _MAX_DIMENSIONS or math.prod(max(n, 1) for n in shape) > _MAX_ITEMS:
+            raise self._broken(f"tensor {name!r} has a shape that no array can have")
         dtype = DTYPES.get(dtype_name) if isinstance(dtype_name, str) else None
         if dtype is None:
             raise WeightsError(

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 SEPARATOR = ":"
 #: How often a copy that was just fetched may be removed again before it is held.
 _TRIES = 3
+#: Adapters that are fetched at once.
+_THREADS = 16
 #: How long an unload waits for the requests that run.
 UNLOAD_WAIT_S = 600.0
 
@@ -61,6 +65,8 @@ class Adapters:
     def __init__(self, registry: Registry | None = None) -> None:
         self._registry = registry
         self._fetching: dict[str, asyncio.Task[str]] = {}
+        # Of their own: a slow store holds up no tokenizing, which has the event loop's threads.
+        self._threads = ThreadPoolExecutor(_THREADS, "jaxserve adapters")
 
     @property
     def registry(self) -> Registry:
@@ -72,6 +78,13 @@ class Adapters:
         if self._registry is None:
             raise InvalidRequest("adapters are off here: set lora.enabled=true")
         return self._registry
+
+    async def run[**P, T](
+        self, work: Callable[P, T], /, *arguments: P.args, **named: P.kwargs
+    ) -> T:
+        """Does what waits for files and stores, in a thread."""
+        call = functools.partial(work, *arguments, **named)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
     def names(self) -> dict[str, Entry]:
         """All that are known now."""
@@ -149,7 +162,7 @@ class Adapters:
         """Once for all requests that wait for it; goes on where one of them leaves."""
         task = self._fetching.get(name)
         if task is None:
-            work = asyncio.to_thread(self.registry.materialise, name, base)
+            work = self.run(self.registry.materialise, name, base)
             task = self._fetching[name] = asyncio.create_task(work)
             task.add_done_callback(lambda done: self._fetched(name, done))
         return await asyncio.shield(task)
@@ -179,7 +192,7 @@ class LoadAdapter:
         registry, base = frontend.adapters.registry, base_of(model)
         if name == model.name:
             raise InvalidRequest(f"{name!r} is the base model's name", param="lora_name")
-        entry = await asyncio.to_thread(registry.load, name, source, base, replace=replace)
+        entry = await frontend.adapters.run(registry.load, name, source, base, replace=replace)
         await send_json(send, adapter_card(name, entry, model, frontend.started_s))
 
 
@@ -202,10 +215,10 @@ class UnloadAdapter:
         fields.finish()
         registry = frontend.adapters.registry
         refuse = in_use == "refuse"
-        entry = await asyncio.to_thread(registry.unload, name, refuse_in_use=refuse)
+        entry = await frontend.adapters.run(registry.unload, name, refuse_in_use=refuse)
         ended = True
         if entry.key and not refuse:
-            ended = await asyncio.to_thread(registry.disk.await_unused, entry.key, UNLOAD_WAIT_S)
+            ended = await registry.disk.await_unused(entry.key, UNLOAD_WAIT_S)
         await send_json(send, {"id": name, "object": "model", "deleted": True, "ended": ended})
 
 

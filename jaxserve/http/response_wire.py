@@ -55,6 +55,7 @@ class ResponseWire:
         self._num_top = num_top
         self._reads = reads
         self._reason: str | None = None
+        self._untold: list[dict[str, Any]] = []  # of tokens that have shown no text yet
 
     def events(self, delta: Delta) -> bytes:
         """See `Wire`."""
@@ -90,18 +91,20 @@ class ResponseWire:
         parts: Sequence[Part] = delta.parts
         if not self._reads:
             parts = [Text(delta.text)] if delta.text else []
-        logprobs: list[dict[str, Any]] = []
         if self._num_top is not None:
             found = chat_logprobs(self._tokenizer, delta.logprobs, self._num_top)
-            logprobs = found["content"]
+            self._untold += found["content"]
         for part in parts:
-            is_text = isinstance(part, Text)
-            self._output.add(part, logprobs if is_text else [])
-            logprobs = [] if is_text else logprobs
+            logprobs: list[dict[str, Any]] = []
+            if isinstance(part, Text):
+                logprobs, self._untold = self._untold, []
+            self._output.add(part, logprobs)
         self._reason = delta.finish_reason or self._reason
 
     def _end(self) -> str:
         """The output is complete, or as complete as it will be: the response's status."""
+        if self._untold and not self._reads:
+            self._output.add(Text(""), self._untold)
         status = "incomplete" if self._reason == FinishReason.LENGTH.value else "completed"
         self._output.finish(status)
         return status

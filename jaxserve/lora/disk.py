@@ -12,6 +12,7 @@ Invariant: a directory under its final name is whole and was checked; it is neve
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import shutil
@@ -102,13 +103,13 @@ class DiskAdapters:
             os.close(file)
         return False
 
-    def await_unused(self, key: str, timeout_s: float) -> bool:
-        """Waits until nobody holds it; whether that came within the time. Blocks its thread."""
+    async def await_unused(self, key: str, timeout_s: float) -> bool:
+        """Waits until nobody holds it; whether that came within the time."""
         end_s = time.monotonic() + timeout_s
         while self.is_used(key):
             if time.monotonic() > end_s:
                 return False
-            time.sleep(_POLL_S)
+            await asyncio.sleep(_POLL_S)
         return True
 
     def _evict(self, newest: str) -> None:

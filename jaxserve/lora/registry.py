@@ -125,12 +125,15 @@ class Registry:
             AdapterNotFound: the name is not known (any more).
             InvalidAdapter: it cannot be fetched, or does not fit the base model.
         """
-        entry = self.find(name)
+        known = self.names().get(name)
+        entry = known or self.find(name)
         key = self._fetch(entry.source, base)
         with self._changing():
             entries = dict(self.names())
             now = entries.get(name)
-            if now is None or now == entry:  # else it was loaded anew meanwhile
+            if now is None and known is not None:
+                raise AdapterNotFound(f"the adapter {name!r} was unloaded meanwhile", param="model")
+            if now == known:  # else it was loaded anew meanwhile
                 self._write(entries | {name: Entry(source=entry.source, key=key)})
         return key
 

@@ -49,8 +49,15 @@ def check_address(address: str) -> None:
         raise InvalidAdapter(f"{address!r:.200}: {scheme}:// is not supported; gs:// and s3:// are")
     if ".." in PurePosixPath(rest if separator else address).parts or "\0" in address:
         raise InvalidAdapter(f"{address!r:.200} has '..' in it: give the path itself")
-    if not separator and not Path(address).expanduser().is_absolute():
+    if not separator and not _local(address).is_absolute():
         raise InvalidAdapter(f"{address!r:.200} must be an absolute path, or gs:// or s3://")
+
+
+def _local(address: str) -> Path:
+    try:
+        return Path(address).expanduser()
+    except RuntimeError as error:  # "~" of a user that there is not
+        raise InvalidAdapter(f"{address!r:.200}: {error}") from error
 
 
 def address_below(root: str, name: str) -> str:
@@ -80,7 +87,7 @@ def fetch(address: str, into: Path, *, max_bytes: int) -> None:
     if "://" in address:
         _from_store(address, into, max_bytes)
         return
-    directory = Path(address).expanduser()
+    directory = _local(address)
     if not directory.is_dir():
         raise InvalidAdapter(f"{address} is no directory")
     for name in FILES:

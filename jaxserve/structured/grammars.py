@@ -193,8 +193,8 @@ def _spell_pieces(pieces: Sequence[str | int]) -> str:
 
 
 def _literal(text: str) -> str:
-    """A text as Lark writes it."""
-    return json.dumps(text, ensure_ascii=False)
+    """A text as Lark writes it, which JSON does but for one character."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", r"\u007f")
 
 
 def _dump(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,9 @@ def test_digest_follows_the_content(tmp_path: Path) -> None:
         ({"r": 0}, "r is 0"),
         ({"r": True}, "r is True"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_alpha": 10**400}, "at most 2^31"),
+        ({"lora_alpha": 1e300}, "at most 2^31"),
+        ({"alpha_pattern": {"q_proj": 10**400}}, "at most 2^31"),
         ({"rank_pattern": {"(": 2}}, "no pattern"),
         ({"target_modules": None}, "target_modules"),
         ({"target_modules": ["q_proj", "k_proj"]}, "'k_proj'"),
@@ -165,7 +169,7 @@ def test_digest_follows_the_content(tmp_path: Path) -> None:
 def test_refused_configs(tmp_path: Path, fields: dict[str, Any], says: str) -> None:
     """What is not done, malformed, or contradicts the tensors."""
     change_config(written(tmp_path), **fields)
-    with pytest.raises(InvalidAdapter, match=says.replace("(", r"\(")):
+    with pytest.raises(InvalidAdapter, match=re.escape(says)):
         read_adapter(tmp_path, max_rank=8)
 
 
@@ -191,6 +195,7 @@ def test_settings_that_change_nothing(tmp_path: Path, fields: dict[str, Any]) ->
         ({"q_proj.lora_A.weight": None}, "lacks lora_A"),
         ({"q_proj.lora_B.weight": np.full((8, 4), np.nan, np.float32)}, "not finite"),
         ({"q_proj.lora_B.weight": np.full((8, 4), np.inf, np.float32)}, "not finite"),
+        ({"q_proj.lora_B.weight": np.full((8, 4), 3e38, np.float32)}, "not finite once scaled"),
         ({"q_proj.lora_B.weight": np.zeros((8, 4), np.int32)}, "int32"),
         ({"q_proj.lora_B.weight": np.zeros((8, 3), np.float32)}, r"B \[8, 3\]"),
         ({"q_proj.lora_magnitude_vector": np.zeros(8, np.float32)}, "no LoRA matrix"),
@@ -237,6 +242,23 @@ def test_missing_and_truncated_files(tmp_path: Path) -> None:
     (tmp_path / WEIGHTS_FILE).rename(tmp_path / "adapter_model.bin")
     with pytest.raises(InvalidAdapter, match="safetensors"):
         read_adapter(tmp_path, max_rank=4)
+
+
+@pytest.mark.parametrize("pattern", ["([a-z]|.)*!", "(a+)+", "(.|.)" * 30, ".*" * 30, "a?" * 30])
+def test_patterns_that_take_forever_are_refused(pattern: str) -> None:
+    """Matching one would hold up all of the process."""
+    document = json.loads(adapter().config.to_json()) | {"rank_pattern": {pattern: 4}}
+    with pytest.raises(InvalidAdapter, match="may take forever"):
+        parse_config(document)
+
+
+def test_patterns_that_trainers_write_are_taken() -> None:
+    """Names, layers by number, one of several modules."""
+    patterns = {r".*\.layers\.(0|1|2)\.self_attn\.(q|v)_proj": 4, r"layers\.\d+\.mlp\.up_proj": 2}
+    document = json.loads(adapter().config.to_json()) | {"rank_pattern": patterns}
+    config = parse_config(document)
+    assert config.rank_of("model.layers.2.self_attn.v_proj") == 4
+    assert config.rank_of("model.layers.17.mlp.up_proj") == 2
 
 
 def test_a_config_of_any_shape_is_refused_not_tripped_over() -> None:

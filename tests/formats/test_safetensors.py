@@ -155,6 +155,9 @@ _ROW = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         {**_ROW, "shape": [2.0]}, {**_ROW, "shape": [10**30]}, {**_ROW, "shape": 2},
         {**_ROW, "shape": [3]}, {**_ROW, "data_offsets": [8, 0]}, {**_ROW, "data_offsets": [0]},
         {**_ROW, "data_offsets": [-8, 0]}, {**_ROW, "data_offsets": [2**70, 2**70 + 8]},
+        {**_ROW, "shape": [0, 10**30], "data_offsets": [0, 0]},
+        {**_ROW, "shape": [0, 2**40, 2**40], "data_offsets": [0, 0]},
+        {**_ROW, "shape": [2, *[1] * 99]},
     ],
 )  # fmt: skip
 def test_an_absurd_entry_is_refused(row: Any, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import hashlib
 import json
+import os
 import random
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from jaxserve.config import LoraConfig
 from jaxserve.formats.peft import adapter_digest, write_adapter
 from jaxserve.http.adapters import Adapters
 from jaxserve.http.auth import Identity, KeyRing
+from jaxserve.http.frontend import INLINE_CHARACTERS
 from jaxserve.lora.registry import Registry
 from jaxserve.types import AdapterBase, SamplingParams
 from tests.fakes.engine import ADAPTER_BYTES, MODULES, oracle
@@ -181,6 +183,39 @@ def test_a_deadline_holds_while_an_adapter_is_fetched(
     assert "adapter 'three'" in response.json()["error"]["message"]
     arrives.set()
     assert tokens_of(served, "three") == answer(adapter_digest(directory / "root" / "three"))
+
+
+def test_others_do_not_wait_for_slow_adapters(
+    served: Front, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor for unloads that wait: long prompts are still tokenized, in threads as ever."""
+    arrives = threading.Event()
+    registry = served.app.frontend.adapters.registry
+    monkeypatch.setattr(registry, "materialise", lambda name, base: arrives.wait(60) and "")
+    monkeypatch.setattr(registry.disk, "is_used", lambda key: not arrives.is_set())
+    num = min(32, (os.cpu_count() or 1) + 4)  # threads of the event loop's own
+    for index in range(num):
+        written(directory / "root" / f"slow{index}", 10 + index)
+        load = {"lora_name": f"used{index}", "lora_path": str(directory / "one")}
+        served.ok("/v1/load_lora_adapter", load)
+
+    async def run() -> int:
+        asks = [served.http.post("/v1/completions", json=body(f"slow{i}")) for i in range(num)]
+        asks += [
+            served.http.post("/v1/unload_lora_adapter", json={"lora_name": f"used{i}"})
+            for i in range(num)
+        ]
+        waiting = [asyncio.create_task(ask) for ask in asks]
+        await asyncio.sleep(0.2)
+        long = {"model": "fake", "prompt": "x" * (INLINE_CHARACTERS + 1)}
+        try:
+            async with asyncio.timeout(20):
+                return (await served.http.post("/tokenize", json=long)).status_code
+        finally:
+            arrives.set()
+            await asyncio.gather(*waiting)
+
+    assert served.run(run()) == 200
 
 
 def test_unload_in_use(served: Front, directory: Path) -> None:

@@ -14,8 +14,9 @@ from pydantic import BaseModel, TypeAdapter
 from jaxserve.config import ToolsConfig
 from jaxserve.engine.thread import EngineThread
 from jaxserve.errors import DeviceFailure
-from jaxserve.http.generation import Delta
+from jaxserve.http.generation import Delta, Usage
 from jaxserve.http.response_wire import ResponseWire
+from jaxserve.types import TokenLogprobs
 from tests.fakes.reciter import (
     PARAMETERS,
     PARIS,
@@ -281,6 +282,18 @@ def test_log_probabilities(front, stream):
     logprobs = made.output[0].content[0].logprobs
     assert "".join(entry.token for entry in logprobs) == "Hello."
     assert all(len(entry.top_logprobs) == 2 for entry in logprobs)
+
+
+def test_tokens_without_text_of_their_own_keep_their_log_probabilities():
+    """Half of a character shows with its other half, or with the end."""
+    wire = ResponseWire({"model": "fake"}, ByteTokenizer(), 0, reads=False)
+    entries = [TokenLogprobs(token_id=token, logprob=-1.0, rank=0) for token in "éé".encode()]
+    said = wire.events(Delta(0, "", logprobs=entries[:1]))
+    said += wire.events(Delta(0, "é", logprobs=entries[1:2]))
+    said += wire.events(Delta(0, "", logprobs=entries[2:3])) + wire.ending(Usage(prompt_tokens=1))
+    events = [json.loads(line[6:]) for line in said.decode().splitlines() if line[:5] == "data:"]
+    (part,) = events[-1]["response"]["output"][0]["content"]
+    assert [entry["bytes"] for entry in part["logprobs"]] == [[195], [169], [195]]
 
 
 def test_a_failure_in_a_stream_is_an_event():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -93,13 +95,14 @@ def test_unload_refuses_or_not(tmp_path: Path, sources: Path) -> None:
         one.unload("a", refuse_in_use=True)
     assert "a" in two.names()
     two.disk.release(entry.key)
-    assert not one.disk.await_unused(entry.key, 0.0)
+    assert not asyncio.run(one.disk.await_unused(entry.key, 0.0))
     one.unload("a", refuse_in_use=False)
     with pytest.raises(AdapterNotFound):
         two.find("a")
     done = threading.Event()
     waiter = threading.Thread(
-        target=lambda: one.disk.await_unused(entry.key, 30.0) and done.set(), daemon=True
+        target=lambda: asyncio.run(one.disk.await_unused(entry.key, 30.0)) and done.set(),
+        daemon=True,
     )
     waiter.start()
     assert not done.is_set()
@@ -108,6 +111,24 @@ def test_unload_refuses_or_not(tmp_path: Path, sources: Path) -> None:
     assert done.is_set()
     with pytest.raises(AdapterNotFound):
         one.unload("a", refuse_in_use=True)
+
+
+def test_a_name_that_is_unloaded_while_it_is_fetched_stays_away(
+    tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fetch that ends afterwards does not bring it back."""
+    own = registry(tmp_path, adapters=(f"a={written(sources, 1)}",))
+    add = own.disk.add
+
+    def slow(*how: Callable[[Path], None]) -> str:
+        key = add(*how)
+        registry(tmp_path).unload("a", refuse_in_use=False)
+        return key
+
+    monkeypatch.setattr(own.disk, "add", slow)
+    with pytest.raises(AdapterNotFound, match="meanwhile"):
+        own.materialise("a", BASE)
+    assert own.names() == {}
 
 
 def test_a_root_is_searched(tmp_path: Path, sources: Path) -> None:
@@ -133,6 +154,7 @@ def test_a_root_is_searched(tmp_path: Path, sources: Path) -> None:
         ("a:b", "/tmp", "adapter name"),
         ("a" * 129, "/tmp", "adapter name"),
         ("a", "relative/path", "absolute"),
+        ("a", "~nobody-of-that-name/a", "home directory"),
         ("a", "/tmp/../etc", r"'\.\.'"),
         ("a", "ftp://host/a", "not supported"),
         ("a", "/does/not/exist", "no directory"),

@@ -41,6 +41,7 @@ def admits(grammar: Grammar, *pieces: str | int, table: LLTokenizer = TABLE) -> 
         (grammars.regex("a+b"), "aab", "aabb"),
         (grammars.choice(['say "hi"', "new\nline", "/é\\"]), "/é\\", "say"),
         (grammars.choice(["new\nline", "b"]), "new\nline", "new line"),
+        (grammars.choice(["a\x7fb", "c"]), "a\x7fb", "ab"),
         (grammars.context_free('start: "a" B\nB: /b+/'), "abb", "a"),
         (grammars.context_free('root ::= "a" ("b" | [0-9]+)'), "a12", "ab1"),
     ],
