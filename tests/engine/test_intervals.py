@@ -137,7 +137,7 @@ def test_a_request_with_an_adapter_waited_for_it_and_for_a_slot(server, tmp_path
         ref = AdapterRef(key=key, path=str(tmp_path / f"{number}"))
         turn(engine, "a", dataclasses.replace(message, adapter=ref))
         while engine._adapters.is_loading:
-            turn(engine)
+            engine.receive(0.01)  # no step: the first must still run when the second is there
     first, second = until_ended(engine, server, 2)
     check(first, "adapter")
     check(second, "adapter", "adapter")  # the file, then the one slot
