@@ -120,8 +120,9 @@ def _user(fields: Fields) -> str:
 def _priority(fields: Fields, identity: Identity) -> int:
     priority = fields.peek("priority")
     priority = PRIORITIES.get(priority, priority) if type(priority) is str else priority
-    within = type(priority) is int and abs(priority) <= MAX_PRIORITY
-    return priority if within else identity.priority
+    if type(priority) is int and abs(priority) <= MAX_PRIORITY:
+        return priority
+    return identity.priority
 
 
 def _prompts(fields: Fields) -> tuple[int, int, int]:
