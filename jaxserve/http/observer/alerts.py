@@ -97,8 +97,11 @@ def make_alerts(
                 faults[news.subject] = monotonic()
 
     def on_status(status: EngineStatus) -> None:
-        if status.state in ("ready", "draining"):
-            engine.ready()
+        match status.state:
+            case "ready" | "draining":
+                engine.ready()
+            case "restarting" | "failed":
+                engine.away(monotonic())
 
     async def tick() -> None:
         now_s = monotonic()

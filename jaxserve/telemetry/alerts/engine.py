@@ -21,6 +21,8 @@ LOOP_S = 600.0
 class EngineWatch:
     """Follows the engine's lives; times are monotonic seconds.
 
+    Nothing is said before something was heard: an incident of the observer's life before goes on.
+
     Args:
         on_alert: is told at each `tick`.
     """
@@ -30,26 +32,34 @@ class EngineWatch:
         self._ends_s: deque[float] = deque(maxlen=100)
         self._down_s: float | None = None
         self._failed = ""
+        self._heard = False
 
     def down(self, at_s: float) -> None:
         """A life of the engine has ended."""
         self._ends_s.append(at_s)
+        self.away(at_s)
+
+    def away(self, at_s: float) -> None:
+        """None serves at the moment."""
+        self._heard = True
         if self._down_s is None:
             self._down_s = at_s
 
     def ready(self) -> None:
         """The engine serves."""
+        self._heard = True
         self._down_s = None
         self._failed = ""
 
     def failed(self, error: str, at_s: float) -> None:
         """It will not be started again, or says that it cannot go on."""
         self._failed = error or "no reason given"
-        if self._down_s is None:
-            self._down_s = at_s
+        self.away(at_s)
 
     def tick(self, now_s: float) -> None:
         """Says how it is."""
+        if not self._heard:
+            return
         while self._ends_s and now_s - self._ends_s[0] > LOOP_S:
             self._ends_s.popleft()
         ends = len(self._ends_s)
@@ -59,7 +69,7 @@ class EngineWatch:
         elif self._down_s is not None and now_s - self._down_s >= DOWN_S:
             down = {"down for": f"{now_s - self._down_s:.0f} s"}
             self._say(True, "The engine is down", details | down)
-        else:
+        elif self._down_s is None or ends >= LOOP_ENDS:  # else it cannot be said yet
             self._say(ends >= LOOP_ENDS, "The engine ends and is started again and again", details)
 
     def _say(self, firing: bool, title: str, details: dict[str, str]) -> None:

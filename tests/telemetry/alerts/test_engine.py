@@ -62,3 +62,16 @@ def test_an_engine_that_is_given_up_is_at_once():
     watch.ready()
     watch.tick(101.0)
     assert not told.firing
+
+
+def test_an_observer_that_begins_while_the_engine_is_down_ends_no_incident():
+    said = []
+    watch = EngineWatch(lambda *words: said.append(words[1]))
+    watch.tick(100.0)  # it has heard nothing
+    watch.away(101.0)
+    watch.tick(102.0)  # for how long it is down is not known
+    assert said == []
+    watch.tick(101.0 + DOWN_S)
+    watch.ready()
+    watch.tick(200.0)
+    assert said == [True, False]
