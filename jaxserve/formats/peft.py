@@ -228,7 +228,7 @@ def _module(
     if rank > max_rank:
         raise InvalidAdapter(
             f"module {name} has rank {rank}, the limit is {max_rank}: train a smaller one, or add "
-            "a class to lora.rank_classes"
+            "a class to lora.classes"
         )
     for matrix in (a, b):
         if matrix.dtype.name not in _DTYPES:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 
-from jaxserve.errors import InvalidRequest, LedgerUnavailable
+from jaxserve.errors import ConfigError, InvalidRequest, LedgerUnavailable
 from jaxserve.metering.entry import ZERO, Entry, Line
 from jaxserve.metering.ledger import query as queries
 from jaxserve.metering.ledger import rows, schema
@@ -249,7 +249,10 @@ def database_at(address: str, state: Path) -> Database:
     """
     if is_postgres(address):
         return Postgres(address)
-    return Sqlite(Path(address).expanduser() if address else state / FILE)
+    path = Path(address).expanduser() if address else state / FILE
+    if path.is_dir():
+        raise ConfigError(f"metering.ledger must name a file, and {path} is a directory")
+    return Sqlite(path)
 
 
 def _take[K](rows_by_key: dict[K, rows.Row], count: int) -> dict[K, rows.Row]:

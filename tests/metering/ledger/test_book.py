@@ -395,6 +395,8 @@ def test_a_clock_in_the_future_forgets_one_day_only(tmp_path: Path):
 
 
 def test_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ConfigError, match="is a directory"):
+        database_at(str(tmp_path), tmp_path)
     assert database_at("", tmp_path).name == str(tmp_path / "ledger.sqlite")
     assert database_at("/data/l.db", tmp_path).name == "/data/l.db"
     monkeypatch.setenv("HOME", "/home/somebody")
