@@ -1,6 +1,7 @@
 """Keeps the observer's process running: the supervisor's end.
 
-Serving goes on without it. It is started again after each death, with growing pauses. What is wrong
+Serving goes on without it. It is started again after each death, with growing pauses; one that does
+not answer any more is killed first. What is wrong
 in its settings is found before anything starts (`parts.check_parts`).
 """
 
@@ -14,10 +15,16 @@ import sys
 from pathlib import Path
 
 from jaxserve.config import Config
+from jaxserve.http.observer.frames import read_frame, write_frame
+from jaxserve.http.observer.messages import TO_OBSERVER, TO_WORKER, Answer, Question
+from jaxserve.http.observer.observer import ALIVE
 from jaxserve.http.observer.process import ObserverSettings
 from jaxserve.http.restarts import Backoff, ended
 from jaxserve.telemetry.state import StateDirectory
 
+#: Between questions whether it lives, and how long an answer may take.
+CHECK_S = 10.0
+HUNG_S = 60.0
 #: At the end, how long it may take to keep what it has.
 CLOSING_S = 10.0
 
@@ -48,6 +55,7 @@ class ObserverKeeper:
         self._settings = ObserverSettings(config=config, socket=self.socket, state=self._state.path)
         self._process: subprocess.Popen[bytes] | None = None
         self._task: asyncio.Task[None] | None = None
+        self._answered = False
 
     @property
     def pid(self) -> int | None:
@@ -90,7 +98,11 @@ class ObserverKeeper:
         while True:
             assert self._process is not None
             backoff.started()
-            await ended(self._process.pid)
+            watch = asyncio.create_task(self._watch(self._process), name="jaxserve observer watch")
+            try:
+                await ended(self._process.pid)
+            finally:
+                watch.cancel()
             status = self._process.wait()
             sys.stderr.write(
                 f"jaxserve: the observer has ended with status {status}; it is started again, "
@@ -98,3 +110,30 @@ class ObserverKeeper:
             )
             await asyncio.sleep(backoff.next_pause_s())
             self._launch()
+
+    async def _watch(self, process: subprocess.Popen[bytes]) -> None:
+        """Kills it if it hangs; one that has answered once is asked again and again."""
+        self._answered = False
+        while True:
+            await asyncio.sleep(CHECK_S)
+            try:
+                async with asyncio.timeout(HUNG_S):
+                    await self._ask()
+                self._answered = True
+            except TimeoutError:
+                if self._answered:
+                    sys.stderr.write(f"jaxserve: the observer is silent for {HUNG_S:g} s\n")
+                    process.kill()
+                    return
+            except (OSError, asyncio.IncompleteReadError, ValueError):
+                continue  # it begins, or ends
+
+    async def _ask(self) -> None:
+        """Waits for an answer."""
+        reader, writer = await asyncio.open_unix_connection(self.socket)
+        try:
+            write_frame(writer, TO_OBSERVER.encode(Question(id=1, name=ALIVE)))
+            while not isinstance(TO_WORKER.decode(await read_frame(reader)), Answer):
+                pass  # what all workers are told comes first
+        finally:
+            writer.close()

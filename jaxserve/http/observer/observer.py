@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 #: The question that the observer answers itself: families of all parts as text.
 METRICS = "metrics"
+#: And this, to say that it lives.
+ALIVE = "alive"
 #: Between two faults of one part that are logged.
 _QUIET_S = 60.0
 
@@ -190,6 +192,8 @@ class Observer:
         write_frame(writer, TO_WORKER.encode(answer))
 
     async def _ask(self, question: Question) -> Answer:
+        if question.name == ALIVE:
+            return Answer()
         if question.name == METRICS:
             return Answer(content_type="text/plain", body=generate_latest(self._registry))
         if question.name not in self._asks:
