@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import struct
 from collections import deque
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from jaxserve.limits.store import Answer, MemoryStore, StoreFailure, Take
+from jaxserve.protocol.frames import FrameTooLong, read_frame, write_frame
 
-_HEAD = struct.Struct("<I")
+#: What a frame raises that is none of ours.
+_NONSENSE = (msgspec.MsgspecError, FrameTooLong)
 
 
 class _Question(msgspec.Struct, array_like=True):
@@ -76,10 +76,10 @@ class Owner:
         open_ids: set[str] = set()
         try:
             while True:
-                question = _decode_question(await _read(reader))
-                _write(writer, _encode(self._answer(question, open_ids)))
+                question = _decode_question(await read_frame(reader))
+                write_frame(writer, _encode(self._answer(question, open_ids)))
                 await writer.drain()
-        except (OSError, asyncio.IncompleteReadError, msgspec.MsgspecError, asyncio.CancelledError):
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError, *_NONSENSE):
             pass  # the worker has gone, or the server ends
         finally:
             self._connections.discard(task)
@@ -155,7 +155,7 @@ class OwnedStore:
                 )
         future: asyncio.Future[Answer | None] = asyncio.get_running_loop().create_future()
         self._waiting.append(future)
-        _write(self._writer, _encode(question))
+        write_frame(self._writer, _encode(question))
         return await future
 
     async def _read_answers(
@@ -163,11 +163,11 @@ class OwnedStore:
     ) -> None:
         try:
             while True:
-                answer = _decode_answer(await _read(reader))
+                answer = _decode_answer(await read_frame(reader))
                 future = self._waiting.popleft()
                 if not future.done():  # else whoever asked was cancelled
                     future.set_result(answer)
-        except (OSError, asyncio.IncompleteReadError, msgspec.MsgspecError):
+        except (OSError, asyncio.IncompleteReadError, *_NONSENSE):
             pass
         finally:
             self._writer = None
@@ -182,12 +182,3 @@ def _expected(answer: Answer | None) -> Answer:
     if answer is None:
         raise StoreFailure("the owner of the limits gave no answer")
     return answer
-
-
-async def _read(reader: asyncio.StreamReader) -> bytes:
-    (length,) = _HEAD.unpack(await reader.readexactly(_HEAD.size))
-    return await reader.readexactly(length)
-
-
-def _write(writer: asyncio.StreamWriter, frame: Any) -> None:
-    writer.write(_HEAD.pack(len(frame)) + frame)

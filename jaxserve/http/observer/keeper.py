@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 
 from jaxserve.config import Config
-from jaxserve.http.observer.frames import read_frame, write_frame
 from jaxserve.http.observer.messages import TO_OBSERVER, TO_WORKER, Answer, Question
 from jaxserve.http.observer.observer import ALIVE
 from jaxserve.http.observer.process import ObserverSettings
 from jaxserve.http.restarts import Backoff, ended
+from jaxserve.protocol.frames import read_frame, write_frame
 from jaxserve.telemetry.state import StateDirectory
 
 #: Between questions whether it lives, and how long an answer may take.

@@ -22,7 +22,6 @@ from prometheus_client.registry import Collector
 
 from jaxserve.errors import JaxserveError
 from jaxserve.http.errors import error_body
-from jaxserve.http.observer.frames import read_frame, write_frame
 from jaxserve.http.observer.messages import (
     TO_OBSERVER,
     TO_WORKER,
@@ -34,6 +33,7 @@ from jaxserve.http.observer.messages import (
     Told,
 )
 from jaxserve.http.observer.part import Ask, Part
+from jaxserve.protocol.frames import read_frame, write_frame
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Protocol
 
 from jaxserve.errors import Overloaded
-from jaxserve.http.observer.frames import read_frame, write_frame
 from jaxserve.http.observer.messages import (
     TO_OBSERVER,
     TO_WORKER,
@@ -29,6 +28,7 @@ from jaxserve.http.observer.messages import (
     Report,
     Told,
 )
+from jaxserve.protocol.frames import read_frame, write_frame
 from jaxserve.protocol.messages import EngineStatus, StepStats
 from jaxserve.protocol.records import Begun, FirstToken, RequestRecord
 

@@ -10,16 +10,20 @@ _HEAD = struct.Struct("<I")
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 
 
+class FrameTooLong(ValueError):
+    """What was sent cannot be one of ours."""
+
+
 async def read_frame(reader: asyncio.StreamReader) -> bytes:
     """The next frame.
 
     Raises:
         asyncio.IncompleteReadError: the other end has closed.
-        ValueError: it is too long.
+        FrameTooLong: it is.
     """
     (length,) = _HEAD.unpack(await reader.readexactly(_HEAD.size))
     if length > MAX_FRAME_BYTES:
-        raise ValueError(f"a frame of {length} bytes")
+        raise FrameTooLong(f"a frame of {length} bytes")
     return await reader.readexactly(length)
 
 
