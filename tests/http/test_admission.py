@@ -57,9 +57,9 @@ def test_a_deadline_ends_a_request_and_frees_the_engine(long: Front):
 
 
 def test_a_stream_that_has_begun_ends_with_the_error(long: Front):
-    at = f"{time.time() + 0.5:.3f}"
+    at = f"{time.time() + 2:.3f}"  # time enough on a busy machine to be let in and begin
     response = long.post(CHAT, ENDLESS | {"stream": True}, headers={"x-request-deadline": at})
-    assert response.status_code == 200
+    assert response.status_code == 200, response.text
     events = [line for line in response.text.split("\n\n") if line.startswith("data: ")]
     assert len(events) > 2
     last = json.loads(events[-1].removeprefix("data: "))
