@@ -54,7 +54,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     cache = tmp_path_factory.mktemp("xla")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    state = tmp_path_factory.mktemp("state")
     settings = [*SETTINGS, f"engine.compile_cache_dir={cache}", f"http.port={port}"]
+    settings.append(f"telemetry.state_dir={state}")
     words = [word for setting in settings for word in ("--set", setting)]
     process = subprocess.Popen(
         [sys.executable, "-m", "jaxserve", "serve", *words],
