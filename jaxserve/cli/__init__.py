@@ -29,11 +29,6 @@ __all__ = ["main"]
 EXIT_WRONG_USE = 2
 EXIT_INTERRUPTED = 130
 
-_SUBCOMMANDS = (
-    *("serve", "generate", "chat", "bench", "convert", "doctor"),
-    *("train", "rules", "test"),  # of lora, slo and alerts
-)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
@@ -171,7 +166,6 @@ def _command(
     summary: str,
 ) -> argparse.ArgumentParser:
     """A subcommand with what all take: the configuration."""
-    assert name in _SUBCOMMANDS
     command = kinds.add_parser(name, help=summary, description=summary[0].upper() + summary[1:])
     command.set_defaults(run=run)
     command.add_argument("--config", type=Path, metavar="FILE", help="YAML file of settings")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import asdict
 from decimal import Decimal
@@ -33,7 +34,8 @@ class Meter:
     """See the module.
 
     Args:
-        source: unique to a life of the server; see `Hours`.
+        source: unique to a life of the server. Lines get one that is made of it anew wherever
+            nothing is known of those before, so that none counts as one of them; see `Hours`.
         path: of the file from which an observer goes on, should the one before it end.
         now_ns: CLOCK_MONOTONIC.
 
@@ -49,7 +51,8 @@ class Meter:
         self.rate = Rate(prices=prices, watts=power.busy_w)
         self.busy_cost = self.idle_cost = ZERO
         self._path = path
-        self._source = source
+        self._life = source
+        self._source = f"{source}-{secrets.token_hex(4)}"  # unless it goes on with another's
         self._average_w: float | None = None
         self._owed_j = 0.0  # taken by work, beyond what was charged for it
         try:
@@ -61,7 +64,7 @@ class Meter:
 
     def _go_on(self, saved: dict, now_ns: int) -> None:
         """Begins where the observer before this one ended."""
-        prices, source = self.rate.prices, self._source
+        prices, source = self.rate.prices, saved.get("source", self._source)
         self._hours = Hours(
             prices,
             self._measure,
@@ -74,6 +77,7 @@ class Meter:
             before, life = saved["before"]
             hours = Hours(prices, self._measure, source=life, start_ns=now_ns, state=before)
             self._unkept += hours.lines()
+        self._source = source
 
     def step(self, at_ns: int, device_ns: int) -> None:
         """A device call has ended."""
@@ -103,7 +107,7 @@ class Meter:
         if last or now_ns - self._made_ns >= LINES_S * 1e9:
             self._made_ns = now_ns
             self._unkept += self._hours.lines()
-        _save(self._path, self._source, self._hours.state(), self._unkept)
+        _save(self._path, (self._life, self._source), self._hours.state(), self._unkept)
         return list(self._unkept)
 
     def kept(self, lines: Sequence[Line]) -> None:
@@ -125,7 +129,7 @@ class Meter:
         return energy_j, busy_energy_j
 
 
-def _load(path: Path, source: str) -> dict:
+def _load(path: Path, life: str) -> dict:
     """What an observer of the same life of the server has left; empty where none has."""
     try:
         saved = json.loads(path.read_bytes())
@@ -134,13 +138,15 @@ def _load(path: Path, source: str) -> dict:
     except (OSError, ValueError) as error:
         logger.warning("cannot go on from %s, the meter begins anew: %s", path, error)
         return {}
-    if saved["source"] == source:
+    if saved["life"] == life:
         return saved
     return {"lines": saved["lines"], "before": (saved["hours"], saved["source"])}
 
 
-def _save(path: Path, source: str, hours: dict, lines: Sequence[Line]) -> None:
+def _save(path: Path, names: tuple[str, str], hours: dict, lines: Sequence[Line]) -> None:
+    life, source = names
     document = {
+        "life": life,
         "source": source,
         "hours": hours,
         "lines": [asdict(line) | {"cost": str(line.cost)} for line in lines],

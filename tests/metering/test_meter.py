@@ -124,7 +124,8 @@ def test_another_server_makes_the_lines_of_the_one_before(tmp_path: Path):
     assert meter.save(5 * S) == []  # not yet, and it is killed now
     other = make_meter(tmp_path, source="b", now_ns=1000 * S)
     lines = other.save(1000 * S)
-    assert {line.source for line in lines} == {"a"}
+    (source,) = {line.source for line in lines}
+    assert source.startswith("a-")
     assert sum(line.duration_ns for line in lines if line.kind is LineKind.HARDWARE) == 5 * S
 
 
@@ -132,8 +133,8 @@ def test_another_server_makes_the_lines_of_the_one_before(tmp_path: Path):
     "content",
     [
         *("{", "{}", "[]", "null"),
-        '{"source": "b", "lines": [{}], "hours": {}}',
-        '{"source": "a", "lines": [], "hours": {"amounts": {"1": {"x": 1}}}}',
+        '{"life": "b", "source": "b-1", "lines": [{}], "hours": {}}',
+        '{"life": "a", "source": "a-1", "lines": [], "hours": {"amounts": {"1": {"x": 1}}}}',
     ],
 )
 def test_a_file_that_is_broken_is_begun_anew(
@@ -142,7 +143,26 @@ def test_a_file_that_is_broken_is_begun_anew(
     (tmp_path / "meter.json").write_text(content)
     assert make_meter(tmp_path).save(0) == []
     assert "begins anew" in caplog.text
-    assert json.loads((tmp_path / "meter.json").read_text())["source"] == "a"
+    saved = json.loads((tmp_path / "meter.json").read_text())
+    assert saved["life"] == "a" and saved["source"] not in ("a", "a-1")
+
+
+@pytest.mark.parametrize("damage", [lambda f: f.write_text("{"), lambda f: f.unlink()])
+def test_lines_after_a_lost_file_are_none_that_the_ledger_has(tmp_path: Path, damage):
+    """In one life of the server: their numbers begin anew, and so does their source."""
+
+    def lines_of_ten_seconds(start_s: int) -> list[Line]:
+        meter = make_meter(tmp_path, now_ns=start_s * S)
+        meter.step((start_s + 10) * S, 5 * S)
+        meter.tick((start_s + 10) * S, start_s + 10)
+        return meter.save((start_s + 10) * S, last=True)
+
+    first = lines_of_ten_seconds(0)
+    damage(tmp_path / "meter.json")
+    second = lines_of_ten_seconds(10)
+    assert first and second
+    keys = {(line.source, line.number) for line in first + second}
+    assert len(keys) == len(first) + len(second)
 
 
 def test_a_state_that_cannot_be_written_is_an_error(tmp_path: Path):

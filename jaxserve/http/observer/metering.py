@@ -60,17 +60,6 @@ class Ledger(Protocol):
         ...
 
 
-class NoLedger:
-    """Nothing is kept: costs are told and counted, and forgotten with the server."""
-
-    def add(self, entries: Sequence[Entry], lines: Sequence[Line]) -> None:
-        """See `Ledger`."""
-
-    def month_totals(self, month: str) -> Mapping[str, Decimal]:
-        """See `Ledger`."""
-        return {}
-
-
 class Metering:
     """See the module; `part` is what the observer gets.
 
