@@ -89,8 +89,9 @@ PARTS = {
     ),
     "vllm": ("telemetry.vllm_metrics=true",),
 }
-#: Parts that are no part of the observer: nothing is missing where it names none for them.
-PLAIN = ("observer", "vllm")
+#: What adds no part to the observer (SLOs are always there, with objectives or none): nothing is
+#: missing where it names none for them.
+PLAIN = ("observer", "slo", "vllm")
 EVERYTHING = "everything"
 #: The most by which throughput may fall.
 TARGET = 0.01
