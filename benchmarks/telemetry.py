@@ -43,6 +43,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -138,8 +139,19 @@ class Server:
             raise SystemExit(f"the server has not started with {' '.join(settings)}")
         self.base = line.split()[-1]
         self.port = int(self.base.rpartition(":")[2])
+        self._wait_until_ready()
         self._serving = self._pids("fakes.http_worker", engine)
         self._observing = self._pids("observer.process")
+
+    def _wait_until_ready(self) -> None:
+        deadline_s = time.monotonic() + START_S
+        while time.monotonic() < deadline_s:
+            with contextlib.suppress(urllib.error.HTTPError):  # 503 until it is
+                urllib.request.urlopen(f"{self.base}/ready", timeout=START_S).close()
+                return
+            time.sleep(0.1)
+        self.close()
+        raise SystemExit("the server does not get ready")
 
     def parts(self) -> set[str]:
         """Of its observer, by name."""

@@ -122,10 +122,16 @@ class _Worker:
         except BrokenPipeError:
             self.process.stdin = None  # it died at once; waiting for its end says so
 
-    async def listening(self) -> None:
-        """Waits until it accepts connections (or has ended)."""
-        assert self.process.stdout is not None
-        await asyncio.get_running_loop().run_in_executor(None, self.process.stdout.readline)
+    async def ready(self) -> None:
+        """Waits until it takes requests (or has ended)."""
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), self.process.stdout
+        )
+        try:
+            await reader.readline()
+        finally:
+            transport.close()
 
     def tell(self, news: News) -> None:
         """Tells it about the engine."""
@@ -157,7 +163,7 @@ class _Supervisor:
         self._worker_module = worker_module
         self._observer_module = observer_module
         self._workers: list[_Worker] = []
-        self._listening: asyncio.Future[list[None]] | None = None
+        self._ready: asyncio.Future[list[None]] | None = None
         self._stopping = asyncio.Event()
         self._limits: Owner | None = None
         self._observer: ObserverKeeper | None = None
@@ -217,8 +223,8 @@ class _Supervisor:
                 observer_socket=self._observer.socket if self._observer is not None else None,
             )
             self._workers.append(_Worker(settings, self._listener, self._worker_module))
-        listening = (worker.listening() for worker in self._workers)
-        self._listening = asyncio.ensure_future(asyncio.gather(*listening))
+        ready = (worker.ready() for worker in self._workers)
+        self._ready = asyncio.ensure_future(asyncio.gather(*ready))
 
     def _tell(self, news: News) -> None:
         self._bar.close()
@@ -244,16 +250,16 @@ class _Supervisor:
             return engine.result() if engine.done() else status
         finally:
             tasks = [engine, stopping, *worker_ends]
-            if self._listening is not None:
-                tasks.append(self._listening)
+            if self._ready is not None:
+                tasks.append(self._ready)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _announce(self) -> None:
         """An engine is ready, and with the first one the workers."""
-        assert self._listening is not None
-        await asyncio.shield(self._listening)
+        assert self._ready is not None
+        await asyncio.shield(self._ready)
         self._bar.close()
         scheme = "https" if self._config.http.tls_certificate else "http"
         host, port = self._listener.getsockname()[:2]

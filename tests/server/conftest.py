@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 import httpx
 import pytest
+from openai import OpenAI
 
 TIMEOUT_S = 600
 #: Few programs, so that they compile quickly; two workers, so that events find their way.
@@ -81,6 +82,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             process.kill()
         process.communicate()
         errors.close()
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[OpenAI]:
+    """The real client, which asks once."""
+    base_url = f"{server.base_url}/v1"
+    with OpenAI(base_url=base_url, api_key="none", timeout=TIMEOUT_S, max_retries=0) as client:
+        yield client
 
 
 def _first_answer(url: str, process: subprocess.Popen[str]) -> httpx.Response:

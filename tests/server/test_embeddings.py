@@ -13,19 +13,12 @@ import pytest
 from openai import BadRequestError, OpenAI
 
 from tests.models.test_bert import DATA
-from tests.server.conftest import TIMEOUT_S, Server
+from tests.server.conftest import Server
 
 pytestmark = pytest.mark.slow
 
 MODEL = "all-minilm-l6-v2"
 TEXTS: list[str] = json.loads((DATA / "minilm" / "texts.json").read_text())
-
-
-@pytest.fixture
-def client(server: Server) -> OpenAI:
-    return OpenAI(
-        base_url=f"{server.base_url}/v1", api_key="none", timeout=TIMEOUT_S, max_retries=0
-    )
 
 
 def test_vectors_are_sentence_transformers(client: OpenAI, server: Server) -> None:

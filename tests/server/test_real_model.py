@@ -34,11 +34,6 @@ def oracle() -> Oracle:
     return Oracle()
 
 
-@pytest.fixture
-def client(server: Server) -> OpenAI:
-    return OpenAI(base_url=f"{server.base_url}/v1", api_key="none", timeout=TIMEOUT_S)
-
-
 def run(server: Server, work: Any) -> Any:
     """Runs `work(client)` on an event loop."""
 

@@ -32,11 +32,6 @@ class City(BaseModel):
     sights: list[Literal["river", "tower", "museum"]] = Field(max_length=3)
 
 
-@pytest.fixture
-def client(server: Server) -> OpenAI:
-    return OpenAI(base_url=f"{server.base_url}/v1", api_key="none", timeout=TIMEOUT_S)
-
-
 def test_parse_of_the_openai_client(client: OpenAI) -> None:
     """Pydantic's schema goes out; an object of the class comes back."""
     for seed in range(2):

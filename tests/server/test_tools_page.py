@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 from openai import OpenAI
 
-from tests.server.conftest import TIMEOUT_S, Server
+from tests.server.conftest import Server
 
 pytestmark = pytest.mark.slow
 
@@ -41,13 +41,15 @@ TOOLS: list[Any] = [
 QUESTION: list[Any] = [{"role": "user", "content": "How will the weather be in Paris?"}]
 
 
-@pytest.fixture
-def client(server: Server) -> OpenAI:
-    return OpenAI(base_url=f"{server.base_url}/v1", api_key="none", timeout=TIMEOUT_S)
+def run(example: str, server: Server) -> None:
+    """Runs an example of the page, and closes its client."""
+    names: dict[str, Any] = {}
+    exec(example.replace("http://127.0.0.1:8000", server.base_url), names)
+    names["client"].close()
 
 
 def test_the_example_of_tools(server: Server, capsys) -> None:
-    exec(EXAMPLES[0].replace("http://127.0.0.1:8000", server.base_url), {})
+    run(EXAMPLES[0], server)
     called, answer = capsys.readouterr().out.split("\n", 1)
     name, _, arguments = called.partition(" ")
     assert name == "get_weather" and len(json.loads(arguments)["city"]) <= 20
@@ -55,7 +57,7 @@ def test_the_example_of_tools(server: Server, capsys) -> None:
 
 
 def test_the_example_of_responses(server: Server, capsys) -> None:
-    exec(EXAMPLES[1].replace("http://127.0.0.1:8000", server.base_url), {})
+    run(EXAMPLES[1], server)
     text, last = capsys.readouterr().out.rstrip().rsplit("\n", 1)
     assert len(text) > 20 and re.fullmatch(r" \d+ tokens", last)
 
