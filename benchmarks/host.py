@@ -34,85 +34,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import uvloop
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no installation
 
+from benchmarks.no_device import MODEL, PAGE_SIZE, NoDevice, PowerShapes
 from jaxserve.bench.stats import environment, json_line, median, percentile, ratio_interval, table
 from jaxserve.config import SchedulerConfig
-from jaxserve.device.step import Program, StepInputs, StepOutputs
 from jaxserve.engine.batches import Batches
 from jaxserve.engine.loop import Engine
 from jaxserve.protocol.client import EngineClient, Stream
 from jaxserve.protocol.zmq import ZmqClient, ZmqServer
 from jaxserve.scheduler.copies import Schedulers
 from jaxserve.scheduler.scheduler import Scheduler
-from jaxserve.types import CacheGroup, ModelInfo, SamplingParams
+from jaxserve.types import SamplingParams
 
 LIMIT_US = 8.0
 PROMPT_LEN = 16
-PAGE_SIZE = 16
-VOCAB_SIZE = 49152
-MODEL = ModelInfo(
-    name="none",
-    max_context=4096,
-    vocab_size=VOCAB_SIZE,
-    eos_token_ids=(2,),
-    cache_groups=(CacheGroup(kind="full", layers=(0,), num_kv_heads=1, head_dim=1),),
-)
-
-
-class PowerShapes:
-    """Programs of every power of two."""
-
-    def choose(
-        self,
-        num_rows: int,
-        num_tokens: int,
-        decode_steps: int,
-        prompt_logprobs: bool,
-        drafts: bool,
-        adapters: bool,
-    ) -> Program:
-        """See `engine.batch.Shapes`."""
-        rows = 1 << (num_rows - 1).bit_length()
-        tokens = rows if num_tokens == num_rows else max(1 << num_tokens.bit_length(), 2 * rows)
-        return Program(
-            num_rows=rows, num_tokens=tokens, decode_steps=decode_steps, adapters=adapters
-        )
-
-
-class NoDevice:
-    """Samples fixed tokens; a step ends `step_s` after its launch, and until then we sleep."""
-
-    compiles_after_warmup = 0
-
-    def __init__(self, step_s: float) -> None:
-        self._step_s = step_s
-        random = np.random.default_rng(0)
-        self._tokens = random.integers(300, VOCAB_SIZE, size=(8, 4096), dtype=np.int32)
-
-    def launch(self, inputs: Sequence[StepInputs]) -> tuple[StepInputs, float]:
-        """See `engine.turn.Executor`."""
-        return inputs[0], time.monotonic() + self._step_s
-
-    def sample(self, launched: Any, masks: Any) -> Any:
-        """Nobody asks for a grammar here."""
-        return launched
-
-    def collect(self, launched: tuple[StepInputs, float]) -> list[StepOutputs]:
-        """See `engine.turn.Executor`."""
-        inputs, ends_s = launched
-        time.sleep(max(ends_s - time.monotonic(), 0))
-        program = inputs.program
-        return [StepOutputs(token_ids=self._tokens[: program.decode_steps, : program.num_rows])]
-
-    def count_work(self, inputs: StepInputs) -> tuple[int, int]:
-        """See `engine.turn.Executor`."""
-        return 0, 0
 
 
 # ---------------------------------------------------------------------------- clients

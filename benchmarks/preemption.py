@@ -36,7 +36,8 @@ from jaxserve.config import Config
 from jaxserve.device.executor import Executor
 from jaxserve.device.sharding import make_mesh
 from jaxserve.engine.batches import Batches
-from jaxserve.engine.load import buckets_for, devices, model_options, parts_of
+from jaxserve.engine.load import buckets_for, parts_of
+from jaxserve.engine.machine import devices, model_options
 from jaxserve.engine.parts import Parts
 from jaxserve.engine.process import build_engine
 from jaxserve.models.decoder import Decoder

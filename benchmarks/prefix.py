@@ -36,18 +36,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no installation
 
-from benchmarks.host import MODEL, PAGE_SIZE, VOCAB_SIZE, PowerShapes
-from jaxserve.bench.engine import BenchServer
+from benchmarks.no_device import MODEL, PAGE_SIZE, VOCAB_SIZE, PowerShapes
+from benchmarks.turned import Turned
 from jaxserve.bench.stats import environment, json_line, median, percentile, ratio_interval, table
 from jaxserve.config import CacheConfig, Config, ModelConfig, SchedulerConfig
 from jaxserve.device.step import StepInputs
 from jaxserve.engine.batches import Batches
 from jaxserve.engine.load import load_parts
-from jaxserve.engine.parts import Parts
-from jaxserve.engine.process import build_engine
 from jaxserve.engine.thread import EngineThread
 from jaxserve.protocol.client import SyncClient
-from jaxserve.protocol.messages import Submit, TokenSegment
 from jaxserve.protocol.sync_client import SyncStream
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.text.tokenizer import load_tokenizer
@@ -139,56 +136,27 @@ def measure_ttft(arms: dict[bool, Arm], prompts: list[list[int]]) -> dict[str, d
     return found
 
 
-class Turned:
-    """An engine whose loop is turned here, over a loaded model that it shares with another.
-
-    Two models of one process are not equally fast: each lies elsewhere in memory.
-    """
-
-    def __init__(self, config: Config, parts: Parts, prefix: bool) -> None:
-        cache = dataclasses.replace(config.cache, prefix=prefix)
-        assert isinstance(parts.batch, Batches)
-        batch = Batches(parts.batch.shapes, config.scheduler.max_rows)
-        self._server = BenchServer()
-        self._engine = build_engine(
-            dataclasses.replace(config, cache=cache),
-            self._server,
-            dataclasses.replace(parts, batch=batch),
-        )
-        self._next_id = 0
-
-    def ask(self, prompts: Sequence[list[int]]) -> None:
-        """Serves prompts that come at once, until the engine is idle."""
-        sampling = SamplingParams(
-            max_tokens=OUTPUT_TOKENS, seed=0, temperature=0.0, ignore_eos=True
-        )
-        for prompt in prompts:
-            self._next_id += 1
-            self._server.inbox.append(
-                Submit(
-                    sequence_ids=[self._next_id],
-                    prompt=[TokenSegment(token_ids=prompt)],
-                    sampling=sampling,
-                    arrived_ns=time.monotonic_ns(),
-                )
-            )
-        self._engine.receive(0.0)
-        while self._engine.scheduler.has_work or self._engine.in_flight is not None:
-            self._engine.step()
-        self._server.outbox.clear()
+def serve(engine: Turned, prompts: Sequence[list[int]]) -> None:
+    """Serves prompts that come at once, until the engine is idle."""
+    sampling = SamplingParams(max_tokens=OUTPUT_TOKENS, seed=0, temperature=0.0, ignore_eos=True)
+    for prompt in prompts:
+        engine.submit(prompt, sampling)
+    while not engine.is_idle:
+        engine.turn()
 
 
 def measure_cost(config: Config, rounds: int) -> dict[bool, list[float]]:
     """CPU microseconds of the process a token, of prompts that have nothing in common."""
     parts = load_parts(config, lambda *_: None)
-    arms = {on: Turned(config, parts, on) for on in ARMS}
+    caches = {on: dataclasses.replace(config.cache, prefix=on) for on in ARMS}
+    arms = {on: Turned(dataclasses.replace(config, cache=caches[on]), parts) for on in ARMS}
     random = np.random.default_rng(1)
     spent: dict[bool, list[float]] = {on: [] for on in ARMS}
     for number in range(rounds + 1):
         prompts = random.integers(300, 40_000, size=(8, 128)).tolist()
         for on in ARMS if number % 2 else ARMS[::-1]:
             began_ns = time.process_time_ns()
-            arms[on].ask(prompts)
+            serve(arms[on], prompts)
             if number:  # the first round only warms up
                 tokens = sum(map(len, prompts)) + OUTPUT_TOKENS * len(prompts)
                 spent[on].append((time.process_time_ns() - began_ns) / 1e3 / tokens)

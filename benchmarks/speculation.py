@@ -27,15 +27,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no installation
 
-from jaxserve.bench.engine import BenchServer
+from benchmarks.turned import Turned
 from jaxserve.bench.stats import environment, json_line, median, ratio_interval, table
 from jaxserve.config import Config
-from jaxserve.engine.batches import Batches
 from jaxserve.engine.load import load_parts
-from jaxserve.engine.loop import Engine
-from jaxserve.engine.parts import Parts
-from jaxserve.engine.process import build_engine
-from jaxserve.protocol.messages import GetStatus, StepStats, Submit, TokenEvents, TokenSegment
+from jaxserve.protocol.messages import GetStatus, StepStats, TokenEvents
 from jaxserve.settings import load_config
 from jaxserve.text.template import load_chat_template
 from jaxserve.text.tokenizer import load_tokenizer
@@ -78,46 +74,23 @@ class Run:
         return (len(self.tokens) - 1) / self.seconds
 
 
-class Arm:
-    """An engine over the common model."""
-
-    def __init__(self, config: Config, parts: Parts, draft_tokens: int) -> None:
-        scheduler = dataclasses.replace(config.scheduler, draft_tokens=draft_tokens)
-        self._server = BenchServer()
-        self._engine: Engine = build_engine(
-            dataclasses.replace(config, scheduler=scheduler), self._server, parts
-        )
-        self._server.inbox.append(GetStatus(stats=True))
-        self._next_id = 0
-
-    def run(self, prompt: list[int], sampling: SamplingParams) -> Run:
-        """Serves one request, until the engine is idle."""
-        self._next_id += 1
-        self._server.inbox.append(
-            Submit(
-                sequence_ids=[self._next_id],
-                prompt=[TokenSegment(token_ids=prompt)],
-                sampling=sampling,
-                arrived_ns=time.monotonic_ns(),
-            )
-        )
-        run, first_ns, first_cpu_ns = Run(), 0, 0
-        self._engine.receive(0.0)
-        while self._engine.scheduler.has_work or self._engine.in_flight is not None:
-            self._engine.step()
-            messages, self._server.outbox = self._server.outbox, []
-            for message in messages:
-                if isinstance(message, TokenEvents):
-                    first_ns = first_ns or message.at_ns
-                    first_cpu_ns = first_cpu_ns or time.process_time_ns()
-                    for tokens in message.token_ids:
-                        run.tokens += tokens
-                        run.seconds = (message.at_ns - first_ns) / 1e9
-                elif isinstance(message, StepStats):
-                    run.drafted += message.draft_tokens
-                    run.accepted += message.draft_accepted_tokens
-        run.cpu_seconds = (time.process_time_ns() - first_cpu_ns) / 1e9
-        return run
+def run_alone(engine: Turned, prompt: list[int], sampling: SamplingParams) -> Run:
+    """Serves one request, until the engine is idle."""
+    engine.submit(prompt, sampling)
+    run, first_ns, first_cpu_ns = Run(), 0, 0
+    while not engine.is_idle:
+        for message in engine.turn():
+            if isinstance(message, TokenEvents):
+                first_ns = first_ns or message.at_ns
+                first_cpu_ns = first_cpu_ns or time.process_time_ns()
+                for tokens in message.token_ids:
+                    run.tokens += tokens
+                    run.seconds = (message.at_ns - first_ns) / 1e9
+            elif isinstance(message, StepStats):
+                run.drafted += message.draft_tokens
+                run.accepted += message.draft_accepted_tokens
+    run.cpu_seconds = (time.process_time_ns() - first_cpu_ns) / 1e9
+    return run
 
 
 @dataclass(kw_only=True)
@@ -183,12 +156,11 @@ def measure(config: Config, num_pairs: int, max_tokens: int) -> list[Pairs]:
         rendered = template.render([{"role": "user", "content": text}])
         return tokenizer.encode(rendered, add_special_tokens=False)
 
-    assert isinstance(parts.batch, Batches)
     arms = {}
     for name, draft_tokens in (("on", config.scheduler.draft_tokens), ("off", 0)):
-        batch = Batches(parts.batch.shapes, config.scheduler.max_rows)
-        own = dataclasses.replace(parts, batch=batch)
-        arms[name] = Arm(config, own, draft_tokens)
+        scheduler = dataclasses.replace(config.scheduler, draft_tokens=draft_tokens)
+        own = dataclasses.replace(config, scheduler=scheduler)
+        arms[name] = Turned(own, parts, GetStatus(stats=True))
     prompts = {
         "extractive": [chat(REPEAT + text) for text in passages()],
         "free": [chat(question) for question in FREE],
@@ -202,7 +174,7 @@ def measure(config: Config, num_pairs: int, max_tokens: int) -> list[Pairs]:
                 max_tokens=max_tokens, temperature=0.8 if sampled else 0.0, seed=number + 1
             )
             for name in ("on", "off") if number % 2 else ("off", "on"):
-                run = arms[name].run(prompt, sampling)
+                run = run_alone(arms[name], prompt, sampling)
                 if number >= 0:
                     getattr(pairs, name).append(run)
     return list(all_pairs.values())

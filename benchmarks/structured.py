@@ -40,7 +40,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no installation
 
-from jaxserve.bench.engine import BenchServer
+from benchmarks.no_device import MODEL, AllowedTokens, PowerShapes
+from benchmarks.turned import Turned
 from jaxserve.bench.plot import grouped_bars
 from jaxserve.bench.stats import (
     environment,
@@ -51,20 +52,14 @@ from jaxserve.bench.stats import (
     table,
 )
 from jaxserve.config import Config
-from jaxserve.device.step import StepInputs, StepOutputs
 from jaxserve.engine.batches import Batches
 from jaxserve.engine.load import load_parts
-from jaxserve.engine.loop import Engine
 from jaxserve.engine.parts import Parts
-from jaxserve.engine.process import build_engine
 from jaxserve.errors import GrammarError
 from jaxserve.protocol.messages import (
-    Cancel,
     GetStatus,
     StepStats,
-    Submit,
     TokenEvents,
-    TokenSegment,
     UseVocabulary,
 )
 from jaxserve.settings import load_config
@@ -102,51 +97,21 @@ def people(index: int) -> Grammar:
 
 
 class Arm:
-    """An engine over the common model, turned by the caller."""
+    """An engine over the common model, and what it is measured by."""
 
     def __init__(self, config: Config, parts: Parts, vocabulary: Vocabulary) -> None:
-        self._server = BenchServer()
-        self.engine: Engine = build_engine(config, self._server, parts)
-        self._server.inbox += [GetStatus(stats=True), UseVocabulary(vocabulary=vocabulary)]
-        self._next_id = 0
-
-    def submit(self, prompt: list[int], sampling: SamplingParams) -> int:
-        """A request; the id of its sequence."""
-        self._next_id += 1
-        self._server.inbox.append(
-            Submit(
-                sequence_ids=[self._next_id],
-                prompt=[TokenSegment(token_ids=prompt)],
-                sampling=sampling,
-                arrived_ns=time.monotonic_ns(),
-            )
+        self.engine = Turned(
+            config, parts, GetStatus(stats=True), UseVocabulary(vocabulary=vocabulary)
         )
-        return self._next_id
-
-    def turn(self) -> list[Any]:
-        """One turn of the loop; what it sent."""
-        self.engine.receive(0.0)
-        self.engine.step()
-        messages, self._server.outbox = self._server.outbox, []
-        return messages
-
-    def finish(self, ids: Sequence[int]) -> None:
-        """Cancels what runs, and turns until nothing does."""
-        self._server.inbox.append(Cancel(sequence_ids=list(ids)))
-        while True:
-            self.turn()
-            scheduler = self.engine.scheduler
-            if not scheduler.has_work and self.engine.in_flight is None:
-                return
 
     def decode(self, prompts: Sequence[list[int]], samplings: Sequence[SamplingParams]) -> Decoded:
         """Rows that decode side by side, for as many tokens as the first one has."""
-        ids = [self.submit(p, s) for p, s in zip(prompts, samplings, strict=True)]
+        ids = [self.engine.submit(p, s) for p, s in zip(prompts, samplings, strict=True)]
         num_tokens = dict.fromkeys(ids, 0)
         begun_ns = begun_cpu_ns = begun_tokens = 0
         wanted = samplings[0].max_tokens - 8
         while True:
-            for message in self.turn():
+            for message in self.engine.turn():
                 if not isinstance(message, TokenEvents):
                     continue
                 for end in message.finished:
@@ -160,15 +125,15 @@ class Arm:
                 if fewest >= wanted:
                     steps = (sum(num_tokens.values()) - begun_tokens) / len(ids)
                     cpu_ns = time.process_time_ns() - begun_cpu_ns
-                    self.finish(ids)
+                    self.engine.finish(*ids)
                     return Decoded((now_ns - begun_ns) / steps, cpu_ns / steps)
 
     def complete(self, prompt: list[int], sampling: SamplingParams) -> tuple[float, int, int]:
         """One request to its end: seconds after its first token, its tokens, device calls."""
-        self.submit(prompt, sampling)
+        self.engine.submit(prompt, sampling)
         first_ns = last_ns = num_tokens = num_calls = 0
         while True:
-            for message in self.turn():
+            for message in self.engine.turn():
                 if isinstance(message, StepStats):
                     num_calls += 1
                 if isinstance(message, TokenEvents):
@@ -177,7 +142,7 @@ class Arm:
                     num_tokens += sum(map(len, message.token_ids))
                     if message.finished:
                         assert not message.finished[0].error, message.finished[0].error
-                        self.finish(())
+                        self.engine.finish()
                         return (last_ns - first_ns) / 1e9, num_tokens, num_calls
 
 
@@ -236,9 +201,7 @@ def arm(config: Config, parts: Parts, tokenizer: Tokenizer, drafts: bool) -> Arm
     if not drafts:
         scheduler = dataclasses.replace(config.scheduler, draft_tokens=0)
         config = dataclasses.replace(config, scheduler=scheduler)
-    assert isinstance(parts.batch, Batches)
-    batch = Batches(parts.batch.shapes, config.scheduler.max_rows)
-    return Arm(config, dataclasses.replace(parts, batch=batch), vocabulary_of(tokenizer))
+    return Arm(config, parts, vocabulary_of(tokenizer))
 
 
 def steps(
@@ -335,45 +298,10 @@ def forced(arms: dict[str, Arm], prompt: list[int], num_pairs: int) -> dict[str,
     }
 
 
-class NoDevice:
-    """Takes a token that each row's mask allows; computes nothing."""
-
-    compiles_after_warmup = 0
-
-    def __init__(self) -> None:
-        self._random = np.random.default_rng(0)
-
-    def launch(self, inputs: Sequence[StepInputs]) -> Any:
-        """See `engine.turn.Executor`."""
-        program = inputs[0].program
-        shape = program.decode_steps, program.num_rows
-        return [StepOutputs(token_ids=self._random.integers(300, 4000, shape))]
-
-    def sample(self, launched: Any, masks: Sequence[np.ndarray]) -> Any:
-        """See `engine.turn.Executor`: the first set bit from a random word on."""
-        (own,) = masks
-        for row in range(launched[0].token_ids.shape[1]):
-            words = np.flatnonzero(own[row])
-            word = int(words[self._random.integers(len(words))])
-            bit = int(own[row, word]) & -int(own[row, word])
-            launched[0].token_ids[0, row] = word * 32 + bit.bit_length() - 1
-        return launched
-
-    def collect(self, launched: Any) -> list[StepOutputs]:
-        """See `engine.turn.Executor`."""
-        return launched
-
-    def count_work(self, inputs: StepInputs) -> tuple[int, int]:
-        """See `engine.turn.Executor`."""
-        return 0, 0
-
-
 def host(
     config: Config, tokenizer: Tokenizer, prompt: list[int], num_tokens: int
 ) -> dict[str, Any]:
     """CPU microseconds a row and step, without a device."""
-    from benchmarks.host import MODEL, PowerShapes
-
     model: ModelInfo = dataclasses.replace(
         MODEL, vocab_size=tokenizer.vocab_size, eos_token_ids=tokenizer.eos_token_ids
     )
@@ -384,7 +312,7 @@ def host(
         parts = Parts(
             model=model,
             batch=Batches(PowerShapes(), rows),
-            executor=NoDevice(),
+            executor=AllowedTokens(),
             page_size=16,
             num_pages=(4096,),
         )

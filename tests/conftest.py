@@ -16,6 +16,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -53,16 +54,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Puts long files first, and leaves out the cases that it is not this day's turn to run.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deals the tests to several processes."""
+    from tests.together import Together  # needs xdist, of which this hook is
 
-    In several processes (`scripts/test --jobs`) a file's tests stay together, and those with the
-    real server, which takes minutes to compile, all of them.
-    """
+    return Together(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Puts long files first, and leaves out the cases that it is not this day's turn to run."""
     items.sort(key=lambda item: not any(name in item.path.parts for name in LONG))
-    for item in items:
-        together = item.path.parent if "server" in item.path.parts else item.path
-        item.add_marker(pytest.mark.xdist_group(str(together.relative_to(config.rootpath))))
     if config.getoption("--every"):
         return
     cases: dict[str, list[pytest.Item]] = defaultdict(list)

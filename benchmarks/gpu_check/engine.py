@@ -15,13 +15,8 @@ from benchmarks.gpu_check.report import Finding
 from jaxserve.bench.engine import Case, measure
 from jaxserve.config import Config, ModelConfig, SchedulerConfig
 from jaxserve.device.sharding import make_mesh
-from jaxserve.engine.load import (
-    cache_dtype,
-    compute_capability,
-    fitting,
-    model_options,
-    parts_of,
-)
+from jaxserve.engine.load import cache_dtype, parts_of
+from jaxserve.engine.machine import compute_capability, fitting, model_options
 from jaxserve.engine.parts import Parts, Progressing
 from jaxserve.models.registry import model_class
 

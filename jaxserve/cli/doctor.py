@@ -65,7 +65,7 @@ def _machine(config: Config) -> Iterator[tuple[str, str]]:
 
 def _device(config: Config) -> Iterator[tuple[str, str]]:
     from jaxserve.device.memory import memory_of
-    from jaxserve.engine.load import devices
+    from jaxserve.engine.machine import devices
 
     for device in devices():
         yield str(device), f"{device.platform}, {device.device_kind}"
@@ -87,7 +87,8 @@ def _kernels(config: Config) -> Iterator[tuple[str, str]]:
 
 def _programs(config: Config) -> Iterator[tuple[str, str]]:
     from jaxserve.device.buckets import MAX_PROGRAMS
-    from jaxserve.engine.load import buckets_for, devices
+    from jaxserve.engine.load import buckets_for
+    from jaxserve.engine.machine import devices
 
     programs = buckets_for(config, _options(config), devices()[0].platform).programs
     for program in programs:
@@ -122,13 +123,8 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
 
     from jaxserve.device.cache import bytes_of_page
     from jaxserve.device.memory import memory_of
-    from jaxserve.engine.load import (
-        cache_dtype,
-        devices,
-        fitting,
-        model_info,
-        size_cache,
-    )
+    from jaxserve.engine.load import cache_dtype, model_info, size_cache
+    from jaxserve.engine.machine import devices, fitting
     from jaxserve.models.registry import model_class
     from jaxserve.text.template import load_chat_template
     from jaxserve.text.tokenizer import load_tokenizer
@@ -176,8 +172,8 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
 def _embeddings(config: Config) -> Iterator[tuple[str, str]]:
     from pathlib import Path
 
-    from jaxserve.engine.load import devices
     from jaxserve.engine.load_embedding import buckets_of, encoder_options
+    from jaxserve.engine.machine import devices
     from jaxserve.models.bert import encoder_spec
     from jaxserve.weights.checkpoint import open_checkpoint
     from jaxserve.weights.sources import SERVED, resolve_encoder
@@ -201,7 +197,7 @@ def _options(config: Config, *, mixture: bool = False) -> ModelOptions:
     Args:
         mixture: whether the model is one of experts.
     """
-    from jaxserve.engine.load import compute_capability, devices, model_options
+    from jaxserve.engine.machine import compute_capability, devices, model_options
 
     device = devices()[0]
     capability = compute_capability(device)

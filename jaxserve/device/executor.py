@@ -35,6 +35,7 @@ from jaxtyping import UInt
 
 from jaxserve.device import programs
 from jaxserve.device.adapters import AdapterSlots
+from jaxserve.device.changes import Changes
 from jaxserve.device.clock import DeviceClock
 from jaxserve.device.compiles import compile_counter
 from jaxserve.device.host_store import HostStore
@@ -42,16 +43,14 @@ from jaxserve.device.hosts import Hosts
 from jaxserve.device.launched import Launched
 from jaxserve.device.lowering import Lowering, Wanted, integers, shapes
 from jaxserve.device.masked import make_sampling, masked_inputs, padding_masks
-from jaxserve.device.packing import NO_GROUP, StepLayout
+from jaxserve.device.packing import StepLayout
 from jaxserve.device.plans import Call, PlanLayout
 from jaxserve.device.programs import StepResults
 from jaxserve.device.sharding import tensor_parallel
 from jaxserve.device.state import DeviceState
 from jaxserve.device.step import (
-    AdapterWrite,
     MaskedSampling,
     Program,
-    SlotWrite,
     StepInputs,
     StepOutputs,
     empty_inputs,
@@ -59,7 +58,6 @@ from jaxserve.device.step import (
 from jaxserve.errors import ConfigError
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.parallel import TENSOR_AXES
-from jaxserve.sampling.slots import SlotArrays, SlotSettings, pack_writes, padding_writes
 from jaxserve.sampling.spread import Spread
 
 logger = logging.getLogger(__name__)
@@ -118,7 +116,11 @@ class Executor:
             for program in steps
         }
         self._samplings = sorted({p.sampling for p in steps if p.decode_steps == 1})
-        self._no_writes = {_slots_key(writes): writes for writes in self._padding_writes()}
+        self._changes = Changes(
+            *(model.spec, state, mesh, self._store, adapters),
+            call=self._call,
+            move_pages=self._move_pages,
+        )
         self._compiled: dict[Hashable, Callable[..., Any]] = {}
         self._plans = PlanLayout({})
         self._counter = compile_counter()
@@ -178,19 +180,7 @@ class Executor:
             inputs = masked_inputs(self._empty(sampling), masks, logprobs=False)
             choose = make_sampling(self._structure, sampling, spread)
             wanted[sampling] = Wanted(choose, shapes(inputs), sampling.num_places)
-        for writes in self._padding_writes():
-            wanted[_slots_key(writes)] = Wanted(programs.write_slots, shapes(writes))
-        wanted["entries"] = Wanted(programs.write_page_tables, shapes(programs.packed_entries(())))
-        wanted["prefix"] = Wanted(programs.write_prefix, shapes(programs.packed_prefix(0, 0, ())))
-        for group in range(len(self._state.page_tables)):
-            copies = shapes(programs.packed_copies(()))
-            wanted["copy", group] = Wanted(programs.make_copy(group), copies)
-        if self._store is not None:
-            wanted |= self._store.wanted()
-        if self._adapters is not None:
-            for key, (write, content, slots) in self._adapters.programs().items():
-                wanted[key] = Wanted(write, shapes(content), slots=slots)
-        return wanted
+        return wanted | self._changes.wanted()
 
     def lower(self, program: Program, platforms: tuple[str, ...] | None = None) -> Lowered:
         """A step program, not yet compiled; model and state may be abstract.
@@ -228,15 +218,8 @@ class Executor:
             launched = self.launch([self._empty(sampling)] * self._copies)
             masks = padding_masks(sampling, self._model.spec.vocab_size)
             self.collect(self.sample(launched, [masks] * self._copies))
-        for writes in self._padding_writes():
-            self._change(_slots_key(writes), 0, writes, writes)
-        self._write_entries(0, [(NO_GROUP, 0, 0, 0)])
-        self._write_prefix(0, self._max_rows, [0])
-        for group in range(len(self._state.page_tables)):
-            self._copy_pages(0, [(group, 0, 0)])
+        self._changes.run_empty()
         if self._adapters is not None:
-            for key, (_, content, _) in self._adapters.programs().items():
-                self._change(key, 0, content, content)
             jax.block_until_ready(self._adapters.arrays)
         if self._store is not None:
             self._store.warm_up(self._move_pages, lambda: jax.block_until_ready(self._state))
@@ -246,9 +229,6 @@ class Executor:
         """A masked step without rows, of a program that leaves this sampling."""
         program = next(p for p in self._layouts if p.sampling == sampling and p.decode_steps == 1)
         return replace(empty_inputs(program, self._max_rows), masked=True)
-
-    def _padding_writes(self) -> list[SlotArrays]:
-        return padding_writes(vocab_size=self._model.spec.vocab_size, max_rows=self._max_rows)
 
     # ------------------------------------------------------------------ steps
 
@@ -261,17 +241,7 @@ class Executor:
         program = inputs[0].program
         layout = self._layouts[program]
         for copy, own in enumerate(inputs):
-            for write in own.adapter_writes:
-                self._write_adapter(copy, write)
-            if own.page_saves and self._store is not None:
-                self._store.save(copy, own.page_saves, self._move_pages)
-            if own.slot_writes:
-                self._write_slots(copy, own.slot_writes)
-            if own.page_copies:
-                self._copy_pages(copy, own.page_copies)
-            self._write_entries(copy, layout.overflow(own))
-            if own.page_loads and self._store is not None:
-                self._store.load(copy, own.page_loads, self._move_pages)
+            self._changes.make(copy, own, layout.overflow(own))
         logprobs, masked = (
             any(x) for x in zip(*((i.logprobs, i.masked) for i in inputs), strict=True)
         )
@@ -368,70 +338,9 @@ class Executor:
             flops, num_bytes = flops + done[0], num_bytes + done[1]
         return flops, num_bytes
 
-    # ------------------------------------------------------------------ changes of state
-
-    def _change(self, key: Hashable, copy: int, inputs: Any, padding: Any) -> None:
-        """Runs a change of state: `inputs` for one copy of the model, `padding` for the others."""
-        if self._mesh.size > 1:
-            everywhere = [inputs if place == copy else padding for place in range(self._copies)]
-            inputs = jax.tree.map(lambda *parts: np.stack(parts), *everywhere)
-        self._call(key, inputs)
-
-    def _write_slots(self, copy: int, writes: Sequence[SlotWrite]) -> None:
-        spec = self._model.spec
-        arrays = pack_writes(
-            [
-                SlotSettings(
-                    slot=write.slot,
-                    sampling=write.sampling,
-                    prompt_len=write.prompt_len,
-                    choice=write.choice,
-                )
-                for write in writes
-            ],
-            eos_token_ids=spec.eos_token_ids,
-            vocab_size=spec.vocab_size,
-            max_rows=self._max_rows,
-        )
-        key = _slots_key(arrays)
-        self._change(key, copy, arrays, self._no_writes[key])
-        for write in writes:
-            if write.prefix:
-                self._write_prefix(copy, write.slot, write.prefix)
-
-    def _write_adapter(self, copy: int, write: AdapterWrite) -> None:
-        assert self._adapters is not None
-        for part, index, content in self._adapters.writes(write.slot, write.arrays):
-            padding = content if self._copies == 1 else self._adapters.padding(part, index)
-            self._change(("adapter", part, index), copy, content, padding)
-
-    def _write_prefix(self, copy: int, slot: int, tokens: Sequence[int]) -> None:
-        size = programs.PREFIX_TOKENS_A_CALL
-        for first in range(0, len(tokens), size):
-            packed = programs.packed_prefix(slot, first, tokens[first : first + size])
-            self._change("prefix", copy, packed, programs.packed_prefix(self._max_rows, 0, ()))
-
-    def _write_entries(self, copy: int, entries: Sequence[tuple[int, int, int, int]]) -> None:
-        size = programs.ENTRIES_A_CALL
-        for first in range(0, len(entries), size):
-            packed = programs.packed_entries(entries[first : first + size])
-            self._change("entries", copy, packed, programs.packed_entries(()))
-
-    def _copy_pages(self, copy: int, copies: Sequence[tuple[int, int, int]]) -> None:
-        size = programs.COPIES_A_CALL
-        for group in sorted({group for group, _, _ in copies}):
-            pairs = [(source, target) for g, source, target in copies if g == group]
-            for first in range(0, len(pairs), size):
-                packed = programs.packed_copies(pairs[first : first + size])
-                self._change(("copy", group), copy, packed, programs.packed_copies(()))
-
     def _move_pages(self, key: Hashable, inputs: Any) -> Any:
         """Runs a program of the host store: it reads the state, or changes it."""
         results = self._compiled[key](self._state, inputs)
         if isinstance(results, DeviceState):
             self._state = results
         return results
-
-
-def _slots_key(writes: SlotArrays) -> tuple[str, int, bool]:
-    return "slots", writes.settings.shape[0], writes.lists is not None

@@ -1,4 +1,4 @@
-"""The compiled programs: the step itself, and small ones that change device state before it.
+"""The step's programs; the small ones that change device state before it are in `changes`.
 
 A step: page-table deltas → each row's page table → tokens (the host's, or the one that the device
 sampled last for the slot) → model over the paged cache → hidden states of the rows that end →
@@ -16,7 +16,7 @@ whose buffers are the donated ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,28 +26,19 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from jaxserve.device.acceptance import accept
-from jaxserve.device.cache import copy_pages
-from jaxserve.device.packing import ENTRY_FIELDS, StepArrays, StepLayout, fill_entries
+from jaxserve.device.packing import ENTRY_FIELDS, StepArrays, StepLayout
 from jaxserve.device.state import DeviceState
 from jaxserve.device.step import NO_ADAPTER, LogprobArrays
-from jaxserve.models.context import KVCache, StepContext
+from jaxserve.models.context import StepContext
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.deltas import SlotClass, StepDeltas
 from jaxserve.sampling.history import observe
 from jaxserve.sampling.logprobs import Logprobs, logprobs_if, prompt_logprobs
 from jaxserve.sampling.sample import sample
-from jaxserve.sampling.slots import SlotArrays, apply_writes
 from jaxserve.sampling.spread import ONE_DEVICE, Spread
 from jaxserve.sampling.state import SamplingState
 from jaxserve.types import MAX_LOGPROBS
 from pallas_kernels.ragged import RaggedBatch
-
-#: What one call of the small programs takes; more is done in several calls.
-ENTRIES_A_CALL = 256
-COPIES_A_CALL = 16
-PREFIX_TOKENS_A_CALL = 128
-#: What stands before the tokens of a prefix: slot, first position, how many.
-PREFIX_SCALARS = 3
 
 
 @jax.tree_util.register_dataclass
@@ -339,37 +330,6 @@ def write_entries(
     )
 
 
-def write_slots(state: DeviceState, arrays: SlotArrays) -> DeviceState:
-    """Resets slots and stores their parameters."""
-    return replace(state, sampling=apply_writes(state.sampling, arrays))
-
-
-def write_page_tables(state: DeviceState, entries: Int[Array, "E 4"]) -> DeviceState:
-    """Page-table deltas that do not fit into the step's own array."""
-    return replace(state, page_tables=write_entries(state.page_tables, entries))
-
-
-def write_prefix(state: DeviceState, packed: Int[Array, "X"]) -> DeviceState:
-    """Tokens of a shared prefix: a slot takes note of what it never sees entering the model."""
-    slot, first, num_live = (packed[i] for i in range(PREFIX_SCALARS))
-    token_ids = packed[PREFIX_SCALARS:]
-    index = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
-    slots = jnp.full_like(token_ids, slot)
-    sampling = observe(state.sampling, token_ids, slots, first + index, index < num_live)
-    return replace(state, sampling=sampling)
-
-
-def make_copy(group: int) -> Callable[[DeviceState, Array], DeviceState]:
-    """The program that copies pages of one cache group, from the first column to the second."""
-
-    def copy(state: DeviceState, pairs: Int[Array, "C 2"]) -> DeviceState:
-        groups = list(state.cache.groups)
-        groups[group] = copy_pages(groups[group], pairs[:, 0], pairs[:, 1])
-        return replace(state, cache=KVCache(groups=tuple(groups)))
-
-    return copy
-
-
 def pack_logprobs(logprobs: Logprobs) -> Int[Array, "*B 42"]:
     """One int32 array for one copy to the host: chosen, rank, top ids, top values."""
 
@@ -388,30 +348,6 @@ def pack_logprobs(logprobs: Logprobs) -> Int[Array, "*B 42"]:
 
 
 # ---------------------------------------------------------------------------- the host's side
-
-
-def packed_prefix(slot: int, first: int, tokens: Sequence[int]) -> Int[np.ndarray, "X"]:
-    """See `write_prefix`."""
-    scalars = PREFIX_SCALARS
-    packed = np.zeros(scalars + PREFIX_TOKENS_A_CALL, np.int32)
-    packed[:scalars] = slot, first, len(tokens)
-    packed[scalars : scalars + len(tokens)] = tokens
-    return packed
-
-
-def packed_entries(entries: Sequence[tuple[int, int, int, int]]) -> Int[np.ndarray, "E 4"]:
-    """See `write_page_tables`."""
-    packed = np.empty((ENTRIES_A_CALL, ENTRY_FIELDS), np.int32)
-    fill_entries(packed, entries)
-    return packed
-
-
-def packed_copies(pairs: Sequence[tuple[int, int]]) -> Int[np.ndarray, "C 2"]:
-    """See `make_copy`."""
-    packed = np.zeros((COPIES_A_CALL, 2), np.int32)
-    if pairs:
-        packed[: len(pairs)] = pairs
-    return packed
 
 
 def unpack_logprobs(columns: Int[np.ndarray, "... 42"]) -> LogprobArrays:

@@ -31,14 +31,8 @@ from jaxserve.device.sharding import (
 )
 from jaxserve.device.state import DeviceState, fresh_state, hidden_states
 from jaxserve.device.step import Program
-from jaxserve.engine.load import (
-    buckets_for,
-    cache_dtype,
-    fitting,
-    model_info,
-    model_options,
-    size_cache,
-)
+from jaxserve.engine.load import buckets_for, cache_dtype, model_info, size_cache
+from jaxserve.engine.machine import fitting, model_options
 from jaxserve.errors import ConfigError
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.registry import model_class

@@ -12,7 +12,7 @@ accelerator image has none, and serves what is free of grammars.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
@@ -102,7 +102,7 @@ class Grammars:
         return self._held.take(lambda message: message.sampling.grammar in done) if done else []
 
     def withdraw(
-        self, client: Hashable, sequence_ids: Seq[int], reason: FinishReason
+        self, client: Hashable, sequence_ids: Collection[int], reason: FinishReason
     ) -> list[tuple[Submit, Finished]]:
         """As `HeldRequests.withdraw`."""
         return self._held.withdraw(client, sequence_ids, reason)

@@ -33,9 +33,7 @@ with reason ERROR and the loop with the exception; the process then exits.
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections import Counter
 from collections.abc import Hashable
 
 from jaxserve.config import EmbeddingsConfig, SchedulerConfig, StructuredConfig
@@ -45,10 +43,13 @@ from jaxserve.engine.backlog import Backlog
 from jaxserve.engine.check import check_submit, request_number, resumed
 from jaxserve.engine.embedding import Embedding
 from jaxserve.engine.grammars import Grammars
+from jaxserve.engine.live import LiveSequences
+from jaxserve.engine.lobby import Lobby
 from jaxserve.engine.outbox import Outbox
 from jaxserve.engine.probation import Probation
 from jaxserve.engine.recorder import NoRecorder, Recorder
-from jaxserve.engine.statistics import Statistics, prefill_tokens, record_of, waits_of
+from jaxserve.engine.statistics import Statistics, prefill_tokens
+from jaxserve.engine.status import Status
 from jaxserve.engine.turn import Batch, Executor, InFlight, TextsInFlight
 from jaxserve.errors import ConfigError, DeviceFailure, GrammarError, JaxserveError, Overloaded
 from jaxserve.protocol.messages import (
@@ -57,10 +58,8 @@ from jaxserve.protocol.messages import (
     Drain,
     Embed,
     EngineStatus,
-    Finished,
     GetStatus,
     Goodbye,
-    SequenceRecord,
     Submit,
     UseVocabulary,
 )
@@ -117,9 +116,12 @@ class Engine:
         device: DeviceInfo | None = None,
     ) -> None:
         self._recorder = recorder or NoRecorder()
-        self._probation = probation or Probation((), (), 0, self._recorder)
         self._adapters = adapters or RequestAdapters()
         self._grammars = grammars or Grammars(StructuredConfig(), model)
+        self._lobby = Lobby(
+            *(model, probation or Probation((), (), 0, self._recorder)),
+            *(self._adapters, self._grammars, self._recorder),
+        )
         self.scheduler = scheduler
         self.batch = batch
         self.executor = executor
@@ -127,16 +129,25 @@ class Engine:
         self.state = "ready"
         self.step_ns = time.monotonic_ns()
         self._model = model
-        self._device = device
         self._server = server
         self._outbox = Outbox(server)
         self._backlog = Backlog()
-        self._live: dict[Hashable, dict[int, Sequence]] = {}
         self._statistics = Statistics(scheduler, executor)
         self._embedding = embedding or Embedding(
             None, EmbeddingsConfig(), SchedulerConfig(), self._recorder
         )
         self._attribution = attribution or Attribution(WorkRates(), scheduler.max_rows)
+        self._live = LiveSequences(self._outbox, self._backlog, self._adapters, self._attribution)
+        self._status = Status(
+            model,
+            device,
+            scheduler=scheduler,
+            executor=executor,
+            lobby=self._lobby,
+            adapters=self._adapters,
+            backlog=self._backlog,
+            embedding=self._embedding,
+        )
         self._texts_next = True
         self._stopping = False
         self._error = ""
@@ -163,8 +174,7 @@ class Engine:
             while not self._stopping:
                 work = self.scheduler.has_work or self._embedding.num_waiting
                 idle = self.in_flight is None and not work
-                loads = self._adapters.is_loading or self._grammars.num_held
-                wait_s = LOAD_WAIT_S if loads else IDLE_WAIT_S
+                wait_s = LOAD_WAIT_S if self._lobby.is_loading else IDLE_WAIT_S
                 self.receive(wait_s if idle else 0.0)
                 self.step()
         except Exception as error:
@@ -221,7 +231,7 @@ class Engine:
         self._attribution.divide(step, outputs, commits)
         for commit in filter(None, commits):
             for sequence in commit.finished:
-                self._finish(sequence, now_ns)
+                self._live.finish(sequence, now_ns)
         self._outbox.send()
         self._backlog.step(now_ns, prefill_tokens(step.plans))
         if self._outbox.wants_stats:
@@ -238,14 +248,14 @@ class Engine:
         now_ns = time.monotonic_ns()
         for sequence, error in failed:
             self.scheduler.cancel(sequence, FinishReason.ERROR)
-            self._finish(sequence, now_ns, error)
+            self._live.finish(sequence, now_ns, error)
 
     def _deliver_texts(self, step: TextsInFlight) -> None:
         """Reads an embedding step's vectors and sends each client its own."""
         outputs = self._embedding.collect(step)
         self._recorder.collected()
         self._attribution.divide_texts(step.texts, self._embedding.shares(step), outputs.device_ns)
-        self._embedding.deliver(step, outputs, time.monotonic_ns(), self._finish)
+        self._embedding.deliver(step, outputs, time.monotonic_ns(), self._live.finish)
         self._outbox.send()
         if self._outbox.wants_stats:
             work = self._embedding.count_work(step)
@@ -258,16 +268,11 @@ class Engine:
         for client, message in self._server.receive(timeout_s):
             if message is not None:
                 self.handle(client, message)
-        for client, submit in self._probation.release():
-            self._let_in(client, submit)
-        for (client, submit), error in self._adapters.release():
+        for client, request, error in self._lobby.release():
             if error is None:
-                self._schedule(client, submit)
+                self._schedule(client, request)
             else:
-                self._adapters.refused(submit)
-                self._refuse(client, submit, error)
-        for client, submit in self._grammars.release():
-            self._schedule(client, submit)
+                self._live.refuse(client, request, error)
         self._outbox.send()
 
     def greet(self, clients: dict[Hashable, bool]) -> None:
@@ -292,12 +297,9 @@ class Engine:
                 self._outbox.subscribe(client, message.stats)
                 self._server.send(client, self.status())
             case Goodbye():
-                self.cancel(client, list(self._live.get(client, ())), FinishReason.CANCELLED)
-                self._probation.forget(client)
-                self._adapters.forget(client)
-                for waiting in self._grammars.forget(client):
-                    self._adapters.refused(waiting)
-                self._live.pop(client, None)
+                self.cancel(client, list(self._live.of(client)), FinishReason.CANCELLED)
+                self._lobby.forget(client)
+                self._live.forget(client)
                 self._outbox.forget(client)
             case UseVocabulary():
                 self._use(message)
@@ -307,29 +309,18 @@ class Engine:
         try:
             if self.state != "ready" and message.attempt == 0:
                 raise Overloaded(f"the engine is {self.state} and takes no new requests")
-            self._probation.check(message)
-        except JaxserveError as error:
-            self._refuse(client, message, error)
-            return
-        if not self._probation.holds(client, message):
-            self._let_in(client, message)
-
-    def _let_in(self, client: Hashable, message: Submit | Embed) -> None:
-        """Gives a request to the queue of its kind, unless it has to wait for its adapter."""
-        try:
-            if isinstance(message, Submit) and self._adapters.holds(client, message):
+            if self._lobby.holds(client, message):
                 return
         except JaxserveError as error:
-            self._refuse(client, message, error)
-            return
-        self._schedule(client, message)
+            self._live.refuse(client, message, error)
+        else:
+            self._schedule(client, message)
 
     def _schedule(self, client: Hashable, message: Submit | Embed) -> None:
         """Gives a request to the queue of its kind, or refuses it."""
-        live = self._live.setdefault(client, {})
-        if not live.keys().isdisjoint(message.sequence_ids):
+        if self._live.knows(client, message.sequence_ids):
             logger.warning("client %s used a sequence id twice: request dropped", client)
-            self._adapters.refused(message)
+            self._lobby.refused(message)
             return
         try:
             self._recorder.arriving(request_number(message.request_key))
@@ -337,25 +328,19 @@ class Engine:
                 sequences = self._embedding.submit(client, message)
             else:
                 prompt = check_submit(message, self._model)
-                if self._grammars.holds(client, message):
-                    self._recorder.arriving(0)
-                    return
                 sequences = self._submit_prompt(client, message, prompt)
         except JaxserveError as error:
-            self._adapters.refused(message)
-            self._refuse(client, message, error)
+            self._lobby.refused(message)
+            self._live.refuse(client, message, error)
         else:
-            live.update(zip(message.sequence_ids, sequences, strict=True))
-            for sequence in sequences:
-                sequence.traceparent = message.traceparent
-                sequence.waits += waits_of(message)
-            self._probation.watch(message, sequences)
+            self._live.enter(client, message, sequences)
+            self._lobby.let_in(message, sequences)
             if isinstance(message, Submit):
                 self._give_up(self._grammars.constrain(message, sequences))
         self._recorder.arriving(0)
         now_ns = time.monotonic_ns()
         for sequence, error in (*self.scheduler.take_shed(), *self._embedding.take_shed()):
-            self._finish(sequence, now_ns, error)
+            self._live.finish(sequence, now_ns, error)
 
     def _submit_prompt(
         self, client: Hashable, message: Submit, prompt: list[int]
@@ -378,19 +363,15 @@ class Engine:
 
     def cancel(self, client: Hashable, sequence_ids: list[int], reason: FinishReason) -> None:
         """Ends those of a client's sequences that still live."""
-        live = self._live.get(client, {})
+        live = self._live.of(client)
         now_ns = time.monotonic_ns()
         for sequence_id in sequence_ids:
             sequence = live.get(sequence_id)
             if sequence is not None:
                 owner = self._embedding if isinstance(sequence, Text) else self.scheduler
                 owner.cancel(sequence, reason)
-                self._finish(sequence, now_ns)
-        waiting = self._probation.withdraw(client, sequence_ids, reason)
-        waiting += self._adapters.withdraw(client, sequence_ids, reason)
-        for message, ended in self._grammars.withdraw(client, sequence_ids, reason):
-            self._adapters.withdrawn(message)
-            waiting.append(ended)
+                self._live.finish(sequence, now_ns)
+        waiting = self._lobby.withdraw(client, sequence_ids, reason)
         if waiting:
             self._outbox.events(client).finished.extend(waiting)
 
@@ -407,107 +388,13 @@ class Engine:
 
     def status(self) -> EngineStatus:
         """The engine's state, now."""
-        return EngineStatus(
-            state=self.state,
-            pid=os.getpid(),
-            step_age_s=(time.monotonic_ns() - self.step_ns) / 1e9,
-            running=self.scheduler.num_running,
-            waiting=self.scheduler.num_waiting
-            + self._probation.num_held
-            + self._adapters.num_held
-            + self._grammars.num_held,
-            pages_used=self.scheduler.pages_used,
-            pages_total=self.scheduler.pages_total,
-            pages_cached=self.scheduler.pages_cached,
-            prefix_lookup_tokens=self.scheduler.prefix_lookup_tokens,
-            prefix_hit_tokens=self.scheduler.prefix_hit_tokens,
-            swapped=self.scheduler.num_swapped,
-            host_pages_used=self.scheduler.host_pages_used,
-            host_pages_total=self.scheduler.host_pages_total,
-            compiles_after_warmup=self.executor.compiles_after_warmup,
-            model=self._model,
-            shed=dict(Counter(self.scheduler.num_shed) + Counter(self._embedding.num_shed)),
-            error=self._error,
-            at_ns=time.monotonic_ns(),
-            max_rows=self.scheduler.max_rows,
-            loads=self._backlog.loads(self.scheduler.running()),
-            prefill_tokens_per_s=self._backlog.prefill_tokens_per_s,
-            service_s=self._backlog.service_s,
-            token_s=self._backlog.token_s,
-            output_share=self._backlog.output_share,
-            embedding=self._embedding.model,
-            texts_waiting=self._embedding.num_waiting,
-            embed_wait_s=self._embedding.wait_s,
-            adapter_slots=self.scheduler.num_adapter_slots,
-            adapters_held=self.scheduler.num_adapters_held,
-            adapter_joins=self.scheduler.num_adapter_joins,
-            adapter_hits=self.scheduler.num_adapter_hits,
-            adapter_loads=self._adapters.num_loads,
-            adapter_host_bytes=self._adapters.host_bytes,
-            device=self._device,
-        )
-
-    # ------------------------------------------------------------------ ends
-
-    def _finish(
-        self,
-        sequence: Sequence,
-        now_ns: int,
-        error: JaxserveError | None = None,
-        vector: bytes = b"",
-    ) -> None:
-        client, sequence_id = sequence.key
-        if error is not None and logger.isEnabledFor(logging.DEBUG):
-            logger.debug("%s: %s (trace %s)", error.code, error.message, sequence.traceparent)
-        del self._live[client][sequence_id]
-        if not isinstance(sequence, Text):
-            self._backlog.leave(sequence, now_ns)
-            self._adapters.ended(sequence)
-        assert sequence.reason is not None
-        finished = Finished(
-            sequence_id=sequence_id,
-            reason=sequence.reason,
-            record=record_of(sequence, now_ns, self._attribution.take(sequence)),
-            stop_token_id=sequence.stop_token_id,
-            error=error.message if error else "",
-            error_code=error.code if error else "",
-            error_param=error.param if error else None,
-            vector=vector,
-        )
-        self._outbox.events(client).finished.append(finished)
-
-    def _refuse(self, client: Hashable, message: Submit | Embed, error: JaxserveError) -> None:
-        now_ns = time.monotonic_ns()
-        for sequence_id in message.sequence_ids:
-            record = SequenceRecord(
-                arrived_ns=message.arrived_ns,
-                done_ns=now_ns,
-                intervals=list(message.waited),
-                traceparent=message.traceparent,
-                pid=os.getpid(),
-            )
-            self._outbox.events(client).finished.append(
-                Finished(
-                    sequence_id=sequence_id,
-                    reason=FinishReason.ERROR,
-                    record=record,
-                    error=error.message,
-                    error_code=error.code,
-                    error_param=error.param,
-                )
-            )
+        return self._status.of(self.state, self.step_ns, self._error)
 
     def _fail(self, cause: Exception) -> None:
         """Ends every sequence with the error and says "failed" to every client."""
         self.state = "failed"
         self._error = f"the engine's step failed: {type(cause).__name__}: {cause}".split("\n")[0]
-        error = DeviceFailure(self._error)
-        now_ns = time.monotonic_ns()
-        for live in self._live.values():
-            for sequence in list(live.values()):
-                # The scheduler may be what failed: it is not asked any more.
-                sequence.reason = sequence.reason or FinishReason.ERROR
-                self._finish(sequence, now_ns, error)
+        self._live.finish_all(DeviceFailure(self._error))
         self._outbox.send()
-        for client in self._live:
+        for client in self._live.clients:
             self._server.send(client, self.status())

@@ -18,9 +18,7 @@ its own, so that nothing one life said or was sent reaches another.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -40,17 +38,11 @@ from jaxserve.protocol.messages import (
     StepStats,
     Submit,
 )
+from jaxserve.protocol.pulse import Pulse
 from jaxserve.protocol.stream import Stream
 from jaxserve.protocol.streams import RESTARTING, Dispatcher, SequenceEvent, StreamState
 from jaxserve.protocol.sync_client import SyncClient, SyncStream
-from jaxserve.protocol.transport import (
-    HEARTBEAT_S,
-    MAX_PAUSE_S,
-    ClientTransport,
-    Teller,
-    embed_message,
-    submit_message,
-)
+from jaxserve.protocol.transport import ClientTransport, Teller, embed_message, submit_message
 from jaxserve.types import EmbeddingParams, FinishReason, SamplingParams, Vocabulary
 
 __all__ = ["ClientTransport", "EngineClient", "SequenceEvent", "Stream", "SyncClient", "SyncStream"]
@@ -93,24 +85,26 @@ class EngineClient:
         self._num_replayed = 0
         self._transport: ClientTransport | None = transport  # None: between two lives
         self._dispatcher = Dispatcher(on_stats, on_progress, journal=supervised)
-        self._silence_s = silence_s
         self._supervised = supervised
         self._life = 0
         self._restarting = False  # from `down` until the next life's first "ready"
         self._down_ns = 0
         self._before: EngineStatus | None = None  # of the last life that served
         self._draining = False
-        self._heart: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
-        self._pidfd: int | None = None
-        self._heard_ns = time.monotonic_ns()
         self._closed = False
+        self._pulse = Pulse(
+            lambda: self.send(self._get_status()),
+            self.fail,
+            silence_s=silence_s,
+            supervised=supervised,
+        )
 
     async def start(self) -> None:
         """Connects and begins to listen; does not wait for the engine to be ready."""
         assert self._transport is not None
         self._open_road(self._transport)
-        self._heart = asyncio.create_task(self._beat(), name="jaxserve engine heartbeat")
+        self._pulse.start()
 
     @property
     def status(self) -> EngineStatus | None:
@@ -336,11 +330,7 @@ class EngineClient:
         if self._closed:
             return
         self._closed = True
-        if self._heart is not None:
-            self._heart.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._heart
-        self._unwatch()
+        await self._pulse.stop()
         if self._transport is not None:
             if self._dispatcher.error is None:
                 self._transport.send(Goodbye())
@@ -364,11 +354,11 @@ class EngineClient:
             if life == self._life:
                 self._receive(message)
 
-        self._heard_ns = time.monotonic_ns()
+        self._pulse.heard()
         transport.open(Mailbox(asyncio.get_running_loop(), receive).put)
 
     def _receive(self, message: EngineMessage) -> None:
-        self._heard_ns = time.monotonic_ns()
+        self._pulse.heard()
         num_quarantined = self._dispatcher.num_quarantined
         if self._dispatcher.dispatch(message):
             self._changed.set()
@@ -377,7 +367,7 @@ class EngineClient:
             if isinstance(message, EngineStatus):
                 if self._restarting and message.state in _SERVING:
                     self._go_on()
-                self._watch(message.pid)
+                self._pulse.watch(message.pid)
 
     def _go_on(self) -> None:
         """Another life serves: submits what is unfinished, and asks for what else is wanted of it.
@@ -396,40 +386,3 @@ class EngineClient:
 
     def _get_status(self) -> GetStatus:
         return GetStatus(stats=self._dispatcher.on_stats is not None)
-
-    async def _beat(self) -> None:
-        while True:
-            self.send(self._get_status())
-            before_ns = time.monotonic_ns()
-            await asyncio.sleep(HEARTBEAT_S)
-            paused_s = (time.monotonic_ns() - before_ns) / 1e9 - HEARTBEAT_S
-            if paused_s > MAX_PAUSE_S:  # the engine may have given up on us, and say no more
-                self.fail(DeviceFailure(f"this process stood still for {paused_s:.0f} s"))
-            silent_s = (time.monotonic_ns() - self._heard_ns) / 1e9
-            if silent_s > self._silence_s and not self._supervised:
-                self.fail(DeviceFailure(f"the engine has been silent for {silent_s:.0f} s"))
-
-    def _watch(self, pid: int) -> None:
-        """Has the event loop report the end of the engine's process, child of ours or not."""
-        if self._supervised or self._pidfd is not None or pid == os.getpid():
-            return
-        if not hasattr(os, "pidfd_open"):
-            return  # not Linux: heartbeats remain
-        try:
-            self._pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            self._on_exit(pid)
-        except OSError:
-            return  # another pid namespace, or no such call here: heartbeats remain
-        else:
-            asyncio.get_running_loop().add_reader(self._pidfd, self._on_exit, pid)
-
-    def _on_exit(self, pid: int) -> None:
-        self._unwatch()
-        self.fail(DeviceFailure(f"the engine process (pid {pid}) has ended; try again shortly"))
-
-    def _unwatch(self) -> None:
-        if self._pidfd is not None:
-            asyncio.get_running_loop().remove_reader(self._pidfd)
-            os.close(self._pidfd)
-            self._pidfd = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxserve.config import Config
-from jaxserve.engine.load import devices
+from jaxserve.engine.machine import devices
 from jaxserve.errors import ConfigError
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.options import ModelOptions

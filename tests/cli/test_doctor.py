@@ -11,7 +11,8 @@ import pytest
 from jaxserve.cli import doctor
 from jaxserve.config import Config, SchedulerConfig
 from jaxserve.device.buckets import MAX_PROGRAMS
-from jaxserve.engine.load import buckets_for, model_options
+from jaxserve.engine.load import buckets_for
+from jaxserve.engine.machine import model_options
 from jaxserve.errors import ConfigError
 from pallas_kernels import native
 from tests.cli.conftest import Ended, Run

@@ -132,7 +132,7 @@ def draft(config: Config, parts: Parts, expected: dict[str, Any]) -> dict[str, A
     engine = build_engine(config, pocket, replace(parts, batch=batch))
     for number in range(DRAFTING):
         engine.handle("client", request(number, parts.model.vocab_size))
-        sequence = engine._live["client"][number]
+        sequence = engine._live.of("client")[number]
         ToldDrafts(sequence, expected[str(number)]["tokens"], wrong=5)
     found = answers(engine, pocket)
     ends = [finished for events in pocket.events for finished in events.finished]

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxserve.device.programs import COPIES_A_CALL, ENTRIES_A_CALL, PREFIX_TOKENS_A_CALL
+from jaxserve.device.changes import COPIES_A_CALL, ENTRIES_A_CALL, PREFIX_TOKENS_A_CALL
 from jaxserve.device.step import Program, SlotWrite, StepInputs
 from jaxserve.sampling.state import PROMPT_BIT
 from jaxserve.types import SamplingParams

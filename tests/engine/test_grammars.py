@@ -76,7 +76,7 @@ def test_outputs_match_their_grammars_beside_free_ones(server, decode_steps):
     assert re.fullmatch("[0-9]{3,6}", text_of(server.tokens("a", 1)))
     assert json.loads(text_of(server.tokens("a", 3))).keys() == {"name", "n"}
     assert device(engine).num_masked > 5
-    assert not engine._live["a"]
+    assert not engine._live.of("a")
 
 
 def test_a_step_of_free_rows_is_not_masked(server):

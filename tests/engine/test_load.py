@@ -1,15 +1,13 @@
-"""From a configuration to a loaded model: what "auto" means, what is refused, one whole load."""
+"""From a configuration to a loaded model: what fits, what is refused, one whole load."""
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
 from jaxserve.config import Config, KernelsConfig, WeightsConfig
@@ -18,14 +16,8 @@ from jaxserve.device.memory import Memory
 from jaxserve.engine import load
 from jaxserve.engine.attribution import FLOPS_PER_BYTE
 from jaxserve.engine.layout import describe_experts
-from jaxserve.engine.load import (
-    buckets_for,
-    cache_dtype,
-    fitting,
-    load_parts,
-    model_info,
-    model_options,
-)
+from jaxserve.engine.load import buckets_for, cache_dtype, load_parts, model_info
+from jaxserve.engine.machine import fitting, model_options
 from jaxserve.engine.thread import EngineThread
 from jaxserve.errors import ConfigError
 from jaxserve.models.options import ModelOptions
@@ -56,136 +48,6 @@ def settings(tmp_path: Path) -> Iterator[list[str]]:
 def config_of(settings: list[str], *more: str) -> Config:
     """A configuration that no environment changes."""
     return load_config(settings=[*settings, *more], environ={})
-
-
-def pretend_native(monkeypatch: pytest.MonkeyPatch, reason: str | None) -> None:
-    """As if the native library were there, or not for this reason."""
-    library = Path("kernels.so") if reason is None else None
-    found = native.Availability(library=library, reason=reason)
-    monkeypatch.setattr(native, "load", lambda: found)
-
-
-AUTO = WeightsConfig(), KernelsConfig()
-
-
-def test_auto_on_the_cpu_takes_the_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_native(monkeypatch, None)
-    assert model_options(*AUTO, "cpu") == ModelOptions(
-        dtype="float32", attention="cpu", matmul="cpu", layers="scanned"
-    )
-    half = model_options(WeightsConfig(dtype="float16"), KernelsConfig(), "cpu")
-    assert (half.dtype, half.matmul, half.activations) == ("float16", "cpu", "float32")
-
-
-def test_auto_on_the_cpu_without_a_native_library_is_xla_and_says_why(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    pretend_native(monkeypatch, "no C++ compiler")
-    with caplog.at_level(logging.INFO, "jaxserve"):
-        options = model_options(*AUTO, "cpu")
-    assert options == ModelOptions(
-        dtype="float32", attention="xla", matmul="xla", layers="unrolled"
-    )
-    assert [record.message for record in caplog.records] == [
-        "kernels.attention: xla (cpu: no C++ compiler; tpu: the platform is cpu; "
-        "gpu: the platform is cpu)",
-        "kernels.matmul: xla (cpu: no C++ compiler)",
-    ]
-
-
-def test_auto_on_a_tpu() -> None:
-    assert model_options(*AUTO, "tpu") == ModelOptions(
-        dtype="bfloat16", attention="tpu", matmul="xla", layers="scanned"
-    )
-    with pytest.raises(ConfigError, match=r"kernels\.attention=tpu .*: the platform is cpu"):
-        model_options(WeightsConfig(), KernelsConfig(attention="tpu"), "cpu")
-
-
-def test_auto_on_a_gpu_is_the_hopper_kernel_on_a_hopper_only(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    assert model_options(*AUTO, "gpu", capability="9.0") == ModelOptions(
-        dtype="bfloat16", attention="gpu", matmul="xla", layers="scanned"
-    )
-    with caplog.at_level(logging.INFO, "jaxserve"):
-        assert model_options(*AUTO, "gpu", capability="8.0").attention == "xla"
-    assert any("compute capability 9.0, not 8.0" in message for message in caplog.messages)
-    with pytest.raises(ConfigError, match=r"kernels\.attention=gpu .*: the platform is cpu"):
-        model_options(WeightsConfig(), KernelsConfig(attention="gpu"), "cpu")
-
-
-def test_weights_that_the_native_matmul_does_not_read(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    pretend_native(monkeypatch, None)
-    weights = WeightsConfig(dtype="bfloat16")
-    with caplog.at_level(logging.INFO, "jaxserve"):
-        options = model_options(weights, KernelsConfig(), "cpu")
-    assert (options.matmul, options.attention, options.layers) == ("xla", "cpu", "unrolled")
-    assert "kernels.matmul: xla (cpu: it does not read bfloat16 weights)" in caplog.messages
-    with pytest.raises(ConfigError, match=r"kernels\.matmul=cpu cannot run here: .*bfloat16"):
-        model_options(weights, KernelsConfig(matmul="cpu"), "cpu")
-
-
-def test_a_mixture_of_experts_leaves_the_matmul_to_xla(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    pretend_native(monkeypatch, None)
-    with caplog.at_level(logging.INFO, "jaxserve"):
-        options = model_options(*AUTO, "cpu", mixture=True)
-    assert (options.matmul, options.attention, options.layers) == ("xla", "cpu", "unrolled")
-    reason = "the native matmul has no product grouped by expert"
-    assert f"kernels.matmul: xla (cpu: {reason})" in caplog.messages
-    with pytest.raises(ConfigError, match=rf"kernels\.matmul=cpu cannot run here: {reason}"):
-        model_options(WeightsConfig(), KernelsConfig(matmul="cpu"), "cpu", mixture=True)
-
-
-@pytest.mark.parametrize("kernel", ["attention", "matmul"])
-def test_native_kernels_that_were_asked_for_and_cannot_run(
-    monkeypatch: pytest.MonkeyPatch, kernel: str
-) -> None:
-    asked = KernelsConfig(**{kernel: "cpu"})
-    with pytest.raises(ConfigError, match=rf"kernels\.{kernel}=cpu .*: the platform is gpu"):
-        model_options(WeightsConfig(), asked, "gpu")
-    pretend_native(monkeypatch, "the processor lacks avx2")
-    with pytest.raises(ConfigError, match=rf"kernels\.{kernel}=cpu .*: the processor lacks avx2"):
-        model_options(WeightsConfig(), asked, "cpu")
-
-
-def test_what_was_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_native(monkeypatch, None)
-    asked = KernelsConfig(attention="xla", matmul="cpu", layers="unrolled")
-    assert model_options(WeightsConfig(dtype="float16"), asked, "cpu") == ModelOptions(
-        dtype="float16", attention="xla", matmul="cpu", layers="unrolled"
-    )
-
-
-def test_an_accelerator_that_is_not_used_is_an_error_unless_the_cpu_was_asked_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    before = jax.config.jax_platforms
-    planted = {"/dev/nvidia[0-9]*": ["/dev/nvidia0"]}
-    monkeypatch.setattr(load.glob, "glob", lambda pattern: planted.get(pattern, []))
-    try:
-        jax.config.update("jax_platforms", None)
-        with pytest.raises(ConfigError, match=r"an accelerator \(/dev/nvidia0\).*JAX_PLATFORMS=cp"):
-            load.devices()
-        jax.config.update("jax_platforms", "cpu")
-        assert load.devices() == jax.devices()
-        jax.config.update("jax_platforms", None)
-        planted.clear()
-        assert load.devices() == jax.devices()
-    finally:
-        jax.config.update("jax_platforms", before)
-
-
-def test_a_platform_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def devices() -> list[Any]:
-        raise RuntimeError("Unable to initialize backend 'tpu'")
-
-    monkeypatch.setattr(jax, "devices", devices)
-    with pytest.raises(ConfigError, match=r"no device: Unable .* 'tpu'; see JAX_PLATFORMS"):
-        load.devices()
 
 
 def test_the_context_is_the_models_or_a_smaller_one(settings: list[str]) -> None:
@@ -272,7 +134,7 @@ def test_heads_that_the_native_attention_does_not_take(
     with pytest.raises(ConfigError, match=r"attention=cpu cannot run this model: head_dim 8 is"):
         loaded(config_of(settings, "kernels.attention=cpu"))
     assert loaded(config_of(settings, f"model.path={ORACLE / 'gemma2'}"))._model.options == (
-        model_options(*AUTO, "cpu")
+        model_options(WeightsConfig(), KernelsConfig(), "cpu")
     )
 
 
@@ -309,7 +171,7 @@ def test_pages_of_codes_are_read_by_the_tpu_s_kernel(settings: list[str], dtype:
 
 
 def test_pages_of_codes_on_a_gpu_are_read_by_its_kernel_up_to_a_head_of_128() -> None:
-    on_gpu = model_options(*AUTO, "gpu", capability="9.0")
+    on_gpu = model_options(WeightsConfig(), KernelsConfig(), "gpu", capability="9.0")
     for head_dim, attention in ((64, "gpu"), (128, "gpu"), (256, "xla")):
         assert fitting(on_gpu, KernelsConfig(), head_dim, "int8").attention == attention
     with pytest.raises(ConfigError, match="head_dim is 256, beyond 128"):

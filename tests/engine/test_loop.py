@@ -121,7 +121,7 @@ def test_who_is_shed_is_told_why_and_it_is_counted(server):
     for _ in range(40):
         turn(engine)
     assert [server.ends(client)[0].reason for client in "ac"] == [FinishReason.LENGTH] * 2
-    assert not engine._live["b"]
+    assert not engine._live.of("b")
 
 
 def test_measured_steps_pace_the_next(server):
