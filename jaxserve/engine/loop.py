@@ -202,6 +202,8 @@ class Engine:
         inputs = self.batch.build(plans)
         self._recorder.launching(plans, inputs)
         launched = self.executor.launch(inputs)
+        if self.in_flight is None:
+            self._backlog.wake(self.step_ns)
         accounts = self._attribution.launched(plans, inputs, self.scheduler.owners)
         return InFlight(plans, inputs, launched, accounts)
 

@@ -19,7 +19,7 @@ import time
 from typing import Any
 
 from jaxserve.config import LimitsConfig
-from jaxserve.errors import DeadlineExceeded, JaxserveError
+from jaxserve.errors import JaxserveError
 from jaxserve.http.auth import Identity
 from jaxserve.http.body import Fields
 from jaxserve.http.demand import Demand, ReadDemand, read_demand
@@ -200,7 +200,7 @@ class Visit:
                 output_tokens = min(output_tokens, most)
             total = prompt_tokens + output_tokens * work.options.candidates
             await self._reservation.true_up(total)
-        self._check_deadline()
+        gate.admission.check_deadline(self.deadline_ns)
         gate.admission.submitted(
             demand.newcomer(self._identity, prompt_tokens // len(work.prompts))
         )
@@ -211,11 +211,7 @@ class Visit:
         self._gate.ratio.learn(demand.text_bytes, num_tokens - demand.prompt_tokens)
         if self._reservation is not None:
             await self._reservation.true_up(num_tokens)
-        self._check_deadline()
-
-    def _check_deadline(self) -> None:
-        if self.deadline_ns is not None and self.deadline_ns <= time.monotonic_ns():
-            raise DeadlineExceeded("the request's deadline passed before it was submitted")
+        self._gate.admission.check_deadline(self.deadline_ns)
 
     def follow(self, usage: Usage) -> None:
         """From now on this is what it uses."""
