@@ -15,9 +15,9 @@ from benchmarks.gpu_check.report import Finding
 from jaxserve.bench.engine import Case, measure
 from jaxserve.config import Config, ModelConfig, SchedulerConfig
 from jaxserve.device.sharding import make_mesh
+from jaxserve.engine.hopper import compute_capability
 from jaxserve.engine.load import (
     cache_dtype,
-    compute_capability,
     fitting,
     model_options,
     parts_of,

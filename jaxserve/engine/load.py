@@ -31,6 +31,7 @@ from jaxserve.device.sharding import make_mesh, param_sharding, tensor_parallel
 from jaxserve.device.state import DeviceState, hidden_states, init_device_state
 from jaxserve.engine.attribution import FLOPS_PER_BYTE, WorkRates
 from jaxserve.engine.batches import Batches
+from jaxserve.engine.hopper import compute_capability, no_hopper, with_experts_kernel
 from jaxserve.engine.layout import log_layout
 from jaxserve.engine.load_embedding import load_embedding
 from jaxserve.engine.lora import adapter_base, make_slots, request_adapters, with_lora_kernel
@@ -51,8 +52,6 @@ from pallas_kernels.paged_attention import unsupported
 
 logger = logging.getLogger(__name__)
 
-#: Compute capability of H100, H200 and their kin.
-_HOPPER = "9.0"
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*")
 
 
@@ -111,6 +110,7 @@ def _load_parts(config: Config, progress: Progressing, hosts: Hosts | None) -> P
     if options.attention != "xla":
         dtype, head_dim = cache_dtype(config.cache, options), spec.attention.head_dim
         options = fitting(options, config.kernels, head_dim, dtype)
+    options = with_experts_kernel(options, config.kernels, spec, mesh)
     options = with_lora_kernel(options, config, spec, mesh)
     model = load_model(
         path,
@@ -198,11 +198,6 @@ def devices() -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
     return found
 
 
-def compute_capability(device: jax.Device) -> str | None:  # pyright: ignore[reportInvalidTypeForm]
-    """An NVIDIA GPU's, such as "9.0"; None for anything else."""
-    return getattr(device, "compute_capability", None)
-
-
 def model_options(
     weights: WeightsConfig,
     kernels: KernelsConfig,
@@ -216,7 +211,7 @@ def model_options(
 
     Args:
         mesh: that the model will be on; one device where None.
-        capability: of a GPU, see `compute_capability`.
+        capability: of a GPU, see `engine.hopper.compute_capability`.
         mixture: whether the model is a mixture of experts.
 
     Raises:
@@ -247,10 +242,7 @@ def model_options(
         return chosen
 
     no_mosaic = None if platform == "tpu" else elsewhere
-    no_hopper = elsewhere if platform != "gpu" else None
-    if platform == "gpu" and capability != _HOPPER:
-        no_hopper = f"it is made for NVIDIA Hopper, compute capability {_HOPPER}, not {capability}"
-    kinds = {"cpu": no_native, "tpu": no_mosaic, "gpu": no_hopper}
+    kinds = {"cpu": no_native, "tpu": no_mosaic, "gpu": no_hopper(platform, capability)}
     attention = choose("attention", kernels.attention, kinds)
     matmul = choose("matmul", kernels.matmul, {"cpu": no_native or no_packing})
     layers = kernels.layers
