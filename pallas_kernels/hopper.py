@@ -67,19 +67,26 @@ def ahead(count: Any, slots: int, free: Any, load: Callable[[Any, Any], None]) -
     """
 
     def fill(i: Any, _: None) -> None:
-        slot = lax.rem(i, jnp.int32(slots))
-
-        @pl.when(i >= slots)
-        def _() -> None:
-            plgpu.barrier_wait(free.at[slot])
-
-        load(i, slot)
-
-    def drain(i: Any, _: None) -> None:
-        plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(slots))])
+        load(i, await_free(free, i, slots))
 
     lax.fori_loop(0, count, fill, None)
-    lax.fori_loop(jnp.maximum(count - slots, 0), count, drain, None)
+    drain(free, count, slots)
+
+
+def await_free(free: Any, i: Any, slots: int) -> Any:
+    """The slot of a ring's i-th block, once what was in it has been computed."""
+    slot = lax.rem(i, jnp.int32(slots))
+    pl.when(i >= slots)(lambda: plgpu.barrier_wait(free.at[slot]))
+    return slot
+
+
+def drain(free: Any, count: Any, slots: int) -> None:
+    """Waits until the last blocks of a ring have been computed."""
+
+    def wait(i: Any, _: None) -> None:
+        plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(slots))])
+
+    lax.fori_loop(jnp.maximum(count - slots, 0), count, wait, None)
 
 
 def await_ring(ready: Any, slot: Any) -> None:

@@ -165,12 +165,7 @@ def _kernel(
             tile, column, steps = pair(turn)
 
             def load(step: Any, _: None) -> None:
-                place = lax.rem(done + step, jnp.int32(plan.slots))
-
-                @pl.when(done + step >= plan.slots)
-                def _() -> None:
-                    plgpu.barrier_wait(free.at[place])
-
+                place = hopper.await_free(free, done + step, plan.slots)
                 deep = pl.ds(step * STEP, STEP)
                 row = tile.row // ALIGNED * ALIGNED
                 plgpu.copy_gmem_to_smem(
@@ -187,12 +182,7 @@ def _kernel(
             lax.fori_loop(0, steps, load, None)
             return done + steps
 
-        done = lax.fori_loop(0, own, copy, jnp.int32(0))
-
-        def drain(step: Any, _: None) -> None:
-            plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(plan.slots))])
-
-        lax.fori_loop(jnp.maximum(done - plan.slots, 0), done, drain, None)
+        hopper.drain(free, lax.fori_loop(0, own, copy, jnp.int32(0)), plan.slots)
 
     @pl.when(warpgroup < COMPUTERS)
     def _() -> None:

@@ -10,6 +10,7 @@ A tile of y without adapters is neither read nor written.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -48,17 +49,20 @@ def expand(
         transcendentals=0,
         bytes_accessed=expand_bytes(plan, num_tiles, most, num_columns, rank, itemsize),
     )
+    # Whole rows of eight lie as a product does, others one behind the other: by ever fewer.
+    rows = min(TILE, num_tokens)
+    piece = rows if num_tokens <= TILE or num_tokens % 8 == 0 else num_tokens & -num_tokens
     # What fills up b's rows in the ring, where its rank is an odd number of eights.
     zeros = jnp.zeros((deep - rank or 8, plan.columns), b.dtype)
     plgpu.kernel(
-        functools.partial(_kernel, plan=plan, rows=min(TILE, num_tokens), rank=rank, cycle=cycle),
+        functools.partial(_kernel, plan=plan, rows=rows, piece=piece, rank=rank, cycle=cycle),
         scratch_types=(
             hopper.swizzled((TILE, deep), deep, z.dtype),
             # Both operands of a product lie alike.
             hopper.swizzled((plan.slots, deep, plan.columns), deep, b.dtype),
             plgpu.SMEM((TILE,), jnp.int32),
             plgpu.SMEM((TILE, plan.columns), b.dtype),
-            plgpu.Barrier(num_arrivals=3 + (plan.slots if deep > rank else 0)),
+            plgpu.Barrier(num_arrivals=2 + rows // piece + (plan.slots if deep > rank else 0)),
             plgpu.Barrier(num_barriers=plan.slots),
             plgpu.Barrier(num_barriers=plan.slots),
         ),
@@ -74,13 +78,18 @@ def expand(
 def _kernel(
     z, b, layer, slots, present, num_present, zeros, y,
     z_smem, ring, slots_smem, y_smem, begun, ready, free,
-    *, plan: ExpandPlan, rows: int, rank: int, cycle: tuple[int, ...],
+    *, plan: ExpandPlan, rows: int, piece: int, rank: int, cycle: tuple[int, ...],
 ) -> None:  # fmt: skip
     block, tile = lax.axis_index("block"), lax.axis_index("tile")
     warpgroup = lax.axis_index("warpgroup")
     count = num_present[tile]
     deep = z_smem.shape[1]
-    mine = pl.ds(tile * TILE, rows), pl.ds(block * plan.columns, plan.columns)
+
+    def pieces() -> Iterator[tuple[Any, Any]]:
+        """Rows of y and where they are in shared memory."""
+        for row in range(0, rows, piece):
+            columns = pl.ds(block * plan.columns, plan.columns)
+            yield y.at[pl.ds(tile * TILE + row, piece), columns], y_smem.at[pl.ds(row, piece)]
 
     @pl.when((warpgroup == 1) & (count > 0))
     def _() -> None:
@@ -90,7 +99,8 @@ def _kernel(
         plgpu.copy_gmem_to_smem(
             z.at[pl.ds(tile * TILE, TILE), pl.ds(part * deep, deep)], z_smem, begun
         )
-        plgpu.copy_gmem_to_smem(y.at[mine], y_smem.at[pl.ds(0, rows)], begun)
+        for there, here in pieces():
+            plgpu.copy_gmem_to_smem(there, here, begun)
         if deep > rank:
             for place in range(plan.slots):
                 rest = ring.at[place, pl.ds(rank, deep - rank)]
@@ -128,5 +138,6 @@ def _kernel(
         base = plgpu.load(y_smem, layout=plgpu.Layout.WGMMA)
         y_smem[...] = (base.astype(jnp.float32) + delta).astype(y_smem.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(y_smem.at[pl.ds(0, rows)], y.at[mine])
+        for there, here in pieces():
+            plgpu.copy_smem_to_gmem(here, there)
         plgpu.wait_smem_to_gmem(0)

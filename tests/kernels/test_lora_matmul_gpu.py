@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hopper
 from pallas_kernels.errors import UnsupportedKernel
 from pallas_kernels.lora_matmul import LoraWeights, block_tokens, gpu, lora_matmul
 from pallas_kernels.lora_matmul.blocks import TILE
@@ -25,6 +24,7 @@ from pallas_kernels.lora_matmul.gpu_plan import (
 )
 from pallas_kernels.lora_matmul.traffic import lora_matmul_bytes
 from tests.kernels.batches import relative_error
+from tests.kernels.late_copies import late_copies
 
 NONE = -1
 #: (rank, slots) of each class.
@@ -59,7 +59,7 @@ def call(
         first += count
     exact, layer = jax.lax.Precision.HIGHEST, jnp.asarray(1, jnp.int32)
     rest = tuple(weights), tuple(blocks), layer, cycle, exact, reduce
-    interpret = plgpu.InterpretGPUParams()
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
     got = jax.jit(lambda x, y: gpu.lora_matmul(x, y, *rest, interpret=interpret))(x, y)
     assert got.dtype == dtype and got.shape == y.shape
     expected = lora_matmul(
@@ -105,7 +105,7 @@ def test_nobody_has_an_adapter() -> None:
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # products of what is not there
 def test_a_missing_wait_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The simulation is worth something: without the waits for matrices the result is wrong."""
-    monkeypatch.setattr(hopper, "await_ring", lambda ready, slot: None)
+    late_copies(monkeypatch)
     y, got, expected = call(FEW, 64, (64,), classes=((16, 5),))
     assert not relative_error(got - y, expected - y) < 0.1
 
