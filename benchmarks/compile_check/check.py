@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks.compile_check import targets
+from benchmarks.compile_check.grouped import GroupedRow
 from benchmarks.compile_check.kernels import KernelRow
 from benchmarks.compile_check.lora import LoraRow
 from benchmarks.compile_check.steps import ROWS, StepRow
 
-Row = StepRow | KernelRow | LoraRow
+Row = StepRow | KernelRow | LoraRow | GroupedRow
 
 #: A step's temporary memory, as a share of its cache: a hidden copy would be all of it.
 MOST_TEMP = 0.1
@@ -71,7 +72,7 @@ def _compile(lowered: Any, platform: str) -> Any:
     return lowered.compile(compiler_options=options)
 
 
-def _kernel(row: KernelRow | LoraRow) -> Result:
+def _kernel(row: KernelRow | LoraRow | GroupedRow) -> Result:
     import jax
 
     from jaxserve.device.chips import parse_slice
