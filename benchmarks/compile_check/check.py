@@ -66,9 +66,13 @@ def check(row: Row) -> Result:
     return result
 
 
-def _compile(lowered: Any, platform: str) -> Any:
-    # Sorting by CUB would ask a GPU at compile time how much scratch memory it takes.
-    options = {"xla_gpu_enable_cub_radix_sort": False} if platform == "gpu" else None
+def _compile(lowered: Any, device: Any) -> Any:
+    from jaxserve.device.compiles import compiler_options
+
+    options = compiler_options(device) or {}
+    if device.platform == "gpu":
+        # Sorting by CUB would ask a GPU at compile time how much scratch memory it takes.
+        options = {**options, "xla_gpu_enable_cub_radix_sort": False}
     return lowered.compile(compiler_options=options)
 
 
@@ -87,7 +91,7 @@ def _kernel(row: KernelRow | LoraRow | GroupedRow) -> Result:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             traced = jax.jit(function, donate_argnums=0).trace(*arguments)
             lowered = traced.lower(lowering_platforms=targets.platforms(slice))
-        compiled = _compile(lowered, slice.chip.platform)
+        compiled = _compile(lowered, mesh.devices.flat[0])
     except UnsupportedKernel as error:
         result.verdict, result.detail = "refused", str(error)
         return result
@@ -121,7 +125,7 @@ def _step(row: StepRow) -> Result:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             executor = ahead.executor(row.program, num_pages)
             lowered = executor.lower(row.program, targets.platforms(slice))
-        compiled = _compile(lowered, slice.chip.platform)
+        compiled = _compile(lowered, mesh.devices.flat[0])
     except Exception as error:
         return _failed(result, error)
     _memory(result, compiled)
