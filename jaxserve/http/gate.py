@@ -21,7 +21,7 @@ from typing import Any
 from jaxserve.config import LimitsConfig
 from jaxserve.errors import DeadlineExceeded, JaxserveError
 from jaxserve.http.auth import Identity
-from jaxserve.http.body import Fields
+from jaxserve.http.body import fingerprint
 from jaxserve.http.demand import Demand, ReadDemand, read_demand
 from jaxserve.http.generation import Usage
 from jaxserve.http.metrics import Metrics
@@ -33,6 +33,7 @@ from jaxserve.limits.limiter import Limiter, Reservation
 from jaxserve.limits.store import Store
 from jaxserve.limits.wait import Newcomer
 from jaxserve.protocol.client import EngineClient
+from jaxserve.text.fields import Fields
 from jaxserve.types import SamplingParams
 
 #: Tells clients that their max_tokens was lowered, and to what.
@@ -127,7 +128,7 @@ class Gate:
                 identity.quota,
                 demand.user,
                 tokens + self._output_tokens(demand, cap),
-                fields.fingerprint(),
+                fingerprint(fields),
                 again=dict(scope["headers"]).get(_RETRY_HEADER, b"0") != b"0",
                 headers=headers,
             )

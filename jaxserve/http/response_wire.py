@@ -89,16 +89,16 @@ class ResponseWire:
 
     def _take(self, delta: Delta) -> None:
         parts: Sequence[Part] = delta.parts
-        if not self._reads:
-            parts = [Text(delta.text)] if delta.text else []
         if self._num_top is not None:
             found = chat_logprobs(self._tokenizer, delta.logprobs, self._num_top)
             self._untold += found["content"]
-        for part in parts:
-            logprobs: list[dict[str, Any]] = []
-            if isinstance(part, Text):
-                logprobs, self._untold = self._untold, []
-            self._output.add(part, logprobs)
+        part_tokens = delta.part_tokens
+        if not self._reads:
+            parts = [Text(delta.text)] if delta.text else []
+            part_tokens = [len(self._untold)] * len(parts)
+        for part, num_tokens in zip(parts, part_tokens, strict=True):
+            logprobs, self._untold = self._untold[:num_tokens], self._untold[num_tokens:]
+            self._output.add(part, logprobs if isinstance(part, Text) else [])
         self._reason = delta.finish_reason or self._reason
 
     def _end(self) -> str:

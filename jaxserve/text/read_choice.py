@@ -1,0 +1,132 @@
+"""One choice's text, read as a message where a request has tools or its model reasons.
+
+`ChoiceText` makes text of tokens, a `MessageReader` parts of a message of that; here they go on
+together, since either may say that the output has ended. Over HTTP and offline alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxserve.text.choice import ChoiceText
+from jaxserve.text.message import MessageReader, Part, joined
+from jaxserve.types import FinishReason
+
+#: Why a message of calls ends, in OpenAI's word.
+TOOL_CALLS = "tool_calls"
+
+
+@dataclass(slots=True)
+class ReadDelta:
+    """What some tokens added.
+
+    Attributes:
+        text, num_tokens, stopped: as of `TextDelta`; stopped also where the message is over.
+        parts: what the text brings of the message; none where it is not read.
+        part_tokens: how many tokens each part took, those before it that showed nothing included.
+        reasoning_tokens: of these tokens, those of the reasoning.
+    """
+
+    text: str = ""
+    num_tokens: int = 0
+    stopped: bool = False
+    parts: Sequence[Part] = ()
+    part_tokens: Sequence[int] = ()
+    reasoning_tokens: int = 0
+
+
+class Ending(NamedTuple):
+    """The last parts of a choice, with the tokens of each, and why it ended."""
+
+    parts: Sequence[Part]
+    part_tokens: Sequence[int]
+    reason: str
+
+
+class ReadChoice:
+    """See the module.
+
+    Args:
+        reader: of the message; None where the text is not read.
+    """
+
+    __slots__ = ("_reader", "_text", "_untold")
+
+    def __init__(self, text: ChoiceText, reader: MessageReader | None = None) -> None:
+        self._text = text
+        self._reader = reader
+        self._untold = 0  # tokens since the last part
+
+    def add(self, token_ids: Sequence[int]) -> ReadDelta:
+        """Takes the next tokens. After the end, further ones are ignored."""
+        reader = self._reader
+        if reader is None:
+            added = self._text.add(token_ids)
+            return ReadDelta(added.text, added.num_tokens, added.stopped)
+        # Token by token, since a message may end between two, as at a stop string.
+        delta = ReadDelta(parts=[], part_tokens=[])
+        texts: list[str] = []
+        for token_id in token_ids:
+            thinks = reader.thinking
+            added = self._text.add((token_id,))
+            texts.append(added.text)
+            delta.num_tokens += added.num_tokens
+            self._untold += added.num_tokens
+            self._tell(reader.add(added.text), delta)
+            delta.reasoning_tokens += thinks or reader.thinking
+            delta.stopped = added.stopped or reader.done
+            if delta.stopped:
+                break
+        delta.text = "".join(texts)
+        return delta
+
+    def finish(self) -> ReadDelta:
+        """The sequence has ended: what was still waiting."""
+        tail = self._text.finish()
+        delta = ReadDelta(tail.text, 0, tail.stopped, [], [])
+        if self._reader is not None:
+            self._tell(self._reader.add(tail.text), delta)
+        return delta
+
+    def close(self, parts: Sequence[Part], part_tokens: Sequence[int], reason: str) -> Ending:
+        """The end of a choice, with the parts that still waited.
+
+        Args:
+            parts, part_tokens: of its last delta.
+            reason: as far as its tokens say. A message of whole calls has a reason of its own.
+        """
+        reader = self._reader
+        if reader is None:
+            return Ending(parts, part_tokens, reason)
+        delta = ReadDelta(parts=[*parts], part_tokens=[*part_tokens])
+        self._tell(reader.finish(), delta)
+        if reason == FinishReason.STOP.value and reader.called:
+            reason = TOOL_CALLS
+        return Ending(*_joined(delta.parts, delta.part_tokens), reason)
+
+    def _tell(self, parts: list[Part], delta: ReadDelta) -> None:
+        """Adds parts; the first of them took all tokens since the last one."""
+        if not parts:
+            return
+        delta.parts = [*delta.parts, *parts]
+        delta.part_tokens = [*delta.part_tokens, self._untold, *[0] * (len(parts) - 1)]
+        self._untold = 0
+
+
+def _joined(
+    parts: Sequence[Part], part_tokens: Sequence[int]
+) -> tuple[Sequence[Part], Sequence[int]]:
+    """As `joined`, and the tokens of neighbours added up."""
+    whole: list[Part] = []
+    sums: list[int] = []
+    for part, num_tokens in zip(parts, part_tokens, strict=True):
+        *rest, last = joined([*whole[-1:], part])
+        if whole and not rest:
+            whole[-1] = last
+            sums[-1] += num_tokens
+        else:
+            whole.append(part)
+            sums.append(num_tokens)
+    return whole, sums
