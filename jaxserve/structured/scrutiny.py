@@ -23,13 +23,14 @@ _WITHOUT_EFFECT = {
     "capture": "nothing is captured",
     "stop_capture": "nothing is captured",
 }
-#: What a grammar in Lark's syntax is made of, as far as it matters where something stands.
+#: What a grammar in Lark's syntax is made of, as far as it matters where something stands. What is
+#: not closed counts as well: so nothing is looked at twice.
 _LEXEMES = re.compile(
     r"""
     (?P<comment> (?:\#|//)[^\n]*)
-  | (?P<string> "(?:\\.|[^"\\\n])*"i?)
-  | (?P<regex> /(?:\\.|[^/\\])+/[imslux]*)
-  | (?P<token> <[^<>\s]+>)
+  | (?P<string> "(?:\\.|[^"\\\n])*(?:"i?)?)
+  | (?P<regex> /(?:\\.|[^/\\])+(?:/[imslux]*)?)
+  | (?P<token> <[^<>\s]*>?)
   | (?P<json> %(?:json|llguidance|regex)\b)
   | (?P<name> !?[_?]?[a-zA-Z][\w-]*)
   | (?P<sign> [\[\]:=,])
@@ -98,7 +99,7 @@ def _check_embedded(text: str, place: int, *, json_schema: bool) -> int:
     try:
         schema, end = _DECODER.raw_decode(text, start)
     except (ValueError, RecursionError):
-        return place  # the library says what is wrong
+        return len(text)  # the library says what is wrong
     if json_schema and '"$ref"' in text[start:end]:
         _check_schema(text[start:end], schema)
     return end

@@ -110,6 +110,10 @@ def test_models_are_listed_with_their_parent(served: Front, directory: Path) -> 
     assert "parent" not in rows["fake"]
     assert rows["two"]["parent"] == "fake"
     assert rows["two"]["root"] == str(directory / "two")
+    for name in ("three", "fake:three"):  # before anybody has asked for it
+        card = served.get(f"/v1/models/{name}").json()
+        assert (card["id"], card["parent"], card["hash"]) == ("three", "fake", None)
+    assert "three" not in {row["id"] for row in served.get("/v1/models").json()["data"]}
     tokens_of(served, "three")
     assert served.get("/v1/models/three").json()["parent"] == "fake"
     assert served.get("/v1/models/fake:three").json()["id"] == "three"
