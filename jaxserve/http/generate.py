@@ -182,7 +182,7 @@ def _joined(index: int, parts: list[Delta]) -> Delta:
         [entry for part in parts for entry in part.prompt_logprobs],
         parts[-1].finish_reason,
         [part for delta in parts for part in delta.parts],
-        [num_tokens for delta in parts for num_tokens in delta.part_tokens],
+        [took for delta in parts for took in delta.part_tokens],
     )
 
 

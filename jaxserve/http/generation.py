@@ -25,7 +25,7 @@ from jaxserve.protocol.messages import AdapterRef, Finished
 from jaxserve.protocol.records import RequestCost, RequestRecord
 from jaxserve.text.choice import ChoiceText
 from jaxserve.text.message import Part
-from jaxserve.text.read_choice import ReadChoice
+from jaxserve.text.read_choice import ReadChoice, Took
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import FinishReason, SamplingParams, TokenLogprobs
 
@@ -50,7 +50,7 @@ class Delta:
     prompt_logprobs: Sequence[TokenLogprobs] = ()
     finish_reason: str | None = None
     parts: Sequence[Part] = ()
-    part_tokens: Sequence[int] = ()
+    part_tokens: Sequence[Took] = ()
 
 
 @dataclass(slots=True, kw_only=True)

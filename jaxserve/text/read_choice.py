@@ -6,16 +6,24 @@ together, since either may say that the output has ended. Over HTTP and offline 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from jaxserve.text.choice import ChoiceText
-from jaxserve.text.message import MessageReader, Part, joined
+from jaxserve.text.message import MessageReader, Part, Text, joined
 from jaxserve.types import FinishReason
 
 #: Why a message of calls ends, in OpenAI's word.
 TOOL_CALLS = "tool_calls"
+
+
+class Took(NamedTuple):
+    """The tokens of a part: some that showed nothing (a marker, white space), then its own."""
+
+    before: int
+    own: int
 
 
 @dataclass(slots=True)
@@ -25,7 +33,7 @@ class ReadDelta:
     Attributes:
         text, num_tokens, stopped: as of `TextDelta`; stopped also where the message is over.
         parts: what the text brings of the message; none where it is not read.
-        part_tokens: how many tokens each part took, those before it that showed nothing included.
+        part_tokens: the tokens of each part; they may have come with earlier deltas.
         reasoning_tokens: of these tokens, those of the reasoning.
     """
 
@@ -33,7 +41,7 @@ class ReadDelta:
     num_tokens: int = 0
     stopped: bool = False
     parts: Sequence[Part] = ()
-    part_tokens: Sequence[int] = ()
+    part_tokens: Sequence[Took] = ()
     reasoning_tokens: int = 0
 
 
@@ -41,7 +49,7 @@ class Ending(NamedTuple):
     """The last parts of a choice, with the tokens of each, and why it ended."""
 
     parts: Sequence[Part]
-    part_tokens: Sequence[int]
+    part_tokens: Sequence[Took]
     reason: str
 
 
@@ -57,7 +65,7 @@ class ReadChoice:
     def __init__(self, text: ChoiceText, reader: MessageReader | None = None) -> None:
         self._text = text
         self._reader = reader
-        self._untold = 0  # tokens since the last part
+        self._untold: list[int] = []  # characters of each token since the last part
 
     def add(self, token_ids: Sequence[int]) -> ReadDelta:
         """Takes the next tokens. After the end, further ones are ignored."""
@@ -73,7 +81,7 @@ class ReadChoice:
             added = self._text.add((token_id,))
             texts.append(added.text)
             delta.num_tokens += added.num_tokens
-            self._untold += added.num_tokens
+            self._untold.append(len(added.text))
             self._tell(reader.add(added.text), delta)
             delta.reasoning_tokens += thinks or reader.thinking
             delta.stopped = added.stopped or reader.done
@@ -90,7 +98,7 @@ class ReadChoice:
             self._tell(self._reader.add(tail.text), delta)
         return delta
 
-    def close(self, parts: Sequence[Part], part_tokens: Sequence[int], reason: str) -> Ending:
+    def close(self, parts: Sequence[Part], part_tokens: Sequence[Took], reason: str) -> Ending:
         """The end of a choice, with the parts that still waited.
 
         Args:
@@ -110,23 +118,40 @@ class ReadChoice:
         """Adds parts; the first of them took all tokens since the last one."""
         if not parts:
             return
+        own = len(self._untold)
+        if isinstance(parts[0], Text):
+            words = itertools.takewhile(lambda part: isinstance(part, Text), parts)
+            own = _num_covering(self._untold, sum(len(part.text) for part in words))
+        took = Took(len(self._untold) - own, own)
         delta.parts = [*delta.parts, *parts]
-        delta.part_tokens = [*delta.part_tokens, self._untold, *[0] * (len(parts) - 1)]
-        self._untold = 0
+        delta.part_tokens = [*delta.part_tokens, took, *[Took(0, 0)] * (len(parts) - 1)]
+        self._untold = []
+
+
+def _num_covering(sizes: Sequence[int], num_chars: int) -> int:
+    """How many of these tokens, the last ones, make up so many characters of text.
+
+    With them go those before them that begin their first character.
+    """
+    num = 0
+    while num < len(sizes) and (num_chars > 0 or not sizes[-1 - num]):
+        num_chars -= sizes[-1 - num]
+        num += 1
+    return num
 
 
 def _joined(
-    parts: Sequence[Part], part_tokens: Sequence[int]
-) -> tuple[Sequence[Part], Sequence[int]]:
+    parts: Sequence[Part], part_tokens: Sequence[Took]
+) -> tuple[Sequence[Part], Sequence[Took]]:
     """As `joined`, and the tokens of neighbours added up."""
     whole: list[Part] = []
-    sums: list[int] = []
-    for part, num_tokens in zip(parts, part_tokens, strict=True):
+    sums: list[Took] = []
+    for part, took in zip(parts, part_tokens, strict=True):
         *rest, last = joined([*whole[-1:], part])
         if whole and not rest:
             whole[-1] = last
-            sums[-1] += num_tokens
+            sums[-1] = Took(sums[-1].before, sums[-1].own + sum(took))
         else:
             whole.append(part)
-            sums.append(num_tokens)
+            sums.append(took)
     return whole, sums

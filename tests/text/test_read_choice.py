@@ -6,7 +6,7 @@ import pytest
 
 from jaxserve.text.choice import ChoiceText
 from jaxserve.text.message import CallEnd, CallStart, CallText, MessageReader, Part, Text, Thought
-from jaxserve.text.read_choice import TOOL_CALLS, ReadChoice
+from jaxserve.text.read_choice import TOOL_CALLS, ReadChoice, Took
 from jaxserve.text.reasoning import ThinkReader
 from jaxserve.text.tools.hermes import HERMES
 from tests.fakes.tokenizer import ByteTokenizer
@@ -24,11 +24,11 @@ def choice(*, stop: tuple[str, ...] = (), single: bool = False) -> ReadChoice:
 
 def read(
     text: str, size: int, reason: str = "stop", **options: bool | tuple[str, ...]
-) -> tuple[list[tuple[Part, int]], int, str]:
+) -> tuple[list[tuple[Part, Took]], int, str]:
     """Parts and their tokens, tokens in all, and why it ended; taken in `size` tokens at a time."""
     own = choice(**options)  # pyright: ignore[reportArgumentType]
     tokens = ByteTokenizer().encode(text, add_special_tokens=False)
-    pairs: list[tuple[Part, int]] = []
+    pairs: list[tuple[Part, Took]] = []
     num_tokens = 0
     parts, counts = [], []
     for start in range(0, len(tokens), size):
@@ -40,39 +40,46 @@ def read(
             break
     else:
         tail = own.finish()
-        parts, counts = parts + [*tail.parts], counts + [*tail.part_tokens]
+        parts, counts = [*parts, *tail.parts], [*counts, *tail.part_tokens]
     ending = own.close(parts, counts, reason)
     pairs += zip(ending.parts, ending.part_tokens, strict=True)
     return pairs, num_tokens, ending.reason
 
 
-def taken(pairs: list[tuple[Part, int]]) -> dict[type[Part], int]:
+def taken(pairs: list[tuple[Part, Took]]) -> dict[type[Part], int]:
     """Tokens of each kind of part."""
     counts: dict[type[Part], int] = {}
-    for part, num_tokens in pairs:
-        counts[type(part)] = counts.get(type(part), 0) + num_tokens
+    for part, took in pairs:
+        counts[type(part)] = counts.get(type(part), 0) + took.own
     return counts
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
 def test_each_token_belongs_to_one_part(size: int) -> None:
-    """However they come: what is between a thought, words and a call goes to what follows it."""
+    """However they come; words have none but their own."""
     text = f"<think>Hm.</think>Well.\n{CALL}"
     pairs, num_tokens, reason = read(text, size)
     assert num_tokens == len(text) and reason == TOOL_CALLS
     assert "".join(p.text for p, _ in pairs if isinstance(p, Text)) == "Well."
     counts = taken(pairs)
     assert counts[Thought] == len("<think>Hm.")
-    assert counts[Text] == len("</think>Well.")
+    assert counts[Text] == len("Well.")
+    assert sum(took.before for _, took in pairs) == len("</think>")
     assert counts[CallStart] + counts[CallText] + counts[CallEnd] < len(f"\n{CALL}")
-    assert sum(counts.values()) == text.index("\n</tool_call>")
+    assert sum(sum(took) for _, took in pairs) == text.index("\n</tool_call>")
 
 
-def test_what_only_looked_like_a_call_is_text(size: int = 3) -> None:
+@pytest.mark.parametrize("size", [1, 3])
+def test_what_only_looked_like_a_call_is_text(size: int) -> None:
     text = "a <tool_call>\nno"
     pairs, num_tokens, reason = read(text, size)
     assert "".join(p.text for p, _ in pairs if isinstance(p, Text)) == text
     assert taken(pairs) == {Text: num_tokens} and reason == "stop"
+
+
+def test_the_bytes_of_a_character_stay_together() -> None:
+    pairs, _, _ = read("<think>x</think>éa", 1)
+    assert taken(pairs)[Text] == len("éa".encode())
 
 
 def test_one_call_ends_a_single_message() -> None:
