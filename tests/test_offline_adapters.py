@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,19 +46,20 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def start(**lora: Any) -> LLM:
+    """With two slots."""
+    config = Config(
+        scheduler=SchedulerConfig(max_rows=4, max_step_tokens=64),
+        lora=LoraConfig(**{"enabled": True, "classes": ("4x2",)} | lora),
+    )
+    return LLM.over(EngineThread(config, fake_parts), config, ByteTokenizer())
+
+
 @pytest.fixture
 def llm(directory: Path) -> Iterator[LLM]:
     """One that knows the first by name, and the root."""
-    config = Config(
-        scheduler=SchedulerConfig(max_rows=4, max_step_tokens=64),
-        lora=LoraConfig(
-            enabled=True,
-            classes=("4x2",),
-            adapters=(f"first={directory / 'one'}",),
-            root=str(directory / "root"),
-        ),
-    )
-    with LLM.over(EngineThread(config, fake_parts), config, ByteTokenizer()) as made:
+    names = (f"first={directory / 'one'}",)
+    with start(adapters=names, root=str(directory / "root")) as made:
         yield made
 
 
@@ -135,3 +138,16 @@ def test_a_wrong_one_harms_no_other(llm: LLM) -> None:
     assert isinstance(results.pop(1), AdapterNotFound)
     assert len(results) == 3
     assert all(isinstance(result, Generation) for result in results.values())
+
+
+def test_the_example_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/lora.md, with a fake engine and an adapter that fits it."""
+    page = (Path(__file__).parents[1] / "docs" / "lora.md").read_text()
+    (example,) = re.findall(r"^```python\n(from jaxserve import .*?)^```", page, re.M | re.S)
+    written(tmp_path / "my-adapter", 1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("jaxserve.LLM", lambda lora__enabled, classes: start(), raising=False)
+    exec(example, {})
+    assert len(capsys.readouterr().out) > 2

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -183,3 +185,14 @@ def test_what_is_wrong_is_named(llm: LLM, options: dict[str, Any], says: str) ->
 def test_tools_go_with_messages(llm: LLM) -> None:
     with pytest.raises(InvalidRequest, match="tools go with messages"):
         llm.generate("hi", tools=TOOLS)
+
+
+def test_the_example_of_the_page(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/tools.md, with an engine that says what it likes."""
+    page = (Path(__file__).parents[1] / "docs" / "tools.md").read_text()
+    (example,) = re.findall(r"^```python\n(from jaxserve import .*?)^```", page, re.M | re.S)
+    monkeypatch.setattr("jaxserve.LLM", start, raising=False)
+    exec(example, {})
+    assert capsys.readouterr().out.startswith("add {")

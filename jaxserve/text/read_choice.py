@@ -6,7 +6,6 @@ together, since either may say that the output has ended. Over HTTP and offline 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -120,12 +119,21 @@ class ReadChoice:
             return
         own = len(self._untold)
         if isinstance(parts[0], Text):
-            words = itertools.takewhile(lambda part: isinstance(part, Text), parts)
-            own = _num_covering(self._untold, sum(len(part.text) for part in words))
+            own = _num_covering(self._untold, _num_words(parts))
         took = Took(len(self._untold) - own, own)
         delta.parts = [*delta.parts, *parts]
         delta.part_tokens = [*delta.part_tokens, took, *[Took(0, 0)] * (len(parts) - 1)]
         self._untold = []
+
+
+def _num_words(parts: Sequence[Part]) -> int:
+    """Characters of text that these begin with."""
+    num_chars = 0
+    for part in parts:
+        if not isinstance(part, Text):
+            break
+        num_chars += len(part.text)
+    return num_chars
 
 
 def _num_covering(sizes: Sequence[int], num_chars: int) -> int:

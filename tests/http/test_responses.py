@@ -295,7 +295,7 @@ def test_log_probabilities(front, stream):
 def test_log_probabilities_beside_reasoning_and_calls(front, text):
     """Of the words alone, and the same in a stream."""
     options = {"include": ["message.output_text.logprobs"], "tools": TOOLS}
-    found = []
+    found, told = [], []
     for stream in (False, True):
         made = ask(front, text, stream=stream, **options)
         if stream:
