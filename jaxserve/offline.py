@@ -9,11 +9,16 @@
         for piece in llm.stream("One, two,", temperature=0):
             print(piece.text, end="", flush=True)
 
+    with LLM(lora__enabled=True) as llm:                # an adapter in peft's format
+        (answer,) = llm.chat(messages, adapter="my-adapter", tools=tools)
+        print(answer.text, answer.calls)
+
     with LLM(embeddings__model="minilm") as llm:        # and all-MiniLM-L6-v2 beside it
         vectors = llm.embed(["The sea is wide.", "Der Himmel ist weit."])
 
 The engine is the server's own, turning in a thread (`engine.thread`); `LLM` is its client: it
-tokenizes, keeps a window of sequences running, and turns tokens into text with `text.choice`.
+tokenizes, keeps a window of sequences running, and turns tokens into text and messages with
+`text.read_choice`.
 
 Invariants: an `LLM` is used by one thread. Every request gets exactly one result, in any order;
 what a request does wrong is its own typed error and harms no other.
@@ -28,7 +33,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from jaxtyping import Float32
@@ -36,10 +41,14 @@ from tqdm import tqdm
 
 from jaxserve.config import Config
 from jaxserve.engine.thread import EngineThread
-from jaxserve.errors import ConfigError, InvalidRequest, JaxserveError
+from jaxserve.errors import ConfigError, DeviceFailure, GrammarError, InvalidRequest, JaxserveError
+from jaxserve.lora.local import Copy, LocalAdapters
 from jaxserve.protocol.client import SyncClient, SyncStream
+from jaxserve.protocol.messages import AdapterRef
 from jaxserve.settings import load_config
 from jaxserve.text.answer import Answer, Choice, Generation, Piece
+from jaxserve.text.asked_grammar import Wanted
+from jaxserve.text.dialect import make_dialect
 from jaxserve.text.embedding import groups_of, load_embedding_text
 from jaxserve.text.request import PlannedRequest, Request, make_request, plan
 from jaxserve.text.template import ChatTemplate, load_chat_template
@@ -48,6 +57,9 @@ from jaxserve.text.vocabulary import vocabulary_of
 from jaxserve.types import EmbeddingInfo, EmbeddingParams, ModelInfo
 
 __all__ = ["LLM", "Choice", "Generation", "Piece", "Request"]
+
+if TYPE_CHECKING:
+    from jaxserve.structured.compiler import Compiler
 
 Message = Mapping[str, Any]
 
@@ -123,6 +135,8 @@ class LLM:
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
+        self._dialect = make_dialect(template, tokenizer, config.tools)
+        self._compiler: Compiler | None = None
         self._embedding_text = load_embedding_text(config.embeddings, tokenizer)
         self._engine = engine
         self._config = config
@@ -140,6 +154,8 @@ class LLM:
         assert status.model is not None, "a ready engine has a model"
         self.model: ModelInfo = status.model
         self.embedding_model: EmbeddingInfo | None = status.embedding
+        base = status.model.adapters
+        self._adapters = None if base is None else LocalAdapters(config.lora, base)
 
     # ------------------------------------------------------------------------ asking
 
@@ -153,16 +169,18 @@ class LLM:
         Args:
             prompts: one text, one list of token ids, or a list of either.
             options: of `Request`, the same for all prompts: max_tokens (256), temperature (1.0),
-                stop, n, seed, logprobs, …
+                stop, n, seed, logprobs, grammar, adapter, …; of `adapter` also a list of one for
+                each prompt, None for the base model.
 
         Returns:
             One generation a prompt, in their order.
 
         Raises:
             InvalidRequest, ContextTooLong: a prompt or option is wrong; nothing was generated.
+            AdapterNotFound: there is no such adapter.
             DeviceFailure: the engine failed.
         """
-        return self._all([make_request(prompt=prompt, **options) for prompt in _listed(prompts)])
+        return self._all(_requests("prompt", _listed(prompts), options))
 
     def chat(
         self, messages: Sequence[Message] | Sequence[Sequence[Message]], **options: Any
@@ -170,8 +188,11 @@ class LLM:
         """The assistant's next message of a conversation, or of each of several.
 
         Args:
-            messages: {"role": …, "content": …} each, oldest first; or a list of such lists.
-            options: as in `generate`; `template` holds further variables of the chat template.
+            messages: {"role": …, "content": …} each, oldest first, as OpenAI's chat has them; or a
+                list of such lists.
+            options: as in `generate`; also tools, tool_choice, parallel_tool_calls and
+                response_format, as OpenAI's chat has them; `template` holds further variables of
+                the chat template.
 
         Returns:
             One generation a conversation, in their order.
@@ -180,7 +201,7 @@ class LLM:
             InvalidRequest: also when the model has no chat template. Else as `generate`.
         """
         conversations: Any = [messages] if _is_conversation(messages) else messages
-        return self._all([make_request(messages=each, **options) for each in conversations])
+        return self._all(_requests("messages", list(conversations), options))
 
     def stream(
         self, prompt: str | Sequence[int] | Sequence[Message], **options: Any
@@ -198,7 +219,7 @@ class LLM:
         request = make_request(**{kind: prompt}, **options)
         if request.n != 1:
             raise InvalidRequest(f"a stream has one choice, got n = {request.n}", param="n")
-        return self._pieces(Answer(self._client, self.tokenizer, self.plan(request)))
+        return self._pieces(self._ask(self.plan(request)))
 
     def embed(
         self,
@@ -264,12 +285,13 @@ class LLM:
             for index, request in enumerate(requests):
                 try:
                     planned = self.plan(request)
-                except InvalidRequest as error:
+                    while running and not self._has_room(running, request.n):
+                        yield from self._finished(running)
+                    running[index] = self._ask(planned)
+                except DeviceFailure:
+                    raise
+                except JaxserveError as error:
                     yield index, error
-                    continue
-                while running and not self._has_room(running, request.n):
-                    yield from self._finished(running)
-                running[index] = Answer(self._client, self.tokenizer, planned)
             while running:
                 yield from self._finished(running)
         finally:
@@ -282,6 +304,8 @@ class LLM:
         """Ends the engine; the LLM cannot be used any more."""
         self._client.close()
         self._engine.close()
+        if self._adapters is not None:
+            self._adapters.close()
 
     def __enter__(self) -> Self:
         return self
@@ -298,9 +322,49 @@ class LLM:
         """A request checked and tokenized, without running it.
 
         Raises:
-            InvalidRequest, ContextTooLong: what is wrong with it.
+            InvalidRequest, ContextTooLong, AdapterNotFound: what is wrong with it.
         """
-        return plan(request, self.tokenizer, self.template, self.model)
+        planned = plan(
+            request, self.tokenizer, self.template, self.model, self._dialect, self._check
+        )
+        if request.adapter is not None:
+            adapters = self._with_adapters()
+            adapters.release(adapters.hold(request.adapter))
+        return planned
+
+    def _ask(self, planned: PlannedRequest) -> Answer:
+        """Sends a request to the engine."""
+        adapter = planned.request.adapter
+        if adapter is None:
+            return Answer(self._client, self.tokenizer, planned)
+        adapters = self._with_adapters()
+        copy: Copy = adapters.hold(adapter)
+        ref = AdapterRef(key=copy.key, path=str(copy.path))
+        return Answer(
+            self._client, self.tokenizer, planned, ref, on_end=lambda: adapters.release(copy)
+        )
+
+    def _with_adapters(self) -> LocalAdapters:
+        if self._adapters is None:
+            raise InvalidRequest("adapters are off here: LLM(lora__enabled=True)", param="adapter")
+        return self._adapters
+
+    def _check(self, wanted: Wanted) -> None:
+        """Compiles a grammar here, to know whether it is right before anything is generated."""
+        try:  # the library, once it is needed
+            from jaxserve.structured.compiler import Compiler
+            from jaxserve.structured.scrutiny import scrutinise
+        except ImportError as error:
+            raise ConfigError(f"structured output needs llguidance: {error}") from error
+        if self._compiler is None:
+            self._compiler = Compiler(self._config.structured, self.model)
+            self._compiler.use(vocabulary_of(self.tokenizer))
+        try:
+            scrutinise(wanted.grammar)
+            self._compiler.start(wanted.grammar).result()
+        except GrammarError as error:
+            message = f"{wanted.param}: {error.message}"
+            raise GrammarError(message, param=wanted.param) from None
 
     def _has_room(self, running: Mapping[int, Answer], n: int) -> bool:
         return sum(answer.n for answer in running.values()) + n <= self._window
@@ -311,7 +375,9 @@ class LLM:
         """Takes out what is done; where nothing is, takes in what the engine sends next."""
         done = [index for index, answer in running.items() if answer.advance()]
         for index in done:
-            yield index, running.pop(index).result()
+            answer = running.pop(index)
+            answer.cancel()
+            yield index, answer.result()
         if not done:
             self._client.wait()
 
@@ -388,6 +454,23 @@ class _Bars:
 def _disable(shown: bool | None) -> bool | None:
     """tqdm's argument: None has it ask whether stderr is a terminal."""
     return None if shown is None else not shown
+
+
+def _requests(field: str, prompts: list[Any], options: dict[str, Any]) -> list[Request]:
+    """One for each prompt, with its own adapter where they are listed."""
+    adapters = options.pop("adapter", None)
+    if not isinstance(adapters, list | tuple):
+        adapters = [adapters] * len(prompts)
+    if len(adapters) != len(prompts):
+        raise InvalidRequest(
+            f"adapter names {len(adapters)} for {len(prompts)} prompts: give one for each, or one "
+            "for all",
+            param="adapter",
+        )
+    return [
+        make_request(**{field: prompt}, adapter=adapter, **options)
+        for prompt, adapter in zip(prompts, adapters, strict=True)
+    ]
 
 
 def _listed(prompts: Any) -> list[Any]:

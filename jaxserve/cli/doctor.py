@@ -99,7 +99,8 @@ def _programs(config: Config) -> Iterator[tuple[str, str]]:
             f"{', prompt log-probabilities' if program.prompt_logprobs else ''}"
             f"{', with adapters' if program.adapters else ''}",
         )
-    samplings = sorted({p.sampling for p in programs if p.decode_steps == 1})
+    heads = config.lora.vocabulary
+    samplings = sorted({p.sampling(heads=heads) for p in programs if p.decode_steps == 1})
     names = ", ".join(sampling.name for sampling in samplings)
     yield "with grammars", f"{len(samplings)} small ones more, that sample by masks: {names}"
     axes = {

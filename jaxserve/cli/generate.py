@@ -205,6 +205,10 @@ class _Writer:
 
 def _choice(choice: Choice) -> dict[str, Any]:
     document: dict[str, Any] = {"text": choice.text, "finish_reason": choice.finish_reason}
+    if choice.reasoning is not None:
+        document["reasoning"] = choice.reasoning
+    if choice.calls:
+        document["calls"] = [dataclasses.asdict(call) for call in choice.calls]
     if choice.logprobs:
         document["logprobs"] = list(map(_logprobs, choice.logprobs))
     return document

@@ -115,7 +115,8 @@ class Executor:
             program: StepLayout(program, num_groups=len(state.page_tables), page_size=page_size)
             for program in steps
         }
-        self._samplings = sorted({p.sampling for p in steps if p.decode_steps == 1})
+        self._has_heads = adapters is not None and adapters.layout.vocabulary
+        self._samplings = sorted({self._sampling(p) for p in steps if p.decode_steps == 1})
         self._changes = Changes(
             *(model.spec, state, mesh, self._store, adapters),
             call=self._call,
@@ -177,9 +178,11 @@ class Executor:
             wanted[program] = Wanted(step, integers(layout.size), cost, adapters=program.adapters)
         for sampling in self._samplings:
             masks = padding_masks(sampling, self._model.spec.vocab_size)
-            inputs = masked_inputs(self._empty(sampling), masks, logprobs=False)
+            inputs = masked_inputs(self._empty(sampling), sampling, masks, logprobs=False)
             choose = make_sampling(self._structure, sampling, spread)
-            wanted[sampling] = Wanted(choose, shapes(inputs), sampling.num_places)
+            wanted[sampling] = Wanted(
+                choose, shapes(inputs), sampling.num_places, adapters=sampling.adapters
+            )
         return wanted | self._changes.wanted()
 
     def lower(self, program: Program, platforms: tuple[str, ...] | None = None) -> Lowered:
@@ -228,8 +231,13 @@ class Executor:
 
     def _empty(self, sampling: MaskedSampling) -> StepInputs:
         """A masked step without rows, of a program that leaves this sampling."""
-        program = next(p for p in self._layouts if p.sampling == sampling and p.decode_steps == 1)
+        program = next(
+            p for p in self._layouts if self._sampling(p) == sampling and p.decode_steps == 1
+        )
         return replace(empty_inputs(program, self._max_rows), masked=True)
+
+    def _sampling(self, program: Program) -> MaskedSampling:
+        return program.sampling(heads=self._has_heads)
 
     # ------------------------------------------------------------------ steps
 
@@ -259,13 +267,14 @@ class Executor:
         """
         inputs = launched.inputs
         logprobs = any(own.logprobs for own in inputs)
+        sampling = self._sampling(inputs[0].program)
         packed: list[Any] = [
-            masked_inputs(own, mask, logprobs=logprobs)
+            masked_inputs(own, sampling, mask, logprobs=logprobs)
             for own, mask in zip(inputs, masks, strict=True)
         ]
         if self._mesh.size > 1:
             packed = [jax.tree.map(lambda *parts: np.stack(parts), *packed)]
-        return replace(launched, sampled=self._call(inputs[0].program.sampling, packed[0]))
+        return replace(launched, sampled=self._call(sampling, packed[0]))
 
     def collect(self, launched: Launched) -> list[StepOutputs]:
         """Waits for a step's results, those of each copy."""
@@ -315,7 +324,7 @@ class Executor:
             self._state = compiled(self._state, inputs)
             return None
         params = self._params
-        if isinstance(key, Program) and key.adapters and self._adapters is not None:
+        if key.adapters and self._adapters is not None:
             params = (params, tuple(self._adapters.arrays))
         self._state, results = compiled(params, self._state, inputs)
         return results

@@ -18,10 +18,14 @@ from jaxtyping import Array, Int, UInt
 from jaxserve.device.acceptance import accept
 from jaxserve.device.programs import StepResults, keep_last, pack_logprobs, sample_rows
 from jaxserve.device.state import DeviceState
-from jaxserve.device.step import MaskedSampling, StepInputs
+from jaxserve.device.step import NO_ADAPTER, MaskedSampling, StepInputs
 from jaxserve.models.decoder import Decoder
+from jaxserve.models.deltas import StepDeltas
 from jaxserve.sampling.spread import ONE_DEVICE, Spread
 from jaxserve.sampling.state import num_mask_words
+
+#: Rows of `MaskedInputs.places` that every sampling has.
+_NUM_FIELDS = 4
 
 
 @jax.tree_util.register_dataclass
@@ -32,13 +36,14 @@ class MaskedInputs:
     Attributes:
         scalars: live places, and whether log-probabilities are wanted.
         places: slot and position of the token sampled there, whether it is, and the step's token
-            there (which says whether a draft held).
+            there (which says whether a draft held); where adapters have heads, also the slot of its
+            row's adapter.
         query_starts: of each row, as `StepInputs`; samples: likewise.
         masks: as `mask_logits` takes them.
     """
 
     scalars: Int[np.ndarray | Array, "2"]
-    places: Int[np.ndarray | Array, "4 N"]
+    places: Int[np.ndarray | Array, "F N"]
     query_starts: Int[np.ndarray | Array, "R+1"]
     samples: Int[np.ndarray | Array, "R"]
     masks: UInt[np.ndarray | Array, "N W"]
@@ -46,8 +51,11 @@ class MaskedInputs:
 
 def make_sampling(
     model_structure: Any, sampling: MaskedSampling, spread: Spread = ONE_DEVICE
-) -> Callable[[list[Array], DeviceState, MaskedInputs], tuple[DeviceState, StepResults]]:
+) -> Callable[[Any, DeviceState, MaskedInputs], tuple[DeviceState, StepResults]]:
     """The program; its results are those that the step left out.
+
+    Its first argument is the model's leaves; where adapters have heads, these and the classes of
+    adapter slots.
 
     Args:
         model_structure: as `programs.make_step`.
@@ -55,13 +63,18 @@ def make_sampling(
     """
 
     def choose(
-        params: list[Array], state: DeviceState, inputs: MaskedInputs
+        params: Any, state: DeviceState, inputs: MaskedInputs
     ) -> tuple[DeviceState, StepResults]:
+        deltas = used = None
+        if sampling.adapters:
+            params, classes = params
+            used = inputs.places[_NUM_FIELDS]
+            deltas = StepDeltas.of(classes, used)
         model: Decoder = jax.tree.unflatten(model_structure, params)
-        slots, positions, live, token_ids = inputs.places
+        slots, positions, live, token_ids = inputs.places[:_NUM_FIELDS]
         num_live, wants_logprobs = inputs.scalars
         with jax.named_scope("sampling"):
-            logits = model.logits(state.hidden[: sampling.num_places], num_live)
+            logits = model.logits(state.hidden[: sampling.num_places], num_live, deltas, used)
             masks = jnp.asarray(inputs.masks)
             places = slots, positions, live != 0
             sampled, logprobs = sample_rows(
@@ -87,16 +100,23 @@ def make_sampling(
 
 
 def masked_inputs(
-    inputs: StepInputs, masks: UInt[np.ndarray, "N W"], *, logprobs: bool
+    inputs: StepInputs,
+    sampling: MaskedSampling,
+    masks: UInt[np.ndarray, "N W"],
+    *,
+    logprobs: bool,
 ) -> MaskedInputs:
     """What goes with a step's masks.
 
     Args:
-        masks: of each of the sampling's places.
+        sampling: that follows the step.
+        masks: of each of its places.
         logprobs: whether any copy of the model wants log-probabilities.
     """
-    sampling = inputs.program.sampling
-    places = np.zeros((4, sampling.num_places), np.int32)
+    places = np.zeros((_NUM_FIELDS + sampling.adapters, sampling.num_places), np.int32)
+    adapters = inputs.adapters if sampling.adapters else None
+    if adapters is not None:
+        places[_NUM_FIELDS] = NO_ADAPTER
     if sampling.draft_tokens:
         num_live = int(inputs.query_starts[inputs.num_live_rows])
         sizes = np.diff(inputs.query_starts)
@@ -107,9 +127,13 @@ def masked_inputs(
         places[1, :num_live] = inputs.context_lens[row_of] - behind
         places[2, :num_live] = 1
         places[3] = inputs.token_ids[: sampling.num_places]
+        if adapters is not None:
+            places[_NUM_FIELDS, :num_live] = adapters[row_of]
     else:
         num_live = inputs.num_live_rows
         places[:3] = inputs.rows, inputs.context_lens, inputs.samples
+        if adapters is not None:
+            places[_NUM_FIELDS] = adapters
     return MaskedInputs(
         scalars=np.array([num_live, logprobs], np.int32),
         places=places,

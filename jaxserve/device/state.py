@@ -90,7 +90,7 @@ def hidden_states(
     programs: Iterable[Program], hidden_size: int, dtype: DTypeLike
 ) -> jax.ShapeDtypeStruct:
     """Room for the most places after which any of these programs samples."""
-    num_places = max(program.sampling.num_places for program in programs)
+    num_places = max(program.num_places for program in programs)
     return jax.ShapeDtypeStruct((num_places, hidden_size), dtype)
 
 

@@ -55,10 +55,22 @@ class Program:
         """Whether every row brings exactly one token."""
         return self.num_tokens == self.num_rows
 
+    def sampling(self, *, heads: bool) -> MaskedSampling:
+        """The program that samples its rows where they have masks.
+
+        Args:
+            heads: whether adapters may have deltas of the output head.
+        """
+        return MaskedSampling(
+            num_rows=self.num_rows,
+            draft_tokens=self.draft_tokens,
+            adapters=self.adapters and heads,
+        )
+
     @property
-    def sampling(self) -> MaskedSampling:
-        """The program that samples its rows where they have masks."""
-        return MaskedSampling(num_rows=self.num_rows, draft_tokens=self.draft_tokens)
+    def num_places(self) -> int:
+        """Tokens after which one is sampled: each row's last, or every one where drafts are."""
+        return self.num_rows * (1 + self.draft_tokens)
 
     @property
     def name(self) -> str:
@@ -85,20 +97,23 @@ class MaskedSampling:
 
     Attributes:
         num_rows, draft_tokens: of the step's program.
+        adapters: whether its rows' adapters may have deltas of the output head.
     """
 
     num_rows: int
     draft_tokens: int = 0
+    adapters: bool = False
 
     @property
     def num_places(self) -> int:
-        """Tokens after which one is sampled: each row's last, or every one where drafts are."""
+        """As `Program.num_places`."""
         return self.num_rows * (1 + self.draft_tokens)
 
     @property
     def name(self) -> str:
-        """Short name for logs and metrics: `sample_r32`, `sample_r8_d7`."""
-        return f"sample_r{self.num_rows}" + (f"_d{self.draft_tokens}" if self.draft_tokens else "")
+        """Short name for logs and metrics: `sample_r32`, `sample_r8_d7`, `sample_r32_lora`."""
+        drafts = f"_d{self.draft_tokens}" if self.draft_tokens else ""
+        return f"sample_r{self.num_rows}{drafts}" + ("_lora" if self.adapters else "")
 
 
 @dataclass(slots=True, kw_only=True)

@@ -34,14 +34,6 @@ def check_submit(message: Submit, model: ModelInfo) -> list[int]:
         raise InvalidRequest("the prompt is empty; it needs at least one token", param="prompt")
     _check_tokens("prompt", prompt, model)
     _check_sampling(message.sampling, model)
-    has_heads = model.adapters is not None and "lm_head" in model.adapters.modules
-    if has_heads and message.adapter is not None and message.sampling.grammar is not None:
-        # Masked rows are sampled by a program that has no adapters.
-        raise InvalidRequest(
-            "a grammar cannot be combined with an adapter while lora.vocabulary=true: ask the base "
-            "model, or serve adapters without deltas of lm_head",
-            param="model",
-        )
     if len(message.cache_salt) > types.MAX_CACHE_SALT:
         raise InvalidRequest(
             f"cache_salt has {len(message.cache_salt)} characters, at most {types.MAX_CACHE_SALT}",

@@ -173,7 +173,7 @@ class Grammars:
                     draft = own.token_ids[place + 1 : end].tolist()
                 rows.append(MaskedRow(sequence.constraint, place, draft))
                 sequences.append(sequence)
-            of_copy, wrong = self._maker.make(rows, own.program.sampling.num_places)
+            of_copy, wrong = self._maker.make(rows, own.program.num_places)
             masks.append(of_copy)
             failed += [(sequences[index], error) for index, error in wrong]
         return masks, failed

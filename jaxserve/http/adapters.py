@@ -23,10 +23,10 @@ from jaxserve.errors import (
     ModelNotFound,
     Overloaded,
 )
-from jaxserve.http.body import Fields, show
 from jaxserve.http.errors import send_json
 from jaxserve.lora.registry import Entry, Registry
 from jaxserve.protocol.messages import AdapterRef
+from jaxserve.text.fields import Fields, show
 from jaxserve.types import AdapterBase, ModelInfo
 
 if TYPE_CHECKING:
@@ -89,6 +89,17 @@ class Adapters:
     def names(self) -> dict[str, Entry]:
         """All that are known now."""
         return self._registry.names() if self._registry is not None else {}
+
+    async def look_up(self, name: str, model: ModelInfo) -> tuple[str, Entry] | None:
+        """The adapter that a request with this `model` would use, and its own name."""
+        if self._registry is None:
+            return None
+        adapter = name.removeprefix(f"{model.name}{SEPARATOR}")
+        known = self._registry.names().get(adapter)
+        try:
+            return adapter, known or await self.run(self._registry.look_up, adapter)
+        except AdapterNotFound:
+            return None
 
     def pick(self, fields: Fields, model: ModelInfo) -> Pick:
         """What a body's `model` stands for; naming none is the base.
@@ -190,8 +201,7 @@ class LoadAdapter:
         fields.neutral("is_3d_lora_weight", False)
         fields.finish()
         registry, base = frontend.adapters.registry, base_of(model)
-        if name == model.name:
-            raise InvalidRequest(f"{name!r} is the base model's name", param="lora_name")
+        _check_free(frontend, model, name)
         entry = await frontend.adapters.run(registry.load, name, source, base, replace=replace)
         await send_json(send, adapter_card(name, entry, model, frontend.started_s))
 
@@ -245,6 +255,15 @@ def base_of(model: ModelInfo) -> AdapterBase:
     if model.adapters is None:
         raise InvalidRequest("adapters are off here: set lora.enabled=true")
     return model.adapters
+
+
+def _check_free(frontend: Frontend, model: ModelInfo, name: str) -> None:
+    """Refuses names of models: `model` would then mean two things."""
+    if name == model.name:
+        raise InvalidRequest(f"{name!r} is the base model's name", param="lora_name")
+    status = frontend.client.status
+    if status is not None and status.embedding is not None and name == status.embedding.name:
+        raise InvalidRequest(f"{name!r} is the name of the model that embeds", param="lora_name")
 
 
 def _text(fields: Fields, name: str) -> str:

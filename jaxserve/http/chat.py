@@ -8,12 +8,11 @@ from typing import Any
 from jaxserve import types
 from jaxserve.errors import InvalidRequest, JaxserveError
 from jaxserve.http.auth import Identity
-from jaxserve.http.body import Fields
+from jaxserve.http.body import num_bytes
 from jaxserve.http.errors import error_event
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.generation import Delta, Usage
 from jaxserve.http.logprobs import chat_logprobs, prompt_logprobs
-from jaxserve.http.messages import chat_messages
 from jaxserve.http.reading import plan_message
 from jaxserve.http.sampling import (
     Options,
@@ -22,10 +21,12 @@ from jaxserve.http.sampling import (
     refuse_unsupported,
     with_candidates_ranked,
 )
-from jaxserve.http.tools import read_toolbox
 from jaxserve.http.wire import Answer, Head, Work, encode, usage_fields
+from jaxserve.text.conversation import chat_messages
+from jaxserve.text.fields import Fields
 from jaxserve.text.message import CallEnd, CallStart, CallText, Part, Text, Thought, gather
 from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.text.tools.asked import read_toolbox
 from jaxserve.text.tools.tool import Toolbox
 from jaxserve.types import ModelInfo
 
@@ -46,7 +47,7 @@ async def read_chat(
     Raises:
         InvalidRequest, ContextTooLong, Forbidden: what is wrong, by field, value and limit.
     """
-    toolbox = read_toolbox(fields)
+    toolbox = read_toolbox(fields, num_bytes=num_bytes(fields, "tools"))
     render = read_messages(fields, frontend, toolbox)
     options = read_options(fields, model, frontend.tokenizer, identity, frontend.config.max_choices)
     _read_max_tokens(fields, options)

@@ -7,7 +7,6 @@ from typing import Any
 from jaxserve import types
 from jaxserve.errors import InvalidRequest, JaxserveError
 from jaxserve.http.auth import Identity
-from jaxserve.http.body import Fields
 from jaxserve.http.errors import error_event
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.generation import Delta, Usage
@@ -20,6 +19,7 @@ from jaxserve.http.sampling import (
     with_candidates_ranked,
 )
 from jaxserve.http.wire import Answer, Head, Work, encode, usage_fields
+from jaxserve.text.fields import Fields
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import ModelInfo, TokenLogprobs
 
@@ -71,7 +71,8 @@ async def read_completion(
     ]
     if not all(prompts):
         raise InvalidRequest("prompt is empty; it needs at least one token", param="prompt")
-    await frontend.check_grammar(options.wanted, model)
+    if options.wanted is not None:
+        await frontend.check_grammar(options.wanted, model)
     with_candidates_ranked(options)
     samplings = plan_outputs(
         options,

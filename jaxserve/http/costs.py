@@ -17,7 +17,6 @@ from typing import Any
 from jaxserve.config import MeteringConfig
 from jaxserve.errors import BudgetExceeded, BudgetLimited, InvalidRequest
 from jaxserve.http.auth import Identity
-from jaxserve.http.body import Fields
 from jaxserve.http.generation import Usage
 from jaxserve.http.records import record_of
 from jaxserve.http.settling import note_sequences
@@ -26,6 +25,7 @@ from jaxserve.metering.power.modelled import modelled_device
 from jaxserve.metering.prices import make_prices
 from jaxserve.metering.pricing import Rate
 from jaxserve.protocol.records import RequestCost
+from jaxserve.text.fields import Fields
 
 FIELD = "include_cost"
 _WANTED = "jaxserve.include_cost"

@@ -14,11 +14,11 @@ from typing import Any
 import msgspec
 
 from jaxserve.http.auth import MAX_PRIORITY, Identity
-from jaxserve.http.body import Fields
 from jaxserve.http.sampling import PRIORITIES
 from jaxserve.limits.deadline import MAX_TIMEOUT_S
 from jaxserve.limits.estimate import MESSAGE_BYTES, TEMPLATE_BYTES
 from jaxserve.limits.wait import Newcomer
+from jaxserve.text.fields import Fields
 
 encode = msgspec.json.Encoder().encode
 

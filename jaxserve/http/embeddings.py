@@ -10,7 +10,6 @@ from jaxtyping import Float32
 
 from jaxserve.errors import InvalidRequest
 from jaxserve.http.auth import Identity
-from jaxserve.http.body import Fields
 from jaxserve.http.demand import text_demand
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.generation import Usage
@@ -25,6 +24,7 @@ from jaxserve.http.texts import (
 )
 from jaxserve.http.wire import cost_fields, encode
 from jaxserve.text.embedding import Tokens
+from jaxserve.text.fields import Fields
 from jaxserve.types import EmbeddingInfo, EmbeddingParams
 
 FORMATS = ("float", "base64")

@@ -14,22 +14,23 @@ from jaxserve.config import EmbeddingsConfig, HttpConfig
 from jaxserve.errors import DeviceFailure, InvalidRequest, ModelNotFound, Overloaded, RequestTimeout
 from jaxserve.http.adapters import Adapters
 from jaxserve.http.auth import KeyRing
-from jaxserve.http.body import Fields, read_object
+from jaxserve.http.body import read_object
 from jaxserve.http.costs import Costs, no_costs
 from jaxserve.http.gate import Gate
 from jaxserve.http.grammars import GrammarChecker
 from jaxserve.http.metrics import Metrics
 from jaxserve.http.observer.reporter import NoReporter, Reporter
 from jaxserve.http.settling import Settling
-from jaxserve.http.structured import Wanted
 from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.streams import RESTARTING
+from jaxserve.text.asked_grammar import Wanted
 from jaxserve.text.dialect import Dialect
 from jaxserve.text.embedding import EmbeddingText
+from jaxserve.text.fields import Fields
 from jaxserve.text.template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.text.tools.tool import Toolbox
-from jaxserve.types import EmbeddingInfo, Grammar, ModelInfo
+from jaxserve.types import EmbeddingInfo, ModelInfo
 
 #: Longer texts are tokenized in a thread, so that other streams go on.
 INLINE_CHARACTERS = 2048
@@ -177,23 +178,14 @@ class Frontend:
             return self.dialect.render(self.template, messages, **kwargs)
         return await asyncio.to_thread(self.dialect.render, self.template, messages, **kwargs)
 
-    async def grammar(
-        self, toolbox: Toolbox, prompt: str, content: Grammar | None
-    ) -> Grammar | None:
-        """What an output must match (`Dialect.grammar`)."""
-        if toolbox.num_bytes <= INLINE_TOOL_BYTES:
-            return self.dialect.grammar(toolbox, prompt, content)
-        return await asyncio.to_thread(self.dialect.grammar, toolbox, prompt, content)
-
-    async def check_grammar(self, wanted: Wanted | None, model: ModelInfo) -> None:
-        """Returns where a request's grammar is right, or it has none.
+    async def check_grammar(self, wanted: Wanted, model: ModelInfo) -> None:
+        """Returns where a request's grammar is right.
 
         Raises:
             GrammarError: it is wrong, or takes too much to compile.
             Overloaded: others are being checked for too long.
         """
-        if wanted is not None:
-            await self.grammars.check(wanted.grammar, model, wanted.param)
+        await self.grammars.check(wanted.grammar, model, wanted.param)
 
     def enter(self) -> None:
         """A request has come."""

@@ -24,7 +24,7 @@ from typing import Any
 from jaxserve.config import LimitsConfig
 from jaxserve.errors import JaxserveError
 from jaxserve.http.auth import Identity
-from jaxserve.http.body import Fields
+from jaxserve.http.body import fingerprint
 from jaxserve.http.demand import Demand, ReadDemand, read_demand, read_user
 from jaxserve.http.generation import Usage
 from jaxserve.http.metrics import Metrics
@@ -36,6 +36,7 @@ from jaxserve.limits.limiter import Limiter, Reservation
 from jaxserve.limits.store import Store
 from jaxserve.limits.wait import Newcomer
 from jaxserve.protocol.client import EngineClient
+from jaxserve.text.fields import Fields
 from jaxserve.types import SamplingParams
 
 #: Tells clients that their max_tokens was lowered, and to what.
@@ -164,7 +165,7 @@ class Gate:
             identity.quota,
             user,
             num_tokens,
-            fields.fingerprint(),
+            fingerprint(fields),
             again=dict(scope["headers"]).get(_RETRY_HEADER, b"0") != b"0",
             headers=scope["jaxserve.headers"],
         )

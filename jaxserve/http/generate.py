@@ -13,7 +13,6 @@ from typing import Any
 
 from jaxserve.errors import DeviceFailure, JaxserveError, Overloaded
 from jaxserve.http.auth import Identity
-from jaxserve.http.body import Fields
 from jaxserve.http.errors import send_json
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.generation import Delta, Generation
@@ -30,6 +29,7 @@ from jaxserve.http.records import (
 from jaxserve.http.sse import Departure, EventStream
 from jaxserve.http.wire import Answer, Work
 from jaxserve.protocol.records import Outcome
+from jaxserve.text.fields import Fields
 from jaxserve.types import ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -182,6 +182,7 @@ def _joined(index: int, parts: list[Delta]) -> Delta:
         [entry for part in parts for entry in part.prompt_logprobs],
         parts[-1].finish_reason,
         [part for delta in parts for part in delta.parts],
+        [took for delta in parts for took in delta.part_tokens],
     )
 
 

@@ -23,13 +23,11 @@ from jaxserve.http.sampling import Options
 from jaxserve.protocol.client import EngineClient, SequenceEvent, Stream
 from jaxserve.protocol.messages import AdapterRef, Finished
 from jaxserve.protocol.records import RequestCost, RequestRecord
-from jaxserve.text.choice import ChoiceText, TextDelta
-from jaxserve.text.message import MessageReader, Part, joined
+from jaxserve.text.choice import ChoiceText
+from jaxserve.text.message import Part
+from jaxserve.text.read_choice import ReadChoice, Took
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import FinishReason, SamplingParams, TokenLogprobs
-
-#: Why a message of calls ends, in OpenAI's word.
-TOOL_CALLS = "tool_calls"
 
 
 @dataclass(slots=True)
@@ -42,6 +40,7 @@ class Delta:
         prompt_logprobs: of prompt tokens after the first; with a prompt's first choice only.
         finish_reason: "stop", "length" or "tool_calls" in the choice's last delta.
         parts: what `text` brings of the message, where the request's messages are read.
+        part_tokens: as of `ReadDelta`; the tokens may be of earlier deltas.
     """
 
     choice: int
@@ -51,6 +50,7 @@ class Delta:
     prompt_logprobs: Sequence[TokenLogprobs] = ()
     finish_reason: str | None = None
     parts: Sequence[Part] = ()
+    part_tokens: Sequence[Took] = ()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -72,11 +72,10 @@ class Usage:
 class _Choice:
     """One sequence, as far as it has come."""
 
-    __slots__ = ("done", "last_ns", "reader", "text")
+    __slots__ = ("done", "last_ns", "read")
 
-    def __init__(self, text: ChoiceText, reader: MessageReader | None) -> None:
-        self.text = text
-        self.reader = reader
+    def __init__(self, read: ReadChoice) -> None:
+        self.read = read
         self.done = False
         self.last_ns = 0
 
@@ -123,15 +122,17 @@ class Generation:
         self._on_first = on_first
         self._choices = [
             _Choice(
-                ChoiceText(
-                    tokenizer,
-                    prompt,
-                    stop=options.stop,
-                    include_stop=options.include_stop,
-                    skip_special_tokens=options.skip_special_tokens,
-                    shown=options.shown_tokens,
-                ),
-                options.reader() if options.reader is not None else None,
+                ReadChoice(
+                    ChoiceText(
+                        tokenizer,
+                        prompt,
+                        stop=options.stop,
+                        include_stop=options.include_stop,
+                        skip_special_tokens=options.skip_special_tokens,
+                        shown=options.shown_tokens,
+                    ),
+                    options.reader() if options.reader is not None else None,
+                )
             )
             for prompt in prompts
             for _ in range(options.candidates)
@@ -235,15 +236,16 @@ class Generation:
         if event.token_ids and not self._options.discard:
             self._add_tokens(choice, delta, stream, event)
         if event.finished is not None and not choice.done:
-            tail = choice.text.finish()
+            tail = choice.read.finish()
             delta.text += tail.text
             delta.finish_reason = _finish_reason(event.finished, tail.stopped)
             choice.done = True
-            if choice.reader is not None:
-                delta.parts = [*delta.parts, *choice.reader.add(tail.text)]
-        if choice.done and choice.reader is not None:
-            _finish_message(choice.reader, delta)
+            delta.parts = [*delta.parts, *tail.parts]
+            delta.part_tokens = [*delta.part_tokens, *tail.part_tokens]
         if delta.finish_reason is not None:
+            delta.parts, delta.part_tokens, delta.finish_reason = choice.read.close(
+                delta.parts, delta.part_tokens, delta.finish_reason
+            )
             self._record.finish_reasons.append(delta.finish_reason)
         deltas.append(delta)
         if self._kept is not None:
@@ -258,13 +260,11 @@ class Generation:
     def _add_tokens(
         self, choice: _Choice, delta: Delta, stream: Stream, event: SequenceEvent
     ) -> None:
-        if choice.reader is None:
-            added = choice.text.add(event.token_ids)
-        else:
-            added = self._read(choice.text, choice.reader, delta, event.token_ids)
+        added = choice.read.add(event.token_ids)
         num_tokens = added.num_tokens
         self.usage.completion_tokens += num_tokens
-        delta.text = added.text
+        self.usage.reasoning_tokens += added.reasoning_tokens
+        delta.text, delta.parts, delta.part_tokens = added.text, added.parts, added.part_tokens
         delta.token_ids = event.token_ids
         delta.logprobs = event.logprobs
         self._measure(choice, event)
@@ -274,25 +274,6 @@ class Generation:
             delta.finish_reason = FinishReason.STOP.value
             choice.done = True
             stream.cancel(event.choice, FinishReason.STOP)
-
-    def _read(
-        self, text: ChoiceText, reader: MessageReader, delta: Delta, token_ids: Sequence[int]
-    ) -> TextDelta:
-        """Token by token, since a message may end between two, as at a stop string."""
-        whole = TextDelta()
-        parts: list[Part] = []
-        for token_id in token_ids:
-            thinks = reader.thinking
-            added = text.add((token_id,))
-            parts += reader.add(added.text)
-            whole.text += added.text
-            whole.num_tokens += added.num_tokens
-            self.usage.reasoning_tokens += thinks or reader.thinking
-            whole.stopped = added.stopped or reader.done
-            if whole.stopped:
-                break
-        delta.parts = parts
-        return whole
 
     def _measure(self, choice: _Choice, event: SequenceEvent) -> None:
         record = self._record
@@ -307,13 +288,6 @@ class Generation:
             record.first_token_ns = time.monotonic_ns()
             self._metrics.first_token((record.first_token_ns - record.arrived_ns) / 1e9)
             self._on_first(record)
-
-
-def _finish_message(reader: MessageReader, delta: Delta) -> None:
-    """The message's last parts; one of whole calls has a reason of its own."""
-    delta.parts = joined([*delta.parts, *reader.finish()])
-    if delta.finish_reason == FinishReason.STOP.value and reader.called:
-        delta.finish_reason = TOOL_CALLS
 
 
 def _finish_reason(finished: Finished, stopped: bool) -> str:

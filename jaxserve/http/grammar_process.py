@@ -22,6 +22,7 @@ from jaxserve.config import StructuredConfig
 from jaxserve.errors import GrammarError
 from jaxserve.protocol.parent import follow_parent
 from jaxserve.structured.matcher import compile_grammar
+from jaxserve.structured.scrutiny import scrutinise
 from jaxserve.structured.table import token_table
 from jaxserve.types import Grammar, Vocabulary
 
@@ -70,6 +71,7 @@ def main() -> None:
 
 def _verdict(grammar: Grammar, table: LLTokenizer, setup: Setup) -> str:
     try:
+        scrutinise(grammar)
         compile_grammar(grammar, table, setup.config, setup.vocab_size)
     except GrammarError as error:
         return error.message or "it is wrong"

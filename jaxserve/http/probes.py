@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from jaxserve.errors import JaxserveError, ModelNotFound
-from jaxserve.http.adapters import SEPARATOR, adapter_card
-from jaxserve.http.body import show
+from jaxserve.http.adapters import adapter_card
 from jaxserve.http.errors import send_json
 from jaxserve.http.frontend import Frontend
 from jaxserve.protocol.messages import EngineStatus, Progress
+from jaxserve.text.fields import show
 
 
 def engine_card(status: EngineStatus | None, error: JaxserveError | None) -> dict[str, Any]:
@@ -86,17 +86,14 @@ class Models:
             embeds = status.embedding
             cards.setdefault(embeds.name, self._card(embeds.name, embeds.max_length))
         name, created_s = scope["path_params"].get("name"), self._frontend.started_s
-        adapters = {
-            adapter: adapter_card(adapter, entry, model, created_s)
-            for adapter, entry in self._frontend.adapters.names().items()
-        }
         if name is None:
-            listed = [*cards.values(), *adapters.values()]
+            adapters = self._frontend.adapters.names().items()
+            listed = [*cards.values(), *(adapter_card(*a, model, created_s) for a in adapters)]
             await send_json(send, {"object": "list", "data": listed})
         elif name in cards:
             await send_json(send, cards[name])
-        elif (own := adapters.get(name.removeprefix(f"{model.name}{SEPARATOR}"))) is not None:
-            await send_json(send, own)
+        elif (found := await self._frontend.adapters.look_up(name, model)) is not None:
+            await send_json(send, adapter_card(*found, model, created_s))
         else:
             known = " and ".join(map(repr, cards))
             verb = "are" if len(cards) > 1 else "is"

@@ -20,10 +20,10 @@ from jaxserve.telemetry.tracing.sampling import begins_sampled
 if TYPE_CHECKING:
     from jaxserve.config import TracingConfig
     from jaxserve.http.auth import Identity
-    from jaxserve.http.body import Fields
     from jaxserve.http.demand import Demand
     from jaxserve.http.generation import Generation
     from jaxserve.http.wire import Work
+    from jaxserve.text.fields import Fields
 
 #: Routes whose requests ask for work. All others are counted by status only.
 WORK_ROUTES = frozenset(

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxserve.http.body import Fields
-from jaxserve.http.messages import MAX_MESSAGES, text_content, text_parts
+from jaxserve.text.conversation import MAX_MESSAGES, text_content, text_parts
+from jaxserve.text.fields import Fields
 
 ROLES = ("system", "developer", "user", "assistant")
 KINDS = ("message", "function_call", "function_call_output", "reasoning")

@@ -24,6 +24,7 @@ from jaxserve.http.generation import Delta, Usage
 from jaxserve.http.logprobs import chat_logprobs
 from jaxserve.http.wire import Answer, cost_fields, encode
 from jaxserve.text.message import CallEnd, CallStart, CallText, Part, Text, Thought
+from jaxserve.text.read_choice import Took
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import FinishReason
 
@@ -89,16 +90,17 @@ class ResponseWire:
 
     def _take(self, delta: Delta) -> None:
         parts: Sequence[Part] = delta.parts
-        if not self._reads:
-            parts = [Text(delta.text)] if delta.text else []
         if self._num_top is not None:
             found = chat_logprobs(self._tokenizer, delta.logprobs, self._num_top)
             self._untold += found["content"]
-        for part in parts:
-            logprobs: list[dict[str, Any]] = []
-            if isinstance(part, Text):
-                logprobs, self._untold = self._untold, []
-            self._output.add(part, logprobs)
+        part_tokens = delta.part_tokens
+        if not self._reads:
+            parts = [Text(delta.text)] if delta.text else []
+            part_tokens = [Took(0, len(self._untold))] * len(parts)
+        for part, (before, own) in zip(parts, part_tokens, strict=True):
+            end = before + own
+            logprobs, self._untold = self._untold[before:end], self._untold[end:]
+            self._output.add(part, logprobs if isinstance(part, Text) else [])
         self._reason = delta.finish_reason or self._reason
 
     def _end(self) -> str:

@@ -11,16 +11,17 @@ from typing import Any
 from jaxserve import types
 from jaxserve.errors import InvalidRequest
 from jaxserve.http.auth import Identity
-from jaxserve.http.body import Fields
+from jaxserve.http.body import num_bytes
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.reading import plan_message
 from jaxserve.http.response_items import input_messages
 from jaxserve.http.response_wire import ResponseWire
 from jaxserve.http.sampling import Options, plan_outputs, read_options, refuse_unsupported
-from jaxserve.http.structured import Wanted
-from jaxserve.http.tools import read_toolbox, tool_document
 from jaxserve.http.wire import Work
 from jaxserve.structured.grammars import json_object, json_schema
+from jaxserve.text.asked_grammar import Wanted
+from jaxserve.text.fields import Fields
+from jaxserve.text.tools.asked import read_toolbox, tool_document
 from jaxserve.types import ModelInfo
 
 _LOGPROBS = "message.output_text.logprobs"
@@ -49,7 +50,7 @@ async def read_response(
         InvalidRequest, ContextTooLong, Forbidden: what is wrong, by field, value and limit.
     """
     messages = input_messages(fields)
-    toolbox = read_toolbox(fields, flat=True)
+    toolbox = read_toolbox(fields, flat=True, num_bytes=num_bytes(fields, "tools"))
     asked = _asked(fields, len(toolbox.tools) > 0)
     fields.neutral("n", 1)
     fields.neutral("best_of", 1)

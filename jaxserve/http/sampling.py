@@ -14,8 +14,8 @@ from typing import Any
 from jaxserve import types
 from jaxserve.errors import ContextTooLong, Forbidden, InvalidRequest
 from jaxserve.http.auth import MAX_PRIORITY, Identity
-from jaxserve.http.body import Fields
-from jaxserve.http.structured import Wanted, read_grammar
+from jaxserve.text.asked_grammar import Wanted, read_grammar
+from jaxserve.text.fields import Fields
 from jaxserve.text.message import MessageReader
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import ModelInfo, SamplingParams

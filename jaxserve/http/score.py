@@ -16,7 +16,6 @@ from jaxtyping import Float32
 
 from jaxserve.errors import InvalidRequest
 from jaxserve.http.auth import Identity
-from jaxserve.http.body import Fields
 from jaxserve.http.demand import text_demand
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.generation import Usage
@@ -33,6 +32,7 @@ from jaxserve.http.texts import (
     text_list,
 )
 from jaxserve.http.wire import cost_fields, encode
+from jaxserve.text.fields import Fields
 from jaxserve.types import EmbeddingInfo, EmbeddingParams
 
 #: Writes the document of the pairs' scores, in their order.

@@ -43,7 +43,7 @@ from jaxserve.http.news import News, NewsPipe
 from jaxserve.http.observer.keeper import ObserverKeeper
 from jaxserve.http.observer.parts import check_parts
 from jaxserve.http.restarts import ended
-from jaxserve.http.worker import WorkerSettings
+from jaxserve.http.worker import WorkerSettings, model_names
 from jaxserve.limits.owner import Owner
 from jaxserve.limits.stores import shared_store
 from jaxserve.lora.registry import configured
@@ -95,6 +95,7 @@ def serve(
             check_parts(config)
         with _bind(config.http) as listener:
             config = _resolved(config, resolve)
+            configured(config.lora, model_names(config))
             modules = (engine_module, worker_module, observer_module)
             return asyncio.run(_Supervisor(config, listener, *modules).run())
     except JaxserveError as error:

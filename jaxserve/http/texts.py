@@ -30,7 +30,6 @@ from jaxserve.errors import (
     Overloaded,
 )
 from jaxserve.http.auth import Identity
-from jaxserve.http.body import Fields, show
 from jaxserve.http.demand import ReadDemand
 from jaxserve.http.errors import send_json
 from jaxserve.http.frontend import INLINE_CHARACTERS, Frontend
@@ -40,6 +39,7 @@ from jaxserve.http.sse import Departure
 from jaxserve.protocol.records import Outcome, RequestRecord
 from jaxserve.protocol.stream import Stream
 from jaxserve.text.embedding import EmbeddingText, Tokens, groups_of
+from jaxserve.text.fields import Fields, show
 from jaxserve.types import POOLINGS, EmbeddingInfo, EmbeddingParams, FinishReason
 
 #: Groups of a request's texts that are at the engine at once.

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from jaxserve.http.body import Fields
+from jaxserve.http.body import num_bytes
 from jaxserve.http.chat import read_messages
 from jaxserve.http.errors import send_json
 from jaxserve.http.frontend import Frontend
-from jaxserve.http.tools import read_toolbox
+from jaxserve.text.fields import Fields
+from jaxserve.text.tools.asked import read_toolbox
 from jaxserve.types import ModelInfo
 
 
@@ -37,7 +38,8 @@ class Tokenize:
         fields.text("user")
         with_strings = fields.flag("return_token_strs", False)
         if fields.take("messages") is not None:
-            render = read_messages(fields, frontend, read_toolbox(fields))
+            toolbox = read_toolbox(fields, num_bytes=num_bytes(fields, "tools"))
+            render = read_messages(fields, frontend, toolbox)
             fields.finish()
             _, ids = await render()
         else:

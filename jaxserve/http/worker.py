@@ -97,6 +97,11 @@ def load_model_text(config: Config) -> tuple[Tokenizer, ChatTemplate | None]:
     return tokenizer, load_chat_template(path, config.model.chat_template)
 
 
+def model_names(config: Config) -> set[str]:
+    """What the models of a resolved configuration are called, which no adapter may be."""
+    return {config.model.served_name, config.embeddings.name} - {""}
+
+
 async def _serve(
     settings: WorkerSettings,
     listener: socket.socket,
@@ -151,7 +156,8 @@ async def _serve(
         store = make_store(config.limits, settings.limits_socket, metrics.store_state)
     adapters = Adapters()
     if config.lora.enabled:
-        adapters = Adapters(Registry(config.lora, settings.adapters_directory))
+        taken = model_names(config)
+        adapters = Adapters(Registry(config.lora, settings.adapters_directory, taken))
     app = create_app(
         client,
         tokenizer,

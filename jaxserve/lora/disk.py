@@ -7,6 +7,9 @@ holds are removed, the least recently used first, when `max_bytes` are exceeded.
 
     1f0c…/adapter_config.json  adapter_model.safetensors        1f0c….lock
 
+What is being fetched lies in a directory `partial-…`, locked by whoever fetches it. Servers that
+share the directory remove at their start what was left by one that was killed: what nobody locks.
+
 Invariant: a directory under its final name is whole and was checked; it is never written again.
 """
 
@@ -25,6 +28,7 @@ from pathlib import Path
 from jaxserve.formats.peft import adapter_digest
 
 _POLL_S = 0.05
+_PARTIAL = "partial-"
 
 
 class DiskAdapters:
@@ -40,6 +44,7 @@ class DiskAdapters:
         self._max_bytes = max_bytes
         self._held: dict[str, tuple[int, int]] = {}  # file and users, by key
         directory.mkdir(parents=True, exist_ok=True)
+        self._sweep()
 
     def path(self, key: str) -> Path:
         """Where a copy is, if it is here."""
@@ -54,8 +59,7 @@ class DiskAdapters:
         Raises:
             InvalidAdapter: as these do.
         """
-        partial = Path(tempfile.mkdtemp(prefix="partial-", dir=self.directory))
-        try:
+        with self._partial() as partial:
             fetch(partial)
             check(partial)
             key = adapter_digest(partial)
@@ -63,8 +67,6 @@ class DiskAdapters:
                 if not self.path(key).exists():
                     partial.rename(self.path(key))
                 os.utime(self.path(key))
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
         self._evict(key)
         return key
 
@@ -112,6 +114,31 @@ class DiskAdapters:
             await asyncio.sleep(_POLL_S)
         return True
 
+    @contextmanager
+    def _partial(self) -> Iterator[Path]:
+        """A directory for what is being fetched, locked; gone afterwards, unless it was renamed."""
+        while True:
+            path = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=self.directory))
+            file = _lock_directory(path, fcntl.LOCK_EX)
+            if file is not None:  # else it was swept before it could be locked
+                break
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(file)
+
+    def _sweep(self) -> None:
+        """Removes what nobody is fetching any more."""
+        for path in self.directory.glob(f"{_PARTIAL}*"):
+            try:
+                file = _lock_directory(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue  # somebody is at it
+            if file is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(file)
+
     def _evict(self, newest: str) -> None:
         """Removes what nobody holds until the rest fits."""
         found = []
@@ -134,7 +161,7 @@ class DiskAdapters:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Under another name first: nobody takes a half-removed one for a copy.
-            gone = self.directory / f"partial-{key}"
+            gone = self.directory / f"{_PARTIAL}{key}"
             self.path(key).rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
         except OSError:
@@ -162,3 +189,26 @@ class DiskAdapters:
             yield
         finally:
             os.close(file)
+
+
+def _lock_directory(path: Path, kind: int) -> int | None:
+    """A file that holds the lock; None where the directory is gone, or another by now.
+
+    Raises:
+        BlockingIOError: somebody has it, and `kind` is not to wait.
+    """
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, kind)
+        if os.path.samestat(os.fstat(file), path.stat()):
+            return file
+    except FileNotFoundError:
+        pass
+    except BlockingIOError:
+        os.close(file)
+        raise
+    os.close(file)
+    return None

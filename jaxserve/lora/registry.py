@@ -14,7 +14,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,14 @@ from jaxserve.config import LoraConfig
 from jaxserve.errors import AdapterInUse, AdapterNotFound, ConfigError, InvalidAdapter
 from jaxserve.formats.peft import check_fits, read_adapter
 from jaxserve.lora.disk import DiskAdapters
-from jaxserve.lora.sources import address_below, check_address, check_name, fetch
+from jaxserve.lora.sources import (
+    Missing,
+    address_below,
+    check_address,
+    check_name,
+    fetch,
+    is_there,
+)
 from jaxserve.types import AdapterBase
 
 _NAMES = "names.json"
@@ -42,11 +49,14 @@ class Entry:
     key: str = ""
 
 
-def configured(config: LoraConfig) -> dict[str, Entry]:
+def configured(config: LoraConfig, taken: Collection[str] = ()) -> dict[str, Entry]:
     """The names in `lora.adapters`.
 
+    Args:
+        taken: names that models have.
+
     Raises:
-        ConfigError: one is malformed, or there twice.
+        ConfigError: one is malformed, taken, or there twice.
     """
     found: dict[str, Entry] = {}
     for text in config.adapters:
@@ -61,6 +71,11 @@ def configured(config: LoraConfig) -> dict[str, Entry]:
             check_address(source)
         except InvalidAdapter as error:
             raise ConfigError(f"lora.adapters: {error.message}") from error
+        if name in taken:
+            raise ConfigError(
+                f"lora.adapters names {name!r}, which is the name of a model served here: choose "
+                "another"
+            )
         if name in found:
             raise ConfigError(f"lora.adapters names {name!r} twice")
         found[name] = Entry(source=source)
@@ -73,10 +88,12 @@ class Registry:
     Args:
         config: which names there are from the start, and the root.
         directory: shared by this server's HTTP processes; made if need be.
+        taken: names that models have, and no adapter.
     """
 
-    def __init__(self, config: LoraConfig, directory: Path) -> None:
+    def __init__(self, config: LoraConfig, directory: Path, taken: Collection[str] = ()) -> None:
         self._config = config
+        self._taken = frozenset(taken)
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
         cache = Path(config.cache_dir).expanduser() if config.cache_dir else directory / "cache"
@@ -85,7 +102,7 @@ class Registry:
         self._entries: dict[str, Entry] = {}
         with self._changing():
             if not self._file.exists():
-                self._write(configured(config))
+                self._write(configured(config, taken))
 
     @property
     def _file(self) -> Path:
@@ -114,9 +131,21 @@ class Registry:
             check_name(name)
         except InvalidAdapter as error:
             raise AdapterNotFound(error.message, param="model") from error
-        if not self._config.root:
+        if not self._config.root or name in self._taken:
             raise AdapterNotFound(f"there is no adapter {name!r} here", param="model")
         return Entry(source=address_below(self._config.root, name))
+
+    def look_up(self, name: str) -> Entry:
+        """As `find`, and sees to it that a root in a store has it, too. Blocks its thread.
+
+        Raises:
+            AdapterNotFound: there is none.
+            InvalidAdapter: the store cannot be asked.
+        """
+        entry = self.find(name)
+        if name not in self.names() and "://" in entry.source and not is_there(entry.source):
+            raise _not_below(name)
+        return entry
 
     def materialise(self, name: str, base: AdapterBase) -> str:
         """Fetches and checks what a name stands for; returns its key. Blocks its thread.
@@ -127,7 +156,12 @@ class Registry:
         """
         known = self.names().get(name)
         entry = known or self.find(name)
-        key = self._fetch(entry.source, base)
+        try:
+            key = self.copy(entry.source, base)
+        except Missing as error:
+            if known is None:
+                raise _not_below(name) from error
+            raise
         with self._changing():
             entries = dict(self.names())
             now = entries.get(name)
@@ -146,9 +180,13 @@ class Registry:
         """
         check_name(name)
         check_address(source)
+        if name in self._taken:
+            raise InvalidAdapter(
+                f"{name!r} is the name of a model served here: choose another", param="lora_name"
+            )
         if not replace:
             self._check_free(name)
-        entry = Entry(source=source, key=self._fetch(source, base))
+        entry = Entry(source=source, key=self.copy(source, base))
         with self._changing():
             if not replace:
                 self._check_free(name)
@@ -182,7 +220,13 @@ class Registry:
                 f"there is an adapter {name!r}: set load_inplace to replace it", param="lora_name"
             )
 
-    def _fetch(self, source: str, base: AdapterBase) -> str:
+    def copy(self, source: str, base: AdapterBase) -> str:
+        """Fetches and checks what is at an address; returns its key.
+
+        Raises:
+            InvalidAdapter: it cannot be fetched, or does not fit the base model.
+        """
+
         def check(directory: Path) -> None:
             adapter = read_adapter(directory, max_rank=base.max_rank)
             check_fits(adapter, base.targets(), base.table)
@@ -210,6 +254,10 @@ class Registry:
             yield
         finally:
             os.close(file)
+
+
+def _not_below(name: str) -> AdapterNotFound:
+    return AdapterNotFound(f"there is no adapter {name!r} under lora.root", param="model")
 
 
 def _without_paths(check: Callable[[Path], None], source: str) -> Callable[[Path], None]:

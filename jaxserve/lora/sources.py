@@ -25,6 +25,10 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*"
 _CHUNK_BYTES = 8 << 20
 
 
+class Missing(InvalidAdapter):
+    """There is nothing at an address."""
+
+
 def check_name(name: str) -> None:
     """Refuses what cannot be an adapter's name: it may become a path below `lora.root`.
 
@@ -106,7 +110,24 @@ def fetch(address: str, into: Path, *, max_bytes: int) -> None:
             shutil.copyfileobj(reader, sink, _CHUNK_BYTES)
 
 
-def _from_store(address: str, into: Path, max_bytes: int) -> None:
+def is_there(address: str) -> bool:
+    """Whether a store, gs:// or s3://, has an adapter's files at an address.
+
+    Raises:
+        InvalidAdapter: it cannot be asked.
+    """
+    files = _store(address)
+    try:
+        return all(files.exists(f"{address.rstrip('/')}/{name}") for name in FILES)
+    except Exception as error:  # each store has its own kinds
+        raise _unreadable(address, error) from error
+
+
+def _unreadable(source: str, error: Exception) -> InvalidAdapter:
+    return InvalidAdapter(f"cannot read {source}: {type(error).__name__}: {error}")
+
+
+def _store(address: str) -> Any:
     scheme = address.partition("://")[0]
     if find_spec(PACKAGES[scheme]) is None:
         raise InvalidAdapter(
@@ -116,7 +137,11 @@ def _from_store(address: str, into: Path, max_bytes: int) -> None:
     import fsspec
 
     # A file system of its own: others of this process would remember older listings.
-    files: Any = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
+    return fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
+
+
+def _from_store(address: str, into: Path, max_bytes: int) -> None:
+    files = _store(address)
     for name in FILES:
         source = f"{address.rstrip('/')}/{name}"
         try:
@@ -126,11 +151,9 @@ def _from_store(address: str, into: Path, max_bytes: int) -> None:
         except InvalidAdapter:
             raise
         except FileNotFoundError as error:
-            raise InvalidAdapter(f"{source} is missing") from error
+            raise Missing(f"{source} is missing") from error
         except Exception as error:  # each store has its own kinds
-            raise InvalidAdapter(
-                f"cannot read {source}: {type(error).__name__}: {error}"
-            ) from error
+            raise _unreadable(source, error) from error
 
 
 def _check_size(source: str, size: int | None, max_bytes: int) -> None:

@@ -126,17 +126,25 @@ def _source(grammar: Grammar) -> str:
             return '{"grammars":[{"json_schema":' + grammar.text + "}]}"
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.text)
-        case "lark":
-            return json.dumps({"grammars": [{"lark_grammar": grammar.text}]})
-        case "ebnf":
-            try:
-                lark = any_to_lark(grammar.text)
-            except RecursionError:
-                raise GrammarError("the grammar nests too deeply") from None
-            except Exception as error:  # the library raises bare ones
-                raise GrammarError(f"not a grammar in EBNF: {str(error)[:_MAX_MESSAGE]}") from None
-            return json.dumps({"grammars": [{"lark_grammar": lark}]})
+        case "lark" | "ebnf":
+            return json.dumps({"grammars": [{"lark_grammar": lark_of(grammar)}]})
     raise GrammarError(f"there is no kind of grammar {grammar.kind!r}")
+
+
+def lark_of(grammar: Grammar) -> str:
+    """A context-free grammar in Lark's syntax.
+
+    Raises:
+        GrammarError: it cannot be read.
+    """
+    if grammar.kind == "lark":
+        return grammar.text
+    try:
+        return any_to_lark(grammar.text)
+    except RecursionError:
+        raise GrammarError("the grammar nests too deeply") from None
+    except Exception as error:  # the library raises bare ones
+        raise GrammarError(f"not a grammar in EBNF: {str(error)[:_MAX_MESSAGE]}") from None
 
 
 def _named(message: str) -> str:

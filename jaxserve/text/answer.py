@@ -6,11 +6,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from jaxserve.errors import DeviceFailure, JaxserveError
 from jaxserve.protocol.client import SequenceEvent, SyncClient
+from jaxserve.protocol.messages import AdapterRef
 from jaxserve.text.choice import ChoiceText
+from jaxserve.text.message import Call, Part, Text, gather, joined
+from jaxserve.text.read_choice import ReadChoice
 from jaxserve.text.request import PlannedRequest
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import FinishReason, TokenLogprobs
@@ -21,12 +25,18 @@ class Choice:
     """One of a request's n outputs.
 
     Attributes:
+        text: all of it; of a message that is read, the words alone.
+        reasoning: before the answer; None where there is none.
+        calls: of tools.
         token_ids: those that belong to the output (the end token is not among them).
         logprobs: one entry per token, if asked for.
-        finish_reason: "stop" (end token or stop string) or "length".
+        finish_reason: "stop" (end token or stop string), "length", or "tool_calls" where the
+            message is whole calls.
     """
 
     text: str = ""
+    reasoning: str | None = None
+    calls: list[Call] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str = ""
@@ -34,7 +44,7 @@ class Choice:
 
 @dataclass(kw_only=True)
 class Generation:
-    """The answer to one request; text, token_ids and finish_reason are its first choice's.
+    """The answer to one request; text, calls, token_ids and finish_reason are its first choice's.
 
     Attributes:
         prompt: as it was given, or as the chat template wrote it; None for token ids.
@@ -53,6 +63,10 @@ class Generation:
         return self.choices[0].text
 
     @property
+    def calls(self) -> list[Call]:
+        return self.choices[0].calls
+
+    @property
     def token_ids(self) -> list[int]:
         return self.choices[0].token_ids
 
@@ -63,19 +77,27 @@ class Generation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """A part of a streamed answer; finish_reason is set in the last."""
+    """A part of a streamed answer.
+
+    Attributes:
+        text: as of `Choice`: of a message that is read, its words.
+        parts: of such a message, all that is new of it.
+        finish_reason: set in the last.
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: str = ""
+    parts: Sequence[Part] = ()
 
 
-class _Part:
+class _Progress:
     """One choice of a request, as far as it has come."""
 
-    def __init__(self, text: ChoiceText) -> None:
-        self.text = text
+    def __init__(self, read: ReadChoice) -> None:
+        self.read = read
         self.texts: list[str] = []
+        self.parts: list[Part] = []
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason = ""
@@ -84,33 +106,53 @@ class _Part:
 class Answer:
     """One request at the engine, and what has come of it.
 
+    Args:
+        adapter: a LoRA adapter; None for the base model.
+        on_end: is called once, when the engine has no more to do with it.
+
     Attributes:
         n: sequences it has there.
         error: why it failed, once it has.
     """
 
-    def __init__(self, client: SyncClient, tokenizer: Tokenizer, planned: PlannedRequest) -> None:
+    def __init__(
+        self,
+        client: SyncClient,
+        tokenizer: Tokenizer,
+        planned: PlannedRequest,
+        adapter: AdapterRef | None = None,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
         request = planned.request
         self.n = request.n
         self.error: JaxserveError | None = None
         self._planned = planned
+        self._on_end = on_end
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._cached_tokens = 0
-        self._streamed = (0, 0)  # texts and tokens of the first choice that were handed out
-        self._parts = [
-            _Part(
-                ChoiceText(
-                    tokenizer,
-                    planned.token_ids,
-                    stop=request.stops,
-                    include_stop=request.include_stop,
-                    skip_special_tokens=request.skip_special_tokens,
+        self._streamed = (0, 0, 0)  # texts, parts and tokens of the first choice, handed out
+        self._choices = [
+            _Progress(
+                ReadChoice(
+                    ChoiceText(
+                        tokenizer,
+                        planned.token_ids,
+                        stop=request.stops,
+                        include_stop=request.include_stop,
+                        skip_special_tokens=request.skip_special_tokens,
+                        shown=planned.shown_tokens,
+                    ),
+                    planned.reader() if planned.reader is not None else None,
                 )
             )
             for _ in range(request.n)
         ]
         self._stream = client.submit(
-            planned.token_ids, planned.sampling, n=request.n, cache_salt=request.cache_salt
+            planned.token_ids,
+            planned.sampling,
+            n=request.n,
+            cache_salt=request.cache_salt,
+            adapter=adapter,
         )
 
     def advance(self) -> bool:
@@ -121,24 +163,28 @@ class Answer:
         """
         try:
             while (event := self._stream.take()) is not None:
-                self._add(self._parts[event.choice], event)
+                self._add(self._choices[event.choice], event)
         except DeviceFailure:
             raise
         except JaxserveError as error:
             self.error = error
-        return self.error is not None or all(part.finish_reason for part in self._parts)
+        return self.error is not None or all(choice.finish_reason for choice in self._choices)
 
     def take_piece(self) -> Piece | None:
         """What is new of the first choice since the last call; None if nothing is."""
-        part = self._parts[0]
-        texts, tokens = self._streamed
-        if len(part.texts) == texts and len(part.token_ids) == tokens and not part.finish_reason:
+        choice = self._choices[0]
+        now = len(choice.texts), len(choice.parts), len(choice.token_ids)
+        if now == self._streamed and not choice.finish_reason:
             return None
-        self._streamed = len(part.texts), len(part.token_ids)
+        (texts, parts, tokens), self._streamed = self._streamed, now
+        text, new = "".join(choice.texts[texts:]), joined(choice.parts[parts:])
+        if self._planned.reader is not None:
+            text = "".join(part.text for part in new if isinstance(part, Text))
         return Piece(
-            text="".join(part.texts[texts:]),
-            token_ids=part.token_ids[tokens:],
-            finish_reason=part.finish_reason,
+            text=text,
+            token_ids=choice.token_ids[tokens:],
+            finish_reason=choice.finish_reason,
+            parts=new,
         )
 
     def result(self) -> Generation | JaxserveError:
@@ -148,15 +194,7 @@ class Answer:
         return Generation(
             prompt=self._planned.text,
             prompt_token_ids=self._planned.token_ids,
-            choices=[
-                Choice(
-                    text="".join(part.texts),
-                    token_ids=part.token_ids,
-                    logprobs=part.logprobs,
-                    finish_reason=part.finish_reason,
-                )
-                for part in self._parts
-            ],
+            choices=list(map(self._choice, self._choices)),
             prompt_logprobs=self._prompt_logprobs,
             cached_tokens=self._cached_tokens,
         )
@@ -164,21 +202,43 @@ class Answer:
     def cancel(self) -> None:
         """Ends what still runs at the engine."""
         self._stream.cancel()
+        on_end, self._on_end = self._on_end, lambda: None
+        on_end()
 
-    def _add(self, part: _Part, event: SequenceEvent) -> None:
+    def _choice(self, progress: _Progress) -> Choice:
+        choice = Choice(
+            text="".join(progress.texts),
+            token_ids=progress.token_ids,
+            logprobs=progress.logprobs,
+            finish_reason=progress.finish_reason,
+        )
+        if self._planned.reader is not None:
+            message = gather(progress.parts)
+            choice.text, choice.reasoning = message.text, message.reasoning
+            choice.calls = message.calls
+        return choice
+
+    def _add(self, choice: _Progress, event: SequenceEvent) -> None:
         self._prompt_logprobs += event.prompt_logprobs
         finished = event.finished
         if finished is not None and event.choice == 0:
             self._cached_tokens = finished.record.cached_tokens
-        if part.finish_reason:
-            return  # a stop string matched; what comes until the cancel arrives is dropped
-        delta = part.text.add(event.token_ids)
-        part.texts.append(delta.text)
-        part.token_ids += event.token_ids[: delta.num_tokens]
-        part.logprobs += event.logprobs[: delta.num_tokens]
+        if choice.finish_reason:
+            return  # it is over here; what comes until the cancel arrives is dropped
+        delta = choice.read.add(event.token_ids)
+        choice.texts.append(delta.text)
+        choice.token_ids += event.token_ids[: delta.num_tokens]
+        choice.logprobs += event.logprobs[: delta.num_tokens]
+        parts, part_tokens, reason = [*delta.parts], [*delta.part_tokens], ""
         if delta.stopped:
-            part.finish_reason = FinishReason.STOP.value
+            reason = FinishReason.STOP.value
             self._stream.cancel(event.choice, FinishReason.STOP)
         elif finished is not None:
-            part.texts.append(part.text.finish().text)
-            part.finish_reason = finished.reason.value
+            tail = choice.read.finish()
+            choice.texts.append(tail.text)
+            parts += tail.parts
+            part_tokens += tail.part_tokens
+            reason = finished.reason.value
+        if reason:
+            parts, _, choice.finish_reason = choice.read.close(parts, part_tokens, reason)
+        choice.parts += parts

@@ -143,6 +143,10 @@ class Dialect:
         )
 
 
+#: Of a model of which nothing is known: told in plain words, its text left as it is.
+PLAIN = Dialect(special_tokens={})
+
+
 def make_dialect(
     template: ChatTemplate | None, tokenizer: Tokenizer, config: ToolsConfig
 ) -> Dialect:

@@ -1,7 +1,8 @@
 """An offline request: what is asked for, and how that becomes token ids and sampling parameters.
 
-The HTTP front end has its own reading of OpenAI's fields (`http.sampling`); this is the same for
-Python callers, with the same names and bounds.
+The HTTP front end has its own reading of OpenAI's sampling fields (`http.sampling`); this is the
+same for Python callers, with the same names and bounds. Messages, tools and response formats are
+read by the same code.
 """
 
 from __future__ import annotations
@@ -9,22 +10,33 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import operator
+import os
 import reprlib
 import secrets
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 from jaxserve import types
 from jaxserve.errors import ContextTooLong, InvalidRequest
 from jaxserve.structured.grammars import from_words
+from jaxserve.text.asked_grammar import Wanted, read_grammar
+from jaxserve.text.conversation import chat_messages
+from jaxserve.text.dialect import PLAIN, Dialect
+from jaxserve.text.fields import plain_fields
+from jaxserve.text.held import hold
+from jaxserve.text.message import MessageReader
 from jaxserve.text.template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.text.tools.asked import read_toolbox
+from jaxserve.text.tools.tool import Toolbox
 from jaxserve.types import Grammar, ModelInfo, SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
-#: Names that `Request.template` may not have: they are `ChatTemplate.render`'s own.
-_RESERVED = ("self", "messages")
+#: Names that `Request.template` may not have: they are rendering's own.
+_RESERVED = ("self", "template", "messages", "toolbox")
+#: Fields that only a conversation has.
+_OF_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +44,9 @@ class Request:
     """One prompt or conversation, and how it is continued.
 
     Attributes:
-        prompt: a text or token ids; or messages: {"role": …, "content": …} each, for the chat
-            template, with template holding its further variables. One of the two.
+        prompt: a text or token ids; or messages: {"role": …, "content": …} each, as OpenAI's chat
+            has them, for the chat template, with template holding its further variables. One of the
+            two.
         max_tokens: tokens to generate at most; None takes 256, or what the context has left if
             that is less.
         n: choices, drawn independently.
@@ -43,6 +56,10 @@ class Request:
         cache_salt: only requests with the same one share cached pages.
         grammar: what the output must match: one of json (a schema), regex, choice (texts), grammar
             (Lark or EBNF) and json_object, by name; or what `jaxserve.structured.grammars` makes.
+        response_format: the same in OpenAI's words: json_object, json_schema or structural_tag.
+        tools, tool_choice, parallel_tool_calls: what a conversation's model may call, as in
+            OpenAI's chat.
+        adapter: a LoRA adapter: its name in `lora.adapters` or below `lora.root`, or a directory.
         temperature … prompt_logprobs: as in `SamplingParams`, with its defaults (temperature 1,
             nothing cut off, no penalties). Beyond it, logit_bias may be a mapping (its keys may be
             written as text, as JSON does) and bad_words may hold strings.
@@ -74,6 +91,11 @@ class Request:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | Mapping[str, Any] | None = None
+    response_format: Mapping[str, Any] | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
+    tool_choice: str | Mapping[str, Any] = "auto"
+    parallel_tool_calls: bool = True
+    adapter: str | os.PathLike[str] | None = None
 
     @property
     def stops(self) -> list[str]:
@@ -90,12 +112,20 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRequest:
-    """A request as the engine takes it; text: the prompt's, where it is text."""
+    """A request as the engine takes it.
+
+    Attributes:
+        text: the prompt's, where it is text.
+        reader: makes what reads a choice's text as a message; None where it is plain text.
+        shown_tokens: control tokens that this needs to see.
+    """
 
     request: Request
     text: str | None
     token_ids: list[int]
     sampling: SamplingParams
+    reader: Callable[[], MessageReader] | None = None
+    shown_tokens: Collection[int] = ()
 
 
 def make_request(**options: Any) -> Request:
@@ -114,15 +144,25 @@ def make_request(**options: Any) -> Request:
 
 
 def plan(
-    request: Request, tokenizer: Tokenizer, template: ChatTemplate | None, model: ModelInfo
+    request: Request,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    model: ModelInfo,
+    dialect: Dialect = PLAIN,
+    check: Callable[[Wanted], None] = lambda wanted: None,
 ) -> PlannedRequest:
     """Tokenizes and checks a request, whatever the types of its values are.
+
+    Args:
+        dialect: of the model's messages.
+        check: raises `GrammarError` where a grammar is wrong.
 
     Raises:
         InvalidRequest: what is wrong, by field, value and limit.
         ContextTooLong: the prompt, or the prompt with max_tokens, does not fit.
     """
-    text, token_ids = _prompt(request, tokenizer, template)
+    toolbox = _toolbox(request)
+    text, token_ids = _prompt(request, tokenizer, template, dialect, toolbox)
     if not token_ids:
         raise InvalidRequest("the prompt is empty; it needs at least one token", param="prompt")
     for token in token_ids:
@@ -150,47 +190,72 @@ def plan(
     if not isinstance(request.cache_salt, str) or len(request.cache_salt) > types.MAX_CACHE_SALT:
         wanted = f"a string of at most {types.MAX_CACHE_SALT} characters"
         raise _wrong("cache_salt", wanted, request.cache_salt)
+    if not isinstance(request.adapter, str | os.PathLike | None) or request.adapter == "":
+        raise _wrong("adapter", "a name or a directory", request.adapter)
+    sampling, wanted = _sampling(request, tokenizer, max_tokens), _wanted(request, tokenizer)
+    reader = None
+    if request.messages is not None:
+        assert text is not None
+        reader = dialect.reader(toolbox, text)
+        wanted = hold(dialect, toolbox, text, wanted, check)
+    elif wanted is not None:
+        check(wanted)
+    if wanted is not None:
+        sampling = dataclasses.replace(sampling, grammar=wanted.grammar)
     return PlannedRequest(
         request=request,
         text=text,
         token_ids=token_ids,
-        sampling=_sampling(request, tokenizer, max_tokens),
+        sampling=sampling,
+        reader=reader,
+        shown_tokens=frozenset(dialect.special_tokens.values()) if reader is not None else (),
     )
 
 
+def _toolbox(request: Request) -> Toolbox:
+    """The tools that may be called.
+
+    Raises:
+        InvalidRequest: also where there is no conversation, or the template has others.
+    """
+    fields = plain_fields(**{name: getattr(request, name) for name in _OF_TOOLS})
+    toolbox = read_toolbox(fields)
+    if toolbox.tools and request.messages is None:
+        raise InvalidRequest("tools go with messages, not with a prompt", param="tools")
+    return toolbox
+
+
 def _prompt(
-    request: Request, tokenizer: Tokenizer, template: ChatTemplate | None
+    request: Request,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    dialect: Dialect,
+    toolbox: Toolbox,
 ) -> tuple[str | None, list[int]]:
     if (request.prompt is None) == (request.messages is None):
         raise InvalidRequest("give either a prompt or messages", param="prompt")
     if request.messages is not None:
-        text = _rendered(request, template)
+        text = _rendered(request, template, dialect, toolbox)
         return text, tokenizer.encode(text, add_special_tokens=False)
     if isinstance(request.prompt, str):
         return request.prompt, tokenizer.encode(request.prompt)
     return None, _integers("prompt", request.prompt, "text or token ids")
 
 
-def _rendered(request: Request, template: ChatTemplate | None) -> str:
-    messages = request.messages
+def _rendered(
+    request: Request, template: ChatTemplate | None, dialect: Dialect, toolbox: Toolbox
+) -> str:
     if template is None:
         raise InvalidRequest("this model has no chat template; give model.chat_template a file")
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise InvalidRequest("messages must be a list of at least one message", param="messages")
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise InvalidRequest(
-                f"each message needs a role and content, got {_show(message)}", param="messages"
-            )
-        if not isinstance(message.get("content"), str | list):
-            raise InvalidRequest(
-                f"a message's content must be text, got {_show(message.get('content'))}",
-                param="messages",
-            )
-    try:
-        return template.render(messages, **_variables(request.template))
-    except RecursionError as error:
-        raise InvalidRequest("the messages nest too deeply", param="messages") from error
+    messages = chat_messages(plain_fields(messages=request.messages))
+    variables = _variables(request.template)
+    if variables.get("tools") is None:
+        variables.pop("tools", None)
+    elif toolbox.tools:
+        raise InvalidRequest("give either tools or template's tools", param="tools")
+    else:  # told to the template, and their calls left as text
+        return template.render(messages, **variables)
+    return dialect.render(template, messages, toolbox=toolbox, **variables)
 
 
 def _variables(template: Any) -> dict[str, Any]:
@@ -227,20 +292,28 @@ def _sampling(request: Request, tokenizer: Tokenizer, max_tokens: int) -> Sampli
         "logit_bias": _logit_bias(request.logit_bias),
         "bad_words": _bad_words(request.bad_words, tokenizer),
     }
-    if request.grammar is not None:
-        values["grammar"] = _grammar(request.grammar)
     if request.allowed_token_ids is not None:
         allowed = _integers("allowed_token_ids", request.allowed_token_ids)
         values["allowed_token_ids"] = tuple(allowed)
     return SamplingParams(**values)
 
 
-def _grammar(value: Any) -> Grammar:
-    if isinstance(value, Mapping):
-        return from_words(value)
-    if not isinstance(value, Grammar):
-        raise _wrong("grammar", "an object, or what jaxserve.structured.grammars makes", value)
-    return value
+def _wanted(request: Request, tokenizer: Tokenizer) -> Wanted | None:
+    """What the output, or a message's words, must match."""
+    fields = plain_fields(response_format=request.response_format)
+    asked = read_grammar(fields, tokenizer)
+    grammar = request.grammar
+    if grammar is None:
+        return asked
+    if asked is not None:
+        raise InvalidRequest(
+            "grammar and response_format exclude each other; give one of them", param="grammar"
+        )
+    if isinstance(grammar, Mapping):
+        return Wanted(from_words(grammar), "grammar")
+    if not isinstance(grammar, Grammar):
+        raise _wrong("grammar", "an object, or what jaxserve.structured.grammars makes", grammar)
+    return Wanted(grammar, "grammar")
 
 
 def _logit_bias(bias: Any) -> tuple[tuple[int, float], ...]:

@@ -180,7 +180,7 @@ WRONG: list[tuple[Any, str]] = [
     ({"prompt": "a", "temperature": math.nan}, "temperature must be between"),
     ({"prompt": "a", "n": "2"}, "n takes an integer, got '2'"),
     ({"prompt": "a", "seed": 10**400}, "64 is the limit"),
-    ({"messages": [{"role": "user"}]}, "content must be text"),
+    ({"messages": [{"role": "user"}]}, "content must be a string"),
 ]
 
 

@@ -244,15 +244,15 @@ class Rig:
 
     def _masks(self, inputs) -> np.ndarray:
         """What `allowed` says, of each place that has a row with a grammar."""
-        sampling, owners = inputs.program.sampling, self.scheduler.owners()
+        program, owners = inputs.program, self.scheduler.owners()
         vocab_size = self.scheduler._model.vocab_size
-        masks = np.full((sampling.num_places, -(-vocab_size // 32)), 0xFFFF_FFFF, np.uint32)
+        masks = np.full((program.num_places, -(-vocab_size // 32)), 0xFFFF_FFFF, np.uint32)
         for row in range(inputs.num_live_rows):
             sequence = owners[inputs.rows[row]]
             if sequence is None or sequence.sampling.grammar is None or not inputs.samples[row]:
                 continue
             place, draft = row, []
-            if sampling.draft_tokens:
+            if program.draft_tokens:
                 place, end = inputs.query_starts[row : row + 2].tolist()
                 draft = inputs.token_ids[place + 1 : end].tolist()
             for ahead in range(len(draft) + 1):

@@ -28,8 +28,9 @@ from jaxserve.formats.peft import Adapter, adapter_digest, write_adapter
 from jaxserve.models.adapters import AdapterLayout
 from jaxserve.models.options import ModelOptions
 from jaxserve.protocol.client import SyncClient
-from jaxserve.protocol.messages import AdapterRef
-from jaxserve.types import SamplingParams
+from jaxserve.protocol.messages import AdapterRef, UseVocabulary
+from jaxserve.structured.grammars import regex
+from jaxserve.types import SamplingParams, Vocabulary
 from jaxserve.weights.load import load_model
 from pallas_kernels import native
 from tests.device.rig import next_tokens
@@ -156,6 +157,43 @@ def test_choices_and_prompt_logprobs(
     of_base = [entry for event in base for entry in event.prompt_logprobs]
     assert len(logprobs) == len(of_base) == len(prompt()) - 1
     assert any(abs(a.logprob - b.logprob) > 0.01 for a, b in zip(logprobs, of_base, strict=True))
+
+
+def test_grammars_with_deltas_of_the_head(
+    client: SyncClient, adapters: list[tuple[Adapter, AdapterRef]], tmp_path: Path
+) -> None:
+    """Masked rows have their adapters' logits, also beside other rows and where drafts are."""
+    spec = load_tiny(CASE, OPTIONS).spec
+    size, ends = spec.vocab_size, spec.eos_token_ids
+    words = tuple(b"%s%04d" % (b"ab"[t % 3 > 0 :][:1], t) for t in range(size))
+    client.send(UseVocabulary(vocabulary=Vocabulary(tokens=words, special_token_ids=())))
+    grammar = regex(r"(a[0-9]{4})*")
+    sampling = dataclasses.replace(greedy(), ignore_eos=False, grammar=grammar)
+    rows: list[tuple[AdapterRef | None, SamplingParams]] = [
+        (None, sampling), *((ref, sampling) for _, ref in adapters[:4]), (None, greedy())
+    ]  # fmt: skip
+    before = client.get_status().compiles_after_warmup
+    streams = [client.submit(prompt(), own, adapter=ref) for ref, own in rows]
+    found = [tokens_of(stream) for stream in streams]
+    assert client.get_status().compiles_after_warmup == before
+
+    def best(logits: np.ndarray, known: list[int]) -> int:
+        """Of the tokens that the grammar allows; the end token too."""
+        allowed = [t for t in range(size) if t % 3 == 0 or t in ends]
+        return allowed[int(np.argmax(logits[allowed]))]
+
+    for place, (ref, own) in enumerate(rows):
+        model = load_tiny(CASE, OPTIONS)
+        if ref is not None:
+            merged = merge(ORACLE / CASE, adapters[place - 1][0], tmp_path / str(place))
+            model = load_model(merged, options=OPTIONS)
+        if own.grammar is None:
+            assert found[place] == next_tokens(model, prompt(), NUM_TOKENS)
+            continue
+        expected = next_tokens(model, prompt(), NUM_TOKENS, best)
+        stops = [i for i, token in enumerate(expected) if token in ends]
+        assert found[place] == expected[: stops[0] if stops else None]
+    assert len({tuple(tokens) for tokens in found}) > 3
 
 
 def test_a_broken_adapter_ends_its_own_requests_only(

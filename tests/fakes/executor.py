@@ -230,8 +230,7 @@ class FakeExecutor:
         """Samples the step that was launched last by its masks."""
         (step,), (own,) = launched, masks
         assert launched is self._open and isinstance(step, Unsampled)
-        sampling = step.inputs.program.sampling
-        assert own.shape == (sampling.num_places, -(-self.vocab_size // 32))
+        assert own.shape == (step.inputs.program.num_places, -(-self.vocab_size // 32))
         assert own.dtype == np.uint32
         self.num_masked += 1
         self._open = [self._outputs(step.inputs, [self._sample_rows(step.inputs, step.spans, own)])]

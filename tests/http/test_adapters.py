@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from jaxserve.config import LoraConfig
+from jaxserve.config import EmbeddingsConfig, LoraConfig
 from jaxserve.formats.peft import adapter_digest, write_adapter
 from jaxserve.http.adapters import Adapters
 from jaxserve.http.auth import Identity, KeyRing
@@ -110,10 +110,28 @@ def test_models_are_listed_with_their_parent(served: Front, directory: Path) -> 
     assert "parent" not in rows["fake"]
     assert rows["two"]["parent"] == "fake"
     assert rows["two"]["root"] == str(directory / "two")
+    for name in ("three", "fake:three"):  # before anybody has asked for it
+        card = served.get(f"/v1/models/{name}").json()
+        assert (card["id"], card["parent"], card["hash"]) == ("three", "fake", None)
+    assert "three" not in {row["id"] for row in served.get("/v1/models").json()["data"]}
     tokens_of(served, "three")
     assert served.get("/v1/models/three").json()["parent"] == "fake"
     assert served.get("/v1/models/fake:three").json()["id"] == "three"
     assert served.get("/v1/models/four").status_code == 404
+
+
+def test_the_embedding_models_name_is_no_adapters(directory: Path) -> None:
+    """`model` would mean two things."""
+    embeddings = EmbeddingsConfig(model="fake", name="vectors")
+    config = dataclasses.replace(CONFIG, lora=LORA, embeddings=embeddings)
+    adapters = Adapters(Registry(LORA, directory / "state"))
+    with front(config=config, adapters=adapters) as served:
+        names = [row["id"] for row in served.get("/v1/models").json()["data"]]
+        assert len(names) == 2
+        source = {"lora_name": names[1], "lora_path": str(directory / "one")}
+        response = served.post("/v1/load_lora_adapter", source)
+        assert response.status_code == 400
+        assert "the model that embeds" in response.json()["error"]["message"]
 
 
 def test_load_and_unload(served: Front, directory: Path) -> None:

@@ -289,6 +289,25 @@ def test_log_probabilities(front, stream):
     assert all(len(entry.top_logprobs) == 2 for entry in logprobs)
 
 
+@pytest.mark.parametrize(
+    "text", [f"<think>Hm.</think>Well, no.\n{PARIS}", "a <tool_call> b", f"Well.{PARIS}"]
+)
+def test_log_probabilities_beside_reasoning_and_calls(front, text):
+    """Of the words alone, and the same in a stream."""
+    options = {"include": ["message.output_text.logprobs"], "tools": TOOLS}
+    found, told = [], []
+    for stream in (False, True):
+        made = ask(front, text, stream=stream, **options)
+        if stream:
+            deltas = [e for e in made if e.type == "response.output_text.delta"]
+            told = [entry.token for delta in deltas for entry in delta.logprobs]
+            made = made[-1].response
+        (part,) = next(item for item in made.output if item.type == "message").content
+        found.append([entry.token for entry in part.logprobs])
+        assert "".join(found[-1]) == part.text and part.text
+    assert found[0] == found[1] == told
+
+
 def test_tokens_without_text_of_their_own_keep_their_log_probabilities():
     """Half of a character shows with its other half, or with the end."""
     wire = ResponseWire({"model": "fake"}, ByteTokenizer(), 0, reads=False)

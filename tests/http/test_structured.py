@@ -22,6 +22,8 @@ PERSON = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+#: No finite JSON matches it.
+ENDLESS = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
 NAMED = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "Who?"}], "max_tokens": 120}
 TAGS = {
@@ -148,6 +150,20 @@ def test_length_says_length(shared: Front) -> None:
         ({"guided_grammar": "start: nothing"}, "nothing", "guided_grammar"),
         ({"guided_grammar": "root ::= ("}, "EBNF", "guided_grammar"),
         ({"guided_grammar": "start: X\nX: /a/ & /b/"}, "admits no output", "guided_grammar"),
+        ({"guided_json": ENDLESS}, '"$ref": "#" never ends', "guided_json"),
+        (
+            {
+                "tools": [
+                    {
+                        "type": "function",
+                        "function": {"name": "f", "parameters": ENDLESS, "strict": True},
+                    }
+                ]
+            },
+            "never ends",
+            "tools[0].function.parameters",
+        ),
+        ({"guided_grammar": 'start[temperature=0.5]: "a"'}, "'temperature'", "guided_grammar"),
         ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "ignore_eos"),
         ({"response_format": TAGS | {"triggers": ["<x"]}}, "triggers", None),
     ],

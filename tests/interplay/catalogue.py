@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
 import re
-import shutil
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
-from jaxserve.formats.peft import adapter_digest, write_adapter
-from jaxserve.protocol.messages import AdapterRef
 from jaxserve.structured.grammars import Tag, regex, tagged
 from jaxserve.types import EmbeddingParams, FinishReason
 from tests.fakes.embedder import vector_of
-from tests.fakes.engine import MODULES
 from tests.fakes.executor import FakeExecutor
 from tests.interplay.features import Feature, Trial
 from tests.interplay.worlds import Probe
-from tests.lora.adapters import random_adapter
 
 
 def _choices(probe: Probe) -> None:
@@ -126,24 +117,9 @@ def _urgent(probe: Probe) -> None:
     probe.priority = -1
 
 
-@functools.cache
-def _adapters() -> list[AdapterRef]:
-    """Two of them, on the disk."""
-    directory = Path(tempfile.mkdtemp(prefix="jaxserve-test-adapters-"))
-    atexit.register(shutil.rmtree, directory)
-    refs = []
-    for seed in range(2):
-        path = directory / str(seed)
-        modules = {name.replace("*", "0"): sizes for name, sizes in MODULES.items()}
-        write_adapter(path, random_adapter(modules, 4, seed))
-        refs.append(AdapterRef(key=adapter_digest(path), path=str(path)))
-    return refs
-
-
 def _adapter(probe: Probe) -> None:
     """Two of the probes have adapters, for which there is one slot."""
-    number = probe.prompt[0] - 7
-    probe.adapter = _adapters()[number] if number < 2 else None
+    probe.adapter = probe.world.adapter(probe.index)
 
 
 def _embed(trial: Trial) -> None:

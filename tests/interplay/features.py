@@ -160,7 +160,9 @@ class Trial:
             for choice, outcome in enumerate(outcomes):
                 expected = probe.expected(choice)
                 tokens = outcome.token_ids
-                certain = self.world.num_certain(probe.prompt, probe.sampling, choice)
+                certain = self.world.num_certain(
+                    probe.prompt, probe.sampling, choice, probe.adapter_key
+                )
                 if certain <= len(expected):
                     assert tokens[:certain] == expected[:certain]
                     continue

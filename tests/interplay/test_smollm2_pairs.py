@@ -1,22 +1,28 @@
 """The pairs of features that share device state, with SmolLM2: tokens are those of a lone request.
 
 One set of compiled programs serves all trials; each life of an engine has a scheduler of its own.
-Greedy tokens must be equal up to where the two best differ by less than float32 can tell.
+Greedy tokens must be equal up to where the two best differ by less than float32 can tell. Adapters
+are the two that the examples use, with one slot for both.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
 from jaxserve.config import Config, ModelConfig, WeightsConfig
+from jaxserve.device.executor import Executor
 from jaxserve.engine.batches import Batches
 from jaxserve.engine.load import load_parts
+from jaxserve.engine.lora import request_adapters
 from jaxserve.engine.parts import Parts, Progressing
 from jaxserve.engine.thread import EngineThread
+from jaxserve.formats.peft import adapter_digest
 from jaxserve.protocol.client import SyncClient
+from jaxserve.protocol.messages import AdapterRef
 from jaxserve.settings import load_config
 from jaxserve.text.tokenizer import load_tokenizer
 from jaxserve.text.vocabulary import vocabulary_of
@@ -41,7 +47,11 @@ COMPILED = (
     "scheduler.max_step_tokens=64",
     "scheduler.decode_steps=4",
     "scheduler.draft_tokens=5",
+    "lora.enabled=true",
+    "lora.classes=4x1",
 )
+#: Trained on the embedded model (docs/lora-training.md).
+ADAPTERS = Path(__file__).parents[1] / "data" / "adapters"
 BY_NAME = {feature.name: feature for feature in (*FEATURES, *PREEMPTION)}
 #: Both change what the device keeps of a row, or which rows and pages a step touches.
 RISKY = (
@@ -65,6 +75,12 @@ RISKY = (
     ("grammar", "speculation"),
     ("grammar", "swap"),
     ("grammar", "replay"),
+    ("adapters", "prefix hit"),
+    ("adapters", "swap"),
+    ("adapters", "recompute"),
+    ("adapters", "speculation"),
+    ("adapters", "replay"),
+    ("adapters", "grammar"),
 )
 
 
@@ -75,6 +91,13 @@ class SmolLM2World:
 
     def __init__(self) -> None:
         self._parts = load_parts(load_config(settings=COMPILED, environ={}), lambda *_: None)
+        executor = self._parts.executor
+        assert isinstance(executor, Executor) and executor._adapters is not None
+        self._slots = executor._adapters
+        self._refs = [
+            AdapterRef(key=adapter_digest(path), path=str(path))
+            for path in (ADAPTERS / "json", ADAPTERS / "pirate")
+        ]
         self._known: dict[tuple[object, ...], list[TokenLogprobs]] = {}
         path = resolve(ModelConfig(), WeightsConfig(), lambda *_: None)
         self._vocabulary = vocabulary_of(load_tokenizer(path))
@@ -82,8 +105,15 @@ class SmolLM2World:
     def load(self, config: Config, progress: Progressing) -> Parts:
         """See `World`. The programs are there; the pool may be smaller than what they have."""
         assert isinstance(self._parts.batch, Batches)
-        batch = Batches(self._parts.batch.shapes, config.scheduler.max_rows)
-        return dataclasses.replace(self._parts, batch=batch, num_pages=(config.cache.num_pages,))
+        lora = dataclasses.replace(config.lora, enabled=True)  # whatever is compiled needs slots
+        adapters = request_adapters(lora, self._slots)
+        batch = Batches(self._parts.batch.shapes, config.scheduler.max_rows, arrays=adapters.arrays)
+        return dataclasses.replace(
+            self._parts,
+            batch=batch,
+            adapters=adapters,
+            num_pages=(config.cache.num_pages,),
+        )
 
     def vocabulary(self) -> Vocabulary:
         """See `World`."""
@@ -94,6 +124,7 @@ class SmolLM2World:
         return [
             Probe(
                 world=self,
+                index=index,
                 prompt=[504, *([1000 + index, 2000, 3000, 4000 + index] * (5 + index))],
                 sampling=SamplingParams(
                     max_tokens=14 + index, seed=index, ignore_eos=True, temperature=0.0
@@ -105,18 +136,23 @@ class SmolLM2World:
     def expected(
         self, prompt: list[int], sampling: SamplingParams, choice: int, adapter: str | None = None
     ) -> list[int]:
-        """See `World`. No adapters are served."""
-        assert adapter is None
-        return [entry.token_id for entry in self._alone(prompt, sampling, choice)]
-
-    def num_certain(self, prompt: list[int], sampling: SamplingParams, choice: int) -> int:
         """See `World`."""
-        entries = self._alone(prompt, sampling, choice)
+        return [entry.token_id for entry in self._alone(prompt, sampling, choice, adapter)]
+
+    def num_certain(
+        self, prompt: list[int], sampling: SamplingParams, choice: int, adapter: str | None = None
+    ) -> int:
+        """See `World`."""
+        entries = self._alone(prompt, sampling, choice, adapter)
         for place, entry in enumerate(entries):
             (_, best), (_, second) = entry.top[:2]
             if sampling.temperature == 0 and best - second < MARGIN:
                 return place
         return len(entries) + 1
+
+    def adapter(self, index: int) -> AdapterRef | None:
+        """See `World`."""
+        return self._refs[index] if index < len(self._refs) else None
 
     def echo(self, probe: Probe) -> None:
         """See `World`. Its output repeats itself by nature."""
@@ -124,16 +160,16 @@ class SmolLM2World:
 
     def check_logprobs(self, probe: Probe, outcome: Outcome) -> None:
         """See `World`."""
-        entries = self._alone(probe.prompt, probe.sampling, 0)
+        entries = self._alone(probe.prompt, probe.sampling, 0, probe.adapter_key)
         for entry, alone in zip(outcome.logprobs, entries, strict=False):
             assert entry.logprob == pytest.approx(alone.logprob, abs=1e-3)
 
     def _alone(
-        self, prompt: list[int], sampling: SamplingParams, choice: int
+        self, prompt: list[int], sampling: SamplingParams, choice: int, adapter: str | None
     ) -> list[TokenLogprobs]:
         """What a choice brings in an engine without any feature, where nothing else runs."""
         sampling = dataclasses.replace(sampling, logprobs=2)
-        key = (tuple(prompt), sampling, choice)
+        key = (tuple(prompt), sampling, choice, adapter)
         if key not in self._known:
             settings = [*self.settings, "cache.prefix=false"]
             config = load_config(settings=settings, environ={})
@@ -141,7 +177,8 @@ class SmolLM2World:
                 client = SyncClient(thread.connect(), vocabulary=self.vocabulary)
                 client.start()
                 client.ready()
-                stream = client.submit(prompt, sampling, n=choice + 1)
+                ref = next((ref for ref in self._refs if ref.key == adapter), None)
+                stream = client.submit(prompt, sampling, n=choice + 1, adapter=ref)
                 events = [event for event in stream if event.choice == choice]
                 client.close()
             self._known[key] = [entry for event in events for entry in event.logprobs]

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import shutil
+import tempfile
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol
 
 from jaxserve.config import Config
 from jaxserve.engine.parts import Parts, Progressing
+from jaxserve.formats.peft import adapter_digest, write_adapter
 from jaxserve.protocol.messages import AdapterRef, SequenceRecord
 from jaxserve.types import FinishReason, SamplingParams, TokenLogprobs, Vocabulary
 from tests.fakes import grammar
-from tests.fakes.engine import GROUPS, fake_parts, oracle
+from tests.fakes.engine import GROUPS, MODULES, fake_parts, oracle
 from tests.fakes.executor import ECHO, oracle_logprob
+from tests.lora.adapters import random_adapter
 
 
 @dataclass(kw_only=True)
@@ -21,12 +28,14 @@ class Probe:
     Attributes:
         cut: choice → tokens after which the client ends it.
         cut_reason: with which word.
+        index: among the world's probes.
         adapter: a LoRA adapter; None for the base.
     """
 
     world: World
     prompt: list[int]
     sampling: SamplingParams
+    index: int = 0
     n: int = 1
     priority: int = 0
     cut: dict[int, int] = field(default_factory=dict)
@@ -84,8 +93,14 @@ class World(Protocol):
         """The tokens of a request that is alone."""
         ...
 
-    def num_certain(self, prompt: list[int], sampling: SamplingParams, choice: int) -> int:
+    def num_certain(
+        self, prompt: list[int], sampling: SamplingParams, choice: int, adapter: str | None = None
+    ) -> int:
         """How many of them, the first ones, every engine must bring; more than all: its end too."""
+        ...
+
+    def adapter(self, index: int) -> AdapterRef | None:
+        """The adapter of the probe in this place: the first two have one each."""
         ...
 
     def echo(self, probe: Probe) -> None:
@@ -95,6 +110,20 @@ class World(Protocol):
     def check_logprobs(self, probe: Probe, outcome: Outcome) -> None:
         """Log-probabilities are those of the tokens beside them."""
         ...
+
+
+@functools.cache
+def random_adapters() -> list[AdapterRef]:
+    """Two that the fake takes, on the disk."""
+    directory = Path(tempfile.mkdtemp(prefix="jaxserve-test-adapters-"))
+    atexit.register(shutil.rmtree, directory)
+    refs = []
+    for seed in range(2):
+        path = directory / str(seed)
+        modules = {name.replace("*", "0"): sizes for name, sizes in MODULES.items()}
+        write_adapter(path, random_adapter(modules, 4, seed))
+        refs.append(AdapterRef(key=adapter_digest(path), path=str(path)))
+    return refs
 
 
 class FakeWorld:
@@ -121,6 +150,7 @@ class FakeWorld:
         return [
             Probe(
                 world=self,
+                index=index,
                 prompt=[7 + index, *range(20, 40 + 5 * index)],
                 sampling=SamplingParams(max_tokens=14 + index, seed=index, ignore_eos=True),
             )
@@ -133,9 +163,15 @@ class FakeWorld:
         """See `World`."""
         return oracle(prompt, sampling, choice, adapter)
 
-    def num_certain(self, prompt: list[int], sampling: SamplingParams, choice: int) -> int:
+    def num_certain(
+        self, prompt: list[int], sampling: SamplingParams, choice: int, adapter: str | None = None
+    ) -> int:
         """See `World`."""
         return sampling.max_tokens + 1
+
+    def adapter(self, index: int) -> AdapterRef | None:
+        """See `World`."""
+        return random_adapters()[index] if index < 2 else None
 
     def echo(self, probe: Probe) -> None:
         """See `World`."""

@@ -1,4 +1,7 @@
-"""The example of docs/lora.md makes an adapter that fits the embedded model."""
+"""The first example of docs/lora.md makes an adapter that fits the embedded model.
+
+The other is run by tests/test_offline_adapters.py.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ PAGE = Path(__file__).parent.parent.parent / "docs" / "lora.md"
 
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it stands."""
-    (block,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
+    block, _ = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
     monkeypatch.chdir(tmp_path)
     exec(compile(block, str(PAGE), "exec"), {})
     adapter = read_adapter(tmp_path / "my-adapter", max_rank=16)

@@ -247,6 +247,42 @@ def test_two_processes_fetch_the_same_at_once(tmp_path: Path, sources: Path) -> 
     assert [p.name for p in own[0].disk.directory.iterdir() if p.is_dir()] == [keys[0]]
 
 
+def test_what_a_killed_server_left_is_removed(tmp_path: Path) -> None:
+    """And nothing that somebody is fetching, in this process or another."""
+    directory = tmp_path / "cache"
+    one = DiskAdapters(directory, 10**9)
+    left = directory / "partial-left"
+    left.mkdir()
+    (left / WEIGHTS_FILE).write_bytes(b"x" * 100)
+    seen: list[set[str]] = []
+
+    def fetch(into: Path) -> None:
+        """Meanwhile another server starts."""
+        write_adapter(into, adapter(1))
+        DiskAdapters(directory, 10**9)
+        seen.append({path.name for path in directory.glob("partial-*")})
+        assert into.is_dir()
+
+    key = one.add(fetch, lambda into: None)
+    assert one.hold(key) and seen == [seen[0] - {"partial-left"}] and len(seen[0]) == 1
+    assert not list(directory.glob("partial-*"))
+    DiskAdapters(directory, 10**9)
+    assert one.path(key).is_dir()
+
+
+def test_names_of_models_are_no_adapters(tmp_path: Path, sources: Path) -> None:
+    """Neither configured, nor loaded, nor found under the root."""
+    written(sources / "minilm", 1)
+    own = Registry(LoraConfig(enabled=True, root=str(sources)), tmp_path / "state", {"minilm"})
+    with pytest.raises(AdapterNotFound):
+        own.find("minilm")
+    with pytest.raises(InvalidAdapter, match="name of a model"):
+        own.load("minilm", str(sources / "minilm"), BASE, replace=True)
+    config = LoraConfig(enabled=True, adapters=(f"minilm={sources / 'minilm'}",))
+    with pytest.raises(ConfigError, match="name of a model"):
+        configured(config, {"minilm"})
+
+
 def test_from_an_s3_store(tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the two files; what is missing or cut off is refused; a root may be there, too."""
     boto3 = pytest.importorskip("boto3")
@@ -270,7 +306,11 @@ def test_from_an_s3_store(tmp_path: Path, sources: Path, monkeypatch: pytest.Mon
         assert sorted(p.name for p in own.disk.path(key).iterdir()) == sorted(
             (CONFIG_FILE, WEIGHTS_FILE)
         )
-        with pytest.raises(InvalidAdapter, match="s3://adapters/team/b/adapter_config.json is"):
+        with pytest.raises(AdapterNotFound, match="no adapter 'b' under"):
             own.materialise("b", BASE)
+        with pytest.raises(AdapterNotFound, match="no adapter 'b' under"):
+            own.look_up("b")
+        fresh = Registry(LoraConfig(enabled=True, root="s3://adapters/team"), tmp_path / "other")
+        assert fresh.look_up("a").source == "s3://adapters/team/a"
         with pytest.raises(InvalidAdapter, match="s3://adapters/none"):
             own.load("c", "s3://adapters/none", BASE, replace=False)

@@ -16,12 +16,12 @@ import msgspec
 
 from jaxserve.config import TelemetryConfig
 from jaxserve.errors import InvalidRequest
-from jaxserve.http.body import show
 from jaxserve.http.console import RequestNotFound
 from jaxserve.http.observer.messages import Answer, News, Question
 from jaxserve.http.observer.part import Part
 from jaxserve.telemetry.live import RINGS, Live
 from jaxserve.telemetry.waterfall import document
+from jaxserve.text.fields import show
 
 _STEPS = {str(step_s): step_s for step_s, _ in RINGS}
 #: Larger numbers are nobody's.

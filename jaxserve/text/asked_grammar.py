@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import msgspec
-
 from jaxserve.errors import InvalidRequest
-from jaxserve.http.body import Fields
 from jaxserve.structured import grammars
 from jaxserve.structured.grammars import Tag
+from jaxserve.text.fields import Fields, from_json
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import Grammar
 
@@ -172,8 +170,8 @@ def _schema(fields: Fields, name: str, **options: Any) -> Grammar:
 
 def _parsed(fields: Fields, name: str, text: str) -> Any:
     try:
-        return msgspec.json.decode(text)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return from_json(text)
+    except ValueError:
         raise fields.wrong(name, "JSON, as an object or as text", text) from None
 
 

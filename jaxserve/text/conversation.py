@@ -1,10 +1,10 @@
-"""Chat messages, from a body's fields to what chat templates take."""
+"""Chat messages, from a request's fields to what chat templates take."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from jaxserve.http.body import Fields
+from jaxserve.text.fields import Fields
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 10_000

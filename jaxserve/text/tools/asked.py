@@ -1,4 +1,4 @@
-"""`tools`, `tool_choice` and `parallel_tool_calls`, from a body's fields to a `Toolbox`.
+"""`tools`, `tool_choice` and `parallel_tool_calls`, from a request's fields to a `Toolbox`.
 
 Chat and responses spell the same things differently: {"type": "function", "function": {"name": …}}
 in the one is {"type": "function", "name": …} in the other (`flat`).
@@ -8,23 +8,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from jaxserve.errors import InvalidRequest
-from jaxserve.http.body import Fields, show
+from jaxserve.text.fields import Fields, show
 from jaxserve.text.tools.tool import MAX_TOOLS, NAME, Tool, Toolbox
 
 MODES = ("none", "auto", "required")
 
 
-def read_toolbox(fields: Fields, *, flat: bool = False) -> Toolbox:
+def read_toolbox(fields: Fields, *, flat: bool = False, num_bytes: int = 0) -> Toolbox:
     """The tools of a request, and which of them may or must be called.
+
+    Args:
+        num_bytes: of the tools as JSON.
 
     Raises:
         InvalidRequest: what is wrong, by field, value and limit.
     """
     tools = _tools(fields, flat)
-    num_bytes = len(msgspec.json.encode(fields.peek("tools"))) if tools else 0
     several = fields.flag("parallel_tool_calls", True)
     names = frozenset(tool.name for tool in tools)
     choice = fields.take("tool_choice")
