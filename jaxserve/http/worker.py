@@ -10,7 +10,6 @@ Invariants: never imports JAX; ends with its parent, whatever way that ends.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import pickle

@@ -165,6 +165,28 @@ def test_each_record_reaches_the_parts_once_though_the_observer_dies_twice(tmp_p
     run(work())
 
 
+def test_a_disk_that_takes_nothing_is_said_once_and_again_after_it_did(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    async def work() -> None:
+        book = Book("ledger")
+        observer = Observer(tmp_path / "o", [book.part], flush_interval_s=1.0)
+        for keeps in (False, False, True, True, False, False):
+            book.keeps = keeps
+            await observer._flush()
+        assert observer._num_faults["ledger"] == 4
+        assert [news.kind for news in book.news] == ["part_failed"]  # one in a minute
+
+    run(work())
+    said = [record.message for record in caplog.records]
+    assert said == [
+        "the observer's ledger cannot do its work: the disk is full",
+        "the observer's ledger does its work again",
+        "the observer's ledger cannot do its work: the disk is full",
+    ]
+    assert not any(record.exc_info for record in caplog.records)
+
+
 def test_what_no_observer_kept_is_sent_to_the_next(tmp_path: Path):
     async def work() -> None:
         async with linked(tmp_path / "o") as link:
