@@ -182,9 +182,13 @@ def test_a_directory_for_records_that_cannot_be_used_ends_it_with_a_sentence(tmp
         assert "telemetry.state_dir" in process.stderr.read()
 
 
-def mounted_read_only(folder: Path) -> list[str]:
-    """Begins a command that finds a directory on a read-only file system."""
-    script = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0"'
+SMALL = 'mount -t tmpfs -o size=2M tmpfs "$0"'
+
+
+def mounted(folder: Path, mount: str) -> list[str]:
+    """Begins a command that alone finds another file system in a directory."""
+    script = f'{mount} && exec "$@"'
     options = ["--mount"] if os.getuid() == 0 else ["--mount", "--user", "--map-root-user"]
     under = ["unshare", *options, "sh", "-c", script, str(folder)]
     if subprocess.run([*under, "true"], capture_output=True).returncode:
@@ -196,7 +200,7 @@ def test_a_read_only_directory_for_records_is_said_once_and_served_without(tmp_p
     with started(
         f"telemetry.state_dir={tmp_path}",
         "telemetry.flush_interval_s=0.05",
-        under=mounted_read_only(tmp_path),
+        under=mounted(tmp_path, READ_ONLY),
     ) as process:
         with httpx.Client(base_url=address_of(process), timeout=TIMEOUT_S) as client:
             body = {"messages": HI, "max_tokens": 2}
@@ -215,6 +219,53 @@ def test_a_read_only_directory_for_records_is_said_once_and_served_without(tmp_p
     assert said.count("Read-only file system") == said.count("nothing outlives this server") == 1
     assert "Traceback" not in said
     assert list(tmp_path.iterdir()) == []
+
+
+def fill(path: Path) -> None:
+    """Takes all room that there is."""
+    with path.open("wb", 0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_is_told_and_what_waited_is_written_once_there_is_room(tmp_path: Path):
+    with started(
+        f"telemetry.state_dir={tmp_path}",
+        "telemetry.flush_interval_s=0.1",
+        under=mounted(tmp_path, SMALL),
+    ) as process:
+        base = address_of(process)
+        with httpx.Client(base_url=base, timeout=TIMEOUT_S) as client:
+
+            def ask(count: int) -> None:
+                for _ in range(count):
+                    body = {"messages": HI, "max_tokens": 2}
+                    assert client.post("/v1/chat/completions", json=body).status_code == 200
+
+            def until(*lines: str) -> None:
+                deadline = time.monotonic() + TIMEOUT_S
+                while missing := set(lines) - set(client.get("/metrics").text.splitlines()):
+                    assert time.monotonic() < deadline, missing
+                    time.sleep(0.05)
+
+            ask(2)
+            until("jaxserve_cost_entries_total 2.0", "jaxserve_ledger_up 1.0")
+            filler = Path(f"/proc/{process.pid}/root{tmp_path}/filler")
+            with pytest.raises(OSError, match="No space left"):
+                fill(filler)
+            ask(3)
+            until("jaxserve_ledger_up 0.0", "jaxserve_cost_entries_waiting 3.0")
+            until("jaxserve_slo_state_kept 0.0", 'jaxserve_observer_faults_total{part="slo"} 0.0')
+            filler.unlink()
+            until("jaxserve_ledger_up 1.0", "jaxserve_cost_entries_total 5.0")
+            until("jaxserve_cost_entries_lost_total 0.0", "jaxserve_slo_state_kept 1.0")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT_S) == 0
+        said = process.stderr.read()
+    assert said.count("metering cannot do its work: No space left on device") == 1
+    assert said.count("metering does its work again") == 1
+    assert "Traceback" not in said
 
 
 def test_a_second_signal_ends_it_at_once():

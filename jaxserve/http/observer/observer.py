@@ -267,7 +267,8 @@ class Observer:
             # A disk, a database: what is wrong is in the message, and is so until it is mended.
             if (part.name, name) not in self._troubled:
                 self._troubled.add((part.name, name))
-                message = error.message if isinstance(error, JaxserveError) else error
+                known = isinstance(error, JaxserveError)
+                message = error.message if known else error.strerror or error
                 logger.error("the observer's %s cannot do its work: %s", part.name, message)
             self._count_fault(part)
             return False
