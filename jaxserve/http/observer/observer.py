@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 METRICS, OPEN_METRICS = "metrics", "openmetrics"
 #: And this, to say that it lives.
 ALIVE = "alive"
-#: Between two faults of one part that are logged.
+#: Between two faults of one part that are logged, or told as news.
 _QUIET_S = 60.0
 
 
@@ -76,7 +76,8 @@ class Observer:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._server: asyncio.Server | None = None
         self._num_faults: Counter[str] = Counter()
-        self._logged_s: dict[str, float] = {}
+        self._logged_s: dict[str, float] = {}  # of each part, when a fault was logged last
+        self._told_s: dict[str, float] = {}  # and told as news
         self._troubled: set[tuple[str, str]] = set()  # part and call whose trouble was told
         self._num_dropped: dict[str, int] = {}
         self._num_records = 0
@@ -161,6 +162,8 @@ class Observer:
                         self._spawn(self._answer(question, writer), question.name)
         except (OSError, asyncio.IncompleteReadError):
             pass  # the worker has ended, or comes again
+        except asyncio.CancelledError:
+            pass  # `close`; asyncio would log the end of a connection's task as a fault
         except ValueError as error:
             logger.warning("a worker said what the observer does not understand: %s", error)
         finally:
@@ -281,19 +284,20 @@ class Observer:
         return True
 
     def _fault(self, part: Part, error: Exception) -> None:
-        """What a part should not have done."""
-        if self._count_fault(part):
+        """What a part should not have done; logged now and then."""
+        now_s = time.monotonic()
+        if now_s - self._logged_s.get(part.name, -_QUIET_S) >= _QUIET_S:
+            self._logged_s[part.name] = now_s
             logger.error("the observer's %s failed", part.name, exc_info=error)
+        self._count_fault(part)
 
-    def _count_fault(self, part: Part) -> bool:
-        """Whether the fault was told as news: not again and again."""
+    def _count_fault(self, part: Part) -> None:
+        """Counts it, and tells it as news now and then."""
         self._num_faults[part.name] += 1
         now_s = time.monotonic()
-        if now_s - self._logged_s.get(part.name, -_QUIET_S) < _QUIET_S:
-            return False
-        self._logged_s[part.name] = now_s
-        self.news("part_failed", part.name)
-        return True
+        if now_s - self._told_s.get(part.name, -_QUIET_S) >= _QUIET_S:
+            self._told_s[part.name] = now_s
+            self.news("part_failed", part.name)
 
     def _spawn(self, work: Any, name: str) -> None:
         task = asyncio.create_task(work, name=f"jaxserve observer {name}")
