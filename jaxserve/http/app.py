@@ -173,6 +173,7 @@ def create_app(
             Route("/v1/usage", Observed(frontend, "usage"), methods=get),
             Route("/v1/costs", Observed(frontend, "costs"), methods=get),
             Route("/v1/alerts", Observed(frontend, "alerts"), methods=get),
+            Route("/v1/baselines", Observed(frontend, "baselines"), methods=get),
             Route("/metrics", PrometheusMetrics(frontend), methods=get),
             Route("/slo", Observed(frontend, "slo"), methods=get),
             Route("/console/data", Observed(frontend, "console"), methods=get),

@@ -30,7 +30,7 @@ MAX_PRIORITY = 1_000_000
 PUBLIC_PATHS = frozenset({"/health", "/live", "/ready"}) | CONSOLE_PATHS
 ADMIN_PATHS = frozenset(
     {
-        *("/metrics", "/slo", "/v1/alerts", "/console/data", "/console/request"),
+        *("/metrics", "/slo", "/v1/alerts", "/v1/baselines", "/console/data", "/console/request"),
         *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
     }
 )

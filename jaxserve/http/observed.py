@@ -12,9 +12,9 @@ from urllib.parse import parse_qsl
 from jaxserve.errors import Overloaded
 from jaxserve.http.auth import Identity
 from jaxserve.http.frontend import Frontend
-from jaxserve.http.metrics import CONTENT_TYPE
+from jaxserve.http.metrics import CONTENT_TYPE, END, OPEN_CONTENT_TYPE, wants_open
 from jaxserve.http.observer.messages import Question
-from jaxserve.http.observer.observer import METRICS
+from jaxserve.http.observer.observer import METRICS, OPEN_METRICS
 from jaxserve.http.observer.reporter import NoReporter
 
 #: How long a scrape waits for the observer; and one that did not answer is not waited for again
@@ -57,7 +57,10 @@ class Observed:
 
 
 class PrometheusMetrics:
-    """/metrics: of the workers and the engine, and behind them of the observer's parts."""
+    """/metrics: of the workers and the engine, and behind them of the observer's parts.
+
+    As OpenMetrics where the Accept header asks for that, as Prometheus' own does.
+    """
 
     def __init__(self, frontend: Frontend, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._frontend = frontend
@@ -65,18 +68,24 @@ class PrometheusMetrics:
         self._hung_until_s = -math.inf
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answers in Prometheus' text format."""
-        body = self._frontend.metrics.render()
+        """Answers in Prometheus' text format, or as OpenMetrics."""
+        accept = b",".join(value for name, value in scope["headers"] if name == b"accept")
+        is_open = wants_open(accept.decode("latin-1"))
+        body = self._frontend.metrics.render(is_open=is_open)
         if type(self._frontend.reporter) is not NoReporter:
-            body += await self._observed()
-        await _send(send, 200, CONTENT_TYPE, body)
+            body += await self._observed(is_open=is_open)
+        if is_open:
+            await _send(send, 200, OPEN_CONTENT_TYPE, body + END)
+        else:
+            await _send(send, 200, CONTENT_TYPE, body)
 
-    async def _observed(self) -> bytes:
+    async def _observed(self, *, is_open: bool) -> bytes:
         if self._clock_s() < self._hung_until_s:
             return _DOWN
+        question = Question(id=0, name=OPEN_METRICS if is_open else METRICS, admin=True)
         try:
             async with asyncio.timeout(_SCRAPE_S):
-                answer = await self._frontend.reporter.ask(Question(id=0, name=METRICS, admin=True))
+                answer = await self._frontend.reporter.ask(question)
         except TimeoutError:
             self._hung_until_s = self._clock_s() + _HUNG_S
             return _DOWN

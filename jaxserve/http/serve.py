@@ -21,6 +21,7 @@ import asyncio
 import dataclasses
 import os
 import pickle
+import resource
 import signal
 import socket
 import ssl
@@ -96,6 +97,7 @@ def serve(
         with _bind(config.http) as listener:
             config = _resolved(config, resolve)
             configured(config.lora, model_names(config))
+            _allow_many_files()
             modules = (engine_module, worker_module, observer_module)
             return asyncio.run(_Supervisor(config, listener, *modules).run())
     except JaxserveError as error:
@@ -376,6 +378,12 @@ def _bind(config: HttpConfig) -> socket.socket:
         ) from None
     listener.setblocking(False)
     return listener
+
+
+def _allow_many_files() -> None:
+    """Raises what many systems set low, 1,024 files: each client's connection is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _check_tls(config: HttpConfig) -> None:

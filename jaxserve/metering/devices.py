@@ -85,7 +85,8 @@ DEVICES = {
             name="v5e",
             marks=("v5 lite", "v5e"),
             price_per_hour=1.20,
-            price_source="not read from a price page: give yours with --price",
+            price_source="Google Cloud's SKUs by skypilot-catalog (catalogs/v8/gcp/vms.csv at "
+            "006059e), us-central1, on demand",
             price_date="2026-11-26",
             chip_watts=_V5E_WATTS,
             system_watts=_V5E_WATTS,

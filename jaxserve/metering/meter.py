@@ -104,7 +104,10 @@ class Meter:
         Raises:
             OSError: the file cannot be written; the lines are given again.
         """
-        if last or now_ns - self._made_ns >= LINES_S * 1e9:
+        # None beside those that wait for a ledger that is away: what follows adds up by the hour,
+        # so that however long that takes, this stays as small as it is.
+        is_due = now_ns - self._made_ns >= LINES_S * 1e9 and not self._unkept
+        if last or is_due:
             self._made_ns = now_ns
             self._unkept += self._hours.lines()
         _save(self._path, (self._life, self._source), self._hours.state(), self._unkept)

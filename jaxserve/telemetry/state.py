@@ -5,6 +5,7 @@ One server at a time holds it, by a lock on a file in it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -16,6 +17,8 @@ from jaxserve.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _LOCK = "lock"
+#: Faults of a disk, which no other setting mends while it lasts; a server serves without it.
+_DISK_FAULTS = frozenset({errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO})
 _HOME = "~/.local/state/jaxserve"
 
 
@@ -24,17 +27,21 @@ class StateDirectory:
 
     Args:
         scratch: holds it where none is configured and the server listens on a port of the system's
-            choice (nobody could find such a server's state again), or the usual one cannot be used.
+            choice (nobody could find such a server's state again), or the usual one cannot be used,
+            or the configured one's disk is read-only, full or broken.
 
     Attributes:
         path: of the directory.
+        outlives: whether it will be there after this server.
 
     Raises:
-        ConfigError: the configured one cannot be made or written, or another server holds it.
+        ConfigError: the configured one cannot be made or written for another reason, or another
+            server holds it.
     """
 
     def __init__(self, config: Config, scratch: Path) -> None:
         configured = config.telemetry.state_dir
+        self.outlives = bool(configured) or config.http.port != 0
         if configured:
             self.path = Path(configured).expanduser()
         elif config.http.port == 0:
@@ -44,10 +51,11 @@ class StateDirectory:
         try:
             self._lock = _hold(self.path)
         except ConfigError as error:
-            if configured:
+            if configured and getattr(error.__cause__, "errno", 0) not in _DISK_FAULTS:
                 raise
             logger.warning("%s; until then nothing outlives this server", error.message)
             self.path = scratch / "state"
+            self.outlives = False
             self._lock = _hold(self.path)
 
     def release(self) -> None:

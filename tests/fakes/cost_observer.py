@@ -54,7 +54,9 @@ def _key(document: dict) -> tuple:
     return document.get("source"), document.get("number"), document.get("step_ns")
 
 
-def make_parts(config: Config, state: Path, tell: Callable[[str, bytes], None]) -> list[Part]:
+def make_parts(
+    config: Config, state: Path, tell: Callable[[str, bytes], None], news: object
+) -> list[Part]:
     """The part that prices, and one that writes steps down."""
     ledger = FileLedger(state / FILE)
 

@@ -30,6 +30,7 @@ def test_an_engine_that_dies_again_and_again_is_told_once_and_shown(tmp_path):
         base = address_of(process)
         with httpx.Client(base_url=base, timeout=TIMEOUT_S) as client:
             assert client.get("/v1/alerts").json()["open"] == []
+            assert client.get("/v1/baselines").json()["changes"] == []
             deadline = time.monotonic() + TIMEOUT_S
             killed: set[int] = set()
             while len(killed) < 3:

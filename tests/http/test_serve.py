@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,10 +26,10 @@ ENDLESS = {"messages": HI, "ignore_eos": True, "stream": True, "seed": 1}
 
 
 @contextmanager
-def started(*settings: str) -> Iterator[subprocess.Popen]:
-    """A server process; killed at the end if it still runs."""
+def started(*settings: str, under: Sequence[str] = ()) -> Iterator[subprocess.Popen]:
+    """A server process, started by the command `under`; killed at the end if it still runs."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.fakes.serve", "http.port=0", *settings],
+        [*under, sys.executable, "-m", "tests.fakes.serve", "http.port=0", *settings],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -180,6 +180,92 @@ def test_a_directory_for_records_that_cannot_be_used_ends_it_with_a_sentence(tmp
     with started(f"telemetry.state_dir={tmp_path / 'file' / 'state'}") as process:
         assert process.wait(TIMEOUT_S) == 1
         assert "telemetry.state_dir" in process.stderr.read()
+
+
+READ_ONLY = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0"'
+SMALL = 'mount -t tmpfs -o size=2M tmpfs "$0"'
+
+
+def mounted(folder: Path, mount: str) -> list[str]:
+    """Begins a command that alone finds another file system in a directory."""
+    script = f'{mount} && exec "$@"'
+    options = ["--mount"] if os.getuid() == 0 else ["--mount", "--user", "--map-root-user"]
+    under = ["unshare", *options, "sh", "-c", script, str(folder)]
+    if subprocess.run([*under, "true"], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    return under
+
+
+def test_a_read_only_directory_for_records_is_said_once_and_served_without(tmp_path: Path):
+    with started(
+        f"telemetry.state_dir={tmp_path}",
+        "telemetry.flush_interval_s=0.05",
+        under=mounted(tmp_path, READ_ONLY),
+    ) as process:
+        with httpx.Client(base_url=address_of(process), timeout=TIMEOUT_S) as client:
+            body = {"messages": HI, "max_tokens": 2}
+            assert client.post("/v1/chat/completions", json=body).status_code == 200
+            deadline = time.monotonic() + TIMEOUT_S
+            while "jaxserve_ledger_rows_total 1.0" not in (text := client.get("/metrics").text):
+                assert time.monotonic() < deadline, "the request was not written down"
+                time.sleep(0.05)
+            assert "jaxserve_observer_state_kept 0.0" in text
+            assert "jaxserve_ledger_up 1.0" in text  # for as long as the server lives
+            usage = client.get("/v1/usage").json()
+            assert usage["data"], usage
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT_S) == 0
+        said = process.stderr.read()
+    assert said.count("Read-only file system") == said.count("nothing outlives this server") == 1
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def fill(path: Path) -> None:
+    """Takes all room that there is."""
+    with path.open("wb", 0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_is_told_and_what_waited_is_written_once_there_is_room(tmp_path: Path):
+    with started(
+        f"telemetry.state_dir={tmp_path}",
+        "telemetry.flush_interval_s=0.1",
+        under=mounted(tmp_path, SMALL),
+    ) as process:
+        base = address_of(process)
+        with httpx.Client(base_url=base, timeout=TIMEOUT_S) as client:
+
+            def ask(count: int) -> None:
+                for _ in range(count):
+                    body = {"messages": HI, "max_tokens": 2}
+                    assert client.post("/v1/chat/completions", json=body).status_code == 200
+
+            def until(*lines: str) -> None:
+                deadline = time.monotonic() + TIMEOUT_S
+                while missing := set(lines) - set(client.get("/metrics").text.splitlines()):
+                    assert time.monotonic() < deadline, missing
+                    time.sleep(0.05)
+
+            ask(2)
+            until("jaxserve_cost_entries_total 2.0", "jaxserve_ledger_up 1.0")
+            filler = Path(f"/proc/{process.pid}/root{tmp_path}/filler")
+            with pytest.raises(OSError, match="No space left"):
+                fill(filler)
+            ask(3)
+            until("jaxserve_ledger_up 0.0", "jaxserve_cost_entries_waiting 3.0")
+            until("jaxserve_slo_state_kept 0.0", 'jaxserve_observer_faults_total{part="slo"} 0.0')
+            filler.unlink()
+            until("jaxserve_ledger_up 1.0", "jaxserve_cost_entries_total 5.0")
+            until("jaxserve_cost_entries_lost_total 0.0", "jaxserve_slo_state_kept 1.0")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(TIMEOUT_S) == 0
+        said = process.stderr.read()
+    assert said.count("metering cannot do its work") == 1
+    assert said.count("metering does its work again") == 1
+    assert "Traceback" not in said
 
 
 def test_a_second_signal_ends_it_at_once():

@@ -199,11 +199,11 @@ def test_each_hour_the_oldest_day_that_is_too_old_is_forgotten(tmp_path: Path):
 
 
 def test_settings(tmp_path: Path):
-    parts = make_parts(Config(), tmp_path, lambda topic, body: None)
+    parts = make_parts(Config(), tmp_path, lambda *_: None, lambda *_: None)
     assert "ledger" in [part.name for part in parts]
     off = Config(metering=MeteringConfig(enabled=False))
     assert "ledger" not in [
-        part.name for part in make_parts(off, tmp_path, lambda topic, body: None)
+        part.name for part in make_parts(off, tmp_path, lambda *_: None, lambda *_: None)
     ]
     check_parts(Config())
     with pytest.raises(ConfigError, match=r"metering\.ledger"):

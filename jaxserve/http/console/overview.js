@@ -251,6 +251,8 @@ export class Overview {
       engine_down: "Engine ended",
       engine_started: "Engine started again",
       engine_failed: "Engine given up",
+      deployed: "Deployed",
+      configured: "Configured",
     };
     this.news.replaceChildren(
       ...(news.length

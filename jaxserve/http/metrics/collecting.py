@@ -9,7 +9,8 @@ from jaxserve.config import TelemetryConfig
 from jaxserve.http.metrics import families as f
 from jaxserve.http.metrics.aliases import VllmNames
 from jaxserve.http.metrics.cells import Cells
-from jaxserve.http.metrics.exposition import Text, label_text
+from jaxserve.http.metrics.exemplars import Exemplars
+from jaxserve.http.metrics.exposition import OpenText, Text, label_text
 from jaxserve.http.metrics.window import Window
 from jaxserve.protocol.messages import EngineStatus
 from jaxserve.types import DeviceInfo
@@ -39,24 +40,32 @@ class Collecting:
 
     Args:
         page_size: tokens a KV page.
+        exemplars: of this process's histograms.
     """
 
     def __init__(
-        self, cells: Cells, window: Window, config: TelemetryConfig, page_size: int
+        self,
+        cells: Cells,
+        window: Window,
+        config: TelemetryConfig,
+        page_size: int,
+        exemplars: Exemplars,
     ) -> None:
+        self._exemplars = exemplars
         self._cells = cells
         self._window = window
         self._config = config
         self._vllm = VllmNames(cells, page_size) if config.vllm_metrics else None
 
-    def render(self, status: EngineStatus | None) -> bytes:
+    def render(self, status: EngineStatus | None, *, is_open: bool = False) -> bytes:
         """The text format.
 
         Args:
             status: the engine's last; None before it has said anything.
+            is_open: whether as OpenMetrics, without its last line.
         """
         self._cells.refresh()
-        text = Text()
+        text = OpenText() if is_open else Text()
         for family in f.FAMILIES.values():
             if not family.hidden:
                 self._family(text, family)
@@ -88,12 +97,15 @@ class Collecting:
             text.head(family.name, family.kind, family.documentation)
         for one in series:
             labels = label_text(family.labels, one.labels)
-            self._one(text, family, labels, self._cells.totals(one))
+            self._one(text, family, labels, self._cells.totals(one), one.first)
 
-    def _one(self, text: Text, family: f.Family, labels: str, totals: list[float]) -> None:
+    def _one(
+        self, text: Text, family: f.Family, labels: str, totals: list[float], first: int = -1
+    ) -> None:
         if family.kind == "histogram":
             counts, total = f.cumulative(family, totals, family.shown)
-            text.histogram(family.name, labels, family.shown, counts, total)
+            exemplars = self._exemplars.shown(first, f.selection(family.bounds, family.shown))
+            text.histogram(family.name, labels, family.shown, counts, total, exemplars)
         else:
             text.sample(family.name, labels, totals[0])
 

@@ -18,6 +18,7 @@ from jaxserve.config import TelemetryConfig
 from jaxserve.http.metrics import families as f
 from jaxserve.http.metrics.cells import Cells
 from jaxserve.http.metrics.collecting import Collecting
+from jaxserve.http.metrics.exemplars import Exemplars
 from jaxserve.http.metrics.requests import RequestCounts
 from jaxserve.http.metrics.window import Window
 from jaxserve.limits.admission import REASONS
@@ -84,8 +85,9 @@ class Metrics:
             if not family.labels and family.sums is None
         }
         self._window = Window(cells)
-        self._requests = RequestCounts(cells, config, tenants)
-        self._collecting = Collecting(cells, self._window, config, page_size)
+        exemplars = Exemplars()
+        self._requests = RequestCounts(cells, config, tenants, exemplars)
+        self._collecting = Collecting(cells, self._window, config, page_size, exemplars)
         for labels in _LIMITED:
             self._at(f.RATE_LIMITED, *labels)
         for reason in REASONS:
@@ -99,10 +101,10 @@ class Metrics:
         self._followed_ns = 0
         self._had_work = False  # after the step before
 
-    def render(self) -> bytes:
-        """The text format, for all workers."""
+    def render(self, *, is_open: bool = False) -> bytes:
+        """The text format, for all workers; as OpenMetrics it lacks the last line."""
         status = self.followed()
-        return self._collecting.render(status)
+        return self._collecting.render(status, is_open=is_open)
 
     # ------------------------------------------------------------------ requests
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from jaxserve.config import TelemetryConfig
 from jaxserve.http.metrics import families as f
 from jaxserve.http.metrics.cells import Cells
+from jaxserve.http.metrics.exemplars import Exemplars
 from jaxserve.protocol.messages import SequenceRecord
 from jaxserve.protocol.records import Outcome, RequestRecord
 from jaxserve.telemetry import semconv
@@ -63,10 +64,18 @@ class RequestCounts:
     Args:
         tenants: that are known from the start; their series begin at 0, so that no increase is
             missed.
+        exemplars: where latencies of traced requests are kept.
     """
 
-    def __init__(self, cells: Cells, config: TelemetryConfig, tenants: Sequence[str]) -> None:
+    def __init__(
+        self,
+        cells: Cells,
+        config: TelemetryConfig,
+        tenants: Sequence[str],
+        exemplars: Exemplars,
+    ) -> None:
         self._cells = cells
+        self._exemplars = exemplars
         self._own = cells.own
         self._config = config
         self._tenants: dict[str, _Caller] = {}
@@ -123,14 +132,15 @@ class RequestCounts:
         duration = places.duration.get(error)
         if duration is None:
             duration = self._duration(places, record, error)
-        self._observe(duration, (record.done_ns - record.arrived_ns) / 1e9)
+        trace_id = record.trace_id if record.sampled else ""
+        self._observe(duration, (record.done_ns - record.arrived_ns) / 1e9, trace_id)
         if error:
             return
         ttft_ns, tpot_ns = record.ttft_ns, record.tpot_ns
         if ttft_ns is not None:
-            self._observe(places.ttft, ttft_ns / 1e9)
+            self._observe(places.ttft, ttft_ns / 1e9, trace_id)
         if tpot_ns is not None:
-            self._observe(places.tpot, tpot_ns / 1e9)
+            self._observe(places.tpot, tpot_ns / 1e9, trace_id)
         self._observe(places.inputs, record.prompt_tokens)
         if record.completion_tokens:
             self._observe(places.outputs, record.completion_tokens)
@@ -166,10 +176,13 @@ class RequestCounts:
         if record.asked.max_tokens:
             self._observe(self._max_tokens, record.asked.max_tokens)
 
-    def _observe(self, histogram: _Histogram, value: float) -> None:
+    def _observe(self, histogram: _Histogram, value: float, trace_id: str = "") -> None:
         own = self._own
-        own[histogram.first + bisect_left(histogram.bounds, value)] += 1
+        bucket = bisect_left(histogram.bounds, value)
+        own[histogram.first + bucket] += 1
         own[histogram.sum] += value
+        if trace_id:
+            self._exemplars.keep(histogram.first, bucket, trace_id, value)
 
     # ------------------------------------------------------------------ places
 

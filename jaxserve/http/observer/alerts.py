@@ -28,7 +28,7 @@ from jaxserve.telemetry.alerts.incident import Incident, Severity
 from jaxserve.telemetry.alerts.notifier import Notifier
 from jaxserve.telemetry.alerts.receivers import make_receivers
 from jaxserve.telemetry.alerts.starts import LOOP_S, Starts
-from jaxserve.telemetry.baselines.identity import device_name, fingerprint
+from jaxserve.telemetry.baselines.identity import CONFIGURED, DEPLOYED, Deployment
 from jaxserve.telemetry.baselines.watch import Baselines, worse_text
 from jaxserve.telemetry.document import Document
 
@@ -40,8 +40,8 @@ BASELINES_VERSION = 1
 SAVE_S = 60.0
 #: A fault of a part is an incident for so long after it was last seen.
 FAULT_S = 300.0
-#: News of changes on purpose.
-CHANGES = frozenset({"deployed", "configured"})
+#: News of changes on purpose (`http.observer.deployment`).
+CHANGES = frozenset({DEPLOYED, CONFIGURED})
 #: From this part on, a degradation is an error, no longer a warning.
 GRAVE_SHIFT = 0.25
 #: Series that a degradation names.
@@ -147,6 +147,7 @@ def make_alerts(
 
 def make_baselines(
     config: Config,
+    deployment: Deployment,
     state: Path,
     on_alert: OnAlert,
     *,
@@ -156,14 +157,14 @@ def make_baselines(
     """The part of baselines.
 
     Args:
+        deployment: whose baselines they are.
         state: directory of what outlives this process.
         on_alert: of the part of alerts.
     """
     settings = config.alerts
     baselines = Baselines(
         model=config.model.served_name or Path(config.model.path).name,
-        version=fingerprint(config),
-        device=device_name(),
+        version=deployment.version,
         sample_s=settings.sample_s,
         min_shift=settings.min_shift,
         baseline_samples=settings.baseline_samples,
@@ -174,6 +175,9 @@ def make_baselines(
     def on_news(news: News) -> None:
         if news.kind in CHANGES:
             baselines.changed(news.subject or news.kind)
+
+    def on_status(status: EngineStatus) -> None:
+        baselines.status(status, monotonic())
 
     async def tick() -> None:
         baselines.tick(monotonic())
@@ -188,7 +192,7 @@ def make_baselines(
         name="baselines",
         ended=baselines.ended,
         step=baselines.step,
-        status=baselines.status,
+        status=on_status,
         news=on_news,
         tick=tick,
         asks={"baselines": ask},

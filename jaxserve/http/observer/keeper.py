@@ -52,7 +52,12 @@ class ObserverKeeper:
         self.socket = scratch / "observer"
         self._module = module
         self._state = StateDirectory(config, scratch)
-        self._settings = ObserverSettings(config=config, socket=self.socket, state=self._state.path)
+        self._settings = ObserverSettings(
+            config=config,
+            socket=self.socket,
+            state=self._state.path,
+            outlives=self._state.outlives,
+        )
         self._process: subprocess.Popen[bytes] | None = None
         self._task: asyncio.Task[None] | None = None
         self._answered = False

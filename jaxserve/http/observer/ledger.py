@@ -57,6 +57,7 @@ class LedgerPart:
 
     Args:
         keep_days: see `MeteringConfig`; 0 forgets nothing.
+        is_fed: whether what is to be written down gets as far as the ledger.
         clock_s: wall clock. elapsed_s: a clock that never steps.
 
     Attributes:
@@ -68,12 +69,14 @@ class LedgerPart:
         ledger: Ledger,
         currency: str = "usd",
         keep_days: int = 0,
+        is_fed: Callable[[], bool] = lambda: True,
         clock_s: Callable[[], float] = time.time,
         elapsed_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._ledger = ledger
         self._currency = currency.lower()  # as OpenAI has it
         self._keep_days = keep_days
+        self._is_fed = is_fed
         self._clock_s = clock_s
         self._elapsed_s = elapsed_s
         self._forget_at_s = elapsed_s() + _FORGET_EVERY_S
@@ -107,7 +110,9 @@ class LedgerPart:
     def metrics(self) -> Iterator[Metric]:
         """How the ledger is."""
         yield GaugeMetricFamily(
-            "jaxserve_ledger_up", "1 if it could be written the last time", int(self._ledger.up)
+            "jaxserve_ledger_up",
+            "1 if it could be written the last time, and what leads to it",
+            int(self._ledger.up and self._is_fed()),
         )
         yield CounterMetricFamily(
             "jaxserve_ledger_rows", "Requests and lines written down", self._ledger.num_added

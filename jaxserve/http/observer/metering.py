@@ -8,9 +8,11 @@ reports.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
@@ -40,6 +42,8 @@ TOTALS_S = 60.0
 AGAIN_S = 5.0
 #: Entries that wait for the ledger, at most; beyond it the oldest are lost, and counted.
 MAX_UNKEPT = 500_000
+#: Entries that it is given at a time, so that one that is away costs no more than these.
+GIVEN_AT_ONCE = 2_000
 #: Tenants whose budgets are in the metrics.
 _MAX_TENANTS = 200
 
@@ -61,7 +65,7 @@ class Ledger(Protocol):
 
 
 class Metering:
-    """See the module; `part` is what the observer gets.
+    """See the module; `part` is what the observer gets, `keeps` whether its file could be written.
 
     Args:
         tell: `Observer.tell`, from the first tick on.
@@ -104,7 +108,8 @@ class Metering:
         )
         self.spending = Spending(budgets or {}, on_passed or self._log_passed)
         self._live = LivePrices()
-        self._unkept: list[Entry] = []
+        self.keeps = True
+        self._unkept: deque[Entry] = deque()
         self._num_kept = self._num_lost = 0
         self._charged = {"prefill": ZERO, "decode": ZERO, "waste": ZERO}
         self._charged_j = 0.0
@@ -129,7 +134,7 @@ class Metering:
         self._unkept.append(entry)
         if len(self._unkept) > MAX_UNKEPT:
             self._num_lost += 1
-            del self._unkept[0]
+            self._unkept.popleft()
         if entry.tenant in self.spending.budgets:
             self.spending.add(month_of(ended_s), entry.tenant, entry.cost)
         self._live.add(entry, now_ns / 1e9)
@@ -244,15 +249,28 @@ class Metering:
     async def _flush(self, *, last: bool) -> None:
         async with self._asks_ledger:
             self._settle(last=last)  # what was reported so far: it is not reported again
-            lines = self.meter.save(self._clock_ns(), last=last)
-            entries = list(self._unkept)
-            if not entries and not lines:
-                return
+            try:
+                lines = self.meter.save(self._clock_ns(), last=last)
+            except OSError:  # no lines, then; requests need no file here
+                self.keeps = False
+                await self._give([])
+                raise
+            self.keeps = True
+            await self._give(lines)
+
+    async def _give(self, lines: Sequence[Line]) -> None:
+        """Gives the ledger lines, and what requests it has not got, some at a time."""
+        left = len(self._unkept)
+        while left or lines:
+            entries = list(itertools.islice(self._unkept, min(left, GIVEN_AT_ONCE)))
+            num_lost = self._num_lost
             await asyncio.to_thread(self._ledger.add, entries, lines)
-            given = set(map(id, entries))  # some may have been dropped meanwhile
-            self._unkept = [entry for entry in self._unkept if id(entry) not in given]
+            num_gone = self._num_lost - num_lost  # of them, for want of room meanwhile
+            for _ in range(len(entries) - num_gone):
+                self._unkept.popleft()
             self._num_kept += len(entries)
             self.meter.kept(lines)
+            left, lines = left - len(entries), ()
 
     async def _refresh(self, now_ns: int, month: str) -> None:
         """Takes the month's totals from the ledger, and adds what it has not got."""

@@ -18,10 +18,12 @@ from typing import Any
 import msgspec
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
 from jaxserve.errors import JaxserveError
 from jaxserve.http.errors import error_body
+from jaxserve.http.metrics import END
 from jaxserve.http.observer.messages import (
     TO_OBSERVER,
     TO_WORKER,
@@ -37,11 +39,12 @@ from jaxserve.protocol.frames import read_frame, write_frame
 
 logger = logging.getLogger(__name__)
 
-#: The question that the observer answers itself: families of all parts as text.
-METRICS = "metrics"
+#: The questions that the observer answers itself: families of all parts as text, and as OpenMetrics
+#: without the last line.
+METRICS, OPEN_METRICS = "metrics", "openmetrics"
 #: And this, to say that it lives.
 ALIVE = "alive"
-#: Between two faults of one part that are logged.
+#: Between two faults of one part that are logged, or told as news.
 _QUIET_S = 60.0
 
 
@@ -51,12 +54,16 @@ class Observer:
     Args:
         path: of the socket, in a directory of ours alone.
         flush_interval_s: between flushes, so what a crash may lose.
+        outlives: whether what the parts keep outlives the server; told in the metrics.
     """
 
-    def __init__(self, path: Path, parts: Sequence[Part], flush_interval_s: float) -> None:
+    def __init__(
+        self, path: Path, parts: Sequence[Part], flush_interval_s: float, *, outlives: bool = True
+    ) -> None:
         self._path = path
         self._parts = list(parts)
         self._flush_interval_s = flush_interval_s
+        self._outlives = outlives
         self._asks: dict[str, tuple[Part, Ask]] = {}
         for part in parts:
             for name, ask in part.asks.items():
@@ -69,7 +76,9 @@ class Observer:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._server: asyncio.Server | None = None
         self._num_faults: Counter[str] = Counter()
-        self._logged_s: dict[str, float] = {}
+        self._logged_s: dict[str, float] = {}  # of each part, when a fault was logged last
+        self._told_s: dict[str, float] = {}  # and told as news
+        self._troubled: set[tuple[str, str]] = set()  # part and call whose trouble was told
         self._num_dropped: dict[str, int] = {}
         self._num_records = 0
         self._registry = CollectorRegistry()
@@ -92,7 +101,7 @@ class Observer:
         await self._flush()
         for part in self._parts:
             if part.close is not None:
-                await self._guarded(part, part.close)
+                await self._guarded(part, "close", part.close)
         for writer in self._writers:
             writer.close()
 
@@ -123,6 +132,11 @@ class Observer:
             faults.add_metric([part.name], self._num_faults[part.name])
         yield faults
         yield GaugeMetricFamily("jaxserve_observer_up", "1 if the observer answered", 1)
+        yield GaugeMetricFamily(
+            "jaxserve_observer_state_kept",
+            "1 if what is recorded outlives the server, 0 if its directory could not be used",
+            int(self._outlives),
+        )
         for part in self._parts:
             if part.metrics is not None:
                 yield from self._call(part, lambda make=part.metrics: list(make())) or []
@@ -148,6 +162,8 @@ class Observer:
                         self._spawn(self._answer(question, writer), question.name)
         except (OSError, asyncio.IncompleteReadError):
             pass  # the worker has ended, or comes again
+        except asyncio.CancelledError:
+            pass  # `close`; asyncio would log the end of a connection's task as a fault
         except ValueError as error:
             logger.warning("a worker said what the observer does not understand: %s", error)
         finally:
@@ -196,6 +212,9 @@ class Observer:
             return Answer()
         if question.name == METRICS:
             return Answer(content_type="text/plain", body=generate_latest(self._registry))
+        if question.name == OPEN_METRICS:
+            text = openmetrics.generate_latest(self._registry)
+            return Answer(content_type="text/plain", body=text.removesuffix(END))
         if question.name not in self._asks:
             raise JaxserveError(f"no part of the observer answers {question.name}")
         return await self._asks[question.name][1](question)
@@ -206,7 +225,7 @@ class Observer:
         while True:
             for part in self._parts:
                 if part.tick is not None:
-                    await self._guarded(part, part.tick)
+                    await self._guarded(part, "tick", part.tick)
             await asyncio.sleep(1.0)
 
     async def _keep(self) -> None:
@@ -218,7 +237,9 @@ class Observer:
         """Has all parts keep what they took, and says so to the workers."""
         unkept, self._unkept = self._unkept, {}
         flushes = [
-            self._guarded(part, part.flush) for part in self._parts if part.flush is not None
+            self._guarded(part, "flush", part.flush)
+            for part in self._parts
+            if part.flush is not None
         ]
         if not all(await asyncio.gather(*flushes)):  # together: a slow one delays no other
             self._unkept = unkept | self._unkept
@@ -241,20 +262,41 @@ class Observer:
             self._fault(part, error)
             return None
 
-    async def _guarded(self, part: Part, call: Any) -> bool:
+    async def _guarded(self, part: Part, name: str, call: Any) -> bool:
+        """Awaits a call of a part; whether it went well."""
         try:
             await call()
+        except (OSError, JaxserveError) as error:
+            # A disk, a database: what is wrong is in the message, and is so until it is mended.
+            if (part.name, name) not in self._troubled:
+                self._troubled.add((part.name, name))
+                known = isinstance(error, JaxserveError)
+                message = error.message if known else error.strerror or error
+                logger.error("the observer's %s cannot do its work: %s", part.name, message)
+            self._count_fault(part)
+            return False
         except Exception as error:
             self._fault(part, error)
             return False
+        if (part.name, name) in self._troubled:
+            self._troubled.discard((part.name, name))
+            logger.warning("the observer's %s does its work again", part.name)
         return True
 
     def _fault(self, part: Part, error: Exception) -> None:
-        self._num_faults[part.name] += 1
+        """What a part should not have done; logged now and then."""
         now_s = time.monotonic()
         if now_s - self._logged_s.get(part.name, -_QUIET_S) >= _QUIET_S:
             self._logged_s[part.name] = now_s
             logger.error("the observer's %s failed", part.name, exc_info=error)
+        self._count_fault(part)
+
+    def _count_fault(self, part: Part) -> None:
+        """Counts it, and tells it as news now and then."""
+        self._num_faults[part.name] += 1
+        now_s = time.monotonic()
+        if now_s - self._told_s.get(part.name, -_QUIET_S) >= _QUIET_S:
+            self._told_s[part.name] = now_s
             self.news("part_failed", part.name)
 
     def _spawn(self, work: Any, name: str) -> None:

@@ -16,6 +16,7 @@ from jaxserve.http.observer.alerts import (
     source_name,
 )
 from jaxserve.http.observer.console import console_part
+from jaxserve.http.observer.deployment import SayNews, make_deployment
 from jaxserve.http.observer.ledger import LedgerPart, check_ledger, open_ledger
 from jaxserve.http.observer.metering import Metering
 from jaxserve.http.observer.part import Part
@@ -25,6 +26,7 @@ from jaxserve.metering.power.power import check_power
 from jaxserve.metering.prices import make_prices
 from jaxserve.telemetry.alerts.incident import Severity
 from jaxserve.telemetry.alerts.receivers import make_receivers
+from jaxserve.telemetry.baselines.identity import Deployment
 from jaxserve.telemetry.slo.burn import PAGE, OnAlert
 from jaxserve.telemetry.slo.objective import parse_objectives
 from jaxserve.telemetry.tracing.settings import check_tracing
@@ -33,12 +35,12 @@ from jaxserve.telemetry.tracing.settings import check_tracing
 Tell = Callable[[str, bytes], None]
 
 
-def make_parts(config: Config, state: Path, tell: Tell) -> list[Part]:
+def make_parts(config: Config, state: Path, tell: Tell, news: SayNews) -> list[Part]:
     """The parts.
 
     Args:
         state: directory of what outlives this process.
-        tell: `Observer.tell`.
+        tell: `Observer.tell`. news: `Observer.news`.
 
     Raises:
         ConfigError: a setting of a part cannot be used.
@@ -51,7 +53,9 @@ def make_parts(config: Config, state: Path, tell: Tell) -> list[Part]:
         console_part(config=config.telemetry),
     ]
     if config.alerts.degradation:
-        parts.append(make_baselines(config, state, alerts.on_alert))
+        deployment = Deployment.of(config)
+        parts.append(make_baselines(config, deployment, state, alerts.on_alert))
+        parts.append(make_deployment(deployment, state, news))
     if config.metering.enabled:
         parts += _metering(config, state, tell, alerts)
     return parts
@@ -106,5 +110,5 @@ def _metering(config: Config, state: Path, tell: Tell, alerts: Alerts) -> list[P
         budgets=load_keys(config.http).budgets,
         on_passed=on_passed,
     )
-    reports = LedgerPart(ledger, metering.currency, metering.keep_days)
+    reports = LedgerPart(ledger, metering.currency, metering.keep_days, is_fed=lambda: prices.keeps)
     return [prices.part, reports.part]

@@ -36,12 +36,13 @@ class ObserverSettings:
     Attributes:
         config: with `model.path` and `embeddings.model` resolved.
         socket: where it listens.
-        state: directory of what outlives it.
+        state: directory of what outlives it; outlives: whether that outlives the server, too.
     """
 
     config: Config
     socket: Path
     state: Path
+    outlives: bool = True
 
 
 def main() -> int:
@@ -68,8 +69,13 @@ async def _observe(settings: ObserverSettings) -> None:
     def tell(topic: str, body: bytes) -> None:
         observer.tell(topic, body)
 
-    parts = make_parts(config, settings.state, tell)
-    observer = Observer(settings.socket, parts, config.telemetry.flush_interval_s)
+    def news(kind: str, subject: str) -> None:
+        observer.news(kind, subject)
+
+    parts = make_parts(config, settings.state, tell, news)
+    observer = Observer(
+        settings.socket, parts, config.telemetry.flush_interval_s, outlives=settings.outlives
+    )
     await observer.start()
     await stopping.wait()
     await observer.close()

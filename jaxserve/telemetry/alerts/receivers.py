@@ -28,6 +28,7 @@ from jaxserve.telemetry.alerts.incident import Change, Incident, Notice, Severit
 
 if TYPE_CHECKING:
     from httpx2 import BaseTransport
+    from slack_sdk.webhook import WebhookClient
 
 TIMEOUT_S = 10.0
 #: How often Alertmanager is told of what is open, and how long it believes it.
@@ -147,12 +148,8 @@ class Slack:
     resend_s = 0.0
 
     def __init__(self, named: _Named, url: str, source: str) -> None:
-        from slack_sdk.webhook import WebhookClient
-
         self.name, self.identity, self.least = named.name, named.identity, named.least
-        self._client = WebhookClient(
-            url, timeout=round(TIMEOUT_S), logger=_SILENT, retry_handlers=[]
-        )
+        self._client = _slack_client(url)
         self._source = source
 
     def send(self, notice: Notice) -> None:
@@ -174,6 +171,22 @@ class Slack:
             raise DeliveryError(_unreachable(error)) from None
         if answer.status_code != 200:
             raise _answered(answer.status_code, answer.headers)
+
+
+def _slack_client(url: str) -> WebhookClient:
+    """slack-sdk's, but for redirects, which it would follow: the address is a secret."""
+    from slack_sdk.webhook import WebhookClient, WebhookResponse
+
+    class Client(WebhookClient):
+        def _perform_http_request_internal(
+            self, url: str, req: urllib.request.Request
+        ) -> WebhookResponse:
+            with _OPENER.open(req, timeout=TIMEOUT_S) as answer:
+                body = answer.read().decode("utf-8", "replace")
+                headers = dict(answer.headers.items())
+            return WebhookResponse(url=url, status_code=answer.status, body=body, headers=headers)
+
+    return Client(url, logger=_SILENT, retry_handlers=[])
 
 
 class Webhook:

@@ -161,14 +161,6 @@ class Detector:
         self._worse.reset()
         self._last.clear()
 
-    def mark(self) -> None:
-        """Something was changed on purpose: what comes next is a new baseline."""
-        self.alarmed = False
-        self._candidate = None
-        self._doubtful.clear()
-        self._last.clear()
-        self._rebase([])
-
     def state(self) -> dict[str, Any]:
         """What outlives the process."""
         return {"baseline": self._baseline, "alarmed": self.alarmed, "shift": self.shift}

@@ -12,8 +12,9 @@ mbu is in bytes per second: of one device that is MBU up to a constant, which sh
 on. All series of a model that are worse than their baselines are one incident: one cause shows in
 many of them.
 
-A baseline belongs to a model, a version (`identity.fingerprint`) and a device, so that another
-deployment has its own, and the old one is found again after a roll-back. Times are monotonic
+A baseline belongs to a model, a version (`identity.Deployment`) and a device, so that another
+deployment has its own, and the old one is found again after a roll-back. What comes before the
+engine has said what it computes on belongs to none, and is not counted. Times are monotonic
 seconds.
 """
 
@@ -30,6 +31,7 @@ from typing import Any
 from jaxserve.protocol.messages import EngineStatus, StepStats
 from jaxserve.protocol.records import Outcome, RequestRecord
 from jaxserve.telemetry.baselines.detector import Detector, Finding
+from jaxserve.telemetry.baselines.identity import device_name
 from jaxserve.telemetry.baselines.series import METRICS, Series, SeriesKey
 
 logger = logging.getLogger(__name__)
@@ -48,7 +50,7 @@ class Baselines:
 
     Args:
         model: name, until the engine says another.
-        version, device: see `identity`.
+        version, device: see `identity`; no device until the engine has said which.
         sample_s, min_shift, baseline_samples: as in `AlertsConfig`.
         wall: clock, in seconds, of what is shown.
 
@@ -61,7 +63,7 @@ class Baselines:
         *,
         model: str,
         version: str,
-        device: str,
+        device: str = "",
         sample_s: float = 10.0,
         min_shift: float = 0.03,
         baseline_samples: int = 500,
@@ -113,15 +115,17 @@ class Baselines:
             accepted = stats.draft_accepted_tokens
             self._add("accept_rate", rows, at_s, accepted, stats.draft_tokens)
 
-    def status(self, status: EngineStatus) -> None:
-        """The engine says which model it serves."""
-        if status.model is not None:
-            self._model = status.model.name
+    def status(self, status: EngineStatus, now_s: float) -> None:
+        """The engine says which model it serves, and on what."""
+        if status.model is None:
+            return
+        model, device = status.model.name, device_name(status.device)
+        if (model, device) != (self._model, self._device):
+            self._model, self._device = model, device
+            self._begin(now_s)
 
     def changed(self, reason: str) -> None:
-        """Something was changed on purpose: everything begins a new baseline."""
-        for series in self._series.values():
-            series.detector.mark()
+        """Something was changed on purpose, and is in the version or the device."""
         self._note("marked", None, 0.0, reason)
 
     def tick(self, now_s: float) -> None:
@@ -140,8 +144,8 @@ class Baselines:
         return sorted(worse, key=lambda s: -abs(s.detector.shift))
 
     def models(self) -> set[str]:
-        """That have been followed."""
-        return {key.model for key in self._series} or {self._model}
+        """That have been followed, also by servers before this one."""
+        return {key.model for key in (*self._series, *self._shelved)} | {self._model}
 
     def describe(self) -> list[dict[str, Any]]:
         """All series that are followed."""
@@ -168,15 +172,21 @@ class Baselines:
             self._detector(key).restore(loaded[key])  # all of them, before any is believed
         self._shelved = loaded
         self.changes.extend(dict(change) for change in state["changes"])
-        mine = [k for k in loaded if (k.version, k.device) == (self._version, self._device)]
-        for key in mine:
-            self._of(key, now_s)
-        if loaded and not mine:
-            self._note("marked", None, 0.0, "another version, configuration or device")
+        self._begin(now_s)
 
     # ------------------------------------------------------------------ series
 
+    def _begin(self, now_s: float) -> None:
+        """Takes up the series of what serves now; those of anything else are put away."""
+        identity = self._model, self._version, self._device
+        for key in [k for k in self._series if (k.model, k.version, k.device) != identity]:
+            self._shelved[key] = self._series.pop(key).detector.state()
+        for key in [k for k in self._shelved if (k.model, k.version, k.device) == identity]:
+            self._of(key, now_s)
+
     def _add(self, metric: str, band: str, at_s: float, value: float, weight: float = 1.0) -> None:
+        if not self._device:
+            return
         key = SeriesKey(
             metric=metric,
             model=self._model,

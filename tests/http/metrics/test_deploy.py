@@ -28,7 +28,7 @@ PAGE = ROOT / "docs" / "metrics.md"
 #: Of the observer and of Prometheus itself.
 FOREIGN = {
     *("jaxserve_observer_requests_total", "jaxserve_observer_dropped_total"),
-    *("jaxserve_observer_faults_total", "jaxserve_observer_up"),
+    *("jaxserve_observer_faults_total", "jaxserve_observer_up", "jaxserve_observer_state_kept"),
 }
 needs_promtool = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="needs promtool (prometheus)"

@@ -135,7 +135,7 @@ def test_an_observer_that_hangs_delays_one_scrape_in_ten_seconds(
         async def send(message: dict) -> None:
             sent.append(message)
 
-        await page({}, None, send)
+        await page({"headers": []}, None, send)
         return sent[-1]["body"].decode()
 
     monkeypatch.setattr(frontend, "reporter", observer)

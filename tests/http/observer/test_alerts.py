@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,13 @@ from jaxserve.http.observer.part import Part
 from jaxserve.http.observer.parts import check_parts, make_parts
 from jaxserve.protocol.messages import EngineStatus, StepStats
 from jaxserve.telemetry.alerts.incident import Severity
+from jaxserve.telemetry.baselines.identity import Deployment
+from jaxserve.types import DeviceInfo, ModelInfo
 from tests.fakes.alert_receiver import AlertReceiver
 from tests.fakes.clock import Clock
 
 SECRET = "sEcReT12345"
+HERE = Deployment(software={}, model="0", settings={})
 
 
 def config(at: AlertReceiver | None = None, **settings) -> Config:
@@ -44,6 +48,11 @@ def news(kind: str, at_s: float, subject: str = "") -> News:
 
 def status(state: str) -> EngineStatus:
     return EngineStatus(state=state, pid=1, step_age_s=0.0)
+
+
+def serving() -> EngineStatus:
+    model = ModelInfo(name="m", max_context=8, vocab_size=8, eos_token_ids=(), cache_groups=())
+    return replace(status("ready"), model=model, device=DeviceInfo(kind="x"))
 
 
 def step(at_s: float, device_ms: float) -> StepStats:
@@ -158,7 +167,8 @@ def test_a_slower_engine_is_one_incident_from_steps_to_the_receiver(tmp_path: Pa
         with AlertReceiver() as at:
             settings = config(at, baseline_samples=60)
             alerts = make_alerts(settings, tmp_path, monotonic=clock)
-            part = make_baselines(settings, tmp_path, alerts.on_alert, monotonic=clock)
+            part = make_baselines(settings, HERE, tmp_path, alerts.on_alert, monotonic=clock)
+            part.status(serving())
 
             async def run(samples: int, device_ms: float) -> None:
                 for number in range(samples):
@@ -197,7 +207,8 @@ def test_a_slower_engine_is_one_incident_from_steps_to_the_receiver(tmp_path: Pa
         assert first["severity"] == "warning"
         assert "is worse than its baseline" in first["title"]
         assert any("step_time" in name for name in first["details"])
-        again = make_baselines(settings, tmp_path, alerts.on_alert, monotonic=clock)
+        again = make_baselines(settings, HERE, tmp_path, alerts.on_alert, monotonic=clock)
+        again.status(serving())
         series = (await ask(again, "baselines"))["series"]
         assert {s["samples"] for s in series} == {60}
 
@@ -231,7 +242,7 @@ def test_a_grave_degradation_is_an_error():
 def test_deployments_are_told_by_news(tmp_path: Path):
     async def work() -> None:
         alerts = make_alerts(config(), tmp_path)
-        part = make_baselines(config(), tmp_path, alerts.on_alert)
+        part = make_baselines(config(), HERE, tmp_path, alerts.on_alert)
         part.news(news("engine_started", 1.0))
         part.news(news("deployed", 2.0, "version 7"))
         changes = (await ask(part, "baselines"))["changes"]
@@ -243,7 +254,7 @@ def test_deployments_are_told_by_news(tmp_path: Path):
 @pytest.mark.parametrize("content", ["{", '{"version": 1, "series": [{"key": {}}]}'])
 def test_broken_baselines_are_set_aside(tmp_path: Path, content: str):
     (tmp_path / "baselines.json").write_text(content)
-    make_baselines(config(), tmp_path, lambda *_: None)
+    make_baselines(config(), HERE, tmp_path, lambda *_: None)
     assert (tmp_path / "baselines.broken").read_text() == content
 
 
@@ -252,7 +263,7 @@ def test_a_disk_that_takes_nothing_costs_baselines_only(
 ):
     async def work() -> None:
         clock = Clock()
-        part = make_baselines(config(), tmp_path, lambda *_: None, monotonic=clock)
+        part = make_baselines(config(), HERE, tmp_path, lambda *_: None, monotonic=clock)
 
         def full(*_) -> None:
             raise OSError(28, "No space left on device")
@@ -274,7 +285,7 @@ def test_a_disk_that_takes_nothing_costs_baselines_only(
 def test_metrics_of_both(tmp_path: Path):
     async def work() -> str:
         with AlertReceiver() as at:
-            parts = make_parts(config(at), tmp_path, lambda topic, body: None)
+            parts = make_parts(config(at), tmp_path, lambda *_: None, lambda *_: None)
             observer = Observer(tmp_path / "s", parts, 1.0)
             alerts = next(part for part in parts if part.name == "alerts")
             alerts.news(news("engine_failed", 0.0, "x"))
@@ -290,7 +301,7 @@ def test_metrics_of_both(tmp_path: Path):
 
 
 def test_degradation_can_be_left_out(tmp_path: Path):
-    names = [part.name for part in make_parts(config(degradation=False), tmp_path, None)]
+    names = [part.name for part in make_parts(config(degradation=False), tmp_path, None, None)]
     assert "alerts" in names and "baselines" not in names
 
 

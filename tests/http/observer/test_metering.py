@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,6 +20,8 @@ from prometheus_client.exposition import generate_latest
 
 from jaxserve.config import Config, MeteringConfig
 from jaxserve.errors import ConfigError
+from jaxserve.http.observer import metering as metering_module
+from jaxserve.http.observer.ledger import LedgerPart, open_ledger
 from jaxserve.http.observer.metering import TOTALS_S, Metering
 from jaxserve.http.observer.parts import check_parts
 from jaxserve.metering.budgets import Budget
@@ -199,14 +202,119 @@ def test_while_the_ledger_is_gone_all_waits_and_then_is_kept(tmp_path: Path):
     assert book.cost(LineKind.BUSY, LineKind.IDLE) == whole > 0
 
 
+def test_a_long_outage_costs_no_more_each_second_and_loses_nothing(tmp_path: Path):
+    """Of eight hours, in which the observer is killed, too."""
+    book = Book()
+    watched = Watched(tmp_path, book=book)
+    book.fails = True
+    sizes = []
+
+    def hours(number: int) -> None:
+        for _ in range(number * 360):
+            watched.step(S)
+            with contextlib.suppress(OSError):  # there is nothing to give at first
+                watched.pass_time(10)
+            sizes.append((tmp_path / "meter.json").stat().st_size)
+
+    hours(4)
+    killed, watched = watched, Watched(tmp_path, book=book)
+    watched.clock.ns = killed.clock.ns
+    hours(4)
+    assert max(sizes) - sizes[2] < 8 * 250  # some numbers for each hour, no lines
+    book.fails = False
+    watched.pass_time(10)
+    watched.pass_time(10)  # what came after the first lines
+    watched.close()
+    assert len(book.lines) == len({(line.source, line.number) for line in book.lines.values()})
+    assert len(book.lines) < 2 * 4 * 10
+    of_hours = {line.hour for line in book.lines.values()}
+    assert len(of_hours) == 9  # and some seconds of the ninth
+    whole_s = watched.clock.ns // S
+    for kind, seconds in ((LineKind.HARDWARE, whole_s), (LineKind.BUSY, 8 * 360)):
+        found = [line.duration_ns for line in book.lines.values() if line.kind is kind]
+        assert sum(found) == seconds * S
+
+
+def test_an_outage_gives_the_ledger_no_more_each_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Counting(Book):
+        given: list[int]
+
+        def add(self, entries: Sequence[Entry], lines: Sequence[Line]) -> None:
+            self.given.append(len(entries))
+            super().add(entries, lines)
+
+    book = Counting()
+    book.given, book.fails = [], True
+    monkeypatch.setattr(metering_module, "GIVEN_AT_ONCE", 100)
+    watched = Watched(tmp_path, book=book)
+    for _ in range(10):
+        for _ in range(95):
+            watched.ended(SequenceRecord(decode_device_ns=S // 1000))
+        with pytest.raises(OSError):
+            watched.pass_time(1)
+    assert book.given == [95] + [100] * 9
+    book.given, book.fails = [], False
+    watched.pass_time(1)
+    assert book.given == [100] * 9 + [50]
+    assert len(book.entries) == 950
+    watched.pass_time(1)
+    assert sum(book.given) == 950  # and nothing twice
+
+
+def test_what_is_lost_while_the_ledger_takes_the_rest_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Slow(Book):
+        def add(self, entries: Sequence[Entry], lines: Sequence[Line]) -> None:
+            for _ in range(3 if entries else 0):  # these come while it is written
+                watched.ended(SequenceRecord())
+            super().add(entries, lines)
+
+    monkeypatch.setattr(metering_module, "MAX_UNKEPT", 10)
+    book = Slow()
+    watched = Watched(tmp_path, book=book)
+    for _ in range(10):
+        watched.ended(SequenceRecord())
+    watched.pass_time(1)
+    assert watched.metering._num_lost == 3  # given, and kept, all the same
+    assert [entry.request_id for entry in watched.metering._unkept] == ["r11", "r12", "r13"]
+    assert len(book.entries) == 10
+
+
 def test_a_state_that_cannot_be_written_keeps_the_workers_reports(tmp_path: Path):
+    """Requests go to the ledger all the same, which may be on another disk."""
     watched = Watched(tmp_path / "gone")
     watched.ended(SequenceRecord(decode_device_ns=S))
     with pytest.raises(OSError):
-        watched.pass_time(1)
+        watched.pass_time(11)
+    assert len(watched.book.entries) == 1 and not watched.book.lines
     (tmp_path / "gone").mkdir()
+    watched.pass_time(11)
+    assert len(watched.book.entries) == 1 and watched.book.lines
+
+
+def test_a_full_disk_is_a_ledger_that_is_not_up(tmp_path: Path):
+    ledger = open_ledger(CONFIG, tmp_path, "eur")
+    watched = Watched(tmp_path, book=ledger)
+    part = LedgerPart(ledger, is_fed=lambda: watched.metering.keeps)
+
+    def is_up() -> float:
+        (family,) = [x for x in part.metrics() if x.name == "jaxserve_ledger_up"]
+        return family.samples[0].value
+
     watched.pass_time(1)
-    assert len(watched.book.entries) == 1
+    assert is_up() == 1
+    (tmp_path / "meter.new").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        watched.pass_time(1)
+    assert is_up() == 0
+    (tmp_path / "meter.new").unlink()
+    watched.pass_time(1)
+    assert is_up() == 1
+    watched.close()
+    ledger.close()
 
 
 def test_clock_steps_lose_and_double_nothing(tmp_path: Path):

@@ -12,7 +12,7 @@ import pytest
 
 from jaxserve.errors import Overloaded
 from jaxserve.http.observer import reporter as reporter_module
-from jaxserve.http.observer.messages import Answer, News, Question
+from jaxserve.http.observer.messages import Answer, News, Question, Report
 from jaxserve.http.observer.observer import METRICS, Observer
 from jaxserve.http.observer.part import Part
 from jaxserve.http.observer.reporter import NoReporter, ObserverLink
@@ -163,6 +163,44 @@ def test_each_record_reaches_the_parts_once_though_the_observer_dies_twice(tmp_p
         assert seen == [record(number).request_id for number in range(30)]
 
     run(work())
+
+
+def test_a_disk_that_takes_nothing_is_said_once_and_again_after_it_did(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    async def work() -> None:
+        book = Book("ledger")
+        observer = Observer(tmp_path / "o", [book.part], flush_interval_s=1.0)
+        for keeps in (False, False, True, True, False, False):
+            book.keeps = keeps
+            await observer._flush()
+        assert observer._num_faults["ledger"] == 4
+        assert [news.kind for news in book.news] == ["part_failed"]  # one in a minute
+
+    run(work())
+    said = [record.message for record in caplog.records]
+    assert said == [
+        "the observer's ledger cannot do its work: the disk is full",
+        "the observer's ledger does its work again",
+        "the observer's ledger cannot do its work: the disk is full",
+    ]
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def test_a_mistake_is_logged_although_the_disk_has_failed_just_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    async def work() -> None:
+        book = Book("ledger", fails=True)  # neither keeps nor takes
+        observer = Observer(tmp_path / "o", [book.part], flush_interval_s=1.0)
+        await observer._flush()
+        for number in (1, 2):
+            report = Report(worker=0, life="a", number=number, ended=[record(number)])
+            observer._take(report)
+        assert [news.kind for news in book.news] == ["part_failed"]
+
+    run(work())
+    assert [record.exc_info is not None for record in caplog.records] == [False, True]
 
 
 def test_what_no_observer_kept_is_sent_to_the_next(tmp_path: Path):

@@ -114,7 +114,7 @@ def test_a_step_of_the_wall_clock_breaks_no_trace(step_s: int) -> None:
 
 def test_without_a_collector_there_is_no_tracer(tmp_path: Path) -> None:
     assert make_tracing(TracingConfig()) == []
-    names = [part.name for part in make_parts(Config(), tmp_path, lambda topic, body: None)]
+    names = [part.name for part in make_parts(Config(), tmp_path, lambda *_: None, lambda *_: None)]
     assert "tracing" not in names
 
 

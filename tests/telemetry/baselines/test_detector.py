@@ -156,17 +156,6 @@ def test_better_for_a_while_changes_nothing():
     assert Finding.WORSE not in [finding for _, finding in findings(values)]
 
 
-def test_a_mark_begins_a_new_baseline():
-    rng = np.random.default_rng(7)
-    detector = Detector(higher_is_worse=True)
-    for value in noise("normal", 100, rng):
-        detector.push(float(value))
-    detector.mark()
-    found = [detector.push(float(2 * value)) for value in noise("normal", 300, rng)]
-    assert set(found) == {Finding.NOTHING}
-    assert 199 < detector.center < 201
-
-
 def test_a_shift_while_the_baseline_still_grows_does_not_join_it():
     rng = np.random.default_rng(8)
     detector = Detector(higher_is_worse=True)

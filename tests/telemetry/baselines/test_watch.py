@@ -8,11 +8,12 @@ import random
 
 import pytest
 
-from jaxserve.protocol.messages import StepStats
+from jaxserve.protocol.messages import EngineStatus, StepStats
 from jaxserve.protocol.records import Outcome, RequestRecord
 from jaxserve.telemetry.baselines import watch as watch_module
 from jaxserve.telemetry.baselines.series import MIN_EVENTS
 from jaxserve.telemetry.baselines.watch import STALE_S, Baselines
+from jaxserve.types import DeviceInfo, ModelInfo
 from tests.fakes.clock import Clock
 
 STEP = {
@@ -140,12 +141,49 @@ def test_faster_is_no_degradation():
     assert {change["what"] for change in server.baselines.changes} == {"better"}
 
 
-def test_a_deployment_marks_a_new_baseline():
+def status(name: str = "m", device: DeviceInfo | None = None) -> EngineStatus:
+    model = ModelInfo(name=name, max_context=8, vocab_size=8, eos_token_ids=(), cache_groups=())
+    return EngineStatus(state="ready", pid=1, step_age_s=0.0, model=model, device=device)
+
+
+def test_nothing_is_counted_before_the_engine_says_what_it_computes_on():
+    server = Server(device="")
+    server.run(2)
+    server.baselines.status(EngineStatus(state="loading", pid=1, step_age_s=0.0), 0.0)
+    server.run(2)
+    assert server.baselines.describe() == []
+    server.baselines.status(status(device=DeviceInfo(kind="TPU v5e", count=4)), server.clock.now_s)
+    server.run(2)
+    assert {s["device"] for s in server.baselines.describe()} == {"4 x TPU v5e"}
+
+
+def test_an_engine_that_comes_back_with_fewer_devices_has_other_baselines():
+    four, two = (DeviceInfo(kind="x", count=count) for count in (4, 2))
+    server = Server()
+    server.baselines.status(status(device=four), server.clock.now_s)
+    server.run(80)
+    server.baselines.status(status(device=two), server.clock.now_s)
+    server.run(20, factor=2.0)
+    assert server.degraded == set()  # it is another machine
+    server.baselines.status(status(device=four), server.clock.now_s)
+    server.run(10, factor=1.05)
+    assert "step_time" in server.degraded  # and the first is found again
+
+
+def test_an_alarm_of_what_is_no_longer_served_is_not_told_any_more():
     server = Server()
     server.run(80)
-    server.baselines.changed("weights of Tuesday")
-    server.run(100, factor=1.5)
+    server.run(8, factor=1.3)
+    assert server.degraded
+    server.baselines.status(status("other", DeviceInfo(kind="x")), server.clock.now_s)
     assert server.degraded == set()
+    assert server.baselines.models() == {"m", "other"}  # so that the first's incident ends
+
+
+def test_a_change_is_noted():
+    server = Server()
+    server.baselines.changed("weights of Tuesday")
+    assert server.baselines.changes[-1]["what"] == "marked"
     assert server.baselines.changes[-1]["reason"] == "weights of Tuesday"
 
 
@@ -241,7 +279,6 @@ def test_another_version_has_its_own_baseline_and_the_old_one_is_found_again():
     server.baselines.restore(state, server.clock.now_s)
     server.run(80, factor=1.3)  # no degradation: it is another
     assert server.degraded == set()
-    assert server.baselines.changes[0]["what"] == "marked"
     state = server.baselines.state()
     server.baselines = server.make()
     server.baselines.restore(state, server.clock.now_s)
