@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no ins
 from benchmarks.no_device import MODEL, PAGE_SIZE, NoDevice, PowerShapes
 from jaxserve.bench.stats import environment, json_line, median, percentile, ratio_interval, table
 from jaxserve.config import SchedulerConfig
+from jaxserve.engine.attribution import Attribution, WorkRates
 from jaxserve.engine.batches import Batches
 from jaxserve.engine.loop import Engine
 from jaxserve.protocol.client import EngineClient, Stream
@@ -191,7 +192,9 @@ def start_arm(
     address = f"ipc://{directory}/{name}"
     server = ZmqServer(address)
     batch = Batches(PowerShapes(), rows)
-    engine = Engine(MODEL, scheduler, batch, NoDevice(step_s * decode_steps), server)
+    attribution = Attribution(WorkRates(), rows)
+    device = NoDevice(step_s * decode_steps)
+    engine = Engine(MODEL, scheduler, batch, device, server, attribution=attribution)
     return Arm(name, engine, Clients(address, num_clients))
 
 

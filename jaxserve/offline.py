@@ -91,6 +91,8 @@ class LLM:
                 config,
                 model=dataclasses.replace(config.model, path=str(found), served_name=name),
                 embeddings=resolve_encoder(config, bars.show),
+                # Nobody observes: steps need not be divided over requests.
+                telemetry=dataclasses.replace(config.telemetry, enabled=False),
             )
             tokenizer = load_tokenizer(found, config.model.tokenizer)
             template = load_chat_template(found, config.model.chat_template)

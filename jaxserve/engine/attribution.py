@@ -13,7 +13,8 @@ told; so is the time that pages took to the host and back. Nobody's time is `uno
     sum of the steps' device_ns = sum of all records' shares + unowned_ns (+ of those that run)
 
 Every row of every step passes here, so rows are added up in arrays, by an account of each sequence
-that holds a slot; only chunks, and rows that end, are visited.
+that holds a slot; only chunks, and rows that end, are visited. Where nobody asks what a request
+cost (`telemetry.enabled=false`, offline use) there is `NoAttribution`: all shares are 0.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float64, Int
@@ -98,6 +100,58 @@ class WorkRates:
             for window, share in self.windows
         )
         return np.add.reduce(list(parts))
+
+
+class Dividing(Protocol):
+    """What the loop tells (`Attribution`, or `NoAttribution` where nobody asks)."""
+
+    def launched(
+        self,
+        plans: Seq[Plan | None],
+        inputs: Seq[StepInputs],
+        owners: Callable[[int], Owners],
+    ) -> list[Int[np.ndarray, "R"]]:
+        """A step is launched; the account of each copy's live rows."""
+        ...
+
+    def divide(
+        self, step: InFlight, outputs: Seq[StepOutputs], commits: Seq[Commit | None]
+    ) -> None:
+        """A step has been read."""
+        ...
+
+    def divide_texts(self, texts: Seq[Text], work: Seq[float], device_ns: int) -> None:
+        """An embedding step has been read."""
+        ...
+
+    def take(self, sequence: Sequence) -> tuple[int, int, int]:
+        """A sequence ends: its prefill, decode and waste, in ns."""
+        ...
+
+
+class NoAttribution:
+    """Nobody asks: no step is divided."""
+
+    def launched(
+        self,
+        plans: Seq[Plan | None],
+        inputs: Seq[StepInputs],
+        owners: Callable[[int], Owners],
+    ) -> list[Int[np.ndarray, "R"]]:
+        """See `Dividing`."""
+        return []
+
+    def divide(
+        self, step: InFlight, outputs: Seq[StepOutputs], commits: Seq[Commit | None]
+    ) -> None:
+        """See `Dividing`."""
+
+    def divide_texts(self, texts: Seq[Text], work: Seq[float], device_ns: int) -> None:
+        """See `Dividing`."""
+
+    def take(self, sequence: Sequence) -> tuple[int, int, int]:
+        """See `Dividing`."""
+        return 0, 0, 0
 
 
 class Attribution:

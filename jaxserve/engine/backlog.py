@@ -79,6 +79,10 @@ class Backlog:
             if sequence.reason is not FinishReason.CANCELLED:
                 self._shares.add(sequence.num_outputs, sequence.sampling.max_tokens)
 
+    def wake(self, now_ns: int) -> None:
+        """A step is launched on a device that had nothing to do: it begins now."""
+        self._last_ns = now_ns
+
     def step(self, now_ns: int, prefill_tokens: int) -> None:
         """A step's tokens were read; it computed so many of prompts."""
         since_ns, self._last_ns = now_ns - self._last_ns, now_ns

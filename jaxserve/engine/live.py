@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterable
 from collections.abc import Sequence as Seq
 
 from jaxserve.engine.adapters import RequestAdapters
-from jaxserve.engine.attribution import Attribution
+from jaxserve.engine.attribution import Dividing
 from jaxserve.engine.backlog import Backlog
 from jaxserve.engine.outbox import Outbox
 from jaxserve.engine.statistics import record_of, waits_of
@@ -40,7 +40,7 @@ class LiveSequences:
         outbox: Outbox,
         backlog: Backlog,
         adapters: RequestAdapters,
-        attribution: Attribution,
+        attribution: Dividing,
     ) -> None:
         self._outbox = outbox
         self._backlog = backlog

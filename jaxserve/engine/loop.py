@@ -38,10 +38,11 @@ from collections.abc import Hashable
 
 from jaxserve.config import EmbeddingsConfig, SchedulerConfig, StructuredConfig
 from jaxserve.engine.adapters import RequestAdapters
-from jaxserve.engine.attribution import Attribution, WorkRates
+from jaxserve.engine.attribution import Dividing, NoAttribution
 from jaxserve.engine.backlog import Backlog
 from jaxserve.engine.check import check_submit, request_number, resumed
 from jaxserve.engine.embedding import Embedding
+from jaxserve.engine.garbage import Collector, NoCollector
 from jaxserve.engine.grammars import Grammars
 from jaxserve.engine.live import LiveSequences
 from jaxserve.engine.lobby import Lobby
@@ -91,7 +92,8 @@ class Engine:
         grammars: of requests whose output must match one.
         embedding: the other kind of step.
         adapters: which requests have to wait for their LoRA adapter; none where None.
-        attribution: divides the device's time over sequences.
+        attribution: divides the device's time over sequences; none where None.
+        collector: told when there is time for garbage; Python decides itself where None.
         device: what the executor runs on; None where that is nothing to tell.
 
     Attributes:
@@ -112,7 +114,8 @@ class Engine:
         grammars: Grammars | None = None,
         embedding: Embedding | None = None,
         adapters: RequestAdapters | None = None,
-        attribution: Attribution | None = None,
+        attribution: Dividing | None = None,
+        collector: Collector | None = None,
         device: DeviceInfo | None = None,
     ) -> None:
         self._recorder = recorder or NoRecorder()
@@ -136,7 +139,8 @@ class Engine:
         self._embedding = embedding or Embedding(
             None, EmbeddingsConfig(), SchedulerConfig(), self._recorder
         )
-        self._attribution = attribution or Attribution(WorkRates(), scheduler.max_rows)
+        self._attribution = attribution or NoAttribution()
+        self._collector = collector or NoCollector()
         self._live = LiveSequences(self._outbox, self._backlog, self._adapters, self._attribution)
         self._status = Status(
             model,
@@ -159,6 +163,8 @@ class Engine:
         self.step_ns = time.monotonic_ns()
         self._recorder.turned()
         launched = self._launch_next()
+        if launched is not None:
+            self._collector.launched()
         match self.in_flight:
             case InFlight() as step:
                 self._deliver(step)
@@ -175,6 +181,8 @@ class Engine:
                 work = self.scheduler.has_work or self._embedding.num_waiting
                 idle = self.in_flight is None and not work
                 wait_s = LOAD_WAIT_S if self._lobby.is_loading else IDLE_WAIT_S
+                if idle:
+                    self._collector.idle()
                 self.receive(wait_s if idle else 0.0)
                 self.step()
         except Exception as error:
@@ -202,6 +210,8 @@ class Engine:
         inputs = self.batch.build(plans)
         self._recorder.launching(plans, inputs)
         launched = self.executor.launch(inputs)
+        if self.in_flight is None:
+            self._backlog.wake(self.step_ns)
         accounts = self._attribution.launched(plans, inputs, self.scheduler.owners)
         return InFlight(plans, inputs, launched, accounts)
 

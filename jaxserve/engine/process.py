@@ -28,6 +28,7 @@ from jaxserve.config import Config
 from jaxserve.device.hosts import EXIT_LOST, Hosts
 from jaxserve.engine.attribution import Attribution
 from jaxserve.engine.embedding import Embedding
+from jaxserve.engine.garbage import Collector, GarbageCollector
 from jaxserve.engine.grammars import Grammars
 from jaxserve.engine.greeter import Greeter
 from jaxserve.engine.loop import Engine
@@ -95,7 +96,7 @@ def run(settings: EngineSettings, server: ServerTransport, factory: Factory) -> 
         parts = factory(config, greeter.progress)
         tokens = (NUM_STEPS + 1) * config.scheduler.decode_steps + TRIAL_TOKENS
         probation = Probation(settings.trials, settings.quarantined, tokens, recorder)
-        engine = build_engine(config, server, parts, recorder, probation)
+        engine = build_engine(config, server, parts, recorder, probation, GarbageCollector())
     except HostLost as error:
         return _give_up(greeter, error.message, EXIT_LOST)
     except JaxserveError as error:
@@ -160,6 +161,7 @@ def build_engine(
     parts: Parts,
     recorder: Recorder | None = None,
     probation: Probation | None = None,
+    collector: Collector | None = None,
 ) -> Engine:
     """An engine over a loaded model."""
     scheduler = Schedulers(
@@ -175,6 +177,9 @@ def build_engine(
         adapter_slots=parts.adapter_slots,
     )
     recorder = recorder or NoRecorder()
+    attribution = None
+    if config.telemetry.enabled:
+        attribution = Attribution(parts.work, config.scheduler.max_rows, parts.copies)
     return Engine(
         *(parts.model, scheduler, parts.batch, parts.executor, server),
         recorder=recorder,
@@ -182,7 +187,8 @@ def build_engine(
         adapters=parts.adapters,
         grammars=Grammars(config.structured, parts.model),
         embedding=Embedding(parts.embedding, config.embeddings, config.scheduler, recorder),
-        attribution=Attribution(parts.work, config.scheduler.max_rows, parts.copies),
+        attribution=attribution,
+        collector=collector,
         device=parts.device,
     )
 

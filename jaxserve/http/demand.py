@@ -77,7 +77,7 @@ def text_demand(*names: str) -> ReadDemand:
             sequences=num_texts,
             max_tokens=0,
             priority=_priority(fields, identity),
-            user=_user(fields),
+            user=read_user(fields),
             timeout_s=_timeout_s(fields),
         )
 
@@ -102,7 +102,7 @@ def read_demand(fields: Fields, identity: Identity) -> Demand:
         sequences=prompts * candidates,
         max_tokens=max_tokens or None,
         priority=_priority(fields, identity),
-        user=_user(fields),
+        user=read_user(fields),
         timeout_s=timeout_s,
     )
 
@@ -112,7 +112,8 @@ def _timeout_s(fields: Fields) -> float | None:
     return None if math.isinf(timeout_s) else timeout_s
 
 
-def _user(fields: Fields) -> str:
+def read_user(fields: Fields) -> str:
+    """Whom a request names as its user; "" where it names none."""
     user = fields.peek("user")
     return user if type(user) is str else ""
 

@@ -5,6 +5,8 @@
     await visit.begin(work)        before anything is submitted
     visit.leave()                  at the end, whatever way it comes
 
+    async with gate.counted(…)     around a request that runs no model: only counted
+
 Each may raise a refusal. What is to stand in the answer's head is put into the scope's
 "jaxserve.headers". A process without limited keys has no limiter, and asks none.
 """
@@ -16,13 +18,14 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 from jaxserve.config import LimitsConfig
-from jaxserve.errors import DeadlineExceeded, JaxserveError
+from jaxserve.errors import JaxserveError
 from jaxserve.http.auth import Identity
 from jaxserve.http.body import Fields
-from jaxserve.http.demand import Demand, ReadDemand, read_demand
+from jaxserve.http.demand import Demand, ReadDemand, read_demand, read_user
 from jaxserve.http.generation import Usage
 from jaxserve.http.metrics import Metrics
 from jaxserve.http.wire import Work
@@ -121,17 +124,27 @@ class Gate:
         headers = scope["jaxserve.headers"]
         if cap is not None:
             headers[CAPPED_HEADER] = b"%d" % cap
-        reservation = None
-        if self.limiter is not None and identity.quota.is_limited:
-            reservation = await self.limiter.reserve(
-                identity.quota,
-                demand.user,
-                tokens + self._output_tokens(demand, cap),
-                fields.fingerprint(),
-                again=dict(scope["headers"]).get(_RETRY_HEADER, b"0") != b"0",
-                headers=headers,
-            )
+        reservation = await self._reserve(
+            scope, fields, identity, demand.user, tokens + self._output_tokens(demand, cap)
+        )
         return Visit(self, identity, demand, deadline_ns, cap, reservation)
+
+    @contextlib.asynccontextmanager
+    async def counted(self, scope: Any, fields: Fields, identity: Identity) -> AsyncIterator[None]:
+        """Counts a request that runs no model while it is worked on: as one, and no tokens.
+
+        It takes processor time of this process and nothing of the engine's, so it neither waits
+        for the engine nor is refused for it.
+
+        Raises:
+            RateLimited: a limit of requests is reached.
+        """
+        reservation = await self._reserve(scope, fields, identity, read_user(fields), 0)
+        try:
+            yield
+        finally:
+            if reservation is not None:
+                reservation.settle()
 
     async def close(self) -> None:
         """Settles what is under way."""
@@ -140,6 +153,21 @@ class Gate:
             await asyncio.wait([self._asking])
         if self.limiter is not None:
             await self.limiter.close()
+
+    async def _reserve(
+        self, scope: Any, fields: Fields, identity: Identity, user: str, num_tokens: int
+    ) -> Reservation | None:
+        """Of the rate limits; None where there are none."""
+        if self.limiter is None or not identity.quota.is_limited:
+            return None
+        return await self.limiter.reserve(
+            identity.quota,
+            user,
+            num_tokens,
+            fields.fingerprint(),
+            again=dict(scope["headers"]).get(_RETRY_HEADER, b"0") != b"0",
+            headers=scope["jaxserve.headers"],
+        )
 
     def _output_tokens(self, demand: Demand, cap: int | None) -> int:
         each = demand.max_tokens
@@ -200,7 +228,7 @@ class Visit:
                 output_tokens = min(output_tokens, most)
             total = prompt_tokens + output_tokens * work.options.candidates
             await self._reservation.true_up(total)
-        self._check_deadline()
+        gate.admission.check_deadline(self.deadline_ns)
         gate.admission.submitted(
             demand.newcomer(self._identity, prompt_tokens // len(work.prompts))
         )
@@ -211,11 +239,7 @@ class Visit:
         self._gate.ratio.learn(demand.text_bytes, num_tokens - demand.prompt_tokens)
         if self._reservation is not None:
             await self._reservation.true_up(num_tokens)
-        self._check_deadline()
-
-    def _check_deadline(self) -> None:
-        if self.deadline_ns is not None and self.deadline_ns <= time.monotonic_ns():
-            raise DeadlineExceeded("the request's deadline passed before it was submitted")
+        self._gate.admission.check_deadline(self.deadline_ns)
 
     def follow(self, usage: Usage) -> None:
         """From now on this is what it uses."""

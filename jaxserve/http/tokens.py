@@ -1,4 +1,8 @@
-"""/tokenize and /detokenize: the model's tokenizer over HTTP."""
+"""/tokenize and /detokenize: the model's tokenizer over HTTP.
+
+They take no tokens of the engine's, but time of an HTTP process: so they count as requests in the
+rate limits, before any of their work.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from jaxserve.http.chat import read_messages
 from jaxserve.http.errors import send_json
 from jaxserve.http.frontend import Frontend
 from jaxserve.http.tools import read_toolbox
+from jaxserve.types import ModelInfo
 
 
 class Tokenize:
@@ -24,6 +29,12 @@ class Tokenize:
         model = frontend.model()
         fields = await frontend.read(scope, receive)
         frontend.adapters.pick(fields, model)
+        async with frontend.gate.counted(scope, fields, scope["jaxserve.identity"]):
+            await self._answer(fields, model, send)
+
+    async def _answer(self, fields: Fields, model: ModelInfo, send: Any) -> None:
+        frontend = self._frontend
+        fields.text("user")
         with_strings = fields.flag("return_token_strs", False)
         if fields.take("messages") is not None:
             render = read_messages(fields, frontend, read_toolbox(fields))
@@ -54,6 +65,12 @@ class Detokenize:
         model = frontend.model()
         fields = await frontend.read(scope, receive)
         frontend.adapters.pick(fields, model)
+        async with frontend.gate.counted(scope, fields, scope["jaxserve.identity"]):
+            await self._answer(fields, model, send)
+
+    async def _answer(self, fields: Fields, model: ModelInfo, send: Any) -> None:
+        frontend = self._frontend
+        fields.text("user")
         limit = frontend.config.max_body_bytes
         ids = fields.token_ids("tokens", model.vocab_size, limit)
         if ids is None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from jaxserve.config import LimitsConfig
 from jaxserve.errors import DeadlineExceeded, Overloaded
 from jaxserve.limits.degradation import Degradation
-from jaxserve.limits.wait import Newcomer, run_s, wait_s
+from jaxserve.limits.wait import Newcomer, is_free, run_s, wait_s
 from jaxserve.protocol.messages import ClassLoad, EngineStatus
 
 #: A status older than this is asked for anew.
@@ -132,6 +132,19 @@ class Admission:
         if len(self._since) > 100_000:  # nobody asks, so nothing drops what is old
             self._since.popleft()
 
+    def check_deadline(self, deadline_ns: int | None, now_ns: int | None = None) -> None:
+        """Refuses what is too late, before it is begun.
+
+        Args:
+            now_ns: CLOCK_MONOTONIC; now where None.
+
+        Raises:
+            DeadlineExceeded: the deadline has passed.
+        """
+        if deadline_ns is not None and deadline_ns <= (now_ns or self._clock_ns()):
+            self._count("deadline")
+            raise DeadlineExceeded("the request's deadline passed before it was begun")
+
     def _judge(self, newcomer: Newcomer, deadline_ns: int | None) -> None:
         now_ns = self._clock_ns()
         status = self._fresh(now_ns, deadline_ns)
@@ -144,12 +157,14 @@ class Admission:
             degradation.observe(self.normal_wait_s, now_ns / 1e9)
             self._shed(newcomer.priority)
         waits_s = wait_s(status, loads, newcomer)
+        # Where nobody waits nothing would be gained by refusing: how long others ran, or how fast
+        # their prompts were, is no reason. If all were refused nothing would be learned any more.
+        if waits_s == 0 or is_free(status, loads, newcomer):
+            return
         limit_s = self._config.max_wait_s
         if limit_s and waits_s > limit_s:
             raise self._over_max_wait(waits_s)
-        # Where nobody waits, how long others ran is no reason: nothing would be gained by refusing,
-        # and if all were refused, nothing would be learned any more.
-        if deadline_ns is not None and waits_s > 0:
+        if deadline_ns is not None:
             left_s = (deadline_ns - now_ns) / 1e9
             needs_s = MARGIN * (waits_s + run_s(status, newcomer))
             if needs_s > left_s:
@@ -166,9 +181,7 @@ class Admission:
         Raises:
             DeadlineExceeded: the deadline has passed.
         """
-        if deadline_ns is not None and deadline_ns <= now_ns:
-            self._count("deadline")
-            raise DeadlineExceeded("the request's deadline passed before it was begun")
+        self.check_deadline(deadline_ns, now_ns)
         status = self._status()
         if status is not None and now_ns - status.at_ns > FRESH_S * 1e9:
             self._refresh()

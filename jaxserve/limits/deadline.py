@@ -29,7 +29,8 @@ _UNITS_S = {
     "n": 1e-9,
     "ns": 1e-9,
 }
-_NUMBER = re.compile(r"([0-9]{1,20}(?:\.[0-9]{0,9})?)\s*([A-Za-z]{0,2})")
+# So many decimals as a float has that was computed (a deadline less the time).
+_NUMBER = re.compile(r"([0-9]{1,20}(?:\.[0-9]{0,40})?)\s*([A-Za-z]{0,2})")
 
 
 def read_deadline(value: bytes, now_s: float) -> float:

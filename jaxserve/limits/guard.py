@@ -3,7 +3,8 @@
 A failure opens the circuit: for a pause, which doubles up to `MAX_PAUSE_S`, nobody waits for the
 store, and every request is dealt with by the policy. Then one request tries it; if it answers, all
 go there again. Policies: "open" lets everything in, "closed" refuses everything, "local" enforces
-`limits.local_share` of every limit on this server alone.
+`limits.local_share` of every limit on this server alone. There, what is more than the share of a
+burst, and not more than the burst, has to wait for the shared store.
 
 Invariants: a reservation is changed and settled where it was made; what was made in a store that
 then went away is settled by that store when its lease ends.
@@ -12,6 +13,7 @@ then went away is settled by that store when its lease ends.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable
 
@@ -25,7 +27,9 @@ MAX_PAUSE_S = 5.0
 
 
 class GuardedStore:
-    """A `Store` that stands in for a shared one that fails; raises `StoreFailure` if "closed".
+    """A `Store` that stands in for a shared one that fails; see the module.
+
+    Raises `StoreFailure` for what is not let in without the shared one.
 
     Args:
         shared: the store that may fail.
@@ -124,6 +128,7 @@ class GuardedStore:
         if self._policy == "open":
             self._elsewhere.add(take.id)
             return Answer(granted=True, units=list(take.units), levels=[])
+        fits = all(u <= bucket.burst for bucket, u in zip(take.buckets, take.units, strict=True))
         smaller = tuple(_shared_out(bucket, self._share) for bucket in take.buckets)
         take = Take(
             id=take.id,
@@ -137,6 +142,11 @@ class GuardedStore:
             self._elsewhere.add(take.id)
         else:
             self._elsewhere.discard(take.id)
+            if math.isinf(answer.retry_after_s) and fits:
+                raise StoreFailure(
+                    "the store of the rate limits cannot be reached, and the request is more than "
+                    "this server's share of a limit"
+                )
         return answer
 
     def _failed(self, error: StoreFailure, tried: bool) -> None:
@@ -155,10 +165,13 @@ class GuardedStore:
 
 
 def _shared_out(bucket: Bucket, share: float) -> Bucket:
+    burst = bucket.burst * share
+    if bucket.kind == "requests":  # a share below one would let nothing in
+        burst = max(burst, min(bucket.burst, 1.0))
     return Bucket(
         name=bucket.name,
         scope=bucket.scope,
         kind=bucket.kind,
         rate=bucket.rate * share,
-        burst=bucket.burst * share,
+        burst=burst,
     )

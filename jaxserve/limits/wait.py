@@ -9,6 +9,7 @@ the wait is 0 then.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from jaxserve.protocol.messages import ClassLoad, EngineStatus
@@ -53,6 +54,11 @@ def wait_s(status: EngineStatus, loads: list[ClassLoad], newcomer: Newcomer) -> 
     rate = status.prefill_tokens_per_s
     for_prompt_s = (tokens + newcomer.tokens) / rate if rate else 0.0
     return max(for_row_s, for_prompt_s)
+
+
+def is_free(status: EngineStatus, loads: list[ClassLoad], newcomer: Newcomer) -> bool:
+    """Whether it would wait for nobody: all that is before its first token is its own prompt."""
+    return wait_s(status, loads, dataclasses.replace(newcomer, tokens=0)) == 0
 
 
 def run_s(status: EngineStatus, newcomer: Newcomer) -> float:

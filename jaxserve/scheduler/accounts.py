@@ -60,9 +60,12 @@ class Account:
 
     def settle(self) -> None:
         """Brings `settled` up to now, before the number of rows or the weight changes."""
-        self.settled = self.counter
+        pending = 0
         for meter, tally in self.tallies.items():
+            pending += len(tally.decoding) * (meter.clock - tally.since)
             tally.since = meter.clock
+        if pending:
+            self.settled += pending * self.level.accounts.output_price / self.weight
 
 
 @dataclass(slots=True, eq=False)

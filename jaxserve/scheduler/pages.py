@@ -22,6 +22,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count, repeat
 
 from jaxserve.types import CacheGroup
 
@@ -84,13 +85,13 @@ class PagePool:
 
     def take_several(self, num_pages: int) -> list[int]:
         """So many pages without content, each held once, likewise."""
-        free = self._free
+        free, references = self._free, self._references
         if num_pages > len(free):
             return [self.take() for _ in range(num_pages)]
         taken = free[-num_pages:]
         del free[-num_pages:]
         for page in taken:
-            self._references[page] = 1
+            references[page] = 1
         return taken
 
     def share(self, page: int) -> None:
@@ -112,16 +113,17 @@ class PagePool:
 
     def release_several(self, pages: Iterable[int]) -> None:
         """One holder less of each."""
-        references, digests, free = self._references, self._digests, self._free
+        references, digests = self._references, self._digests
+        kept, free = self._kept, self._free
         for page in pages:
-            left = references[page] - 1
-            assert left >= 0, f"page {page} is free"
-            references[page] = left
-            if left == 0:
-                if digests and page in digests:
-                    self._kept[page] = None
-                else:
-                    free.append(page)
+            if references[page] != 1:
+                self.release(page)
+                continue
+            references[page] = 0
+            if page in digests:
+                kept[page] = None
+            else:
+                free.append(page)
 
     def num_holders(self, page: int) -> int:
         """How often the page is held."""
@@ -367,11 +369,11 @@ class PageAllocator:
 
     def entries(self, table: PageTable, slot: int) -> list[tuple[int, int, int, int]]:
         """(group, slot, index, page) of all pages that a table holds."""
-        return [
-            (group, slot, index, page)
-            for group, (pages, behind) in enumerate(zip(table.pages, table.num_behind, strict=True))
-            for index, page in enumerate(pages[behind:] if behind else pages, behind)
-        ]
+        entries: list[tuple[int, int, int, int]] = []
+        for group, (pages, behind) in enumerate(zip(table.pages, table.num_behind, strict=True)):
+            held = pages[behind:] if behind else pages
+            entries += zip(repeat(group), repeat(slot), count(behind), held, strict=False)
+        return entries
 
     def release(self, table: PageTable) -> None:
         """Gives all pages back; the table is empty then.

@@ -16,7 +16,7 @@ from jaxserve.scheduler.drafting import Drafted
 from jaxserve.scheduler.pace import Pacer
 from jaxserve.scheduler.phases import Phase, chunk_end
 from jaxserve.scheduler.plan import PageCopy, Plan
-from jaxserve.scheduler.room import Room, worst_first
+from jaxserve.scheduler.room import Room
 from jaxserve.scheduler.rows import Rows
 from jaxserve.scheduler.sequence import Sequence, SequenceState, Wait
 
@@ -236,7 +236,7 @@ class Planner:
         """
         if self._rows.choices.reclaim():
             return True
-        victim = next(worst_first(self._rows.slots.holders, self._planned), None)
+        victim = next(self._rows.slots.worst_first(self._planned), None)
         if victim is None or (needy is not None and victim.rank <= needy.rank):
             return False
         self._preempt(victim)

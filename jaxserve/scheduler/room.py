@@ -6,9 +6,8 @@ is never preempted, and always comes to its end.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Set
 
 from jaxserve.scheduler.choices import Choices
 from jaxserve.scheduler.pages import PageAllocator
@@ -69,7 +68,7 @@ class Room:
         victims: list[Sequence] = []
         held: list[Counter[int]] = [Counter() for _ in pools]
         freed = [0] * len(pools)
-        for victim in worst_first(slots.holders, exempt, above=sequence.level):
+        for victim in slots.worst_first(exempt, above=sequence.level):
             victims.append(victim)
             for group, table in enumerate(victim.table.pages):
                 for page in table[victim.table.num_behind[group] :]:
@@ -85,22 +84,3 @@ class Room:
     def _can_hold(self, sequence: Sequence, reserve: int) -> bool:
         known = len(sequence.token_ids)
         return self._pages.can_hold(sequence.table, known, self._chunk_tokens, reserve)
-
-
-def worst_first(
-    holders: Mapping[int, Iterable[Sequence]], exempt: Set[Sequence], *, above: float = -math.inf
-) -> Iterator[Sequence]:
-    """Running sequences, the worst first.
-
-    Args:
-        holders: who runs, by level.
-        exempt: not these.
-        above: only of levels worse than this.
-    """
-    for level in sorted((level for level in holders if level > above), reverse=True):
-        ranked = sorted(holders[level], key=_arrival, reverse=True)
-        yield from (sequence for sequence in ranked if sequence not in exempt)
-
-
-def _arrival(sequence: Sequence) -> int:
-    return sequence.arrival

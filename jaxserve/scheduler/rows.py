@@ -77,7 +77,7 @@ class Rows:
     @property
     def num_running(self) -> int:
         """Sequences that hold a slot."""
-        return len(self.prefilling) + len(self.decoding) + len(self.drafting)
+        return self.slots.num_taken
 
     def retire(self) -> None:
         """Lets go of rows whose last token is launched."""

@@ -46,6 +46,8 @@ from jaxserve.scheduler.spill import Spill
 from jaxserve.scheduler.swap import Swap
 from jaxserve.types import FinishReason, ModelInfo, SamplingParams
 
+_NONE: frozenset[int] = frozenset()
+
 
 class Scheduler:
     """Decides what runs; see the module.
@@ -98,6 +100,7 @@ class Scheduler:
         )
         self._config = config
         self._model = model
+        self._ends = frozenset(model.eos_token_ids)
         self._clock_ns = clock_ns
         self._accounts = accounts or Accounts(config)
         meter = Meter(self._accounts, self.pages.capacity_tokens)
@@ -190,9 +193,8 @@ class Scheduler:
                 num_free_slots=self._rows.slots.num_free,
                 end=self.cancel,
             )
-        stops = frozenset(sampling.stop_token_ids)
-        if not sampling.ignore_eos:
-            stops |= frozenset(self._model.eos_token_ids)
+        ends = _NONE if sampling.ignore_eos else self._ends
+        stops = ends.union(sampling.stop_token_ids) if sampling.stop_token_ids else ends
         root = self.prefix.root(tenant, cache_salt, adapter.key if adapter is not None else "")
         sequences = []
         choices = range(len(keys)) if resumed is None else resumed.choices

@@ -90,6 +90,7 @@ class Sequence:
         key: (client, the client's id of it); opaque here.
         token_ids: known tokens: the prompt, then what was read back from the device.
         max_len: tokens at which max_tokens are reached.
+        looks_back: whether its sampling depends on which tokens came before.
         level: its priority, or `queue.AGED`; smaller runs first.
         arrival: number among all that came; within a level the last is preempted first.
         account: what is charged for it.
@@ -132,6 +133,7 @@ class Sequence:
     arrived_ns: int = 0
     root: bytes = b""
     max_len: int = field(init=False)
+    looks_back: bool = field(init=False)
 
     state: SequenceState = SequenceState.WAITING
     slot: int = -1
@@ -172,7 +174,14 @@ class Sequence:
     traceparent: str = ""
 
     def __post_init__(self) -> None:
-        self.max_len = self.prompt_len + self.sampling.max_tokens
+        sampling = self.sampling
+        self.max_len = self.prompt_len + sampling.max_tokens
+        self.looks_back = (
+            sampling.repetition_penalty != 1
+            or sampling.presence_penalty != 0
+            or sampling.frequency_penalty != 0
+            or any(len(word) > 1 for word in sampling.bad_words)
+        )
 
     def resume(self, emitted: list[int], num_prompt_logprobs: int) -> None:
         """Goes on from what an engine that ended had emitted: those tokens are known.
@@ -200,7 +209,7 @@ class Sequence:
     @property
     def has_unread(self) -> bool:
         """Whether tokens of it are launched that have not been read back."""
-        return self.num_planned > self.num_outputs
+        return self.num_planned + self.prompt_len > len(self.token_ids)
 
     @property
     def num_first_computed(self) -> int:
@@ -214,17 +223,6 @@ class Sequence:
             self.sampling.prompt_logprobs is not None
             and self.choice == 0
             and self.num_prompt_logprobs_planned < self.prompt_len - 1
-        )
-
-    @property
-    def looks_back(self) -> bool:
-        """Whether its sampling depends on which tokens came before."""
-        sampling = self.sampling
-        return (
-            sampling.repetition_penalty != 1
-            or sampling.presence_penalty != 0
-            or sampling.frequency_penalty != 0
-            or any(len(word) > 1 for word in sampling.bad_words)
         )
 
     def prefix_looked_back_at(self) -> list[int]:
@@ -253,8 +251,10 @@ class Sequence:
 
     def reach(self, start: int, end: int) -> None:
         """Counts positions start … end - 1 as launched, once more or for the first time."""
-        self.num_recomputed += max(min(end, self.num_reached) - start, 0)
-        self.num_reached = max(self.num_reached, end)
+        if start < self.num_reached:
+            self.num_recomputed += min(end, self.num_reached) - start
+        if end > self.num_reached:
+            self.num_reached = end
         self.num_computed = end
 
     def accept(self, sampled: list[int]) -> list[int]:

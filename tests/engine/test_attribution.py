@@ -9,9 +9,15 @@ import time
 import numpy as np
 import pytest
 
-from jaxserve.config import CacheConfig, Config, EmbeddingsConfig, SchedulerConfig
+from jaxserve.config import (
+    CacheConfig,
+    Config,
+    EmbeddingsConfig,
+    SchedulerConfig,
+    TelemetryConfig,
+)
 from jaxserve.device.step import Program, StepOutputs, empty_inputs
-from jaxserve.engine.attribution import Attribution, WorkRates, apportion
+from jaxserve.engine.attribution import Attribution, NoAttribution, WorkRates, apportion
 from jaxserve.engine.process import build_engine
 from jaxserve.engine.turn import InFlight
 from jaxserve.protocol.messages import Cancel, Embed, GetStatus, SequenceRecord, StepStats
@@ -39,9 +45,13 @@ class Timed:
             preemption=settings.pop("preemption", "auto"),
         )
         embeddings = EmbeddingsConfig(model=settings.pop("embeds", ""))
+        telemetry = TelemetryConfig(enabled=settings.pop("telemetry", True))
         limits = {"max_rows": 4, "max_step_tokens": 16, "decode_steps": 1, "max_waiting": 500}
         config = Config(
-            cache=cache, embeddings=embeddings, scheduler=SchedulerConfig(**limits | settings)
+            cache=cache,
+            embeddings=embeddings,
+            telemetry=telemetry,
+            scheduler=SchedulerConfig(**limits | settings),
         )
         self.server = ListServer()
         parts = fake_parts(config, lambda *_: None)
@@ -130,6 +140,15 @@ def test_shares_and_what_is_nobodys_are_the_steps_time(seed: int, settings: dict
     assert timed.shared_ns > 0
     timed.check()
     assert not timed.engine._attribution._accounts
+
+
+def test_where_nobody_observes_no_step_is_divided():
+    timed = Timed(telemetry=False)
+    timed.turn(submit([1], [5, 6, 7]), submit([2], [8, 9]))
+    timed.finish()
+    assert isinstance(timed.engine._attribution, NoAttribution)
+    assert timed.device_ns > 0 == timed.shared_ns
+    assert [record.output_tokens for record in timed.records.values()] == [10, 10]
 
 
 def test_an_error_of_a_step_leaves_what_was_read_in_the_records():

@@ -124,6 +124,16 @@ def test_who_is_shed_is_told_why_and_it_is_counted(server):
     assert not engine._live.of("b")
 
 
+def test_an_idle_time_before_a_prompt_is_not_its_steps(engine):
+    turn(engine, "a", submit([1], [5, 6], max_tokens=1))
+    while engine.in_flight is not None:
+        turn(engine)
+    engine._backlog._last_ns -= 900_000_000
+    turn(engine, "a", submit([2], [7] * 14, max_tokens=1))
+    turn(engine)
+    assert engine.status().prefill_tokens_per_s > 100  # it would be below 18
+
+
 def test_measured_steps_pace_the_next(server):
     scheduler = SchedulerConfig(max_rows=4, max_step_tokens=200, decode_steps=1, max_step_ms=10.0)
     config = dataclasses.replace(CONFIG, scheduler=scheduler)

@@ -13,6 +13,7 @@ import pytest
 
 from jaxserve.config import CacheConfig, Config, LimitsConfig, ModelConfig, SchedulerConfig
 from jaxserve.http.auth import Identity, KeyRing
+from jaxserve.http.metrics import Metrics
 from jaxserve.protocol.messages import ClassLoad, EngineStatus
 from jaxserve.types import SamplingParams
 from tests.fakes.tokenizer import ByteTokenizer
@@ -180,6 +181,13 @@ def refuse_to_tokenize(monkeypatch) -> None:
     monkeypatch.setattr(ByteTokenizer, "encode", encode)
 
 
+def num_shed(metrics: Metrics, reason: str) -> float:
+    """Requests that were refused for it so far."""
+    start = f'jaxserve_shed_total{{reason="{reason}"}} '
+    lines = metrics.render().decode().splitlines()
+    return sum(float(line.removeprefix(start)) for line in lines if line.startswith(start))
+
+
 def test_a_refusal_comes_before_any_work_within_5_ms(monkeypatch):
     body = {"messages": [{"role": "user", "content": "x" * 60_000}], "max_tokens": 5}
     with loaded(max_wait_s=30) as made:
@@ -202,6 +210,21 @@ def test_a_refusal_comes_before_any_work_within_5_ms(monkeypatch):
         assert best_s < 0.005
         metrics = made.app.frontend.metrics.render().decode()
         assert 'jaxserve_shed_total{reason="deadline"} 30.0' in metrics
+
+
+def test_a_deadline_that_passes_while_the_prompt_is_tokenized_is_counted(long: Front, monkeypatch):
+    def encode(*_: Any, **__: Any) -> list[int]:
+        until_s = time.monotonic() + 0.06
+        while time.monotonic() < until_s:
+            pass
+        return [300]
+
+    metrics = long.app.frontend.metrics
+    monkeypatch.setattr(ByteTokenizer, "encode", encode)
+    before = num_shed(metrics, "deadline")
+    response = long.post(CHAT, {"messages": HI, "timeout": 0.05})
+    assert response.status_code == 504
+    assert num_shed(metrics, "deadline") == before + 1
 
 
 def test_a_refusal_says_why_and_high_priority_goes_on():

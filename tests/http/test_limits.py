@@ -209,6 +209,51 @@ def test_output_without_max_tokens_reserves_the_default_and_owes_the_rest(tmp_pa
         assert refused.status_code == 429
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"prompt": "x" * 5000}),
+        ("/tokenize", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/detokenize", {"tokens": [72] * 5000}),
+    ],
+    ids=["prompt", "messages", "detokenize"],
+)
+def test_the_tokenizer_counts_as_a_request_and_no_tokens(tmp_path, path, body):
+    limits = {"requests_per_minute": 60, "burst_requests": 3}
+    limits |= {"tokens_per_minute": 600, "burst_tokens": 50}
+    with limited(tmp_path, {"limits": limits}) as server:
+        assert server.complete(max_tokens=46).status_code == 200  # all tokens that there are
+        first = server.front.post(path, body, headers=KEY)
+        assert first.status_code == 200
+        assert first.headers["x-ratelimit-limit-requests"] == "60"
+        assert first.headers["x-ratelimit-remaining-requests"] == "1"
+        assert first.headers["x-ratelimit-remaining-tokens"] == "0"
+        wrong = server.front.post(path, {"model": None}, headers=KEY)
+        assert wrong.status_code == 400  # and counted
+        refused = server.front.post(path, body, headers=OTHER_KEY)
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        assert refused.headers["retry-after-ms"] == "1000"
+        assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+        assert server.front.post(path, body, headers=FREE_KEY).status_code == 200
+        server.wait(1)
+        assert server.front.post(path, body, headers=OTHER_KEY).status_code == 200
+        assert (server.level("requests"), server.level("tokens")) == (0, 10)
+        assert server.memory.num_reservations == 0
+        metrics = server.front.app.frontend.metrics.render().decode()
+        assert f'jaxserve_requests_total{{route="{path}",status="429"}} 1.0' in metrics
+
+
+def test_the_tokenizer_counts_for_the_user_that_it_is_told(tmp_path):
+    tenant = {"user_limits": {"requests_per_minute": 6, "burst_requests": 1}}
+    with limited(tmp_path, tenant) as server:
+        for path, body in (("/tokenize", {"prompt": "hi"}), ("/detokenize", {"tokens": [72]})):
+            for user, statuses in (("a" + path, [200, 429]), ("b" + path, [200, 429])):
+                posted = [server.front.post(path, body | {"user": user}, headers=KEY) for _ in "12"]
+                assert [response.status_code for response in posted] == statuses
+        assert server.front.post("/tokenize", {"user": 7}, headers=KEY).status_code == 400
+
+
 def test_users_have_buckets_of_their_own_and_share_their_tenants(tmp_path):
     tenant = {
         "limits": {"requests_per_minute": 60, "burst_requests": 5},

@@ -107,9 +107,11 @@ class Gate:
     def _refresh(self) -> None:
         self.asked += 1
 
-    def admit(self, priority=0, timeout_s=None, output_tokens=None, tenant="a"):
+    def admit(self, priority=0, timeout_s=None, output_tokens=None, tenant="a", tokens=0):
         """A request."""
-        newcomer = Newcomer(priority=priority, output_tokens=output_tokens, tenant=tenant)
+        newcomer = Newcomer(
+            priority=priority, output_tokens=output_tokens, tenant=tenant, tokens=tokens
+        )
         deadline_ns = None if timeout_s is None else self.now_ns + int(timeout_s * S)
         return self.admission.admit(newcomer, deadline_ns)
 
@@ -133,6 +135,17 @@ def test_what_cannot_be_done_in_time_is_refused_with_the_time():
 def test_a_free_engine_refuses_no_deadline():
     gate = Gate(status(load(running=9), service_s=100.0))
     assert gate.admit(timeout_s=0.1) is None  # or it would never learn that it has become faster
+
+
+def test_how_long_its_own_prompt_takes_is_no_wait():
+    slow = status(load(running=9), service_s=100.0, prefill_tokens_per_s=10.0)
+    gate = Gate(slow, max_wait_s=1.0)
+    gate.admit(timeout_s=0.1, tokens=500)
+    gate.engine = status(load(running=9, tokens=1), service_s=100.0, prefill_tokens_per_s=10.0)
+    gate.engine.at_ns = gate.now_ns
+    with pytest.raises(Overloaded, match="limit is 1 s"):  # behind another's it is
+        gate.admit(tokens=500)
+    assert gate.counts == {"max_wait": 1}
 
 
 def test_a_glance_refuses_only_what_nothing_could_save():
