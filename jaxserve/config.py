@@ -154,13 +154,17 @@ class KernelsConfig:
         attention: "auto", "xla", "cpu" (native), "tpu" or "gpu" (Pallas).
         matmul: "auto", "xla", or "cpu" (native, packed weights).
         layers: "auto", "unrolled" or "scanned".
-        lora: what adapters add: "auto", "xla", "cpu" (native), or "tpu" (Pallas).
+        lora: what adapters add: "auto", "xla", "cpu" (native), "tpu" or "gpu" (Pallas); "auto" does
+            not take "gpu" yet.
+        experts: products of a mixture's experts: "auto", "xla", or "gpu" (Pallas), which "auto"
+            does not take yet.
     """
 
     attention: str = "auto"
     matmul: str = "auto"
     layers: str = "auto"
     lora: str = "auto"
+    experts: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

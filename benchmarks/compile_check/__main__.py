@@ -31,6 +31,7 @@ def main() -> int:
     given = parser.parse_args()
     targets.prepare()
     from benchmarks.compile_check.check import check
+    from benchmarks.compile_check.grouped import ROWS_OF_GROUPED
     from benchmarks.compile_check.kernels import ROWS_OF_KERNELS
     from benchmarks.compile_check.lora import ROWS_OF_LORA
     from benchmarks.compile_check.steps import ROWS_OF_STEPS
@@ -38,7 +39,8 @@ def main() -> int:
     from jaxserve.device.chips import parse_slice
 
     first, parts = map(int, given.part.split("/"))
-    rows = _named([*ROWS_OF_KERNELS, *ROWS_OF_LORA, *ROWS_OF_STEPS], given.patterns)
+    kernels = *ROWS_OF_KERNELS, *ROWS_OF_LORA, *ROWS_OF_GROUPED
+    rows = _named([*kernels, *ROWS_OF_STEPS], given.patterns)
     if given.changed is not None:
         concerned = patterns(files_changed(given.changed))
         rows = _named(rows, concerned) if concerned else []

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks.compile_check import targets
+from benchmarks.compile_check.grouped import GroupedRow
 from benchmarks.compile_check.kernels import KernelRow
 from benchmarks.compile_check.lora import LoraRow
 from benchmarks.compile_check.steps import ROWS, StepRow
 
-Row = StepRow | KernelRow | LoraRow
+Row = StepRow | KernelRow | LoraRow | GroupedRow
 
 #: A step's temporary memory, as a share of its cache: a hidden copy would be all of it.
 MOST_TEMP = 0.1
@@ -65,13 +66,17 @@ def check(row: Row) -> Result:
     return result
 
 
-def _compile(lowered: Any, platform: str) -> Any:
-    # Sorting by CUB would ask a GPU at compile time how much scratch memory it takes.
-    options = {"xla_gpu_enable_cub_radix_sort": False} if platform == "gpu" else None
+def _compile(lowered: Any, device: Any) -> Any:
+    from jaxserve.device.compiles import compiler_options
+
+    options = compiler_options(device) or {}
+    if device.platform == "gpu":
+        # Sorting by CUB would ask a GPU at compile time how much scratch memory it takes.
+        options = {**options, "xla_gpu_enable_cub_radix_sort": False}
     return lowered.compile(compiler_options=options)
 
 
-def _kernel(row: KernelRow | LoraRow) -> Result:
+def _kernel(row: KernelRow | LoraRow | GroupedRow) -> Result:
     import jax
 
     from jaxserve.device.chips import parse_slice
@@ -86,7 +91,7 @@ def _kernel(row: KernelRow | LoraRow) -> Result:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             traced = jax.jit(function, donate_argnums=0).trace(*arguments)
             lowered = traced.lower(lowering_platforms=targets.platforms(slice))
-        compiled = _compile(lowered, slice.chip.platform)
+        compiled = _compile(lowered, mesh.devices.flat[0])
     except UnsupportedKernel as error:
         result.verdict, result.detail = "refused", str(error)
         return result
@@ -120,7 +125,7 @@ def _step(row: StepRow) -> Result:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             executor = ahead.executor(row.program, num_pages)
             lowered = executor.lower(row.program, targets.platforms(slice))
-        compiled = _compile(lowered, slice.chip.platform)
+        compiled = _compile(lowered, mesh.devices.flat[0])
     except Exception as error:
         return _failed(result, error)
     _memory(result, compiled)

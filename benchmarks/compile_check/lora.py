@@ -1,4 +1,4 @@
-"""lora_matmul alone: the sites of Llama 3 8B, and one of SmolLM2, whose size a TPU refuses."""
+"""lora_matmul alone: the sites of Llama 3 8B, and two of SmolLM2, whose sizes a TPU refuses."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels.lora_matmul import LoraWeights, block_tokens, lora_matmul
 
-CHIPS = ("v5e:1x1", "v6e:1x1", "tpu7x:1x1x1")
+#: Backend and the chips that it is compiled for.
+CHIPS = {"tpu": ("v5e:1x1", "v6e:1x1", "tpu7x:1x1x1"), "gpu": ("h100:1",)}
 TOKENS = {"decode": 64, "prefill": 2048}
 #: Rank and slots of each class.
-CLASSES = ((16, 8), (128, 2))
+CLASSES = ((8, 4), (16, 8), (128, 2))
+#: What the sizes of a site are multiples of.
+_MULTIPLES = {"tpu": 128, "gpu": 64}
 _LAYERS = 32
 #: Site: K, N, and the widths of its parts, which repeat.
 _SITES: dict[str, tuple[int, int, tuple[int, ...]]] = {
@@ -25,6 +28,7 @@ _SITES: dict[str, tuple[int, int, tuple[int, ...]]] = {
     "out": (4096, 4096, (4096,)),
     "gate_up": (4096, 28672, (14336, 14336)),
     "down": (14336, 4096, (4096,)),
+    "smollm2-qkv": (576, 960, (192, 64, 64)),
     "smollm2-out": (576, 576, (576,)),
 }
 
@@ -35,6 +39,7 @@ class LoraRow:
 
     site: str
     kind: str
+    backend: str
     slice: str
 
     @property
@@ -45,8 +50,9 @@ class LoraRow:
     @property
     def refusal(self) -> str | None:
         """Why the backend refuses it; None where it compiles."""
-        odd = any(size % 128 for size in _SITES[self.site][:2])
-        return "its sizes are no multiples of 128" if odd else None
+        multiple = _MULTIPLES[self.backend]
+        odd = any(size % multiple for size in _SITES[self.site][:2])
+        return f"its sizes are no multiples of {multiple}" if odd else None
 
     @property
     def page_bytes(self) -> int:
@@ -70,7 +76,7 @@ class LoraRow:
             for rank, slots in CLASSES
         )
         slots, layer = array(tokens, dtype=jnp.int32), array(dtype=jnp.int32)
-        return partial(_add, cycle), (
+        return partial(_add, cycle, self.backend), (
             array(tokens, columns),
             array(tokens, depth),
             weights,
@@ -79,15 +85,18 @@ class LoraRow:
         )
 
 
-def _add(cycle: tuple[int, ...], y: Any, x: Any, weights: Any, slots: Any, layer: Any) -> Any:
+def _add(
+    cycle: tuple[int, ...], backend: str, y: Any, x: Any, weights: Any, slots: Any, layer: Any
+) -> Any:
     blocks, first = [], 0
     for _, count in CLASSES:
         blocks.append(block_tokens(slots - first, count))
         first += count
-    return lora_matmul(x, y, weights, blocks, layer, cycle=cycle, backend="tpu")
+    return lora_matmul(x, y, weights, blocks, layer, cycle=cycle, backend=backend)
 
 
 ROWS_OF_LORA = tuple(
-    LoraRow(site=site, kind=kind, slice=slice)
-    for slice, site, kind in itertools.product(CHIPS, _SITES, TOKENS)
+    LoraRow(site=site, kind=kind, backend=backend, slice=slice)
+    for backend, slices in CHIPS.items()
+    for slice, site, kind in itertools.product(slices, _SITES, TOKENS)
 )

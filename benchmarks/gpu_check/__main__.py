@@ -5,7 +5,8 @@ transformers. Needs JAX, flax and, for the last part, torch and transformers; no
 weights.
 Three parts, each a process of its own, so that none holds another's memory:
 
-    kernels   attention and cache update against their references; their shares of the limits
+    kernels   attention, cache update and products with codes against their references; their
+              shares of the limits
     engine    Llama-3-8B's shape with random weights behind the real scheduler: MBU, MFU, idle time
     torch     the same shape in transformers
 
@@ -101,12 +102,14 @@ def _part(part: str, rehearse: bool) -> dict[str, Any]:
 
     limits = measure_limits(1 << 20, 128) if rehearse else measure_limits()
     if part == "kernels":
-        from benchmarks.gpu_check import kernels
+        from benchmarks.gpu_check import kernels, products
 
         sizes = kernels.Sizes()
         if rehearse:
             sizes = kernels.Sizes(rows=2, context=64, prompt=64)
-        found = list(kernels.check("xla" if rehearse else "gpu", limits, sizes))
+        backend = "xla" if rehearse else "gpu"
+        found = list(kernels.check(backend, limits, sizes))
+        found += products.check(backend, limits, *([((64, 256),), 1] if rehearse else []))
         found.append(Finding("copy bandwidth, GB/s", limits.copy / 1e9))
         found.append(Finding("matmul peak, TFLOP/s", limits.matmul / 1e12))
         return {"findings": [dataclasses.asdict(finding) for finding in found]}

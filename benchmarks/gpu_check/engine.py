@@ -15,8 +15,9 @@ from benchmarks.gpu_check.report import Finding
 from jaxserve.bench.engine import Case, measure
 from jaxserve.config import Config, ModelConfig, SchedulerConfig
 from jaxserve.device.sharding import make_mesh
+from jaxserve.engine.hopper import compute_capability
 from jaxserve.engine.load import cache_dtype, parts_of
-from jaxserve.engine.machine import compute_capability, fitting, model_options
+from jaxserve.engine.machine import fitting, model_options
 from jaxserve.engine.parts import Parts, Progressing
 from jaxserve.models.registry import model_class
 

@@ -197,7 +197,8 @@ def _options(config: Config, *, mixture: bool = False) -> ModelOptions:
     Args:
         mixture: whether the model is one of experts.
     """
-    from jaxserve.engine.machine import compute_capability, devices, model_options
+    from jaxserve.engine.hopper import compute_capability
+    from jaxserve.engine.machine import devices, model_options
 
     device = devices()[0]
     capability = compute_capability(device)

@@ -1,4 +1,4 @@
-"""Compilation: the persistent cache, and a count of what XLA compiles.
+"""Compilation: the persistent cache, a count of what XLA compiles, and what it is told of a device.
 
 JAX reports each compilation to its monitoring listeners, from whichever thread; a listener can not
 be taken off, so one for the process counts for all.
@@ -17,9 +17,17 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxserve.errors import ConfigError
 
+#: As `jax.stages.Lowered.compile` takes them.
+CompilerOptions = dict[str, str | bool | int | float]
+
 logger = logging.getLogger(__name__)
 
 _EVENT = "/jax/core/compile/backend_compile_duration"
+#: By JAX's name of the device. A TPU7x could lay 16-bit arrays out in tiles of 16 rows; XLA prefers
+#: that inside of a program, but takes arguments in tiles of 8, and copies all weights between.
+_OPTIONS: dict[str, CompilerOptions] = {
+    "TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": 0}
+}
 
 
 class CompileCounter:
@@ -45,6 +53,11 @@ class CompileCounter:
 def compile_counter() -> CompileCounter:
     """The process's counter; counts from the first call on."""
     return CompileCounter()
+
+
+def compiler_options(device: jax.Device) -> CompilerOptions | None:
+    """What XLA is told when it compiles for such a device; None for nothing."""
+    return _OPTIONS.get(device.device_kind)
 
 
 def use_persistent_cache(directory: str) -> Path:

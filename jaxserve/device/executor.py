@@ -37,7 +37,7 @@ from jaxserve.device import programs
 from jaxserve.device.adapters import AdapterSlots
 from jaxserve.device.changes import Changes
 from jaxserve.device.clock import DeviceClock
-from jaxserve.device.compiles import compile_counter
+from jaxserve.device.compiles import compile_counter, compiler_options
 from jaxserve.device.host_store import HostStore
 from jaxserve.device.hosts import Hosts
 from jaxserve.device.launched import Launched
@@ -208,7 +208,8 @@ class Executor:
                 )
 
     def _compile(self, wanted: Wanted) -> Callable[..., Any]:
-        return self._lowering.lower(wanted).compile()
+        options = compiler_options(self._mesh.devices.flat[0])
+        return self._lowering.lower(wanted).compile(compiler_options=options)
 
     def _run_empty(self) -> None:
         """Runs every program once, without effect: nothing is set up lazily later."""

@@ -23,6 +23,7 @@ import queue
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Never
 
@@ -55,6 +56,7 @@ class Hosts:
         self._silence_s = config.lost_after_s
         self._on_lost = on_lost or _end
         self._plans: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._unmade_ns: deque[int] = deque()  # when each plan came whose calls are not made yet
         self._values: dict[int, queue.SimpleQueue[Any]] = {
             host: queue.SimpleQueue() for host in links
         }
@@ -88,6 +90,15 @@ class Hosts:
         """The others: what host 0 broadcasts, for as long as it lives."""
         while True:
             yield self._plans.get()
+            self._unmade_ns.popleft()
+
+    @property
+    def behind_s(self) -> float:
+        """The others: how long the oldest plan waits whose calls are not made; 0 if none does."""
+        try:
+            return (time.monotonic_ns() - self._unmade_ns[0]) / 1e9
+        except IndexError:  # no look beforehand: its thread takes them meanwhile
+            return 0.0
 
     def await_loss(self) -> None:
         """After a failed device call: returns only if it was not for a host that was lost."""
@@ -127,6 +138,7 @@ class Hosts:
                 kind, payload = link.receive(self._silence_s)
                 match kind:
                     case Kind.PLAN:
+                        self._unmade_ns.append(time.monotonic_ns())
                         self._plans.put(payload)
                     case Kind.VALUE:
                         self._values[host].put(json.loads(payload))

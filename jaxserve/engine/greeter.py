@@ -1,7 +1,8 @@
 """Answers clients while the model loads and compiles, before the engine can.
 
 A thread holds the transport until `stop`; then the engine's thread takes it over. Requests that
-come too early are refused as `Overloaded`.
+come too early are refused as `Overloaded`. On a host that follows host 0 nobody takes it over: the
+thread goes on saying how the host is (`following`).
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class Greeter:
         self._server = server
         self._progress = Progress(phase="loading", done=0, total=0)
         self._since_ns = time.monotonic_ns()
+        self._behind_s: Callable[[], float] | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="jaxserve greeter", daemon=True)
 
@@ -57,6 +59,14 @@ class Greeter:
     def progress(self, phase: str, done: int, total: int) -> None:
         """Start-up has come this far; clients hear of it within a moment. Any thread."""
         self._progress = Progress(phase=phase, done=done, total=total)
+
+    def following(self, behind_s: Callable[[], float]) -> None:
+        """The host makes host 0's device calls from now on, and counts as ready. Any thread.
+
+        Args:
+            behind_s: how long host 0 has waited for a call that is not made yet.
+        """
+        self._behind_s = behind_s
 
     def stop(self) -> None:
         """Ends the thread; the transport is the caller's from then on."""
@@ -101,12 +111,17 @@ class Greeter:
                     self.clients.pop(client, None)
 
     def _status(self, phase: str, error: str = "") -> EngineStatus:
+        if self._behind_s is not None:
+            return EngineStatus(state="ready", pid=os.getpid(), step_age_s=self._behind_s())
         state = "compiling" if phase == "ready" else phase
         age_s = (time.monotonic_ns() - self._since_ns) / 1e9
         return EngineStatus(state=state, pid=os.getpid(), step_age_s=age_s, error=error)
 
     def _refusal(self, message: Submit) -> TokenEvents:
-        error = Overloaded(f"the engine is still {self._progress.phase}; wait until it is ready")
+        reason = f"the engine is still {self._progress.phase}; wait until it is ready"
+        if self._behind_s is not None:
+            reason = "this host follows host 0, which takes the requests"
+        error = Overloaded(reason)
         now_ns = time.monotonic_ns()
         record = SequenceRecord(arrived_ns=message.arrived_ns, done_ns=now_ns)
         finished = [

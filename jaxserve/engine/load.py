@@ -30,10 +30,11 @@ from jaxserve.device.sharding import make_mesh, param_sharding
 from jaxserve.device.state import DeviceState, hidden_states, init_device_state
 from jaxserve.engine.attribution import FLOPS_PER_BYTE, WorkRates
 from jaxserve.engine.batches import Batches
+from jaxserve.engine.hopper import compute_capability, with_experts_kernel
 from jaxserve.engine.layout import log_layout
 from jaxserve.engine.load_embedding import load_embedding
 from jaxserve.engine.lora import adapter_base, make_slots, request_adapters, with_lora_kernel
-from jaxserve.engine.machine import compute_capability, devices, fitting, model_options
+from jaxserve.engine.machine import devices, fitting, model_options
 from jaxserve.engine.parts import Parts, Progressing
 from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.models.decoder import Decoder
@@ -104,6 +105,7 @@ def _load_parts(config: Config, progress: Progressing, hosts: Hosts | None) -> P
     if options.attention != "xla":
         dtype, head_dim = cache_dtype(config.cache, options), spec.attention.head_dim
         options = fitting(options, config.kernels, head_dim, dtype)
+    options = with_experts_kernel(options, config.kernels, spec, mesh)
     options = with_lora_kernel(options, config, spec, mesh)
     model = load_model(
         path,

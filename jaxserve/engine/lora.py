@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxserve.config import Config, LoraConfig
 from jaxserve.device.adapters import AdapterSlots, RankClass
 from jaxserve.engine.adapters import RequestAdapters
+from jaxserve.engine.hopper import compute_capability, no_hopper
 from jaxserve.errors import ConfigError, InvalidAdapter
 from jaxserve.formats.peft import adapter_digest, read_adapter
 from jaxserve.lora.host import HostAdapters, Ready
@@ -73,6 +74,11 @@ def with_lora_kernel(
         return options
     asked, platform = config.kernels.lora, mesh.devices.flat[0].platform
     reasons = {"cpu": _no_native(options, platform, mesh), "tpu": _no_mosaic(options, config, spec)}
+    # No figure says yet that this one wins: it is taken where it is asked for.
+    reasons["gpu"] = "it is not asked for"
+    if asked == "gpu":
+        capability = compute_capability(mesh.devices.flat[0])
+        reasons["gpu"] = no_hopper(platform, capability) or _no_hopper(options, config, spec)
     for kernel in ("cpu", "tpu"):
         if platform != kernel:
             reasons[kernel] = f"the platform is {platform}"
@@ -102,6 +108,21 @@ def _no_mosaic(options: ModelOptions, config: Config, spec: ModelSpec) -> str | 
         found.append(_part(spec.vocab_size, parts))
     odd = [str(size) for size in found if size % LANES]
     return f"a device has sizes of {', '.join(odd)}, no multiples of {LANES}" if odd else None
+
+
+def _no_hopper(options: ModelOptions, config: Config, spec: ModelSpec) -> str | None:
+    from pallas_kernels.lora_matmul.gpu import unsupported  # Pallas takes a quarter of a second
+
+    parts, sizes = options.tensor_parallel, spec.spread(options.tensor_parallel).attention
+    heads = sizes.held_heads * sizes.head_dim // parts
+    wide = _part(spec.feed_forward, parts)
+    vocabulary = [_part(spec.vocab_size, parts)] if config.lora.vocabulary else []
+    return unsupported(
+        depths=(spec.hidden_size, heads, wide),
+        widths=(sizes.head_dim, spec.hidden_size, wide, *vocabulary),
+        ranks=[own.rank for own in rank_classes(config.lora)],
+        dtype=options.activations,
+    )
 
 
 def _part(size: int, parts: int) -> int:

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxserve.config import KernelsConfig, WeightsConfig
 from jaxserve.device.sharding import tensor_parallel
+from jaxserve.engine.hopper import no_hopper
 from jaxserve.errors import ConfigError
 from jaxserve.models.moe import NO_PACKED_EXPERTS
 from jaxserve.models.options import PACKED_DTYPES, ModelOptions
@@ -19,8 +20,6 @@ from pallas_kernels.paged_attention import unsupported
 
 logger = logging.getLogger(__name__)
 
-#: Compute capability of H100, H200 and their kin.
-_HOPPER = "9.0"
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*")
 
 
@@ -44,11 +43,6 @@ def devices() -> list[jax.Device]:  # pyright: ignore[reportInvalidTypeForm]
     return found
 
 
-def compute_capability(device: jax.Device) -> str | None:  # pyright: ignore[reportInvalidTypeForm]
-    """An NVIDIA GPU's, such as "9.0"; None for anything else."""
-    return getattr(device, "compute_capability", None)
-
-
 def model_options(
     weights: WeightsConfig,
     kernels: KernelsConfig,
@@ -62,7 +56,7 @@ def model_options(
 
     Args:
         mesh: that the model will be on; one device where None.
-        capability: of a GPU, see `compute_capability`.
+        capability: of a GPU, see `engine.hopper.compute_capability`.
         mixture: whether the model is a mixture of experts.
 
     Raises:
@@ -82,10 +76,7 @@ def model_options(
     no_packing = NO_PACKED_EXPERTS if mixture else no_packing
 
     no_mosaic = None if platform == "tpu" else elsewhere
-    no_hopper = elsewhere if platform != "gpu" else None
-    if platform == "gpu" and capability != _HOPPER:
-        no_hopper = f"it is made for NVIDIA Hopper, compute capability {_HOPPER}, not {capability}"
-    kinds = {"cpu": no_native, "tpu": no_mosaic, "gpu": no_hopper}
+    kinds = {"cpu": no_native, "tpu": no_mosaic, "gpu": no_hopper(platform, capability)}
     attention = _choose("attention", kernels.attention, kinds)
     matmul = _choose("matmul", kernels.matmul, {"cpu": no_native or no_packing})
     layers = kernels.layers

@@ -6,8 +6,9 @@ the step loop. Exit status: 0 after SIGTERM, 1 when it cannot start and has told
 3 when a step hung for longer than `engine.step_timeout_s`, 4 when one of several hosts was lost, 5
 when a step raised.
 
-On a host other than number 0 there is no scheduler and there are no clients: the main thread makes
-the device calls that host 0 broadcasts (`follow`).
+On a host other than number 0 there is no scheduler and nobody asks for tokens: the main thread
+makes the device calls that host 0 broadcasts (`follow`), and the `Greeter` goes on to say how it
+is.
 
 Invariant: the process ends with its parent, whatever way that ends.
 """
@@ -68,11 +69,11 @@ def main(factory: Factory | None = None) -> int:
         logging.getLogger("jax").setLevel("WARNING")  # it tells which back ends are not there
     if settings.messages != fingerprint():
         return _tell("the code on the disk has changed since the server was started: start it anew")
-    if config.parallel.host:
-        _leave(follow(config, factory or _load_parts))
     from jaxserve.protocol.zmq import ZmqServer  # the bare accelerator image has no zmq
 
     server = ZmqServer(sys.argv[1])
+    if config.parallel.host:
+        _leave(follow(config, server, factory or _load_parts))
     try:
         status = run(settings, server, factory or _load_parts)
     finally:
@@ -122,17 +123,28 @@ def run(settings: EngineSettings, server: ServerTransport, factory: Factory) -> 
     return 0
 
 
-def follow(config: Config, factory: Factory) -> int:
+def follow(config: Config, server: ServerTransport, factory: Factory) -> int:
     """Loads, then makes the device calls of host 0 until this process ends; returns its status.
 
     SIGTERM ends it at once.
 
     Args:
+        server: by which it says how it is.
         factory: loads and compiles the model, reporting progress.
     """
+    greeter = Greeter(server)
+    greeter.start()
+    try:
+        return _follow(config, greeter, factory)
+    finally:
+        greeter.stop()
+
+
+def _follow(config: Config, greeter: Greeter, factory: Factory) -> int:
     progressed: set[str] = set()
 
     def progress(phase: str, done: int, total: int) -> None:
+        greeter.progress(phase, done, total)
         if phase not in progressed:
             progressed.add(phase)
             logger.info("host %d: %s", config.parallel.host, phase)
@@ -147,11 +159,13 @@ def follow(config: Config, factory: Factory) -> int:
         logger.exception("start-up failed")
         return _tell(f"{type(error).__name__}: {error}")
     assert parts.follow is not None
+    hosts = parts.hosts
+    greeter.following(lambda: hosts.behind_s if hosts is not None else 0.0)
     progress("ready", 1, 1)
     try:
         parts.follow()
     except Exception:
-        return _failed("a step failed", parts.hosts)
+        return _failed("a step failed", hosts)
     return 0
 
 

@@ -168,6 +168,7 @@ def create_app(
             Route("/tokenize", Tokenize(frontend), methods=post),
             Route("/detokenize", Detokenize(frontend), methods=post),
             Route("/health", Health(frontend), methods=get),
+            Route("/live", Health(frontend), methods=get),
             Route("/ready", Ready(frontend), methods=get),
             Route("/v1/usage", Observed(frontend, "usage"), methods=get),
             Route("/v1/costs", Observed(frontend, "costs"), methods=get),

@@ -27,7 +27,7 @@ from jaxserve.metering.budgets import Budget
 MAX_PRIORITY = 1_000_000
 
 #: Paths that need no key, and paths that need an admin's.
-PUBLIC_PATHS = frozenset({"/health", "/ready"}) | CONSOLE_PATHS
+PUBLIC_PATHS = frozenset({"/health", "/live", "/ready"}) | CONSOLE_PATHS
 ADMIN_PATHS = frozenset(
     {
         *("/metrics", "/slo", "/v1/alerts", "/console/data", "/console/request"),

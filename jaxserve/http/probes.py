@@ -4,15 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxserve.errors import ModelNotFound
+from jaxserve.errors import JaxserveError, ModelNotFound
 from jaxserve.http.adapters import SEPARATOR, adapter_card
 from jaxserve.http.body import show
 from jaxserve.http.errors import send_json
 from jaxserve.http.frontend import Frontend
+from jaxserve.protocol.messages import EngineStatus, Progress
+
+
+def engine_card(status: EngineStatus | None, error: JaxserveError | None) -> dict[str, Any]:
+    """An engine as /health tells of it.
+
+    Args:
+        status: its last word; None before the first.
+        error: why it is dead for good; None while it is not.
+    """
+    return {
+        "id": 0,
+        "pid": status.pid if status else None,
+        "state": "failed" if error else status.state if status else "starting",
+        "step_age_s": round(status.step_age_s, 3) if status else None,
+    }
+
+
+def progress_card(progress: Progress) -> dict[str, Any]:
+    """Start-up's progress as /ready tells of it."""
+    return {"phase": progress.phase, "done": progress.done, "total": progress.total}
 
 
 class Health:
-    """/health: 200 while this process and the engine live, whether or not it is ready."""
+    """/health and /live: 200 while this process and the engine live, whether or not it is ready."""
 
     def __init__(self, frontend: Frontend) -> None:
         self._client = frontend.client
@@ -20,13 +41,10 @@ class Health:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answers with the engine's state."""
         status, error = self._client.status, self._client.error
-        engine = {
-            "id": 0,
-            "pid": status.pid if status else None,
-            "state": "failed" if error else status.state if status else "starting",
-            "step_age_s": round(status.step_age_s, 3) if status else None,
+        document: dict[str, Any] = {
+            "status": "failed" if error else "ok",
+            "engines": [engine_card(status, error)],
         }
-        document: dict[str, Any] = {"status": "failed" if error else "ok", "engines": [engine]}
         if error:
             document["error"] = error.message
         await send_json(send, document, status=503 if error else 200)
@@ -49,11 +67,7 @@ class Ready:
             state = "draining"
         document: dict[str, Any] = {"status": state}
         if state not in ("ready", "failed", "draining") and progress is not None:
-            document["progress"] = {
-                "phase": progress.phase,
-                "done": progress.done,
-                "total": progress.total,
-            }
+            document["progress"] = progress_card(progress)
         await send_json(send, document, status=200 if state == "ready" else 503)
 
 

@@ -1,12 +1,7 @@
-"""How often, and after what pause, an engine is started again; all of `serve` on other hosts.
+"""How often, and after what pause, an engine is started again (`http.lives`, `http.follower`).
 
-    host 0       serve ─┬─ engine ◀──────┐
-                        └─ HTTP workers  │ plans (device/hosts.py)
-    host 1 …     serve ─── engine ◀──────┘
-
-The loss of one host ends the engines of all. Each host's `serve` starts its own again, and they
-meet as they did at first. An engine that said in one sentence why it cannot start (a wrong setting,
-a missing file) would say it again: that ends `serve`.
+An engine that said in one sentence why it cannot start (a wrong setting, a missing file) would say
+it again: that ends `serve`.
 """
 
 from __future__ import annotations
@@ -14,13 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import signal
-import sys
 import time
 from collections import deque
-
-from jaxserve.config import Config
-from jaxserve.protocol.spawn import EngineProcess
 
 #: Status of an engine that has said on stderr why it could not start.
 EXIT_TOLD = 1
@@ -96,38 +86,6 @@ class Backoff:
         pause_s = self._pause_s
         self._pause_s = min(_LONGEST_PAUSE_S, max(self._first_pause_s, 2 * pause_s))
         return pause_s
-
-
-async def run_follower(config: Config, engine_module: str) -> int:
-    """`serve` on a host other than number 0: an engine, started again until SIGTERM or SIGINT.
-
-    Returns:
-        The exit status: 0 after a signal, 1 after an error that was told.
-    """
-    stopping = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stopping.set)
-    backoff = Backoff(config.engine.restart_backoff_s)
-    while True:
-        backoff.started()
-        engine = EngineProcess.start(config, module=engine_module)
-        end = asyncio.create_task(ended(engine.pid))
-        stop = asyncio.create_task(stopping.wait())
-        await asyncio.wait([end, stop], return_when=asyncio.FIRST_COMPLETED)
-        for task in (end, stop):
-            task.cancel()
-        await asyncio.gather(end, stop, return_exceptions=True)
-        status = engine.poll()
-        engine.stop()
-        if stopping.is_set():
-            return 0
-        assert status is not None, "its pidfd said that it has ended"
-        if not may_restart(status):
-            return 1
-        sys.stderr.write(f"jaxserve: {describe_end(status)}; it is started again\n")
-        if await waited(stopping, backoff.next_pause_s()):
-            return 0
 
 
 async def waited(stopping: asyncio.Event, pause_s: float) -> bool:

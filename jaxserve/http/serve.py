@@ -12,7 +12,7 @@ started again, ends the server, with a status other than 0 and one sentence; who
 (systemd, Kubernetes) starts it again. The children end with us, even if we are killed.
 
 Where the model is spread over several hosts, an engine ends also because one was lost. The other
-hosts serve nothing: there, this only keeps an engine running (`http.restarts`).
+hosts serve nothing but probes: there, this keeps an engine running (`http.follower`).
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ from tqdm import tqdm
 from jaxserve.config import Config, HttpConfig, ModelConfig, WeightsConfig
 from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.http.auth import check_exposure
+from jaxserve.http.follower import run_follower
 from jaxserve.http.keyfile import load_keys
 from jaxserve.http.lives import Lives
 from jaxserve.http.metrics import create_shared
 from jaxserve.http.news import News, NewsPipe
 from jaxserve.http.observer.keeper import ObserverKeeper
 from jaxserve.http.observer.parts import check_parts
-from jaxserve.http.restarts import ended, run_follower
+from jaxserve.http.restarts import ended
 from jaxserve.http.worker import WorkerSettings
 from jaxserve.limits.owner import Owner
 from jaxserve.limits.stores import shared_store
@@ -80,7 +81,10 @@ def serve(
     """
     try:
         if config.parallel.host:
-            return asyncio.run(run_follower(_resolved(config, resolve), engine_module))
+            _check_tls(config.http)
+            with _bind(config.http) as listener:
+                config = _resolved(config, resolve)
+                return asyncio.run(run_follower(config, listener, engine_module))
         check_exposure(config.http)
         load_keys(config.http)
         configured(config.lora)

@@ -12,6 +12,7 @@ import logging
 import signal
 from collections.abc import Callable, Iterator
 from socket import socket
+from typing import Any
 
 import uvicorn
 
@@ -26,14 +27,10 @@ logger = logging.getLogger(__name__)
 CLOSING_S = 5
 
 
-class Server(uvicorn.Server):
-    """Serves one application on a socket that is already bound.
+class PlainServer(uvicorn.Server):
+    """uvicorn with our protocol and settings, which leaves signals alone."""
 
-    Args:
-        on_started: called once connections are accepted.
-    """
-
-    def __init__(self, app: Arrival, config: HttpConfig, on_started: Callable[[], None]) -> None:
+    def __init__(self, app: Any, config: HttpConfig) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
@@ -49,6 +46,22 @@ class Server(uvicorn.Server):
                 ssl_keyfile=config.tls_key or None,
             )
         )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Takes none."""
+        yield
+
+
+class Server(PlainServer):
+    """Serves one application on a socket that is already bound.
+
+    Args:
+        on_started: called once connections are accepted.
+    """
+
+    def __init__(self, app: Arrival, config: HttpConfig, on_started: Callable[[], None]) -> None:
+        super().__init__(app, config)
         self._frontend = app.frontend
         self._drain_timeout_s = config.drain_timeout_s
         self._on_started = on_started
@@ -82,8 +95,3 @@ class Server(uvicorn.Server):
         """As uvicorn's, and says so."""
         await super().startup(sockets)
         self._on_started()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leaves signals to `run_on`."""
-        yield

@@ -141,6 +141,7 @@ class MixtureMLP(nnx.Module):
                 first_group=0 if layer is None else layer * num_own,
                 scale=matrix.scale,
                 precision=precision(self.options),
+                backend=self.options.experts,
             )
 
         rows = x[order_R // top_k]

@@ -14,7 +14,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("xla", "cpu", "tpu", "gpu")
 MATMUL = ("xla", "cpu")
 LAYERS = ("unrolled", "scanned")
-LORA = ("xla", "cpu", "tpu")
+LORA = ("xla", "cpu", "tpu", "gpu")
+EXPERTS = ("xla", "gpu")
 #: What the native matmul reads.
 PACKED_DTYPES = ("float32", "float16")
 
@@ -33,6 +34,7 @@ class ModelOptions:
         layers: "unrolled", or "scanned" over stacked weights: one layer to compile.
         tensor_parallel: devices that share each matrix and the heads.
         lora: backend of `lora_matmul`, one of LORA.
+        experts: backend of `grouped_matmul`, one of EXPERTS.
 
     Raises:
         ConfigError: an unknown value, or a dtype that the native matmul does not read.
@@ -45,6 +47,7 @@ class ModelOptions:
     layers: str = "unrolled"
     tensor_parallel: int = 1
     lora: str = "xla"
+    experts: str = "xla"
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -54,6 +57,7 @@ class ModelOptions:
             ("attention", ATTENTION),
             ("layers", LAYERS),
             ("lora", LORA),
+            ("experts", EXPERTS),
         ):
             if getattr(self, name) not in choices:
                 raise ConfigError(

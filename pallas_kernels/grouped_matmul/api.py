@@ -13,7 +13,8 @@ without rows, and rows behind the last group's, cost no matrix.
 
 Numerics: products accumulated in float32, y in x's dtype. int8 codes are exact in bfloat16.
 
-Limits: no gradient; no int4 codes. On a TPU, N should be a multiple of TPU_LANES: XLA lays smaller
+Limits: no gradient; no int4 codes. "gpu" takes bfloat16 and float16, no codes, K of multiples of 64
+and N of 128. On a TPU, N should be a multiple of TPU_LANES: XLA lays smaller
 or odd matrices out with K innermost, and copies them into the order that its kernel reads, in
 every call or, in a loop, in front of it.
 """
@@ -28,7 +29,7 @@ from jaxtyping import Array, Float, Int
 
 #: Columns that a TPU handles at a time.
 TPU_LANES = 128
-BACKENDS = ("xla", "reference")
+BACKENDS = ("xla", "gpu", "reference")
 
 
 def grouped_matmul(
@@ -48,12 +49,13 @@ def grouped_matmul(
         group_sizes: rows of each group, in order; their sum is at most T.
         first_group: the first of w's groups that takes part; first_group + E <= W.
         scale: of each column of a group's codes.
-        backend: "xla" (any platform), or "reference".
+        backend: "xla" (any platform), "gpu" (Pallas, for Hopper), or "reference".
 
     Returns:
         In x's dtype; zeros for rows behind the last group's.
 
     Raises:
+        UnsupportedKernel: the backend cannot run with these arrays.
         ValueError: shapes or dtypes that contradict each other, or an unknown backend.
     """
     if backend not in BACKENDS:

@@ -20,7 +20,8 @@ Traffic: a and b of each adapter that has tokens, once, in and out once; see `tr
 Numerics: products accumulated in float32; z is rounded to x's dtype between them. In "cpu" a
 token's bits do not depend on its company.
 
-Limits: no gradient. "cpu" takes float32; "tpu" K and N that are multiples of 128.
+Limits: no gradient. "cpu" takes float32; "tpu" K and N that are multiples of 128; "gpu" bfloat16 or
+float16, K and the parts' widths multiples of 64, ranks multiples of 8 up to 128.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.errors import UnsupportedKernel
 from pallas_kernels.lora_matmul.blocks import TokenBlocks
 
-BACKENDS = ("xla", "cpu", "tpu", "reference")
+BACKENDS = ("xla", "cpu", "tpu", "gpu", "reference")
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +66,8 @@ def lora_matmul(
     Args:
         cycle: widths of the parts; empty for one part.
         reduce: applied to z, which is a part of the sum where devices share K; not by "cpu".
-        backend: "xla" (any platform), "cpu" (native), "tpu" (Pallas), or "reference".
+        backend: "xla" (any platform), "cpu" (native), "tpu" or "gpu" (Pallas), or
+            "reference".
 
     Raises:
         UnsupportedKernel: the backend cannot run here, or not with these arrays.

@@ -6,6 +6,9 @@
 Worked out once a step, on the device, for each class of slots; the layers share it. There are as
 many blocks as the shapes allow at worst, of which `num_blocks` hold tokens: the others cost
 nothing, so the work grows with the tokens that use adapters and not with the slots there are.
+
+A GPU, whose products have TILE rows whatever is in them, leaves the tokens where they are, and asks
+which slots each TILE of them holds (`TokenTiles`).
 """
 
 from __future__ import annotations
@@ -18,6 +21,24 @@ from jaxtyping import Array, Int
 
 #: A block's least and most tokens.
 _LEAST, _MOST = 4, 64
+#: Tokens of a tile: rows of one product on a GPU.
+TILE = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TokenTiles:
+    """The same tokens in their own order, I tiles of TILE.
+
+    Attributes:
+        slots: of each token; S for none, and for what fills up the last tile.
+        present: in each tile, ascending, then others; X = min(S, TILE).
+        num_present: of each tile.
+    """
+
+    slots: Int[Array, "I*64"]
+    present: Int[Array, "I X"]
+    num_present: Int[Array, "I"]
 
 
 @jax.tree_util.register_dataclass
@@ -30,12 +51,14 @@ class TokenBlocks:
         slots: of each block, counted within the class; of those without tokens, the last one's.
         num_blocks: that hold tokens; they come first.
         places: of each token, where it stands in `tokens`, flattened; U·B where nowhere.
+        tiles: of the same tokens.
     """
 
     tokens: Int[Array, "U B"]
     slots: Int[Array, "U"]
     num_blocks: Int[Array, ""]
     places: Int[Array, "T"]
+    tiles: TokenTiles
 
 
 def block_tokens(slot_T: Int[Array, "T"], num_slots: int) -> TokenBlocks:
@@ -73,6 +96,20 @@ def block_tokens(slot_T: Int[Array, "T"], num_slots: int) -> TokenBlocks:
         slots=slot_U,
         num_blocks=num_blocks,
         places=jnp.where(slot_T < num_slots, places_T, nowhere),
+        tiles=_tiles(slot_T, num_slots),
+    )
+
+
+def _tiles(slot_T: Int[Array, "T"], num_slots: int) -> TokenTiles:
+    """Of tokens without an adapter, `num_slots` is the slot."""
+    slot_T = jnp.pad(slot_T, (0, -slot_T.shape[0] % TILE), constant_values=num_slots)
+    slot_IT = slot_T.reshape(-1, TILE)
+    has_IS = jnp.any(slot_IT[:, :, None] == jnp.arange(num_slots), axis=1)
+    present_IS = jnp.argsort(~has_IS, axis=1, stable=True).astype(jnp.int32)
+    return TokenTiles(
+        slots=slot_T,
+        present=present_IS[:, :TILE],
+        num_present=jnp.sum(has_IS, axis=1, dtype=jnp.int32),
     )
 
 

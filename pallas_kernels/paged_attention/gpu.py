@@ -43,7 +43,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.errors import UnsupportedKernel
-from pallas_kernels.paged_attention.gpu_block import LOG2_E, ROWS, operand_dtype
+from pallas_kernels.hopper import ROWS
+from pallas_kernels.paged_attention.gpu_block import LOG2_E, operand_dtype
 from pallas_kernels.paged_attention.gpu_chunks import chunks
 from pallas_kernels.paged_attention.gpu_decode import decode, merge, num_splits
 from pallas_kernels.paged_attention.score import Score

@@ -7,9 +7,8 @@ the exponentials are the hardware's.
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -20,50 +19,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import quantized_pages
+from pallas_kernels.hopper import ROWS, SWIZZLES, accumulator, swizzled
 from pallas_kernels.paged_attention.score import LOWEST, Score
 from pallas_kernels.quantized_pages import kind_of, widened
 
-#: Rows of one wgmma: queries that a warpgroup works on.
-ROWS = 64
 #: Columns of an output accumulator; wider heads have several.
 COLUMNS = 128
 LOG2_E = math.log2(math.e)
-#: Registers of a thread, where two warpgroups compute and a third one only copies.
-COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
-_SWIZZLES = (128, 64, 32)
-
-
-def swizzled(shape: Sequence[int], width: int, dtype: DTypeLike) -> Any:
-    """Shared memory that TMA fills and wgmma reads without bank conflicts.
-
-    Codes, which no wgmma reads, lie in rows where their keys are no whole number of swizzles.
-
-    Args:
-        width: elements that stay together in a row: of a key, where a row is key and value.
-    """
-    itemsize = jnp.dtype(dtype).itemsize
-    swizzle = next((s for s in _SWIZZLES if width * itemsize % s == 0), None)
-    if swizzle is None:
-        return plgpu.SMEM(tuple(shape), dtype)
-    tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # pyright: ignore[reportAbstractUsage]
-    transforms = tiling, plgpu.SwizzleTransform(swizzle)  # pyright: ignore[reportAbstractUsage]
-    return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
-
-
-def estimated(cost: pl.CostEstimate) -> dict[str, Any]:
-    """What `plgpu.kernel` is told of its cost: nothing before JAX 0.12, which does not ask."""
-    takes_it = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
-    return {"cost_estimate": cost} if takes_it else {}
 
 
 def columns(head_dim: int) -> list[tuple[int, int]]:
     """(first, number) of the output columns that are accumulated together."""
     return [(c, min(COLUMNS, head_dim - c)) for c in range(0, head_dim, COLUMNS)]
-
-
-def _accumulator(rows: int, width: int) -> Any:
-    """What wgmma adds to, in registers."""
-    return plgpu.ACC((rows, width), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def iota(shape: tuple[int, ...], dimension: int) -> Int[Array, "X Y"]:
@@ -118,7 +85,7 @@ def scores(
         plgpu.wgmma(out, q_smem, k_smem.transpose((1, 0)))
         return out[...]
 
-    s = pl.run_scoped(multiply, _accumulator(ROWS, k_smem.shape[0]))
+    s = pl.run_scoped(multiply, accumulator(ROWS, k_smem.shape[0]))
     if k_scales is not None:
         s = s * k_scales
     if score.soft_cap is None:
@@ -172,7 +139,7 @@ def accumulate(
             plgpu.wgmma(out, weights, values(first, size))
             return out[...]
 
-        product = pl.run_scoped(multiply, _accumulator(*part.shape))
+        product = pl.run_scoped(multiply, accumulator(*part.shape))
         parts.append(part * lax.broadcast_in_dim(fade, part.shape, [0]) + product)
     return Running(top, total, tuple(parts))
 
@@ -220,7 +187,7 @@ class Ring(NamedTuple):
         tile = self.pages.at[slot, :, pl.ds(which * head_dim, head_dim)]
         if not self.kind:
             return tile
-        staging, is_swizzled = self.staging.at[self.warpgroup], head_dim % min(_SWIZZLES) == 0
+        staging, is_swizzled = self.staging.at[self.warpgroup], head_dim % min(SWIZZLES) == 0
         plgpu.commit_smem()  # what lies there is not being multiplied any more
         for first in range(0, tile.shape[0], ROWS):
             for column, size in columns(head_dim):
@@ -325,28 +292,3 @@ def code_scratch(kind: str, slots: int, span: int, head_dim: int, computers: int
         swizzled((computers, span, head_dim), head_dim, jnp.bfloat16),
         plgpu.SMEM((slots, 2, span), jnp.float32),
     ]
-
-
-def ahead(count: Any, slots: int, free: Any, load: Callable[[Any, Any], None]) -> None:
-    """The copying warpgroup: fills a ring of slots, each as soon as it is free.
-
-    Args:
-        count: blocks.
-        free: barriers, a slot each, arrived at by whoever has computed it.
-        load: starts the copy of a block into a slot.
-    """
-
-    def fill(i: Any, _: None) -> None:
-        slot = lax.rem(i, jnp.int32(slots))
-
-        @pl.when(i >= slots)
-        def _() -> None:
-            plgpu.barrier_wait(free.at[slot])
-
-        load(i, slot)
-
-    def drain(i: Any, _: None) -> None:
-        plgpu.barrier_wait(free.at[lax.rem(i, jnp.int32(slots))])
-
-    lax.fori_loop(0, count, fill, None)
-    lax.fori_loop(jnp.maximum(count - slots, 0), count, drain, None)

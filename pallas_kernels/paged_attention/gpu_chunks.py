@@ -23,13 +23,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import hopper
 from pallas_kernels.paged_attention import gpu_block as block
 from pallas_kernels.paged_attention.score import LOWEST, Score
 from pallas_kernels.quantized_pages import Pages, arrays_of, kind_of
 from pallas_kernels.ragged import RaggedBatch
 
 COMPUTERS = 2
-TILE = COMPUTERS * block.ROWS
+TILE = COMPUTERS * hopper.ROWS
 #: Bytes of one slot of the ring, at most, and how many there are.
 SLOT_BYTES = 64 * 1024
 SLOTS = 2
@@ -99,10 +100,10 @@ def chunks(
     width = pages.shape[4]
     kind, dtype, held = kind_of(pages), block.operand_dtype(pages), arrays_of(pages)
     fits = SLOT_BYTES // (width * dtype.itemsize)
-    span = max(block.ROWS, min(2 * block.ROWS, fits // block.ROWS * block.ROWS))
+    span = max(hopper.ROWS, min(2 * hopper.ROWS, fits // hopper.ROWS * hopper.ROWS))
     copies = block.copies(pages.shape[3], span, kind)
     found = tiles(batch, num_tokens, score.window)
-    weights = [block.swizzled((COMPUTERS, block.ROWS, span), span, dtype)]
+    weights = [hopper.swizzled((COMPUTERS, hopper.ROWS, span), span, dtype)]
     per_head = num_heads // pages.shape[2]
     return plgpu.kernel(
         functools.partial(
@@ -114,9 +115,9 @@ def chunks(
         ),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=(
-            block.swizzled((COMPUTERS, block.ROWS, head_dim), head_dim, dtype),
-            block.swizzled((SLOTS, span, width), head_dim, held[0].dtype),
-            plgpu.SMEM((COMPUTERS, block.ROWS, block.columns(head_dim)[0][1]), dtype),
+            hopper.swizzled((COMPUTERS, hopper.ROWS, head_dim), head_dim, dtype),
+            hopper.swizzled((SLOTS, span, width), head_dim, held[0].dtype),
+            plgpu.SMEM((COMPUTERS, hopper.ROWS, block.columns(head_dim)[0][1]), dtype),
             plgpu.Barrier(num_barriers=COMPUTERS),
             plgpu.Barrier(num_arrivals=copies, num_barriers=SLOTS),
             plgpu.Barrier(num_arrivals=COMPUTERS, num_barriers=SLOTS),
@@ -129,7 +130,7 @@ def chunks(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
         interpret=interpret,
-        **block.estimated(cost),
+        **hopper.estimated(cost),
     )(
         q,
         layer,
@@ -157,20 +158,20 @@ def _kernel(
 
     @pl.when((warpgroup == COMPUTERS) & (own.size > 0))
     def _() -> None:
-        plgpu.set_max_registers(block.COPY_REGISTERS, action="decrease")
+        plgpu.set_max_registers(hopper.COPY_REGISTERS, action="decrease")
         source = block.Pages(pages, scales, table, layer[0], own.row, head // per_head, span)
 
         def load(i: Any, slot: Any) -> None:
             source.copy((first + i) * span, blocks, slot, ready.at[slot])
 
-        block.ahead(count, slots, free, load)
+        hopper.ahead(count, slots, free, load)
 
     operand = functools.partial(block.operand, *weights, place=warpgroup)
 
     # This warpgroup's tokens: the first, how many, and the positions that they see.
-    token = own.token + warpgroup * block.ROWS
-    live = jnp.clip(own.size - warpgroup * block.ROWS, 0, block.ROWS)
-    position = own.position + warpgroup * block.ROWS
+    token = own.token + warpgroup * hopper.ROWS
+    live = jnp.clip(own.size - warpgroup * hopper.ROWS, 0, hopper.ROWS)
+    position = own.position + warpgroup * hopper.ROWS
     end = jnp.minimum(own.end, position + live)
 
     def step(i: Any, running: block.Running, *, is_partial: bool) -> block.Running:
@@ -212,10 +213,10 @@ def _kernel(
 
     @pl.when((warpgroup < COMPUTERS) & (own.size > 0))
     def _() -> None:
-        plgpu.set_max_registers(block.COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(hopper.COMPUTE_REGISTERS, action="increase")
         for column, size in block.columns(head_dim):
             whole_tile = staging.at[warpgroup, :, pl.ds(0, size)]
-            source = q.at[pl.ds(token, block.ROWS), head, pl.ds(column, size)]
+            source = q.at[pl.ds(token, hopper.ROWS), head, pl.ds(column, size)]
             plgpu.copy_gmem_to_smem(source, whole_tile, q_ready.at[warpgroup])
             plgpu.barrier_wait(q_ready.at[warpgroup])
             queries = plgpu.load(whole_tile, layout=plgpu.Layout.WGMMA)
@@ -246,11 +247,11 @@ def _kernel(
             staging[warpgroup, :, pl.ds(0, size)] = values
             plgpu.commit_smem()
 
-            @pl.when(live == block.ROWS)
+            @pl.when(live == hopper.ROWS)
             def _(column: int = column, size: int = size) -> None:
                 plgpu.copy_smem_to_gmem(
                     staging.at[warpgroup, :, pl.ds(0, size)],
-                    out.at[pl.ds(token, block.ROWS), head, pl.ds(column, size)],
+                    out.at[pl.ds(token, hopper.ROWS), head, pl.ds(column, size)],
                 )
 
             def leave(i: Any, _: None, column: int = column, size: int = size) -> None:
@@ -259,5 +260,5 @@ def _kernel(
                     out.at[pl.ds(token + i, 1), head, pl.ds(column, size)],
                 )
 
-            lax.fori_loop(0, jnp.where(live < block.ROWS, live, 0), leave, None)
+            lax.fori_loop(0, jnp.where(live < hopper.ROWS, live, 0), leave, None)
         plgpu.wait_smem_to_gmem(0)

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import hopper
 from pallas_kernels.paged_attention import gpu_block as block
 from pallas_kernels.paged_attention.score import LOWEST, Score
 from pallas_kernels.quantized_pages import Pages, arrays_of, kind_of
@@ -31,8 +32,6 @@ COMPUTERS = 2
 SPAN = 64
 #: Bytes of the ring; the rest of the 227 KiB is for queries and results.
 RING_BYTES = 128 * 1024
-#: Streaming multiprocessors of an H100; one block of threads runs on each at a time.
-PROCESSORS = 132
 
 Partial = tuple[Float[Array, "S R X G H"], Float[Array, "S R X G"], Float[Array, "S R X G"]]
 
@@ -49,9 +48,9 @@ def num_splits(num_blocks: int, max_pages: int, page_size: int) -> int:
     def rounds(splits: int) -> float:
         # Each block of threads starts and ends once, which costs about as much as a sixteenth of
         # a longest context.
-        return -(-num_blocks * splits // PROCESSORS) * (1 / splits + 1 / 16 / most)
+        return -(-num_blocks * splits // hopper.PROCESSORS) * (1 / splits + 1 / 16 / most)
 
-    return min(range(1, min(most, PROCESSORS) + 1), key=rounds)
+    return min(range(1, min(most, hopper.PROCESSORS) + 1), key=rounds)
 
 
 def decode(
@@ -79,7 +78,7 @@ def decode(
     slots = RING_BYTES // (SPAN * width * dtype.itemsize) // COMPUTERS * COMPUTERS
     parts = splits * COMPUTERS
     kernel = functools.partial(_kernel, score=score, splits=splits)
-    weights = [block.swizzled((COMPUTERS, block.ROWS, SPAN), SPAN, dtype)]
+    weights = [hopper.swizzled((COMPUTERS, hopper.ROWS, SPAN), SPAN, dtype)]
     column = block.columns(head_dim)[0][1]
     copies = block.copies(pages.shape[3], SPAN, kind)
     held = arrays_of(pages)
@@ -91,10 +90,10 @@ def decode(
             jax.ShapeDtypeStruct((parts, num_rows, groups, size), jnp.float32),
         ),
         scratch_types=(
-            block.swizzled((block.ROWS, head_dim), head_dim, dtype),
-            block.swizzled((slots, SPAN, width), head_dim, held[0].dtype),
-            block.swizzled((COMPUTERS, block.ROWS, column), column, jnp.float32),
-            plgpu.SMEM((COMPUTERS, 2, block.ROWS), jnp.float32),
+            hopper.swizzled((hopper.ROWS, head_dim), head_dim, dtype),
+            hopper.swizzled((slots, SPAN, width), head_dim, held[0].dtype),
+            hopper.swizzled((COMPUTERS, hopper.ROWS, column), column, jnp.float32),
+            plgpu.SMEM((COMPUTERS, 2, hopper.ROWS), jnp.float32),
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
             plgpu.Barrier(num_barriers=slots),
@@ -107,7 +106,7 @@ def decode(
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
         interpret=interpret,
-        **block.estimated(cost),
+        **hopper.estimated(cost),
     )(q_RXGH, layer, table, begins, ends, *held)
 
 
@@ -135,7 +134,7 @@ def _kernel(
         def load(i: Any, slot: Any) -> None:
             source.copy((first + i) * SPAN, blocks, slot, ready.at[slot])
 
-        block.ahead(count, slots, free, load)
+        hopper.ahead(count, slots, free, load)
 
     operand = functools.partial(block.operand, *weights, place=warpgroup)
 

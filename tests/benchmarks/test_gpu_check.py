@@ -44,6 +44,10 @@ def test_a_rehearsal_of_the_kernels_finds_them_right() -> None:
     assert len(errors) == 20
     assert all(0 < finding["value"] < finding["target"] == 1e-2 for finding in errors.values())
     assert found["cache update: wrong elements"]["value"] == 0
+    products = {name: f for name, f in found.items() if " product, " in name}
+    assert len(products) == 8
+    assert all(0 < finding["value"] < finding["target"] for finding in products.values())
+    assert found["int4 product 64x256, 8 tokens: XLA's share"]["value"] > 0
     assert found["prefill attention 64: share of matmul peak"]["target"] == 0.6
 
 

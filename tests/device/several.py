@@ -17,6 +17,7 @@ import jax
 
 from jaxserve.engine.load import load_parts
 from jaxserve.engine.process import follow
+from jaxserve.protocol.thread import ThreadRoad
 from jaxserve.settings import load_config
 from tests.device.sharded import serve
 
@@ -27,7 +28,7 @@ def main(how_often: str, model: str, local_devices: str, *settings: str) -> int:
     jax.config.update("jax_num_cpu_devices", int(local_devices))
     config = load_config(None, [f"model.path={model}", *settings], {})
     if config.parallel.host:
-        return follow(config, load_parts)
+        return follow(config, ThreadRoad().server, load_parts)
     parts = load_parts(config, lambda *_: None)
     while True:
         print("\n" + json.dumps(serve(config, parts)), flush=True)

@@ -132,6 +132,21 @@ def test_values_and_plans_reach_all(meet, num_hosts):
         assert [next(plans) for _ in sent] == sent
 
 
+def test_a_host_is_behind_from_a_plan_s_arrival_until_the_next_is_asked_for(meet):
+    hosts = meet().all()
+    assert hosts[1].behind_s == 0.0
+    plans, started_s = hosts[1].plans(), time.monotonic()
+    hosts[0].broadcast(memoryview(b"first"))
+    next(plans)
+    first_s = hosts[1].behind_s
+    assert 0 < first_s <= time.monotonic() - started_s
+    assert hosts[1].behind_s > first_s
+    started_s = time.monotonic()
+    hosts[0].broadcast(memoryview(b"second"))
+    next(plans)
+    assert 0 < hosts[1].behind_s <= time.monotonic() - started_s
+
+
 def test_beats_keep_an_idle_meeting_together(meet):
     meeting = meet(lost_after_s=0.5)
     hosts = meeting.all()

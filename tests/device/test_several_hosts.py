@@ -161,8 +161,11 @@ def test_hosts_come_together_again(cache: str) -> None:
         for own in two_hosts(*TINY)
     ]
     with running(*hosts):
+        follower = hosts[1].line("/live and /ready of host 1 on ").split()[-1]
+        assert httpx.get(f"{follower}/live", timeout=TIMEOUT_S).status_code == 200
         base = hosts[0].line("ready on http").split()[-1]
         answer = completion(base, body)
+        assert httpx.get(f"{follower}/ready", timeout=TIMEOUT_S).status_code == 200
         (engine,) = children(hosts[1].process.pid)
         os.kill(engine, signal.SIGKILL)
         seen = {}

@@ -14,6 +14,7 @@ from jaxserve.engine.parts import Factory
 from jaxserve.engine.process import EXIT_FAILED, EXIT_STEP_FAILED, follow
 from jaxserve.engine.thread import EngineThread
 from jaxserve.errors import ConfigError, HostLost, WeightsError
+from jaxserve.protocol.thread import ThreadRoad
 from jaxserve.settings import load_config
 from tests.fakes.engine import fake_parts
 
@@ -64,19 +65,22 @@ def failing(error: Exception) -> Any:
 def test_a_start_that_fails_is_one_sentence(
     error: Exception, status: int, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert follow(CONFIG, failing(error)) == status
+    assert follow(CONFIG, ThreadRoad().server, failing(error)) == status
     assert capsys.readouterr().err == sentence
 
 
 def test_it_follows_once_it_is_loaded() -> None:
     made: list[str] = []
-    assert follow(CONFIG, factory(lambda: made.append("calls"))) == 0
+    assert follow(CONFIG, ThreadRoad().server, factory(lambda: made.append("calls"))) == 0
     assert made == ["calls"]
 
 
 def test_after_a_failed_step_a_loss_is_looked_for_before_the_others_are_told() -> None:
     notes = Notes()
-    assert follow(CONFIG, factory(failing(RuntimeError("gloo")), notes)) == EXIT_STEP_FAILED
+    assert (
+        follow(CONFIG, ThreadRoad().server, factory(failing(RuntimeError("gloo")), notes))
+        == EXIT_STEP_FAILED
+    )
     assert notes.asked == ["await_loss", "a step failed"]
 
 

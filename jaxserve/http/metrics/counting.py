@@ -29,7 +29,7 @@ ROUTES = frozenset(
         *("/v1/chat/completions", "/v1/completions", "/v1/responses"),
         *("/v1/models", "/v1/models/{name}", "/v1/embeddings", "/v1/score", "/v1/rerank"),
         *("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/tokenize", "/detokenize"),
-        *("/health", "/ready", "/metrics", "/slo", "/v1/usage", "/v1/costs", "/console"),
+        *("/health", "/live", "/ready", "/metrics", "/slo", "/v1/usage", "/v1/costs", "/console"),
     }
 )
 #: Statuses counted by themselves; 499 stands for a client that left before its answer began.

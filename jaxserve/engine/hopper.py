@@ -1,0 +1,76 @@
+"""Where kernels for NVIDIA Hopper run, and whether a mixture of experts has the one for experts.
+
+Those for adapters and experts are taken only where they are asked for: no figure says yet that they
+win. They are imported only then, too: Pallas takes a quarter of a second.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import jax
+from jax.sharding import Mesh
+
+from jaxserve.config import KernelsConfig
+from jaxserve.errors import ConfigError
+from jaxserve.models.options import ModelOptions
+from jaxserve.models.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+#: Compute capability of H100, H200 and their kin.
+_HOPPER = "9.0"
+
+
+def compute_capability(device: jax.Device) -> str | None:  # pyright: ignore[reportInvalidTypeForm]
+    """An NVIDIA GPU's, such as "9.0"; None for anything else."""
+    return getattr(device, "compute_capability", None)
+
+
+def no_hopper(platform: str, capability: str | None) -> str | None:
+    """Why no Hopper kernel runs on a device; None where they do."""
+    if platform != "gpu":
+        return f"the platform is {platform}"
+    if capability != _HOPPER:
+        return f"it is made for NVIDIA Hopper, compute capability {_HOPPER}, not {capability}"
+    return None
+
+
+def with_experts_kernel(
+    options: ModelOptions, kernels: KernelsConfig, spec: ModelSpec, mesh: Mesh
+) -> ModelOptions:
+    """The options with the product of experts that was asked for, logged; XLA's for "auto".
+
+    Raises:
+        ConfigError: the kernel was asked for and cannot run.
+    """
+    if spec.moe is None:
+        return options
+    if kernels.experts != "gpu":
+        logger.info("kernels.experts: xla")
+        return options
+    device = mesh.devices.flat[0]
+    reason = no_hopper(device.platform, compute_capability(device))
+    reason = reason or no_experts_kernel(options, spec, mesh.shape["model"])
+    if reason is not None:
+        raise ConfigError(f"kernels.experts=gpu cannot run here: {reason}")
+    logger.info("kernels.experts: gpu")
+    return replace(options, experts="gpu")
+
+
+def no_experts_kernel(options: ModelOptions, spec: ModelSpec, parts: int) -> str | None:
+    """Why the kernel does not take a model's experts; None where it does.
+
+    Args:
+        parts: that their columns are dealt to; they are whole where it does not divide them.
+    """
+    from pallas_kernels.grouped_matmul.gpu import unsupported
+
+    assert spec.moe is not None
+    if options.quantization != "none":
+        return f"it reads no codes, and weights.quantization is {options.quantization}"
+    wide = spec.moe.feed_forward
+    wide = wide if wide % parts else wide // parts
+    into = unsupported(depth=spec.hidden_size, num_columns=wide, dtype=options.dtype)
+    return into or unsupported(depth=wide, num_columns=spec.hidden_size, dtype=options.dtype)
