@@ -71,7 +71,7 @@ def host_memory(root: Path = Path("/")) -> Memory:
     Raises:
         ConfigError: /proc/meminfo does not tell.
     """
-    limits = [*_cgroup_v2(root), *_cgroup_v1(root)]
+    limits = [*_cgroup(root, ""), *_cgroup(root, "memory")]
     totals = [_meminfo(root, "MemTotal"), *(limit for limit, _ in limits)]
     free = [_meminfo(root, "MemAvailable"), *(left for _, left in limits)]
     return Memory(total_bytes=min(totals), free_bytes=max(0, min(free)))
@@ -90,34 +90,27 @@ def _meminfo(root: Path, wanted: str) -> int:
     raise ConfigError(f"{path} has no {wanted}: set cache.memory_bytes")
 
 
-def _cgroup_v2(root: Path) -> list[tuple[int, int]]:
-    """Limit and rest of each cgroup from ours up to the root; droppable caches count as rest."""
-    group = _own_cgroup(root, "")
+def _cgroup(root: Path, controller: str) -> list[tuple[int, int]]:
+    """Limit and rest of each cgroup from ours up to the root; droppable caches count as rest.
+
+    Args:
+        controller: whose hierarchy; v2's where it is empty.
+    """
+    group = _own_cgroup(root, controller)
     if group is None:
         return []
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    limit_name, used_name, droppable = (
+        names if controller else ("memory.max", "memory.current", "inactive_file")
+    )
     left = []
-    base = root / "sys/fs/cgroup"
+    base = root / "sys/fs/cgroup" / controller
     for path in (group, *group.parents):
         folder = base / path.relative_to("/")
-        limit = _read_int(folder / "memory.max")
-        used = _read_int(folder / "memory.current")
+        limit = _read_int(folder / limit_name)
+        used = _read_int(folder / used_name)
         if limit is not None and used is not None:
-            left.append((limit, limit - used + _statistic(folder, "inactive_file")))
-    return left
-
-
-def _cgroup_v1(root: Path) -> list[tuple[int, int]]:
-    group = _own_cgroup(root, "memory")
-    if group is None:
-        return []
-    left = []
-    base = root / "sys/fs/cgroup/memory"
-    for path in (group, *group.parents):
-        folder = base / path.relative_to("/")
-        limit = _read_int(folder / "memory.limit_in_bytes")
-        used = _read_int(folder / "memory.usage_in_bytes")
-        if limit is not None and used is not None:
-            left.append((limit, limit - used + _statistic(folder, "total_inactive_file")))
+            left.append((limit, limit - used + _statistic(folder, droppable)))
     return left
 
 

@@ -88,6 +88,10 @@ class RequestAdapters:
             released += [(held, error) for held in self._held.take(lambda m, k=key: _key(m) == k)]
         return released
 
+    def waits(self, request_keys: Collection[str]) -> bool:
+        """Whether one of these requests waits here."""
+        return self._held.has_any(request_keys)
+
     def use_of(self, message: Submit) -> AdapterUse | None:
         """What the scheduler is told of a request that need not wait."""
         if message.adapter is None:

@@ -101,6 +101,10 @@ class Grammars:
         done = {grammar for grammar, build in self._pending.items() if build.done}
         return self._held.take(lambda message: message.sampling.grammar in done) if done else []
 
+    def waits(self, request_keys: Collection[str]) -> bool:
+        """Whether one of these requests waits here."""
+        return self._held.has_any(request_keys)
+
     def withdraw(
         self, client: Hashable, sequence_ids: Collection[int], reason: FinishReason
     ) -> list[tuple[Submit, Finished]]:

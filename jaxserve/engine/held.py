@@ -40,6 +40,10 @@ class HeldRequests[Request: Submit | Embed]:
         """Sequences that wait here."""
         return sum(len(message.sequence_ids) for _, message, _ in self._held)
 
+    def has_any(self, request_keys: Collection[str]) -> bool:
+        """Whether one of these requests waits here."""
+        return any(message.request_key in request_keys for _, message, _ in self._held)
+
     def add(self, client: Hashable, message: Request) -> None:
         """A request waits."""
         self._held.append((client, message, self._clock_ns()))

@@ -77,7 +77,7 @@ class Lobby:
     def release(self) -> list[Released]:
         """Requests that waited and wait no more; called each turn of the loop."""
         released: list[Released] = []
-        for client, message in self._probation.release():
+        for client, message in self._probation.release(self._waits):
             released += _pass(self._lacks_adapter, client, message)
         for (client, submit), error in self._adapters.release():
             if error is None:
@@ -114,6 +114,10 @@ class Lobby:
         self._adapters.forget(client)
         for message in self._grammars.forget(client):
             self._adapters.refused(message)
+
+    def _waits(self, request_keys: Collection[str]) -> bool:
+        """Whether one of these requests is in the second room or the third."""
+        return self._adapters.waits(request_keys) or self._grammars.waits(request_keys)
 
     def _lacks_adapter(self, client: Hashable, message: Submit | Embed) -> bool:
         """Has a request wait in the second room or the third."""

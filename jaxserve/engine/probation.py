@@ -2,9 +2,10 @@
 
 After a second death in which the same requests were in the dying step, the supervisor starts the
 engine with *trials*: groups of request keys (`http.suspects` makes them). One group at a time is
-let in. Its trial is over when each of its sequences has ended, or has come `tokens` further than
-where its client left off. During the first trial nobody else runs, so that the death of a group of
-one is that request's doing; later trials run beside what has stood its own, and everybody else.
+let in. Its trial is over when none of them waits for an adapter or a grammar, and each sequence has
+ended, or has come `tokens` further than where its client left off. During the first trial nobody
+else runs, so that the death of a group of one is that request's doing; later trials run beside what
+has stood its own, and everybody else.
 
 Requests wait here as messages, before the scheduler and even the check of them sees them. Without
 trials, which is always but after such deaths, nothing is held.
@@ -90,12 +91,20 @@ class Probation:
         self._held.add(client, message)
         return True
 
-    def release(self) -> list[tuple[Hashable, Submit | Embed]]:
-        """What may run from now on; called each turn of the loop."""
+    def release(
+        self, waits: Callable[[Collection[str]], bool]
+    ) -> list[tuple[Hashable, Submit | Embed]]:
+        """What may run from now on; called each turn of the loop.
+
+        Args:
+            waits: whether one of these requests, let in here, has to wait for something else.
+        """
         if self._trial == len(self._trials):
             return []
         if not self._let_in:
             return self._begin_trial()
+        if waits(self._trials[self._trial]):
+            return []
         if not all(_stands(sequence, length) for sequence, length in self._watched):
             return []
         return self._end_trial()

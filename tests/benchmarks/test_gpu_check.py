@@ -37,6 +37,7 @@ def findings(part: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.in_turn("rehearsals")
 def test_a_rehearsal_of_the_kernels_finds_them_right() -> None:
     found = findings("kernels")
     errors = {name: finding for name, finding in found.items() if name.startswith("attention ")}
@@ -51,6 +52,7 @@ def test_a_rehearsal_of_the_kernels_finds_them_right() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.in_turn("rehearsals")
 def test_a_rehearsal_of_the_engine_decodes_and_prefills() -> None:
     found = findings("engine")
     assert found["decode 1: tokens/s"]["value"] > 0 and found["decode 4: tokens/s"]["value"] > 0

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Any
 
@@ -150,8 +152,16 @@ def turn(engine: Engine) -> None:
     raise AssertionError("the engine does not come to an end")
 
 
-def main(model: str, data: str, expert: str, model_axis: str, *settings: str) -> None:
-    """Serves on both and prints what came."""
+def on_both(
+    words: Seq[str], settings: Seq[str], run: Callable[[Config, Parts], dict[str, Any]]
+) -> None:
+    """Loads on the mesh and on one device, and prints what ran there.
+
+    Args:
+        words: the model, and the mesh: data, expert, model.
+        settings: beside these.
+    """
+    model, data, expert, model_axis = words
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
     common = [f"model.path={model}", *SETTINGS, *settings]
     mesh = [f"parallel.data={data}", f"parallel.expert={expert}", f"parallel.model={model_axis}"]
@@ -160,12 +170,17 @@ def main(model: str, data: str, expert: str, model_axis: str, *settings: str) ->
     for name, some, parallel in (("mesh", devices, mesh), ("one", devices[:1], [])):
         load.devices = lambda some=some: some
         config = load_config(None, [*common, *parallel], {})
-        parts = load.load_parts(config, lambda *_: None)
-        found[name] = serve(config, parts)
-        if config.scheduler.draft_tokens:
-            found[name]["with_drafts"] = draft(config, parts, found[name])
+        found[name] = run(config, load.load_parts(config, lambda *_: None))
     print(json.dumps(found))
 
 
+def serve_and_draft(config: Config, parts: Parts) -> dict[str, Any]:
+    """`serve`, and once more with drafts where there are some."""
+    found = serve(config, parts)
+    if config.scheduler.draft_tokens:
+        found["with_drafts"] = draft(config, parts, found)
+    return found
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    on_both(sys.argv[1:5], sys.argv[5:], serve_and_draft)

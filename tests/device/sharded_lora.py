@@ -5,22 +5,17 @@ python -m tests.device.sharded_lora MODEL DATA EXPERT MODEL_AXIS DIRECTORY [SETT
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jaxserve.config import Config
-from jaxserve.engine import load
 from jaxserve.engine.parts import Parts
 from jaxserve.engine.process import build_engine
 from jaxserve.formats.peft import adapter_digest, write_adapter
 from jaxserve.protocol.messages import AdapterRef, GetStatus
-from jaxserve.settings import load_config
-from tests.device.sharded import NUM_DEVICES, PROMPT_LENS, SETTINGS, Pocket, answers, request
+from tests.device.sharded import PROMPT_LENS, Pocket, answers, on_both, request
 from tests.lora.adapters import all_but, random_adapter
 
 RANKS = (2, 4, 7, 3)
@@ -60,20 +55,6 @@ def serve(config: Config, parts: Parts, directory: Path) -> dict[str, Any]:
     return found
 
 
-def main(model: str, data: str, expert: str, model_axis: str, place: str, *settings: str) -> None:
-    """Serves on both and prints what came."""
-    jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
-    common = [f"model.path={model}", *SETTINGS, *LORA, *settings]
-    mesh = [f"parallel.data={data}", f"parallel.expert={expert}", f"parallel.model={model_axis}"]
-    devices = jax.devices()
-    found = {}
-    for name, some, parallel in (("mesh", devices, mesh), ("one", devices[:1], [])):
-        load.devices = lambda some=some: some
-        config = load_config(None, [*common, *parallel], {})
-        parts = load.load_parts(config, lambda *_: None)
-        found[name] = serve(config, parts, Path(place))
-    print(json.dumps(found))
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    words, place, settings = sys.argv[1:5], Path(sys.argv[5]), sys.argv[6:]
+    on_both(words, [*LORA, *settings], lambda config, parts: serve(config, parts, place))

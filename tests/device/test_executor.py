@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxserve.device.changes import COPIES_A_CALL, ENTRIES_A_CALL, PREFIX_TOKENS_A_CALL
-from jaxserve.device.step import Program, SlotWrite, StepInputs
+from jaxserve.device.step import Program, SlotWrite, StepInputs, empty_inputs
 from jaxserve.sampling.state import PROMPT_BIT
 from jaxserve.types import SamplingParams
 from tests.device.rig import (
@@ -34,21 +34,7 @@ SAMPLED = {"temperature": 0.9, "seed": 11, "frequency_penalty": 0.7, "repetition
 
 def empty(program: Program, **changes) -> StepInputs:
     """A step without rows."""
-    rows, tokens = program.num_rows, program.num_tokens
-    return replace(
-        StepInputs(
-            program=program,
-            rows=np.full(rows, LIMITS.max_rows, np.int32),
-            num_live_rows=0,
-            num_decode_rows=0,
-            query_starts=np.zeros(rows + 1, np.int32),
-            context_lens=np.zeros(rows, np.int32),
-            token_ids=np.zeros(tokens, np.int32),
-            next_token_ids=np.zeros(tokens, np.int32),
-            samples=np.zeros(rows, np.bool_),
-        ),
-        **changes,
-    )
+    return replace(empty_inputs(program, LIMITS.max_rows), **changes)
 
 
 def decoding(program: Program, context_lens: list[int]) -> StepInputs:

@@ -183,14 +183,7 @@ def test_every_step_is_what_the_exact_batch_reads(groups, pages, max_rows, decod
         decode_steps=decode_steps,
         batch=batch,
     )
-    for action, value in script:
-        if action == "submit":
-            rig.submit(**value)
-        elif action == "cancel" and rig.sequences:
-            rig.cancel(rig.sequences[value % len(rig.sequences)])
-        elif action == "turn":
-            for _ in range(value):
-                rig.turn()
+    rig.play(script)
     rig.run()
     rig.check()
     batch.check()

@@ -26,6 +26,7 @@ from jaxserve.errors import (
 )
 from jaxserve.lora.host import HostAdapters, Ready
 from jaxserve.protocol.messages import AdapterRef, Embed, Submit
+from jaxserve.scheduler.sequence import Sequence
 from jaxserve.structured import grammars
 from jaxserve.types import EmbeddingParams, FinishReason, Grammar, ModelInfo
 from tests.engine.test_loop import submit
@@ -259,3 +260,20 @@ def test_a_client_may_withdraw_and_leave_in_every_room(make: Callable[[], Rooms]
     rooms.host.may_load.set()
     rooms.now_s = 2 * ARRIVAL_S
     rooms.until(lambda: not rooms.lobby.is_loading)
+
+
+@pytest.mark.parametrize("wants", [{"adapter": ADAPTER}, {"grammar": DIGITS}])
+def test_a_trial_is_not_over_before_its_request_runs(wants: dict[str, object]):
+    """Else who kills the engine would have stood its trial while it waited, and be let off."""
+    rooms = Rooms((SUSPECT,))
+    rooms.grammars.use(vocabulary())
+    suspect, other = request(1, key=SUSPECT, **wants), request(2)
+    assert rooms.lobby.holds("a", suspect) and rooms.lobby.holds("b", other)
+    rooms.host.may_load.set()
+    assert rooms.released() == [("a", suspect, None)]
+    runs = Sequence.__new__(Sequence)
+    runs.reason, runs.token_ids = None, [5, 6]
+    rooms.lobby.let_in(suspect, [runs])
+    assert rooms.lobby.release() == [] and rooms.lobby.num_held == 1
+    runs.reason = FinishReason.LENGTH
+    assert rooms.lobby.release() == [("b", other, None)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,6 +160,26 @@ class Rig:
             self.emitted[sequence] += tokens
         for sequence in commit.finished:
             self.ends[sequence] += 1
+
+    def play(
+        self,
+        script: Seq[tuple[str, Any]],
+        further: Mapping[str, Callable[[Sequence], None]] | None = None,
+    ) -> None:
+        """Does what a script says: "submit" a request, "cancel" a sequence, "turn" so many times.
+
+        Args:
+            further: other actions, each done to a sequence.
+        """
+        to_one = {"cancel": self.cancel, **(further or {})}
+        for action, value in script:
+            if action == "submit":
+                self.submit(**value)
+            elif action == "turn":
+                for _ in range(value):
+                    self.turn()
+            elif self.sequences:
+                to_one[action](self.sequences[value % len(self.sequences)])
 
     def run(self, limit: int = 3000) -> None:
         """Turns until nothing is left to do."""

@@ -9,21 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import UnsupportedKernel, native
+from pallas_kernels import UnsupportedKernel
 from pallas_kernels.kv_update import kv_update, page_width, reference
 
 L, P, K, Z, H, T = 3, 9, 2, 4, 16, 11
-
-
-def _backends() -> list[Any]:
-    reason = native.load().reason
-    marks = [pytest.mark.skip(reason=f"native kernels: {reason}")] if reason else []
-    return [pytest.param(b, marks=marks if b == "cpu" else []) for b in ("xla", "cpu")]
-
-
-@pytest.fixture(params=_backends())
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def arrays(dtype: str, unused: int = 0) -> tuple[np.ndarray, ...]:

@@ -10,22 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import native
 from pallas_kernels.paged_attention import RaggedBatch, paged_attention, reference
 from tests.kernels.batches import DECODE, MIXED, Case, relative_error
 
 TOLERANCE = 1e-5
-
-
-def _backends() -> list[Any]:
-    reason = native.load().reason
-    marks = [pytest.mark.skip(reason=f"native kernels: {reason}")] if reason else []
-    return [pytest.param(b, marks=marks if b == "cpu" else []) for b in ("xla", "cpu")]
-
-
-@pytest.fixture(params=_backends())
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def check(case: Case, backend: str, layer: int = 1) -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jaxserve.scheduler.sequence import Sequence
 from tests.fakes.executor import FULL, sliding
 from tests.fakes.rig import VOCAB, Rig
 
@@ -249,16 +250,11 @@ def test_tokens_always_equal_the_oracle(world, script):
     """Shared beginnings, later turns, few pages, cancels, choices, windows: all at once."""
     needed = -(-(60 + 24) // world["page_size"]) + 1
     rig = Rig(**world | {"pages": needed + world["pages"]})
-    for action, value in script:
-        if action == "submit":
-            rig.submit(**value)
-        elif action == "turn":
-            for _ in range(value):
-                rig.turn()
-        elif action == "again" and rig.sequences:  # the next turn of a conversation
-            told = rig.sequences[value % len(rig.sequences)].token_ids[:50]
-            rig.submit([*told, 5, 6], max_tokens=7, seed=1)
-        elif action == "cancel" and rig.sequences:
-            rig.cancel(rig.sequences[value % len(rig.sequences)])
+
+    def again(sequence: Sequence) -> None:
+        """The next turn of a conversation."""
+        rig.submit([*sequence.token_ids[:50], 5, 6], max_tokens=7, seed=1)
+
+    rig.play(script, {"again": again})
     rig.run()
     rig.check()

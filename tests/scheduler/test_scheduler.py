@@ -252,13 +252,6 @@ worlds = st.fixed_dictionaries(
 def test_tokens_always_equal_the_oracle(world, script):
     needed = -(-(30 + 24) // world["page_size"]) + 1
     rig = Rig(**world | {"pages": needed + world["pages"]})
-    for action, value in script:
-        if action == "submit":
-            rig.submit(**value)
-        elif action == "cancel" and rig.sequences:
-            rig.cancel(rig.sequences[value % len(rig.sequences)])
-        elif action == "turn":
-            for _ in range(value):
-                rig.turn()
+    rig.play(script)
     rig.run()
     rig.check()
