@@ -2,8 +2,9 @@
 
 A head is bounded, which uvicorn would collect without a limit. What cannot be parsed is answered
 with our own error body. An offer to upgrade is ignored, as HTTP lets a server do (RFC 9110, 7.8):
-uvicorn takes the body for the other protocol's bytes. And to an HTTP/1.0 client a stream ends with
-the connection: it does not know chunks.
+uvicorn takes the body for the other protocol's bytes. To an HTTP/1.0 client a stream ends with the
+connection: it does not know chunks. And when a client leaves, the request that runs is told, though
+another came behind it on the same connection: uvicorn tells the last one.
 """
 
 from __future__ import annotations
@@ -32,6 +33,15 @@ class BoundedProtocol(HttpToolsProtocol):
     _in_head = True
     _head_bytes = 0
     _upgrades = False
+    _running: RequestResponseCycle | None = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client has left, or the connection is closed."""
+        running = self._running
+        if running is not None and not running.response_complete:
+            running.disconnected = True
+            running.message_event.set()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Answers 431 and closes when a head goes on beyond the limit."""
@@ -88,6 +98,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         if cycle.scope["http_version"] == "1.0":
             app = _until_closed(app, cycle)
+        self._running = cycle
         super()._start_asgi_task(cycle, app)
 
     def _refuse(self, error: JaxserveError) -> None:

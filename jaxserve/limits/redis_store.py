@@ -7,6 +7,7 @@ full bucket does. The package `redis` is imported only here, where a URL is conf
 
 from __future__ import annotations
 
+import itertools
 from importlib import resources
 from typing import Any
 
@@ -19,6 +20,8 @@ from jaxserve.limits.store import LEASE_S, Answer, StoreFailure, Take
 #: Connections of a process; more questions at once wait for one, at most so long.
 _MAX_CONNECTIONS = 16
 _QUEUE_S = 1.0
+#: Leases in one call: Redis does nothing else meanwhile, and the call has a time limit.
+_RENEWED_AT_ONCE = 128
 
 
 class _Reply(msgspec.Struct):
@@ -93,7 +96,8 @@ class RedisStore:
 
     async def renew(self, used: dict[str, list[float]]) -> None:
         """See `Store`."""
-        await self._call("renew", {"used": used})
+        for some in itertools.batched(used.items(), _RENEWED_AT_ONCE):
+            await self._call("renew", {"used": dict(some)})
 
     async def settle(self, id: str, used: list[float]) -> None:
         """See `Store`."""

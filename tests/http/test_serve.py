@@ -373,6 +373,27 @@ def test_the_http_that_others_speak():
         assert len(httpx.get(f"{base}/{'x' * 5000}").json()["error"]["message"]) < 200
 
 
+def test_who_leaves_is_noticed_though_another_request_came_behind():
+    with started("model.max_context=60000", "http.heartbeat_s=0.1") as process:
+        base = address_of(process)
+        wait_ready(base)
+        port = int(base.rpartition(":")[2])
+        behind = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+        for stream in (True, False):
+            with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as connection:
+                connection.sendall(post(ENDLESS | {"stream": stream}) + behind)
+                wait_metric(base, "jaxserve_running", 1)
+        wait_metric(base, 'jaxserve_tenant_requests_total{outcome="left"}', 2)
+        wait_metric(base, "jaxserve_running", 0)
+
+
+def wait_metric(base: str, name: str, value: float) -> None:
+    """Waits until a sample of /metrics has come to a value."""
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while f"{name} {value:.1f}" not in httpx.get(f"{base}/metrics").text.splitlines():
+        assert time.monotonic() < deadline_s, f"{name} does not come to {value}"
+
+
 def test_a_body_that_is_on_its_way_does_not_hold_the_end():
     with started("http.drain_timeout_s=50", "http.body_timeout_s=60") as process:
         base = address_of(process)

@@ -203,6 +203,39 @@ def test_keys_expire_and_a_prefix_keeps_servers_apart(redis_server: RedisServer)
     asyncio.run(run())
 
 
+def test_many_leases_are_renewed_in_small_calls(redis_server: RedisServer):
+    """One for thousands would take longer than a call may: the store would count as gone."""
+    now_s = 1000.0
+    limit = Bucket(name="many", scope="key", kind="tokens", rate=1, burst=10_000)
+    sizes: list[int] = []
+
+    async def run() -> None:
+        nonlocal now_s
+        store = RedisStore(
+            redis_server.url, prefix="many", timeout_s=30, lease_s=20, clock_s=lambda: now_s
+        )
+        call = store._call
+
+        async def counted(operation: str, arguments: dict) -> bytes:
+            if operation == "renew":
+                sizes.append(len(arguments["used"]))
+            return await call(operation, arguments)
+
+        store._call = counted
+        for number in range(300):
+            take = Take(id=f"{number}", buckets=(limit,), units=(10.0,), fingerprint=b"")
+            assert (await store.take(take)).granted
+        now_s += 15
+        await store.renew({f"{number}": [2.0] for number in range(300)})
+        now_s += 15  # the first leases are over
+        probe = Take(id="probe", buckets=(limit,), units=(0.0,), fingerprint=b"")
+        assert (await store.take(probe)).levels[0] == pytest.approx(10_000 - 3000 + 30)
+        await store.close()
+
+    asyncio.run(run())
+    assert sum(sizes) == 300 and max(sizes) <= 128
+
+
 async def until(condition, pause=0.02) -> None:
     """Waits for it, within bounds."""
     deadline_s = time.monotonic() + TIMEOUT_S
