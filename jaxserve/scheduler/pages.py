@@ -22,7 +22,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, repeat
 
 from jaxserve.types import CacheGroup
 
@@ -369,11 +368,11 @@ class PageAllocator:
 
     def entries(self, table: PageTable, slot: int) -> list[tuple[int, int, int, int]]:
         """(group, slot, index, page) of all pages that a table holds."""
-        entries: list[tuple[int, int, int, int]] = []
-        for group, (pages, behind) in enumerate(zip(table.pages, table.num_behind, strict=True)):
-            held = pages[behind:] if behind else pages
-            entries += zip(repeat(group), repeat(slot), count(behind), held, strict=False)
-        return entries
+        return [
+            (group, slot, index, page)
+            for group, (pages, behind) in enumerate(zip(table.pages, table.num_behind, strict=True))
+            for index, page in enumerate(pages[behind:] if behind else pages, behind)
+        ]
 
     def release(self, table: PageTable) -> None:
         """Gives all pages back; the table is empty then.
