@@ -319,7 +319,9 @@ class WaitingQueue:
         """
         known = line.nearest
         if known is None or known[0] != self._num_plans:
-            front = ((self._cached_tokens(sequence), sequence) for sequence in line.front(NUM_FRONT_SEEN))
+            front = (
+                (self._cached_tokens(sequence), sequence) for sequence in line.front(NUM_FRONT_SEEN)
+            )
             num_cached, sequence = max(front, key=_cached)
             known = line.nearest = self._num_plans, num_cached, sequence
         return known[1:]
