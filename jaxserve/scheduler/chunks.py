@@ -29,22 +29,28 @@ def chunk_of(sequence: Sequence, end: int, *, again: bool = False) -> Chunk:
     """
     start, known = sequence.num_computed, sequence.token_ids
     samples = end == len(known)
-    due = min(end, sequence.prompt_len - 1)
-    wanted = sequence.sampling.prompt_logprobs if sequence.choice == 0 else None
-    if due <= sequence.num_prompt_logprobs_planned and not again:
-        wanted = None
-    sequence.num_prompt_logprobs_planned = max(due, sequence.num_prompt_logprobs_planned)
-    num_again = max(min(end, sequence.num_reached) - start, 0)
+    prompt_len, reached = sequence.prompt_len, sequence.num_reached
+    num_again = min(end, reached) - start if start < reached else 0
     return Chunk(
         slot=sequence.slot,
         start=start,
         token_ids=known[start:end],
         samples=samples,
-        prompt_logprobs=wanted,
+        prompt_logprobs=_due_logprobs(sequence, end, again),
         next_token_id=None if samples else known[end],
         num_again=num_again,
-        num_outputs=max(end - max(start + num_again, sequence.prompt_len), 0),
+        num_outputs=end - max(start + num_again, prompt_len) if end > prompt_len else 0,
     )
+
+
+def _due_logprobs(sequence: Sequence, end: int, again: bool) -> int | None:
+    """Wanted alternatives of the prompt tokens up to `end`; None where they are planned already."""
+    wanted = sequence.sampling.prompt_logprobs
+    if wanted is None or sequence.choice:
+        return None
+    due, planned = min(end, sequence.prompt_len - 1), sequence.num_prompt_logprobs_planned
+    sequence.num_prompt_logprobs_planned = max(due, planned)
+    return wanted if due > planned or again else None
 
 
 def drafts_of(sequence: Sequence, draft: list[int]) -> Chunk:

@@ -79,19 +79,27 @@ class Launched:
                 token_ids[row] = []
             elif sequence.first_token_ns == 0:
                 sequence.first_token_ns = clock_ns()
+        found, found_tokens, found_rows = commit.sequences, commit.token_ids, commit.rows
         # The one loop over all rows: keep it small.
-        for row, (slot, sampled) in enumerate(zip(rows, token_ids, strict=True)):
+        for row, (slot, tokens) in enumerate(zip(rows, token_ids, strict=True)):
             sequence = owners[slot]
-            if sequence.reason is not None:
+            if sequence.reason is not None or not tokens:
                 continue
-            tokens = sequence.accept(sampled)
-            if tokens:
-                commit.sequences.append(sequence)
-                commit.token_ids.append(tokens)
-                commit.rows.append(row)
-            if sequence.reason is not None:
-                commit.finished.append(sequence)
-                commit.ends.append((row, len(tokens) + (sequence.stop_token_id is not None)))
+            known = sequence.token_ids
+            goes_on = len(known) + len(tokens) < sequence.max_len
+            if goes_on and sequence.stop_token_ids.isdisjoint(tokens):
+                known += tokens
+            else:
+                tokens = sequence.accept(tokens)
+                if sequence.reason is not None:
+                    commit.finished.append(sequence)
+                    num_needed = len(tokens) + (sequence.stop_token_id is not None)
+                    commit.ends.append((row, num_needed))
+                if not tokens:
+                    continue
+            found.append(sequence)
+            found_tokens.append(tokens)
+            found_rows.append(row)
         return commit
 
 

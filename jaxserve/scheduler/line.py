@@ -22,12 +22,15 @@ class Line:
 
     Attributes:
         num_passed: how often the first has been passed over since it became the first.
+        nearest: with locality, what the queue found near the front, until somebody comes or goes:
+            (plan, cached tokens, sequence).
     """
 
-    __slots__ = ("_back", "_fresh", "_members", "_stamp", "num_passed")
+    __slots__ = ("_back", "_fresh", "_members", "_stamp", "nearest", "num_passed")
 
     def __init__(self) -> None:
         self.num_passed = 0
+        self.nearest: tuple[int, int, Sequence] | None = None
         self._fresh: deque[tuple[int, int, Sequence]] = deque()  # (arrival, stamp, sequence)
         self._back: list[tuple[int, int, Sequence]] = []
         self._members: dict[Sequence, int] = {}
@@ -38,6 +41,7 @@ class Line:
 
     def add(self, sequence: Sequence) -> None:
         """A sequence that does not stand here takes its place."""
+        self.nearest = None
         self._stamp += 1
         self._members[sequence] = self._stamp
         entry = (sequence.arrival, self._stamp, sequence)
@@ -48,6 +52,7 @@ class Line:
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence leaves, wherever it stands."""
+        self.nearest = None
         del self._members[sequence]
         num_entries = len(self._fresh) + len(self._back)
         if num_entries > 64 and num_entries > 2 * len(self._members):

@@ -22,7 +22,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, repeat
 
 from jaxserve.types import CacheGroup
 
@@ -56,7 +55,7 @@ class PagePool:
         self.on_evict = on_evict
         self._free = list(range(num_pages - 1, 0, -1))
         self._references = [0] * num_pages
-        self._digests: dict[int, bytes] = {}  # of the registered pages
+        self._digests: list[bytes | None] = [None] * num_pages  # of the registered pages
         self._registered: dict[bytes, int] = {}
         # Registered and held by nobody, least recently used first. A plain dict would search for
         # its first entry over all that were deleted before it.
@@ -106,10 +105,10 @@ class PagePool:
         assert self._references[page] > 0, f"page {page} is free"
         self._references[page] -= 1
         if self._references[page] == 0:
-            if page in self._digests:
-                self._kept[page] = None
-            else:
+            if self._digests[page] is None:
                 self._free.append(page)
+            else:
+                self._kept[page] = None
 
     def release_several(self, pages: Iterable[int]) -> None:
         """One holder less of each."""
@@ -120,10 +119,10 @@ class PagePool:
                 self.release(page)
                 continue
             references[page] = 0
-            if page in digests:
-                kept[page] = None
-            else:
+            if digests[page] is None:
                 free.append(page)
+            else:
+                kept[page] = None
 
     def num_holders(self, page: int) -> int:
         """How often the page is held."""
@@ -141,26 +140,33 @@ class PagePool:
         """
         found = self._registered.setdefault(digest, page)
         if found == page:
-            known = self._digests.setdefault(page, digest)
-            assert known == digest, f"page {page} has two contents"
+            known = self._digests[page]
+            assert known is None or known == digest, f"page {page} has two contents"
+            self._digests[page] = digest
         return found
 
     def is_registered(self, page: int) -> bool:
         """Whether the page can be found, and so must not be written."""
-        return page in self._digests
+        return self._digests[page] is not None
 
     def forget(self, page: int) -> None:
         """A registered page that is held can be found no more, and may be written."""
-        del self._registered[self._digests.pop(page)]
+        self._unregister(page)
 
     def _evict(self) -> int:
         page, _ = self._kept.popitem(last=False)
-        digest = self._digests.pop(page)
-        del self._registered[digest]
+        digest = self._unregister(page)
         self.num_evicted += 1
         if self.on_evict is not None:
             self.on_evict(page, digest)
         return page
+
+    def _unregister(self, page: int) -> bytes:
+        digest = self._digests[page]
+        assert digest is not None, f"page {page} cannot be found"
+        self._digests[page] = None
+        del self._registered[digest]
+        return digest
 
 
 @dataclass(slots=True)
@@ -369,11 +375,11 @@ class PageAllocator:
 
     def entries(self, table: PageTable, slot: int) -> list[tuple[int, int, int, int]]:
         """(group, slot, index, page) of all pages that a table holds."""
-        entries: list[tuple[int, int, int, int]] = []
-        for group, (pages, behind) in enumerate(zip(table.pages, table.num_behind, strict=True)):
-            held = pages[behind:] if behind else pages
-            entries += zip(repeat(group), repeat(slot), count(behind), held, strict=False)
-        return entries
+        return [
+            (group, slot, index, page)
+            for group, (pages, behind) in enumerate(zip(table.pages, table.num_behind, strict=True))
+            for index, page in enumerate(pages[behind:] if behind else pages, behind)
+        ]
 
     def release(self, table: PageTable) -> None:
         """Gives all pages back; the table is empty then.

@@ -133,28 +133,28 @@ class Planner:
         Returns:
             The budget that is left.
         """
+        rows = self._rows
+        waiting, slots, pages = rows.waiting, rows.slots, rows.pages
         while True:
-            level = self._rows.waiting.best_level
+            level = waiting.best_level
             # Who was preempted in this plan, and who stands behind it, would come right back.
             if level is None or level >= above or level >= self._set_back_level:
                 return budget
-            if not (budget and self._rows.slots.num_free) and self._rows.slots.worst_level <= level:
+            if not (budget and slots.num_free) and slots.worst_level <= level:
                 return budget
-            sequence = self._rows.waiting.peek()
+            sequence = waiting.peek()
             if sequence is None or sequence.has_unread:
                 return budget  # preempted a moment ago: its last tokens are still on their way
-            if not self._rows.adapters.may_join(sequence):
+            if not rows.adapters.may_join(sequence):
                 sequence.waits.append(Wait("adapter", self._clock_ns()))
-                self._rows.park(sequence)
+                rows.park(sequence)
                 continue
-            if self._rows.prefix.find(sequence):
-                self._rows.choices.hold(sequence)
+            if rows.prefix.find(sequence):
+                rows.choices.hold(sequence)
             if chunk_end(self._phase, sequence, max(budget, 1)) == sequence.num_computed:
                 return budget  # its turn comes with a step of another kind
-            if not self._rows.slots.num_free or not self._room.is_for(
-                sequence, self._rows.num_running
-            ):
-                victims = self._room.victims(sequence, self._rows.slots, self._planned)
+            if not slots.num_free or not self._room.is_for(sequence, rows.num_running):
+                victims = self._room.victims(sequence, slots, self._planned)
                 gained = sum(victim.state is SequenceState.DECODING for victim in victims)
                 gained *= min(plan.decode_steps, 1)
                 if not victims or budget + gained == 0:
@@ -162,27 +162,30 @@ class Planner:
                 for victim in victims:
                     self._preempt(victim)
                 budget += gained
-                if not self._room.is_for(sequence, self._rows.num_running):
+                if not self._room.is_for(sequence, rows.num_running):
                     return budget
             if budget == 0:
                 return budget
             end = chunk_end(self._phase, sequence, budget)
-            copies = self._rows.pages.own(sequence.table, sequence.num_computed)
+            # Where nothing is computed, there is no page yet.
+            copies = (
+                pages.own(sequence.table, sequence.num_computed) if sequence.num_computed else []
+            )
             if copies is None:
-                if not self._rows.num_running and self._rows.choices.reclaim(sequence):
+                if not rows.num_running and rows.choices.reclaim(sequence):
                     continue
                 return budget
-            if not self._rows.pages.grow(sequence.table, sequence.num_computed, end):
+            if not pages.grow(sequence.table, sequence.num_computed, end):
                 # Alone, and a window group holds only a part of the budget.
-                end = min(end, self._rows.pages.reachable(sequence.table, sequence.num_computed))
-                has_grown = self._rows.pages.grow(sequence.table, sequence.num_computed, end)
+                end = min(end, pages.reachable(sequence.table, sequence.num_computed))
+                has_grown = pages.grow(sequence.table, sequence.num_computed, end)
                 assert has_grown and end > sequence.num_computed
-            self._rows.waiting.pop()
-            self._rows.choices.leaves_queue(sequence)
+            waiting.pop()
+            rows.choices.leaves_queue(sequence)
             self._take_slot(plan, sequence)
             plan.page_copies += [PageCopy(group=g, source=s, target=t) for g, s, t in copies]
-            self._rows.swap.restore(plan, sequence)
-            plan.page_entries += self._rows.pages.entries(sequence.table, sequence.slot)
+            rows.swap.restore(plan, sequence)
+            plan.page_entries += pages.entries(sequence.table, sequence.slot)
             budget = self._left(budget, self._add_chunk(plan, sequence, end))
 
     def _left(self, budget: int, used: int) -> int:

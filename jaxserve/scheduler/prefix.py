@@ -31,7 +31,7 @@ from jaxserve.scheduler.sequence import Sequence, SequenceState
 from jaxserve.scheduler.spill import Spill
 from jaxserve.scheduler.swap_costs import SwapCosts
 
-#: Pages hashed at a time while they are looked for: a prompt that is not there is not hashed whole.
+#: Pages hashed at a time while they are looked for, of known tokens that were not hashed before.
 _BLOCK = 16
 _IN_SLOT = (SequenceState.PREFILLING, SequenceState.DECODING, SequenceState.DRAFTING)
 
@@ -82,6 +82,13 @@ class PrefixCache:
         texts = (text.encode("utf-8", "surrogatepass") for text in (tenant, cache_salt, adapter))
         return root_digest(self._extra, *texts)
 
+    def digests_of(self, prompt: Seq[int], root: bytes) -> list[bytes]:
+        """Of all full pages of a prompt: hashed when it comes, so that no plan has to."""
+        digests: list[bytes] = []
+        if self._is_on:
+            self._extend(digests, root, prompt, len(prompt) // self._pages.page_size)
+        return digests
+
     def num_cached(self, prompt: Seq[int], root: bytes) -> int:
         """Tokens of a prompt that could be found on the device now."""
         if not self._is_on:
@@ -111,10 +118,12 @@ class PrefixCache:
         Returns:
             (group, index, page) of each new entry of its table.
         """
+        if not self._may_look(sequence):
+            return []
         size = self._pages.page_size
         start = sequence.num_computed // size
         limit = (len(sequence.token_ids) - 1) // size
-        if not self._may_look(sequence) or limit <= start:
+        if limit <= start:
             return []
         digests, table = sequence.digests, sequence.table
         known = table, digests, sequence.root, sequence.token_ids, start
@@ -155,12 +164,14 @@ class PrefixCache:
         if not self._is_on or num_pages <= table.num_registered:
             return
         digests = sequence.digests
-        self._extend(digests, sequence.root, sequence.token_ids, num_pages)
+        if num_pages > len(digests):
+            self._extend(digests, sequence.root, sequence.token_ids, num_pages)
         for group, pages in enumerate(table.pages):
             pool = self._pages.pools[group]
+            register = pool.register
             for index in range(max(table.num_registered, table.num_behind[group]), num_pages):
                 page = pages[index]
-                found = pool.register(page, digests[index])
+                found = register(page, digests[index])
                 if found != page:
                     pool.share(found)
                     pool.release(page)

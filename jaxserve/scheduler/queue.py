@@ -52,7 +52,8 @@ class _Rank:
     Attributes:
         heap: (counter, stamp, account); a counter here may be older, and so smaller, than it is.
         stamps: of the entry that counts for an account.
-        mark: with locality, tenants below it have a deficit.
+        mark: with locality, tenants below it have a deficit; in_sight: the first few of them, until
+            it moves, one of them has used its own up, or another begins to wait.
     """
 
     lines: dict[Account, Line] = field(default_factory=dict)
@@ -60,6 +61,7 @@ class _Rank:
     stamps: dict[Account, int] = field(default_factory=dict)
     crowd: Crowd = field(default_factory=Crowd)
     mark: float = float("-inf")
+    in_sight: list[Account] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -106,6 +108,7 @@ class WaitingQueue:
         self._levels: list[int] = []  # of those that are not empty, best first
         self._ages: list[tuple[int, int, Sequence]] = []  # (when it has waited too long, …)
         self._stamp = 0
+        self._num_plans = 0
         self._best: Sequence | None = None  # what `peek` found, until something changes
         accounts.backlogs.append(self)
 
@@ -162,9 +165,9 @@ class WaitingQueue:
         """Takes the best sequence out."""
         sequence = self.peek()
         assert sequence is not None, "nobody waits"
-        line = self._ranks[sequence.level].lines[_account(sequence)]
-        first = line.first()
-        line.num_passed = 0 if first is sequence else line.num_passed + 1
+        if self._quantum:
+            line = self._ranks[sequence.level].lines[_account(sequence)]
+            line.num_passed = 0 if line.first() is sequence else line.num_passed + 1
         sequence.waited_ns += max(self._clock_ns() - self._entries[sequence].since_ns, 0)
         self.remove(sequence)
         return sequence
@@ -178,6 +181,9 @@ class WaitingQueue:
     def refresh(self) -> None:
         """A plan begins: counters have grown, and some may have waited too long."""
         self._best = None
+        if self._quantum and self._levels:
+            self._ranks[self._levels[0]].in_sight.clear()
+        self._num_plans += 1
         if not self._longest_wait_ns or not self._ages:
             return
         now_ns = self._clock_ns()
@@ -252,6 +258,7 @@ class WaitingQueue:
     def _enter(self, rank: _Rank, account: Account, *, is_back: bool) -> None:
         """A tenant begins to wait; with a preempted sequence, before those of equal counters."""
         self._meter.watch()
+        rank.in_sight.clear()
         self._stamp += 1
         stamp = rank.stamps[account] = -self._stamp if is_back else self._stamp
         heapq.heappush(rank.heap, (account.counter, stamp, account))
@@ -277,23 +284,47 @@ class WaitingQueue:
         """With locality: the longest cached prefix near the fronts of tenants with a deficit."""
         if top.counter >= rank.mark:
             rank.mark = top.counter + self._quantum
-        first = rank.lines[top].first()
-        if rank.lines[top].num_passed >= MAX_PASSED:
-            return first
-        best, longest = first, -1
+            rank.in_sight.clear()
+        lines = rank.lines
+        if lines[top].num_passed >= MAX_PASSED:
+            return lines[top].first()
+        if not all(a in lines and a.counter < rank.mark for a in rank.in_sight):
+            rank.in_sight.clear()
+        if not rank.in_sight:
+            self._look_around(rank)
+        longest, best = self._nearest_of(lines[top])
+        for account in rank.in_sight:
+            num_cached, sequence = self._nearest_of(lines[account])
+            if num_cached > longest:
+                longest, best = num_cached, sequence
+        return best
+
+    def _look_around(self, rank: _Rank) -> None:
+        """Brings the least tenants with a deficit into sight."""
         taken = []
         for _ in range(NUM_TENANTS_SEEN):
             account = self._top(rank)
             if account is None or account.counter >= rank.mark:
                 break
+            rank.in_sight.append(account)
             taken.append(heapq.heappop(rank.heap))
-            for sequence in rank.lines[account].front(NUM_FRONT_SEEN):
-                num_cached = self._cached_tokens(sequence)
-                if num_cached > longest:
-                    best, longest = sequence, num_cached
         for entry in taken:
             heapq.heappush(rank.heap, entry)
-        return best
+
+    def _nearest_of(self, line: Line) -> tuple[int, Sequence]:
+        """The longest cached prefix near a tenant's front, and whose it is.
+
+        Looked up once in a plan, and when somebody comes or goes: pages become findable between
+        plans, and what a plan evicts matters to the order only.
+        """
+        known = line.nearest
+        if known is None or known[0] != self._num_plans:
+            front = (
+                (self._cached_tokens(sequence), sequence) for sequence in line.front(NUM_FRONT_SEEN)
+            )
+            num_cached, sequence = max(front, key=_cached)
+            known = line.nearest = self._num_plans, num_cached, sequence
+        return known[1:]
 
     def _is_due(self, age: tuple[int, int, Sequence]) -> bool:
         """Whether an age is of a sequence that still waits the wait that it was noted for."""
@@ -304,6 +335,10 @@ class WaitingQueue:
             and sequence.level != AGED
             and due_ns == entry.since_ns + self._longest_wait_ns - sequence.waited_ns
         )
+
+
+def _cached(found: tuple[int, Sequence]) -> int:
+    return found[0]
 
 
 def _account(sequence: Sequence) -> Account:

@@ -196,6 +196,7 @@ class Scheduler:
         ends = _NONE if sampling.ignore_eos else self._ends
         stops = ends.union(sampling.stop_token_ids) if sampling.stop_token_ids else ends
         root = self.prefix.root(tenant, cache_salt, adapter.key if adapter is not None else "")
+        digests = self.prefix.digests_of(prompt, root)
         sequences = []
         choices = range(len(keys)) if resumed is None else resumed.choices
         for choice, key in zip(choices, keys, strict=True):
@@ -214,6 +215,7 @@ class Scheduler:
                     account=account,
                     arrived_ns=arrived_ns,
                     root=root,
+                    digests=list(digests),
                     queued_ns=self._clock_ns(),
                     request=request,
                     adapter=adapter,

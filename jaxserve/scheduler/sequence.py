@@ -98,8 +98,8 @@ class Sequence:
         has_begun: whether any sequence of its request has run.
         waited_ns: in the queue, before this wait.
         stop_token_ids: end the sequence when sampled; the model's end tokens among them.
-        root: what the digests of its pages begin with; digests: of its first full pages, as far
-            as they were needed.
+        root: what the digests of its pages begin with; digests: of its first full pages: its
+            prompt's, and others as far as they were needed.
         copy: of the model, that it lives on.
         adapter: its LoRA adapter; None for the base model.
         adapter_slot: where that is, while it holds a row; -1 else.
@@ -246,8 +246,9 @@ class Sequence:
 
     def count_found(self) -> None:
         """Positions up to `num_computed` that were never launched for it count as cached."""
-        self.num_cached += max(self.num_computed - self.num_reached, 0)
-        self.num_reached = max(self.num_reached, self.num_computed)
+        if self.num_computed > self.num_reached:
+            self.num_cached += self.num_computed - self.num_reached
+            self.num_reached = self.num_computed
 
     def reach(self, start: int, end: int) -> None:
         """Counts positions start … end - 1 as launched, once more or for the first time."""
@@ -258,14 +259,11 @@ class Sequence:
         self.num_computed = end
 
     def accept(self, sampled: list[int]) -> list[int]:
-        """Takes tokens read back, up to one that ends the sequence; returns those to emit.
+        """Takes tokens read back, of which one may end the sequence; returns those to emit.
 
         Sets `reason` when it ends. A stop token is kept beside the tokens, not among them.
         """
         known = self.token_ids
-        if len(known) + len(sampled) < self.max_len and self.stop_token_ids.isdisjoint(sampled):
-            known += sampled
-            return sampled
         for index, token in enumerate(sampled):
             if token in self.stop_token_ids:
                 self.stop_token_id = token

@@ -6,10 +6,13 @@ gives a wrong token.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jaxserve.scheduler.digests import extend_digests
 from jaxserve.scheduler.sequence import Sequence
 from tests.fakes.executor import FULL, sliding
 from tests.fakes.rig import VOCAB, Rig
@@ -31,6 +34,28 @@ def test_a_second_request_computes_only_what_is_new():
     assert second.num_first_computed == 2 + 5
     prefix = rig.scheduler.prefix
     assert (prefix.num_lookup_tokens, prefix.num_hit_tokens) == (41 + 42, 40)
+
+
+def test_a_prompt_is_hashed_when_it_comes_and_no_plan_hashes_it(monkeypatch: pytest.MonkeyPatch):
+    rig = Rig(max_rows=8, max_step_tokens=64)
+    sequences = [*rig.submit([*STEM, 1], **STEADY, n=2), *rig.submit([*STEM, 2], **STEADY)]
+    assert [len(sequence.digests) for sequence in sequences] == [10, 10, 10]
+    assert sequences[0].digests == sequences[2].digests
+    assert sequences[0].digests is not sequences[1].digests
+    hashed: list[int] = []
+
+    def note(digests: list[bytes], *args: Any) -> None:
+        before = len(digests)
+        extend_digests(digests, *args)
+        hashed.append(len(digests) - before)
+
+    monkeypatch.setattr("jaxserve.scheduler.prefix.extend_digests", note)
+    rig.turn()
+    rig.turn()
+    assert sum(hashed) == 0 and rig.scheduler.pages.num_used > 0
+    rig.run()
+    rig.check()
+    assert sum(hashed) > 0  # what was generated
 
 
 def test_an_answer_is_found_by_the_next_turn_of_the_conversation():

@@ -243,6 +243,34 @@ def test_locality_prefers_cached_prompts_within_the_quantum():
     assert plain
 
 
+def test_locality_looks_each_front_up_once_in_a_plan():
+    world = World(fairness="locality", locality_quantum_tokens=10**6)
+    looked: list[Sequence] = []
+    world.queue._cached_tokens = lambda s: (looked.append(s), world.cached.get(s, 0))[1]
+    waiting = [world.push(0, f"tenant {n % 3}") for n in range(30)]
+    world.queue.refresh()
+    first = world.serve()
+    assert first is waiting[0] and len(looked) == len(set(looked)) == 24
+    world.serve()  # of the other fronts it is known
+    assert len(looked) == 32
+    world.cached[waiting[29]] = world.cached[waiting[5]] = 16
+    assert world.queue.peek() not in (waiting[5], waiting[29])  # found by the next plan
+    world.queue.refresh()
+    assert world.queue.peek() is waiting[5]
+
+
+def test_locality_sees_a_tenant_that_begins_to_wait_in_a_plan():
+    world = World(fairness="locality", locality_quantum_tokens=10**6)
+    for n in range(6):
+        world.push(0, f"tenant {n % 2}")
+    world.queue.refresh()
+    world.serve()
+    newcomer = world.sequence(0, "another")
+    world.cached[newcomer] = 16
+    world.queue.push(newcomer)
+    assert world.serve() is newcomer
+
+
 def test_locality_passes_nobody_over_for_ever():
     world = World(fairness="locality", locality_quantum_tokens=10**9)
     first = world.push()
