@@ -78,19 +78,22 @@ class PagePool:
 
     def take(self) -> int:
         """A page without content, held once. The caller has looked at `num_free`."""
-        page = self._free.pop() if self._free else self._evict()
+        if not self._free:
+            self._evict(1)
+        page = self._free.pop()
         self._references[page] = 1
         return page
 
     def take_several(self, num_pages: int) -> list[int]:
         """So many pages without content, each held once, likewise."""
-        free = self._free
+        free, references = self._free, self._references
         if num_pages > len(free):
-            return [self.take() for _ in range(num_pages)]
-        taken = free[-num_pages:]
-        del free[-num_pages:]
+            self._evict(num_pages - len(free))
+        first = len(free) - num_pages
+        taken = free[first:]
+        del free[first:]
         for page in taken:
-            self._references[page] = 1
+            references[page] = 1
         return taken
 
     def share(self, page: int) -> None:
@@ -143,6 +146,28 @@ class PagePool:
             assert known == digest, f"page {page} has two contents"
         return found
 
+    def register_several(
+        self, pages: Sequence[int], digests: Sequence[bytes]
+    ) -> list[tuple[int, int]]:
+        """Makes held pages findable, each unless another has the same content.
+
+        Args:
+            digests: of the pages, in their order.
+
+        Returns:
+            (index, page) of the contents that another page has; it is found from now on.
+        """
+        registered, known = self._registered, self._digests
+        elsewhere = []
+        for index, digest in enumerate(digests):
+            page = pages[index]
+            found = registered.setdefault(digest, page)
+            if found == page:
+                assert known.setdefault(page, digest) == digest, f"page {page} has two contents"
+            else:
+                elsewhere.append((index, found))
+        return elsewhere
+
     def is_registered(self, page: int) -> bool:
         """Whether the page can be found, and so must not be written."""
         return page in self._digests
@@ -151,14 +176,18 @@ class PagePool:
         """A registered page that is held can be found no more, and may be written."""
         del self._registered[self._digests.pop(page)]
 
-    def _evict(self) -> int:
-        page, _ = self._kept.popitem(last=False)
-        digest = self._digests.pop(page)
-        del self._registered[digest]
-        self.num_evicted += 1
-        if self.on_evict is not None:
-            self.on_evict(page, digest)
-        return page
+    def _evict(self, num_pages: int) -> None:
+        """Frees so many kept pages, the least recently used ones."""
+        kept, digests, registered = self._kept, self._digests, self._registered
+        on_evict, free = self.on_evict, self._free
+        for _ in range(num_pages):
+            page, _ = kept.popitem(last=False)
+            digest = digests.pop(page)
+            del registered[digest]
+            free.append(page)
+            if on_evict is not None:
+                on_evict(page, digest)
+        self.num_evicted += num_pages
 
 
 @dataclass(slots=True)
