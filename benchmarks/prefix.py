@@ -7,7 +7,13 @@ Method, in one process, arms interleaved:
             all at once. Time to first token is the engine's own: arrival to the step's end, the
             first request (which finds nothing) included. All tokens are greedy and compared.
     cost    Two engines over one model, with prompts that have nothing in common: CPU time of the
-            process (all threads) a token of prompt and output, and the ratio with its interval.
+            process (all threads) a token of prompt and output, and the median ratio of the pairs
+            with its interval. A few prompts a round and many rounds, each arm first in every other
+            one, so that drift divides out. Nothing is drafted, since whether that pays is measured
+            anew by each engine. The pool has the pages that a round needs and no more
+            (`--cost-pages` for another number), so both arms write the same memory, every page
+            is hashed, registered and evicted, and the host store is on as by default. The first
+            rounds, in which it saves pages that nobody has asked for yet, are not counted.
     host    Scheduler and batch builder alone over no device, with prompts that have nothing in
             common and a full pool, so that each page is hashed, registered and evicted: CPU time a
             token with the cache and without.
@@ -17,7 +23,8 @@ told three ways, since on a busy machine the ratio of whole runs is wider than 1
 what the cache adds on the host as a share of a token's whole CPU time with the model, and as a
 share of the host's part alone.
 
-    python benchmarks/prefix.py [--requests 50] [--shared 1000] [--rounds 30] [--host-only]
+    python benchmarks/prefix.py [--requests 50] [--shared 1000] [--rounds 30] [--cost-rounds 100]
+    python benchmarks/prefix.py --host-only | --cost-only
 
 Ends in one JSON line.
 """
@@ -38,7 +45,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no ins
 
 from benchmarks.no_device import MODEL, PAGE_SIZE, VOCAB_SIZE, PowerShapes
 from benchmarks.turned import Turned
-from jaxserve.bench.stats import environment, json_line, median, percentile, ratio_interval, table
+from jaxserve.bench.stats import (
+    environment,
+    json_line,
+    median,
+    pair_ratio_interval,
+    percentile,
+    ratio_interval,
+    table,
+)
 from jaxserve.config import CacheConfig, Config, ModelConfig, SchedulerConfig
 from jaxserve.device.step import StepInputs
 from jaxserve.engine.batches import Batches
@@ -47,12 +62,15 @@ from jaxserve.engine.thread import EngineThread
 from jaxserve.protocol.client import SyncClient
 from jaxserve.protocol.sync_client import SyncStream
 from jaxserve.scheduler.scheduler import Scheduler
+from jaxserve.scheduler.spill import FIRST_CREDIT
 from jaxserve.text.tokenizer import load_tokenizer
 from jaxserve.types import SamplingParams
 from jaxserve.weights.sources import resolve
 
 ARMS = (True, False)
 OUTPUT_TOKENS = 8
+#: Of a round where nothing is shared: prompts that come at once, and their tokens.
+COST_ROWS, COST_TOKENS = 4, 128
 SYSTEM = "Rule {0}: an answer to question {0} names its source, and is at most {1} words long. "
 QUESTION = "\nQuestion {}: what is {} plus {}, and which rule says so?\nAnswer:"
 
@@ -145,20 +163,32 @@ def serve(engine: Turned, prompts: Sequence[list[int]]) -> None:
         engine.turn()
 
 
-def measure_cost(config: Config, rounds: int) -> dict[bool, list[float]]:
-    """CPU microseconds of the process a token, of prompts that have nothing in common."""
+def measure_cost(config: Config, rounds: int, num_pages: int) -> dict[bool, list[float]]:
+    """CPU microseconds of the process a token, of prompts that have nothing in common.
+
+    Args:
+        num_pages: that can be handed out; 0 for those that a round needs.
+    """
+    size = config.cache.page_size
+    needed = COST_ROWS * (-(-(COST_TOKENS + OUTPUT_TOKENS) // size) + 1)  # one to spare for each
+    config = dataclasses.replace(
+        config,
+        cache=dataclasses.replace(config.cache, num_pages=(num_pages or needed) + 1),
+        scheduler=dataclasses.replace(config.scheduler, draft_tokens=0),
+    )
     parts = load_parts(config, lambda *_: None)
     caches = {on: dataclasses.replace(config.cache, prefix=on) for on in ARMS}
     arms = {on: Turned(dataclasses.replace(config, cache=caches[on]), parts) for on in ARMS}
     random = np.random.default_rng(1)
     spent: dict[bool, list[float]] = {on: [] for on in ARMS}
-    for number in range(rounds + 1):
-        prompts = random.integers(300, 40_000, size=(8, 128)).tolist()
+    num_warm = -(-2 * int(FIRST_CREDIT) // needed)
+    for number in range(-num_warm, rounds):
+        prompts = random.integers(300, 40_000, size=(COST_ROWS, COST_TOKENS)).tolist()
         for on in ARMS if number % 2 else ARMS[::-1]:
             began_ns = time.process_time_ns()
             serve(arms[on], prompts)
-            if number:  # the first round only warms up
-                tokens = sum(map(len, prompts)) + OUTPUT_TOKENS * len(prompts)
+            if number >= 0:
+                tokens = COST_ROWS * (COST_TOKENS + OUTPUT_TOKENS)
                 spent[on].append((time.process_time_ns() - began_ns) / 1e3 / tokens)
     return spent
 
@@ -181,6 +211,7 @@ class Host:
             page_size=PAGE_SIZE,
             num_pages=[8000],
             cache=CacheConfig(prefix=prefix),
+            host_pages=[8000],  # there is a host store by default
         )
         self._batch = Batches(PowerShapes(), self.ROWS)
         random = np.random.default_rng(2)
@@ -252,12 +283,13 @@ def report(
     rows, added = [], {}
     for name, spent in host.items():
         added[name] = median([on - off for on, off in zip(spent[True], spent[False], strict=True)])
-        ratio = "{:.2f} ({:.2f}–{:.2f})".format(*ratio_interval(spent[True], spent[False]))
+        ratio = "{:.2f} ({:.2f}–{:.2f})".format(*pair_ratio_interval(spent[True], spent[False]))
         figures = [f"{median(spent[on]):.2f}" for on in ARMS]
         share = [f"{100 * added[name] / median(cost[False]):.3f}%"] if cost else []
         rows.append([name, *figures, ratio, f"{added[name]:.2f}", *share])
-    header = ["prompt+output", "host µs/token with", "without", "ratio (95%)", "added µs/token"]
-    print(table(header + (["of a token with the model"] if cost else []), rows))
+    if host:
+        header = ["prompt+output", "host µs/token with", "without", "ratio (95%)", "added µs/token"]
+        print(table(header + (["of a token with the model"] if cost else []), rows))
     record = {
         "benchmark": "prefix",
         "requests": options.requests,
@@ -265,11 +297,11 @@ def report(
         "rounds": options.rounds,
         "ttft": ttft,
         "host_added_us_per_token": added,
-        "host_ratio": {name: ratio_interval(s[True], s[False]) for name, s in host.items()},
+        "host_ratio": {name: pair_ratio_interval(s[True], s[False]) for name, s in host.items()},
         **environment(),
     }
     if cost:
-        ratio = ratio_interval(cost[True], cost[False])
+        ratio = pair_ratio_interval(cost[True], cost[False])
         print("\nwith the model, nothing in common: CPU µs/token", end=" ")
         print(f"{median(cost[True]):.0f} with, {median(cost[False]):.0f} without,", end=" ")
         print("ratio {:.3f} ({:.3f}–{:.3f})".format(*ratio))
@@ -286,9 +318,12 @@ def main() -> None:
     parser.add_argument("--shared", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--pages", type=int, default=1600, help="of each engine's pool")
+    parser.add_argument("--cost-rounds", type=int, default=100)
+    parser.add_argument("--cost-pages", type=int, default=0, help="0: those that a round needs")
     parser.add_argument("--host-only", action="store_true")
+    parser.add_argument("--cost-only", action="store_true")
     options = parser.parse_args()
-    host = measure_host(options.rounds)
+    host = {} if options.cost_only else measure_host(options.rounds)
     if options.host_only:
         report(options, {}, {}, host)
         return
@@ -297,7 +332,10 @@ def main() -> None:
         model=ModelConfig(path=str(path), served_name="smollm2", max_context=2048),
         cache=CacheConfig(num_pages=options.pages),
     )
-    cost = measure_cost(config, options.rounds)
+    cost = measure_cost(config, options.cost_rounds, options.cost_pages)
+    if options.cost_only:
+        report(options, {}, cost, host)
+        return
     arms = {on: Arm(config, on) for on in ARMS}
     for arm in arms.values():
         arm.ask([[400 + i] * 600 for i in range(2)], "warm")

@@ -64,9 +64,7 @@ def ratio_interval(
     Returns:
         ratio, low end, high end.
     """
-    if len(numerators) != len(denominators) or not numerators:
-        raise ValueError(f"pairs are needed, got {len(numerators)} and {len(denominators)} samples")
-    pairs = list(zip(numerators, denominators, strict=True))
+    pairs = _pairs(numerators, denominators)
     random_source = random.Random(0)
     ratios = []
     for _ in range(num_resamples):
@@ -77,6 +75,32 @@ def ratio_interval(
         percentile(ratios, 2.5),
         percentile(ratios, 97.5),
     )
+
+
+def pair_ratio_interval(
+    numerators: Sequence[float], denominators: Sequence[float], *, num_resamples: int = 2000
+) -> tuple[float, float, float]:
+    """Median of the ratios of interleaved pairs, with its bootstrap 95% interval.
+
+    What drifts from pair to pair, such as a machine's clock or its other work, divides out; so
+    with many short pairs it resolves less than `ratio_interval`.
+
+    Args:
+        numerators, denominators: the i-th of each were measured one after the other, in turns.
+
+    Returns:
+        ratio, low end, high end.
+    """
+    ratios = [numerator / other for numerator, other in _pairs(numerators, denominators)]
+    random_source = random.Random(0)
+    medians = [median(random_source.choices(ratios, k=len(ratios))) for _ in range(num_resamples)]
+    return median(ratios), percentile(medians, 2.5), percentile(medians, 97.5)
+
+
+def _pairs(numerators: Sequence[float], denominators: Sequence[float]) -> list[tuple[float, float]]:
+    if len(numerators) != len(denominators) or not numerators:
+        raise ValueError(f"pairs are needed, got {len(numerators)} and {len(denominators)} samples")
+    return list(zip(numerators, denominators, strict=True))
 
 
 def environment() -> dict[str, str]:

@@ -5,7 +5,10 @@ the price of each output token when that is launched, both divided by the tenant
 waiting tenant with the least counter is served next ("Fairness in Serving Large Language Models",
 arXiv 2401.00588). A tenant that comes back is lifted to the least counter of those that wait, or of
 the last one that did, so that nobody saves up credit by being idle. What is cancelled stays
-charged; what is computed again after a preemption, or found in a cache, is not charged.
+charged; what is computed again after a preemption, or found in a cache, is not charged. Where a
+sequence finds something only after it was charged for it, since another was ahead with the same
+prompt, its tenant's next prompts are charged that much less. So a counter never falls, which the
+queue and the bound rely on.
 
 Counters belong to a level: a priority, or the sequences that have waited too long. They are shared
 by the copies of the model; each copy has a `Meter` that knows its running rows. Nobody visits rows
@@ -40,6 +43,7 @@ class Account:
         weight: its share; twice the weight is served twice as much.
         settled: the counter, without what running rows have brought since they were last settled.
         tallies: by copy, rows that run.
+        credit: price of what was charged and then found in a cache.
         num_waiting: sequences in queues, of all copies.
     """
 
@@ -48,6 +52,7 @@ class Account:
     weight: float = 1.0
     settled: float = 0.0
     tallies: dict[Meter, Tally] = field(default_factory=dict)
+    credit: float = 0.0
     num_waiting: int = 0
 
     @property
@@ -229,14 +234,16 @@ class Meter:
         accounts.meters.append(self)
 
     def admit(self, sequence: Sequence) -> None:
-        """A sequence has got a slot: charges the prompt tokens it computes, the first time."""
+        """A sequence has got a slot: charges the prompt tokens it will compute, the first time."""
         account = _account(sequence)
         if not sequence.is_charged:
             sequence.is_charged = True
             self._accounts.longest_prompt = max(self._accounts.longest_prompt, sequence.prompt_len)
-            self._charge(
-                account, (sequence.prompt_len - sequence.num_computed) * self._accounts.input_price
-            )
+            sequence.num_charged = sequence.prompt_len - sequence.num_computed
+            price = sequence.num_charged * self._accounts.input_price
+            from_credit = min(price, account.credit)
+            account.credit -= from_credit
+            self._charge(account, price - from_credit)
         tally = self.tallies.get(account)
         if tally is None:
             tally = self.tallies[account] = account.tallies[self] = Tally(self.clock)
@@ -246,6 +253,13 @@ class Meter:
         self._most_running = max(self._most_running, self._num_running)
         self._least_weight = min(self._least_weight, account.weight)
         self._slack -= self._accounts.output_price / account.weight  # it grows faster from now on
+
+    def found(self, sequence: Sequence, num_tokens: int) -> None:
+        """A sequence has found tokens in a cache; gives credit for those that were charged."""
+        num_tokens = min(num_tokens, sequence.num_charged)
+        if num_tokens:
+            sequence.num_charged -= num_tokens
+            _account(sequence).credit += num_tokens * self._accounts.input_price
 
     def leave(self, sequence: Sequence) -> None:
         """A sequence's slot is free."""

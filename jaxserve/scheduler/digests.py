@@ -8,7 +8,7 @@ page of somebody else's is never taken for one's own.
 
 from __future__ import annotations
 
-from array import array
+import struct
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -39,7 +39,8 @@ def extend_digests(
     if known >= num_pages:
         return
     parent = digests[-1] if digests else root
-    content = array("i", token_ids[known * page_size : num_pages * page_size]).tobytes()
+    tokens = token_ids[known * page_size : num_pages * page_size]
+    content = struct.pack(f"{len(tokens)}i", *tokens)
     page_bytes = len(content) // (num_pages - known)
     for start in range(0, len(content), page_bytes):
         parent = blake2b(

@@ -78,7 +78,9 @@ class PagePool:
 
     def take(self) -> int:
         """A page without content, held once. The caller has looked at `num_free`."""
-        page = self._free.pop() if self._free else self._evict()
+        if not self._free:
+            self._evict(1)
+        page = self._free.pop()
         self._references[page] = 1
         return page
 
@@ -86,9 +88,10 @@ class PagePool:
         """So many pages without content, each held once, likewise."""
         free, references = self._free, self._references
         if num_pages > len(free):
-            return [self.take() for _ in range(num_pages)]
-        taken = free[-num_pages:]
-        del free[-num_pages:]
+            self._evict(num_pages - len(free))
+        first = len(free) - num_pages
+        taken = free[first:]
+        del free[first:]
         for page in taken:
             references[page] = 1
         return taken
@@ -145,28 +148,54 @@ class PagePool:
             self._digests[page] = digest
         return found
 
+    def register_several(
+        self, pages: Sequence[int], digests: Sequence[bytes]
+    ) -> list[tuple[int, int]]:
+        """Makes held pages findable, each unless another has the same content.
+
+        Args:
+            digests: of the pages, in their order.
+
+        Returns:
+            (index, page) of the contents that another page has; it is found from now on.
+        """
+        registered, known = self._registered, self._digests
+        elsewhere = []
+        for index, digest in enumerate(digests):
+            page = pages[index]
+            found = registered.setdefault(digest, page)
+            if found == page:
+                assert known[page] in (None, digest), f"page {page} has two contents"
+                known[page] = digest
+            else:
+                elsewhere.append((index, found))
+        return elsewhere
+
     def is_registered(self, page: int) -> bool:
         """Whether the page can be found, and so must not be written."""
         return self._digests[page] is not None
 
     def forget(self, page: int) -> None:
         """A registered page that is held can be found no more, and may be written."""
-        self._unregister(page)
-
-    def _evict(self) -> int:
-        page, _ = self._kept.popitem(last=False)
-        digest = self._unregister(page)
-        self.num_evicted += 1
-        if self.on_evict is not None:
-            self.on_evict(page, digest)
-        return page
-
-    def _unregister(self, page: int) -> bytes:
         digest = self._digests[page]
         assert digest is not None, f"page {page} cannot be found"
         self._digests[page] = None
         del self._registered[digest]
-        return digest
+
+    def _evict(self, num_pages: int) -> None:
+        """Frees so many kept pages, the least recently used ones."""
+        kept, digests, registered = self._kept, self._digests, self._registered
+        on_evict, free = self.on_evict, self._free
+        for _ in range(num_pages):
+            page, _ = kept.popitem(last=False)
+            digest = digests[page]
+            assert digest is not None, f"page {page} cannot be found"
+            digests[page] = None
+            del registered[digest]
+            free.append(page)
+            if on_evict is not None:
+                on_evict(page, digest)
+        self.num_evicted += num_pages
 
 
 @dataclass(slots=True)

@@ -108,6 +108,7 @@ class Planner:
             if sequence.state is not SequenceState.PREFILLING:
                 continue  # preempted for a better one, just now
             plan.enter(sequence.slot, self._rows.prefix.catch_up(sequence))
+            self._rows.meter.found(sequence, sequence.count_found())
             end = chunk_end(self._phase, sequence, budget)
             if end == sequence.num_computed:
                 continue  # in a step of another kind
@@ -217,9 +218,9 @@ class Planner:
         sequence.num_drafted += len(draft)
 
     def _take_slot(self, plan: Plan, sequence: Sequence) -> None:
+        self._rows.meter.found(sequence, sequence.count_found())
         self._rows.slots.take(sequence)
         self._rows.adapters.join(sequence)
-        sequence.count_found()
         self._rows.prefix.joined(sequence)
         if self._set_back_level < math.inf:
             plan.forget_entries(sequence.slot)  # of whoever had the slot until now

@@ -138,13 +138,15 @@ class PrefixCache:
         return self._hold(table, digests, start, end)
 
     def catch_up(self, sequence: Sequence) -> list[tuple[int, int, int]]:
-        """As `find`, for a sequence that has a slot: another may be ahead with the same prompt."""
+        """As `find`, for a sequence that has a slot: another may be ahead with the same prompt.
+
+        The caller has the sequence `count_found`.
+        """
         if sequence.looks_back:
             return []  # its slot must see every token from where it joined
         before = sequence.num_computed
         entries = self.find(sequence)
         self.num_hit_tokens += sequence.num_computed - before
-        sequence.count_found()
         return entries
 
     def joined(self, sequence: Sequence) -> None:
@@ -159,24 +161,25 @@ class PrefixCache:
         Args:
             num_positions: positions whose tokens are known and whose step has been launched.
         """
+        if not self._is_on:
+            return
         table = sequence.table
         num_pages = num_positions // self._pages.page_size
-        if not self._is_on or num_pages <= table.num_registered:
+        if num_pages <= table.num_registered:
             return
         digests = sequence.digests
         if num_pages > len(digests):
             self._extend(digests, sequence.root, sequence.token_ids, num_pages)
         for group, pages in enumerate(table.pages):
             pool = self._pages.pools[group]
-            register = pool.register
-            for index in range(max(table.num_registered, table.num_behind[group]), num_pages):
-                page = pages[index]
-                found = register(page, digests[index])
-                if found != page:
-                    pool.share(found)
-                    pool.release(page)
-                    pages[index] = found
-                    self._moved.append((sequence, group, index, found))
+            first = max(table.num_registered, table.num_behind[group])
+            new = pages[first:num_pages], digests[first:num_pages]
+            for place, found in pool.register_several(*new):
+                index = first + place
+                pool.share(found)
+                pool.release(pages[index])
+                pages[index] = found
+                self._moved.append((sequence, group, index, found))
         table.num_registered = num_pages
 
     def tell(self, plan: Plan) -> None:

@@ -94,7 +94,7 @@ class Sequence:
         level: its priority, or `queue.AGED`; smaller runs first.
         arrival: number among all that came; within a level the last is preempted first.
         account: what is charged for it.
-        is_charged: whether its prompt has been.
+        is_charged: whether its prompt has been; num_charged: tokens of it that were.
         has_begun: whether any sequence of its request has run.
         waited_ns: in the queue, before this wait.
         stop_token_ids: end the sequence when sampled; the model's end tokens among them.
@@ -156,6 +156,7 @@ class Sequence:
     num_prompt_logprobs: int = 0
 
     is_charged: bool = False
+    num_charged: int = 0
     has_begun: bool = False
     waited_ns: int = 0
     reason: FinishReason | None = None
@@ -244,11 +245,18 @@ class Sequence:
         for wait in self.waits:
             wait.end_ns = wait.end_ns or now_ns
 
-    def count_found(self) -> None:
-        """Positions up to `num_computed` that were never launched for it count as cached."""
-        if self.num_computed > self.num_reached:
-            self.num_cached += self.num_computed - self.num_reached
-            self.num_reached = self.num_computed
+    def count_found(self) -> int:
+        """Positions up to `num_computed` that were never launched for it count as cached.
+
+        Returns:
+            How many are new.
+        """
+        found = self.num_computed - self.num_reached
+        if found <= 0:
+            return 0
+        self.num_cached += found
+        self.num_reached = self.num_computed
+        return found
 
     def reach(self, start: int, end: int) -> None:
         """Counts positions start … end - 1 as launched, once more or for the first time."""

@@ -50,8 +50,20 @@ def test_ratio_interval_covers_one_where_nothing_differs() -> None:
 
 
 def test_ratio_interval_wants_pairs() -> None:
-    with pytest.raises(ValueError, match="got 2 and 1"):
-        stats.ratio_interval([1.0, 2.0], [1.0])
+    for interval in (stats.ratio_interval, stats.pair_ratio_interval):
+        with pytest.raises(ValueError, match="got 2 and 1"):
+            interval([1.0, 2.0], [1.0])
+
+
+def test_pair_ratio_interval_resolves_what_drift_hides() -> None:
+    drift = [1.0 + 0.1 * (number % 7) for number in range(60)]
+    noise = [1.0 + 0.01 * (number % 5 - 2) for number in range(60)]
+    own = [1.03 * d * n for d, n in zip(drift, noise, strict=True)]
+    ratio, low, high = stats.pair_ratio_interval(own, drift)
+    assert ratio == pytest.approx(1.03)
+    assert 1.015 <= low <= ratio <= high <= 1.045
+    _, wide_low, wide_high = stats.ratio_interval(own, drift)
+    assert wide_high - wide_low > 1.5 * (high - low)
 
 
 def test_json_line_is_one_strict_line() -> None:

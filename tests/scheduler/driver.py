@@ -42,7 +42,12 @@ class Driver:
     """Turns a scheduler as the engine does, one step in flight.
 
     Attributes:
-        served: (priority, tenant) → weighted service, prompts counted when they are let in.
+        cache: none by default: prompts of which only the length is given are all of one token.
+        host_pages: for sequences that were set back, and for cached pages.
+        served: (priority, tenant) → weighted service, prompts counted when they are let in, without
+            what was found in the cache. What is found only later comes off the next prompts.
+        owed: (priority, tenant) → price of what was counted and then found, and is to come off.
+        found_later: prompt tokens that were found after they had been counted.
         widest: (priority, tenant, tenant) → the widest gap so far.
         first_token_at: the call whose tokens had a sequence's first.
     """
@@ -52,6 +57,8 @@ class Driver:
     page_size: int = 4
     stop_chance: float = 0.0
     seed: int = 0
+    cache: CacheConfig = field(default_factory=lambda: CacheConfig(prefix=False))
+    host_pages: int = 0
     num_calls: int = 0
     sequences: list[Sequence] = field(default_factory=list)
     submitted_at: dict[Sequence, int] = field(default_factory=dict)
@@ -60,6 +67,8 @@ class Driver:
     weights: dict[str, float] = field(default_factory=dict)
     served: dict[tuple[int, str], float] = field(default_factory=lambda: defaultdict(float))
     widest: dict[tuple[int, str, str], float] = field(default_factory=lambda: defaultdict(float))
+    owed: dict[tuple[int, str], float] = field(default_factory=lambda: defaultdict(float))
+    found_later: int = 0
     now_ns: int = 10**9
 
     def __post_init__(self) -> None:
@@ -68,13 +77,15 @@ class Driver:
             MODEL,
             page_size=self.page_size,
             num_pages=[self.num_pages],
-            cache=CacheConfig(prefix=False),  # all prompts are of the same token
+            cache=self.cache,
+            host_pages=[self.host_pages] if self.host_pages else [],
+            preemption=self.cache.preemption,
             clock_ns=lambda: self.now_ns,
         )
         self.random = random.Random(self.seed)
         self.tenants: dict[Sequence, tuple[int, str]] = {}
         self.waiting: dict[tuple[int, str], set[Sequence]] = defaultdict(set)
-        self._let_in: set[Sequence] = set()
+        self._reached: dict[Sequence, int] = {}  # tokens launched or found, of who was let in
         self._decoding: dict[int, None] = {}
         self._in_flight: deque[tuple[list[int], Plan]] = deque()
         self._gaps: dict[tuple[int, str, str], Gap] = {}
@@ -83,7 +94,7 @@ class Driver:
 
     def submit(
         self,
-        prompt_len: int,
+        prompt: int | list[int],
         max_tokens: int,
         *,
         tenant: str = "",
@@ -91,12 +102,21 @@ class Driver:
         weight: float = 1.0,
         n: int = 1,
     ) -> list[Sequence]:
-        """A request; its sequences."""
+        """A request; its sequences.
+
+        Args:
+            prompt: its tokens, or only how many.
+        """
         self.weights[tenant] = weight
         keys = [("client", len(self.sequences) + i) for i in range(n)]
         sampling = SamplingParams(max_tokens=max_tokens, seed=0)
         sequences = self.scheduler.submit(
-            keys, [TOKEN] * prompt_len, sampling, priority=priority, tenant=tenant, weight=weight
+            keys,
+            [TOKEN] * prompt if isinstance(prompt, int) else prompt,
+            sampling,
+            priority=priority,
+            tenant=tenant,
+            weight=weight,
         )
         for shed, _ in self.scheduler.shedding.take():
             self.ends[shed] += 1
@@ -132,6 +152,7 @@ class Driver:
             self.turn()
         assert not self.scheduler.has_work, "the scheduler does not come to an end"
         assert self.scheduler.pages.num_used == 0
+        assert self.scheduler.swap.num_used == self.scheduler.swap.num_sequences == 0
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
         assert self.ends == Counter(self.sequences)
 
@@ -184,12 +205,25 @@ class Driver:
         for chunk in plan.chunks:
             sequence = owners[chunk.slot]
             assert sequence is not None
-            if sequence not in self._let_in:
-                self._let_in.add(sequence)
-                num_computed = sequence.prompt_len - chunk.start
-                self._serve(sequence, self.config.input_token_price * num_computed)
+            self._serve_prompt(sequence, chunk.start, chunk.start + len(chunk.token_ids))
             if chunk.samples and not chunk.num_drafts:
                 self._serve(sequence, self.config.output_token_price)
+
+    def _serve_prompt(self, sequence: Sequence, start: int, end: int) -> None:
+        """Known tokens start … end - 1 are computed; those before them have been, or were found."""
+        owed, price = self.owed, self.config.input_token_price
+        reached = self._reached.get(sequence)
+        tenant = self.tenants[sequence]
+        if reached is None:
+            counted = (sequence.prompt_len - start) * price
+            taken = min(counted, owed[tenant])
+            owed[tenant] -= taken
+            self._serve(sequence, counted - taken)
+        else:
+            found = max(min(start, sequence.prompt_len) - reached, 0)
+            owed[tenant] += found * price
+            self.found_later += found
+        self._reached[sequence] = max(reached or 0, end)
 
     def _serve(self, sequence: Sequence | None, price: float) -> None:
         assert sequence is not None

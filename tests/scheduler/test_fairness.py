@@ -1,4 +1,8 @@
-"""Fair share: the bound of the gap over random traces, throughput, and what a flood does."""
+"""Fair share: the bound of the gap over random traces, throughput, and what a flood does.
+
+The traces with caches are those without, of prompts that begin alike: a few stems, and what
+earlier sequences held (the next turn of a conversation), all of them within the same lengths.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,41 @@ import random
 
 import pytest
 
-from jaxserve.config import SchedulerConfig
+from jaxserve.config import CacheConfig, SchedulerConfig
 from tests.scheduler.driver import Driver
 
 NUM_TRACES = 1000
+NUM_PARTS = 16
+#: What a trace may find pages in: of the device, of the host's memory.
+CACHES = {
+    "off": {},
+    "host": {"host_pages": 40},
+    "prefix": {"cache": CacheConfig(isolation="none")},
+    "prefix of each tenant": {"cache": CacheConfig(isolation="tenant")},
+    "prefix and host": {"cache": CacheConfig(isolation="none"), "host_pages": 40},
+}
 
 
-def trace(seed: int, fairness: str = "vtc") -> Driver:
+class Prompts:
+    """Prompts of given lengths, of which many begin alike."""
+
+    def __init__(self, seed: int, longest: int) -> None:
+        self._draw = random.Random(seed)
+        self._stems = [self._tokens(longest) for _ in range(self._draw.randint(1, 3))]
+
+    def of_length(self, length: int, driver: Driver) -> list[int]:
+        """A prompt of so many tokens: a beginning of something known, and tokens of its own."""
+        stem = self._draw.choice(self._stems)
+        if driver.sequences and self._draw.random() < 0.3:
+            stem = self._draw.choice(driver.sequences).token_ids
+        known = stem[: self._draw.choice([0, length // 2, length - 1, length])]
+        return known + self._tokens(length - len(known))
+
+    def _tokens(self, number: int) -> list[int]:
+        return [self._draw.randint(2, 10**6) for _ in range(number)]
+
+
+def trace(seed: int, fairness: str = "vtc", caches: str = "off") -> Driver:
     """A random trace, run to its end: weights, bursts, priorities, choices, stops and cancels."""
     draw = random.Random(seed)
     page_size = draw.choice([1, 4, 8])
@@ -33,15 +65,18 @@ def trace(seed: int, fairness: str = "vtc") -> Driver:
         page_size=page_size,
         stop_chance=draw.choice([0.0, 0.05]),
         seed=seed,
+        **CACHES[caches],
     )
+    prompts = Prompts(seed, longest)
     tenants = [f"tenant {number}" for number in range(draw.randint(2, 5))]
     weights = {tenant: draw.choice([1.0, 1.0, 0.5, 3.0]) for tenant in tenants}
     priorities = draw.choice([[0], [0, 0, 0, 1, -1]])
     for _ in range(draw.randint(5, 25)):
         tenant = draw.choice(tenants)
         for _ in range(draw.choice([1, 1, 4, 12])):
+            length = draw.randint(1, longest)
             driver.submit(
-                draw.randint(1, longest),
+                length if caches == "off" else prompts.of_length(length, driver),
                 draw.randint(1, longest),
                 tenant=tenant,
                 weight=weights[tenant],
@@ -77,6 +112,33 @@ def test_the_gap_between_tenants_that_wait_never_exceeds_the_bound(part):
             assert gap <= bound(driver, one, other) + 1e-6, (seed, one, other)
             widest = max(widest, gap / bound(driver, one, other))
     assert widest > 0.3  # the traces come near enough to mean something
+
+
+@pytest.mark.parametrize(
+    ("caches", "fairness", "part"),
+    [  # of each kind, one part a day
+        pytest.param(caches, fairness, part, marks=pytest.mark.in_turn(f"{caches}, {fairness}"))
+        for caches in CACHES
+        if caches != "off"
+        for fairness in ("vtc", "locality")
+        for part in range(NUM_PARTS)
+    ],
+)
+def test_what_is_found_in_a_cache_keeps_the_bound(caches, fairness, part):
+    widest = 0.0
+    num_hits = num_found_later = num_loaded = num_swapped = 0
+    for seed in range(part, NUM_TRACES, NUM_PARTS):
+        driver = trace(seed, fairness, caches)
+        for (_, one, other), gap in driver.widest.items():
+            assert gap <= bound(driver, one, other) + 1e-6, (seed, one, other)
+            widest = max(widest, gap / bound(driver, one, other))
+        num_hits += driver.scheduler.prefix.num_hit_tokens
+        num_found_later += driver.found_later
+        num_loaded += driver.scheduler.swap.num_loaded
+        num_swapped += sum(sequence.num_swapped for sequence in driver.sequences)
+    assert widest > 0.3
+    assert bool(num_hits) == bool(num_found_later) == ("prefix" in caches)
+    assert bool(num_loaded) == bool(num_swapped) == ("host" in caches)
 
 
 def test_without_counters_the_same_traces_break_the_bound():
@@ -164,6 +226,25 @@ def test_a_cancelled_request_stays_charged():
     account = driver.scheduler._accounts.account(0, "leaves", 1.0)
     assert account.counter == 30 * 1.0 + 6 * 2.0
     driver.run()
+
+
+@pytest.mark.parametrize("isolation", ["tenant", "none"])
+def test_what_is_found_costs_nothing_also_if_it_is_found_after_it_was_charged(isolation):
+    """The herd's second one is let in before the first has computed all that they share."""
+    config = SchedulerConfig(max_rows=4, max_step_tokens=16, decode_steps=1)
+    driver = Driver(config, cache=CacheConfig(isolation=isolation))
+    stem = list(range(2, 42))
+    for number in range(6):
+        driver.submit([*stem, 100 + number], 3, tenant="all")
+    driver.run()
+    assert driver.found_later > 0
+    account = driver.scheduler._accounts.account(0, "all", 1.0)
+    (sequence,) = driver.submit(list(range(200, 241)), 3, tenant="all")
+    driver.run()
+    assert sequence.num_cached == 0 and account.credit == 0
+    computed = sum(s.prompt_len - s.num_cached for s in driver.sequences)
+    assert computed < 41 + 41 + 5 * 16
+    assert account.counter == computed * 1.0 + 7 * 3 * 2.0 == driver.served[0, "all"]
 
 
 def test_recomputation_is_not_charged():

@@ -99,6 +99,22 @@ def test_a_page_is_handed_out_once_and_page_0_never():
     assert pool.take() == 3
 
 
+def test_several_pages_are_the_free_ones_and_then_the_least_recently_used():
+    evicted = []
+    pool = PagePool(7, lambda page, digest: evicted.append((page, digest)))
+    assert pool.take_several(0) == []
+    assert pool.num_free == 6
+    pages = pool.take_several(4)
+    assert pool.register_several(pages, [b"a", b"b", b"c", b"d"]) == []
+    pool.release_several(pages)
+    taken = pool.take_several(4)
+    assert set(taken[:2]).isdisjoint(pages) and taken[2:] == pages[:2]
+    assert evicted == [(pages[0], b"a"), (pages[1], b"b")] and pool.num_evicted == 2
+    assert [pool.num_holders(page) for page in taken] == [1] * 4 and pool.num_kept == 2
+    assert pool.register_several(taken, [b"e", b"c", b"d", b"f"]) == [(1, pages[2]), (2, pages[3])]
+    assert [pool.find(digest) for digest in (b"e", b"a", b"f")] == [taken[0], None, taken[3]]
+
+
 def test_releasing_a_free_page_is_caught():
     pool = PagePool(3)
     with pytest.raises(AssertionError, match="page 2 is free"):
@@ -133,6 +149,8 @@ def test_open_each_is_extend_for_many() -> None:
         assert tables[slot - 7].pages[group][index] == page
     held = [page for table in tables for page in table.pages[0]]
     assert len(set(held)) == len(held) == allocator.pools[0].num_used == 7
+    assert allocator.open_each([]) == []
+    assert allocator.pools[0].num_used == 7
 
 
 def test_open_each_leaves_it_to_extend_where_pages_run_out_or_a_window_is_minded() -> None:
