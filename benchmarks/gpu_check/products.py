@@ -148,8 +148,8 @@ def _groups_are_right(backend: str, case: str) -> Finding:
     first = jnp.asarray(len(groups))
     call = jax.jit(lambda *given: grouped_matmul(*given, first_group=first, backend=backend))
     out = call(*given)
-    exact = (array.astype(jnp.float32) for array in given[:2])
-    expected = grouped_matmul(*exact, given[2], first_group=first, backend="reference")
+    exact = given[0].astype(jnp.float32), given[1].astype(jnp.float32), given[2]
+    expected = grouped_matmul(*exact, first_group=first, backend="reference")
     wrong = jnp.any(out[live:] != 0)
     error = error_of(out[:live], expected[:live]) if live else 0.0
     return Finding(f"experts, {case}: error", 1.0 if wrong else error, "<", TOLERANCE)
