@@ -10,6 +10,7 @@ Invariants: never imports JAX; ends with its parent, whatever way that ends.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import pickle
