@@ -17,8 +17,8 @@ from pallas_kernels.lora_matmul import LoraWeights, block_tokens, lora_matmul
 #: Backend and the chips that it is compiled for.
 CHIPS = {"tpu": ("v5e:1x1", "v6e:1x1", "tpu7x:1x1x1"), "gpu": ("h100:1",)}
 TOKENS = {"decode": 64, "prefill": 2048}
-#: Rank and slots of each class.
-CLASSES = ((8, 4), (16, 8), (128, 2))
+#: Rank and slots of each class, by backend.
+CLASSES = {"tpu": ((16, 8), (128, 2)), "gpu": ((8, 4), (16, 8), (128, 2))}
 #: What the sizes of a site are multiples of.
 _MULTIPLES = {"tpu": 128, "gpu": 64}
 _LAYERS = 32
@@ -73,7 +73,7 @@ class LoraRow:
                 a=array(_LAYERS, slots, rank * len(cycle), depth),
                 b=array(_LAYERS, slots, rank, columns),
             )
-            for rank, slots in CLASSES
+            for rank, slots in CLASSES[self.backend]
         )
         slots, layer = array(tokens, dtype=jnp.int32), array(dtype=jnp.int32)
         return partial(_add, cycle, self.backend), (
@@ -89,7 +89,7 @@ def _add(
     cycle: tuple[int, ...], backend: str, y: Any, x: Any, weights: Any, slots: Any, layer: Any
 ) -> Any:
     blocks, first = [], 0
-    for _, count in CLASSES:
+    for _, count in CLASSES[backend]:
         blocks.append(block_tokens(slots - first, count))
         first += count
     return lora_matmul(x, y, weights, blocks, layer, cycle=cycle, backend=backend)

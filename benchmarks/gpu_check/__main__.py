@@ -3,10 +3,11 @@
 Right first, then how near the limits of the same device in the same run, then ahead of
 transformers. Needs JAX, flax and, for the last part, torch and transformers; no network and no
 weights.
-Three parts, each a process of its own, so that none holds another's memory:
+Four parts, each a process of its own, so that none holds another's memory:
 
     kernels   attention, cache update and products with codes against their references; their
               shares of the limits
+    products  those of adapters and of experts likewise, and against XLA's own
     engine    Llama-3-8B's shape with random weights behind the real scheduler: MBU, MFU, idle time
     torch     the same shape in transformers
 
@@ -28,8 +29,9 @@ from typing import Any
 
 from benchmarks.gpu_check.report import Finding
 
-#: Seconds that each part may take.
-_PATIENCE = {"kernels": 180, "engine": 210, "torch": 140}
+#: Seconds that each part may take, and all of them together.
+_PATIENCE = {"kernels": 180, "products": 120, "engine": 210, "torch": 140}
+_ALL_PATIENCE = 535
 
 
 def main() -> int:
@@ -48,7 +50,10 @@ def main() -> int:
         print(f"gpu_check: needs an NVIDIA GPU, and JAX has {device.platform}", file=sys.stderr)
         return 2
     started = time.monotonic()
-    results = {part: _run(part, given.rehearse) for part in _PATIENCE}
+    results = {}
+    for part, patience in _PATIENCE.items():
+        left = _ALL_PATIENCE - (time.monotonic() - started)
+        results[part] = _run(part, given.rehearse, max(1.0, min(patience, left)))
     findings = [Finding(**found) for result in results.values() for found in result["findings"]]
     findings += _against_torch(results)
     print("\n".join(finding.line() for finding in findings))
@@ -72,7 +77,7 @@ def main() -> int:
     return 1 if missed or failed else 0
 
 
-def _run(part: str, rehearse: bool) -> dict[str, Any]:
+def _run(part: str, rehearse: bool, patience: float) -> dict[str, Any]:
     """A part's findings, or why it has none."""
     words = [sys.executable, "-m", "benchmarks.gpu_check", "--part", part]
     environment = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
@@ -81,11 +86,11 @@ def _run(part: str, rehearse: bool) -> dict[str, Any]:
             [*words, *(["--rehearse"] if rehearse else [])],
             capture_output=True,
             text=True,
-            timeout=_PATIENCE[part],
+            timeout=patience,
             env=environment,
         )
     except subprocess.TimeoutExpired:
-        return {"findings": [], "error": f"not done after {_PATIENCE[part]} s"}
+        return {"findings": [], "error": f"not done after {patience:.0f} s"}
     try:
         return {"error": "", **json.loads(done.stdout.splitlines()[-1])}
     except (IndexError, ValueError):
@@ -102,16 +107,22 @@ def _part(part: str, rehearse: bool) -> dict[str, Any]:
 
     limits = measure_limits(1 << 20, 128) if rehearse else measure_limits()
     if part == "kernels":
-        from benchmarks.gpu_check import kernels, products
+        from benchmarks.gpu_check import codes, kernels
 
         sizes = kernels.Sizes()
         if rehearse:
             sizes = kernels.Sizes(rows=2, context=64, prompt=64)
         backend = "xla" if rehearse else "gpu"
         found = list(kernels.check(backend, limits, sizes))
-        found += products.check(backend, limits, *([((64, 256),), 1] if rehearse else []))
+        found += codes.check(backend, limits, *([((64, 256),), 1] if rehearse else []))
         found.append(Finding("copy bandwidth, GB/s", limits.copy / 1e9))
         found.append(Finding("matmul peak, TFLOP/s", limits.matmul / 1e12))
+        return {"findings": [dataclasses.asdict(finding) for finding in found]}
+    if part == "products":
+        from benchmarks.gpu_check import products
+
+        sizes = products.SMALL if rehearse else products.Sizes()
+        found = products.check("xla" if rehearse else "gpu", limits, sizes)
         return {"findings": [dataclasses.asdict(finding) for finding in found]}
     from benchmarks.gpu_check import engine
 

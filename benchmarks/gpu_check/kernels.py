@@ -114,7 +114,7 @@ def _correct(
         given["sinks"] = jnp.asarray(rng.standard_normal(num_heads), jnp.float32)
     expected = reference.paged_attention(q.astype(jnp.float32), pages, **given)
     out = jax.jit(lambda q, pages: paged_attention(q, pages, backend=backend, **given))(q, pages)
-    error = _error(out[:num_tokens], expected[:num_tokens])
+    error = error_of(out[:num_tokens], expected[:num_tokens])
     padding = float(jnp.abs(out[num_tokens:].astype(jnp.float32)).sum())
     return Finding(f"attention {name}: error", error if padding == 0 else 1.0, "<", TOLERANCE)
 
@@ -128,7 +128,8 @@ def _codes(values: np.ndarray, dtype: str) -> QuantizedPages:
     return QuantizedPages(codes.reshape(values.shape), scales, dtype)
 
 
-def _error(out: Any, expected: Any) -> float:
+def error_of(out: Any, expected: Any) -> float:
+    """‖out − expected‖/‖expected‖."""
     ours, theirs = np.asarray(out, np.float64), np.asarray(expected, np.float64)
     return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
 

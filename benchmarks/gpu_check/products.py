@@ -1,97 +1,251 @@
-"""Products with dense codes on the device: our Hopper kernel beside XLA's lowering, in one run.
+"""The products of adapters and of experts on the device: right first, then against XLA's own.
 
-Correct: ‖out − ref‖/‖ref‖ against the weight that the codes stand for, multiplied in float32. Fast:
-bytes of codes and scales a second as a share of the measured copy bandwidth, for both, at decode's
-numbers of tokens; each call multiplies by several weights, more than the L2 cache holds. Where ours
-is ahead it is to become what models take (`pallas_kernels/quant_matmul/api.py`).
+Correct: ‖out − ref‖/‖ref‖ against the reference in float32, on fresh random inputs; what adapters
+add is added to zeros, and rows that nobody may look at are NaN. Fast: what adapters add to all four
+sites of Llama-3-8B's 32 layers, in milliseconds a step and in bytes of the adapters that are used a
+second; one product of an expert layer of Qwen3-30B-A3B and of Mixtral, as shares of the measured
+limits. XLA's way, which is what runs unless the kernels are asked for, stands beside each.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from benchmarks.gpu_check.kernels import TOLERANCE, error_of
 from benchmarks.gpu_check.limits import Limits, seconds_a_call
 from benchmarks.gpu_check.report import Finding
-from pallas_kernels.quant_matmul import GROUP, int4_matmul, int8_matmul, traffic
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.grouped_matmul.traffic import grouped_matmul_bytes, grouped_matmul_flops
+from pallas_kernels.lora_matmul import LoraWeights, block_tokens, lora_matmul
+from pallas_kernels.lora_matmul.traffic import lora_matmul_bytes
 
-TOLERANCE = 1e-2
-#: Llama-3-8B's gate and up, and its down: K and N.
-SIZES = ((4096, 28672), (14336, 4096))
-TOKENS = (8, 64)
-#: Of all weights that a call reads: several times an L2 cache.
-_READ_BYTES = 256 << 20
-_PRODUCTS: dict[str, tuple[Callable[..., Any], Callable[[int, int], int]]] = {
-    "int8": (int8_matmul, traffic.int8_bytes),
-    "int4": (int4_matmul, traffic.int4_bytes),
+NONE = -1
+#: (rank, slots) of each class, where adapters are checked.
+_CLASSES = ((8, 3), (16, 2), (128, 2))
+#: Tokens' slots over all classes: few, and several tiles of which one is not full.
+_SLOTS = {
+    "few": [2, NONE, 0, 4, 2, 6, NONE, 3, 5, 0, 2],
+    "many": [1] * 70 + [NONE, 4, 0, 2, 3, 6] * 8 + [NONE] * 90 + [5] * 9 + [0],
+}
+#: K, and the widths of the parts, which repeat.
+_SITES = {"three parts": (256, (128, 64, 64), 3), "one part": (576, (576,), 1)}
+#: Rows of each group, and rows of no group behind them.
+_GROUPS = {
+    "few rows": ([3, 0, 1, 40, 2, 0, 7, 11], 6),
+    "many rows": ([100, 37, 0, 350, 64, 9], 30),
+    "no rows": ([0, 0, 0], 9),
 }
 
 
-def check(
-    backend: str,
-    limits: Limits,
-    sizes: tuple[tuple[int, int], ...] = SIZES,
-    read_bytes: int = _READ_BYTES,
-) -> Iterator[Finding]:
-    """Every finding about them.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """A product of one expert layer: E, A, D and F."""
 
-    Args:
-        backend: ours, beside "xla".
-        sizes: K and N.
-        read_bytes: of the weights that one call multiplies by.
+    num_experts: int
+    top_k: int
+    size: int
+    wide: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Of what is timed.
+
+    Attributes:
+        sites: of adapters: K, and the widths of the parts, which repeat to N.
+        layers, rank, adapters: likewise.
+        rows, prompt: tokens of decode and of a chunk.
     """
-    for kind, (product, count_bytes) in _PRODUCTS.items():
-        for num_tokens in (1, 13, *TOKENS):
-            yield _correct(partial(product, backend=backend), kind, num_tokens)
-        for depth, columns in sizes:
-            num_bytes = count_bytes(depth, columns)
-            copies = -(-read_bytes // num_bytes)
-            weights = [_weight(kind, depth, columns, seed) for seed in range(copies)]
-            for num_tokens in TOKENS:
-                x = jnp.ones((num_tokens, depth), jnp.bfloat16)
-                ours, theirs = (
-                    _seconds(partial(product, backend=which), x, weights)
-                    for which in (backend, "xla")
-                )
-                what = f"{kind} product {depth}x{columns}, {num_tokens} tokens"
-                share = copies * num_bytes / limits.copy
-                yield Finding(f"{what}: share of copy bandwidth", share / ours)
-                yield Finding(f"{what}: XLA's share", share / theirs)
+
+    sites: tuple[tuple[int, tuple[int, ...], int], ...] = (
+        (4096, (512, 128, 128), 8),
+        (4096, (4096,), 1),
+        (4096, (14336, 14336), 1),
+        (14336, (4096,), 1),
+    )
+    layers: int = 32
+    rank: int = 16
+    adapters: int = 8
+    rows: int = 32
+    prompt: int = 2048
+    experts: tuple[tuple[str, Experts], ...] = (
+        ("Qwen3-30B-A3B", Experts(num_experts=128, top_k=8, size=2048, wide=768)),
+        ("Mixtral", Experts(num_experts=8, top_k=2, size=4096, wide=14336)),
+    )
 
 
-def _weight(kind: str, depth: int, columns: int, seed: int) -> tuple[jax.Array, ...]:
-    """Random codes, their scales, and int4's minima."""
-    keys = jax.random.split(jax.random.key(seed), 3)
-    if kind == "int8":
-        codes = jax.random.randint(keys[0], (depth, columns), -127, 128, jnp.int8)
-        return codes, jax.random.uniform(keys[1], (columns,), jnp.float32) / 127
-    codes = (jax.random.bits(keys[0], (depth, columns), jnp.uint8) & 15).astype(jnp.uint4)
-    groups = (depth // GROUP, columns)
-    scale = (1 + jax.random.uniform(keys[1], groups)) / 16
-    return codes, scale.astype(jnp.bfloat16), (-7.5 * scale).astype(jnp.bfloat16)
+SMALL = Sizes(
+    sites=((64, (64, 64, 64), 1), (128, (64,), 1)),
+    layers=2,
+    adapters=2,
+    rows=4,
+    prompt=16,
+    experts=(("small", Experts(num_experts=4, top_k=2, size=64, wide=128)),),
+)
 
 
-def _correct(product: Callable[..., Any], kind: str, num_tokens: int) -> Finding:
-    depth, columns = 1024, 768
-    codes, *scales = _weight(kind, depth, columns, secrets.randbits(31))
-    x = jax.random.normal(jax.random.key(secrets.randbits(31)), (num_tokens, depth), jnp.bfloat16)
-    weight = codes.astype(jnp.float32)
-    if kind == "int8":
-        weight = weight * scales[0]
-    else:
-        scale, minimum = (jnp.repeat(s.astype(jnp.float32), GROUP, 0) for s in scales)
-        weight = weight * scale + minimum
-    expected = jnp.dot(x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
-    out = jax.jit(product)(x, codes, *scales).astype(jnp.float32)
-    error = float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected))
-    return Finding(f"{kind} product, {num_tokens} tokens: error", error, "<", TOLERANCE)
+def check(backend: str, limits: Limits, sizes: Sizes) -> Iterator[Finding]:
+    """Every finding about them."""
+    for slots, site in ((slots, site) for slots in _SLOTS for site in _SITES):
+        yield _adapters_are_right(backend, slots, site)
+    for case in _GROUPS:
+        yield _groups_are_right(backend, case)
+    yield from _adapters(backend, limits, sizes)
+    for name, experts in sizes.experts:
+        yield from _experts(backend, limits, name, experts, sizes)
 
 
-def _seconds(product: Callable[..., Any], x: jax.Array, weights: list[Any]) -> float:
-    run = jax.jit(lambda x, weights: [product(x, *weight) for weight in weights])
-    return seconds_a_call(run, x, weights, calls=5)
+def _adapters_are_right(backend: str, case: str, site: str) -> Finding:
+    rng = np.random.default_rng(secrets.randbits(32))
+    (depth, cycle, repeats), slots = _SITES[site], jnp.asarray(_SLOTS[case], jnp.int32)
+    columns = sum(cycle) * repeats
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16)
+
+    weights = [
+        LoraWeights(
+            a=draw(2, count, rank * len(cycle), depth) / depth**0.5,
+            b=draw(2, count, rank, columns),
+        )
+        for rank, count in _CLASSES
+    ]
+    x, y = draw(len(slots), depth), jnp.zeros((len(slots), columns), jnp.bfloat16)
+
+    def add(which: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        blocks, first = [], 0
+        for _, count in _CLASSES:
+            blocks.append(block_tokens(slots - first, count))
+            first += count
+        return lora_matmul(x, y, weights, blocks, 1, cycle=cycle, backend=which)
+
+    expected = add("reference", x, y.astype(jnp.float32))
+    out = jax.jit(partial(add, backend))(x, y)
+    wrong = float(jnp.abs(out[slots == NONE].astype(jnp.float32)).sum())
+    error = error_of(out, expected)
+    return Finding(
+        f"adapters, {case} tokens, {site}: error", 1.0 if wrong else error, "<", TOLERANCE
+    )
+
+
+def _groups_are_right(backend: str, case: str) -> Finding:
+    rng = np.random.default_rng(secrets.randbits(32))
+    groups, padding = _GROUPS[case]
+    live = sum(groups)
+    x = rng.standard_normal((live + padding, 512), np.float32)
+    x[live:] = np.nan
+    w = rng.standard_normal((2 * len(groups), 512, 384), np.float32)
+    w[: len(groups)] = np.nan
+    given = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.bfloat16), jnp.asarray(groups)
+    first = jnp.asarray(len(groups))
+    call = jax.jit(lambda *given: grouped_matmul(*given, first_group=first, backend=backend))
+    out = call(*given)
+    exact = given[0].astype(jnp.float32), given[1].astype(jnp.float32), given[2]
+    expected = grouped_matmul(*exact, first_group=first, backend="reference")
+    wrong = jnp.any(out[live:] != 0)
+    error = error_of(out[:live], expected[:live]) if live else 0.0
+    return Finding(f"experts, {case}: error", 1.0 if wrong else error, "<", TOLERANCE)
+
+
+def _adapters(backend: str, limits: Limits, sizes: Sizes) -> Iterator[Finding]:
+    weights = []
+    for depth, cycle, repeats in sizes.sites:
+        shape = sizes.layers, sizes.adapters, sizes.rank * len(cycle), depth
+        columns = sum(cycle) * repeats
+        weights.append(
+            LoraWeights(
+                a=jnp.full(shape, 0.01, jnp.bfloat16),
+                b=jnp.full((*shape[:2], sizes.rank, columns), 0.01, jnp.bfloat16),
+            )
+        )
+    mixed = np.arange(sizes.rows) % sizes.adapters
+    cases = {
+        f"{sizes.rows} rows, {sizes.adapters} adapters": (mixed, sizes.adapters),
+        f"{sizes.rows} rows, none": (np.full(sizes.rows, NONE), 0),
+        f"a chunk of {sizes.prompt}, one adapter": (np.zeros(sizes.prompt, np.int64), 1),
+    }
+    for name, (slots, used) in cases.items():
+        slots = jnp.asarray(slots, jnp.int32)
+        seconds = {
+            which: seconds_a_call(_step(which, sizes), slots, weights) for which in (backend, "xla")
+        }
+        yield Finding(f"adapters, {name}: ms a step", 1e3 * seconds[backend])
+        yield Finding(f"adapters, {name}: ms a step, XLA", 1e3 * seconds["xla"])
+        if not used:
+            continue
+        num_bytes = sizes.layers * sum(
+            lora_matmul_bytes(
+                *(used, len(slots), sizes.rank, len(cycle), depth, sum(cycle) * repeats),
+                weight_bytes=2,
+                activation_bytes=2,
+            )
+            for depth, cycle, repeats in sizes.sites
+        )
+        share = num_bytes / seconds[backend] / limits.copy
+        yield Finding(f"adapters, {name}: share of copy bandwidth", share)
+
+
+def _step(backend: str, sizes: Sizes) -> Any:
+    """All sites of all layers, as a step has them: tokens grouped once, layers scanned."""
+
+    def step(slots: jax.Array, weights: list[LoraWeights]) -> list[jax.Array]:
+        blocks = [block_tokens(slots, sizes.adapters)]
+        shape = slots.shape[0]
+        xs = [jnp.ones((shape, depth), jnp.bfloat16) for depth, _, _ in sizes.sites]
+        ys = [
+            jnp.zeros((shape, sum(cycle) * repeats), jnp.bfloat16)
+            for _, cycle, repeats in sizes.sites
+        ]
+
+        def layer(ys: list[jax.Array], index: jax.Array) -> tuple[list[jax.Array], None]:
+            return [
+                lora_matmul(x, y, [own], blocks, index, cycle=cycle, backend=backend)
+                for x, y, own, (_, cycle, _) in zip(xs, ys, weights, sizes.sites, strict=True)
+            ], None
+
+        return jax.lax.scan(layer, ys, jnp.arange(sizes.layers))[0]
+
+    return jax.jit(step)
+
+
+def _experts(
+    backend: str, limits: Limits, name: str, experts: Experts, sizes: Sizes
+) -> Iterator[Finding]:
+    rng = np.random.default_rng(0)
+    shape = experts.num_experts, experts.size, experts.wide
+    w = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    for tokens in (sizes.rows, sizes.prompt):
+        picked = [
+            rng.choice(experts.num_experts, experts.top_k, replace=False) for _ in range(tokens)
+        ]
+        counts = np.bincount(np.concatenate(picked), minlength=experts.num_experts)
+        groups, num_rows = jnp.asarray(counts, jnp.int32), tokens * experts.top_k
+        x = jax.random.normal(jax.random.key(1), (num_rows, experts.size), jnp.bfloat16)
+        ways = {
+            which: jax.jit(partial(grouped_matmul, backend=which)) for which in (backend, "xla")
+        }
+        ways["ragged_dot"] = jax.jit(jax.lax.ragged_dot)
+        seconds = {which: seconds_a_call(way, x, w, groups, calls=5) for which, way in ways.items()}
+        where = f"experts, {name}, {tokens} tokens"
+        if tokens == sizes.rows:
+            touched = int(np.count_nonzero(counts))
+            num_bytes = grouped_matmul_bytes(
+                touched, num_rows, *shape[1:], weight_bytes=2, activation_bytes=2
+            )
+            share = num_bytes / seconds[backend] / limits.copy
+            yield Finding(f"{where}: share of copy bandwidth", share)
+        else:
+            flops = grouped_matmul_flops(num_rows, *shape[1:])
+            yield Finding(
+                f"{where}: share of matmul peak", flops / seconds[backend] / limits.matmul
+            )
+        for which in ("xla", "ragged_dot"):
+            yield Finding(f"{where}: times as fast as {which}", seconds[which] / seconds[backend])

@@ -56,6 +56,7 @@ def expand(
     zeros = jnp.zeros((deep - rank or 8, plan.columns), b.dtype)
     plgpu.kernel(
         functools.partial(_kernel, plan=plan, rows=rows, piece=piece, rank=rank, cycle=cycle),
+        out_type=(),
         scratch_types=(
             hopper.swizzled((TILE, deep), deep, z.dtype),
             # Both operands of a product lie alike.

@@ -53,6 +53,28 @@ def test_a_rehearsal_of_the_kernels_finds_them_right() -> None:
 
 @pytest.mark.slow
 @pytest.mark.in_turn("rehearsals")
+def test_a_rehearsal_of_the_products_finds_them_right() -> None:
+    found = findings("products")
+    errors = {name: finding for name, finding in found.items() if name.endswith(": error")}
+    assert len(errors) == 7
+    assert all(finding["value"] < finding["target"] == 1e-2 for finding in errors.values())
+    assert all(finding["value"] > 0 for name, finding in errors.items() if "no rows" not in name)
+    beside = [name for name in found if name.startswith(("adapters, 4 rows", "experts, small, 4"))]
+    assert beside == [
+        "adapters, 4 rows, 2 adapters: ms a step",
+        "adapters, 4 rows, 2 adapters: ms a step, XLA",
+        "adapters, 4 rows, 2 adapters: share of copy bandwidth",
+        "adapters, 4 rows, none: ms a step",
+        "adapters, 4 rows, none: ms a step, XLA",
+        "experts, small, 4 tokens: share of copy bandwidth",
+        "experts, small, 4 tokens: times as fast as xla",
+        "experts, small, 4 tokens: times as fast as ragged_dot",
+    ]
+    assert found["experts, small, 16 tokens: share of matmul peak"]["value"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.in_turn("rehearsals")
 def test_a_rehearsal_of_the_engine_decodes_and_prefills() -> None:
     found = findings("engine")
     assert found["decode 1: tokens/s"]["value"] > 0 and found["decode 4: tokens/s"]["value"] > 0
@@ -70,7 +92,8 @@ def test_a_bare_image_has_all_that_it_imports() -> None:
         "            raise ImportError(name)\n"
         "sys.meta_path.insert(0, Missing())\n"
         "import benchmarks.gpu_check.__main__, benchmarks.gpu_check.engine\n"
-        "import benchmarks.gpu_check.kernels\n"
+        "import benchmarks.gpu_check.codes, benchmarks.gpu_check.kernels\n"
+        "import benchmarks.gpu_check.products\n"
     )
     done = subprocess.run([sys.executable, "-c", blocked], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -72,6 +72,19 @@ def test_a_step_on_a_hopper_gpu_has_its_own_attention() -> None:
     assert result["cache_bytes"] > 6e9 and result["temp_bytes"] < 0.1e9
 
 
+@needs("gpu")
+def test_the_hopper_products_change_what_they_are_given_in_place() -> None:
+    rows = compile_rows(
+        "lora_matmul/qkv/decode/h100:1",
+        "lora_matmul/smollm2-out/prefill/h100:1",
+        "grouped_matmul/qwen3-30b-a3b-bfloat16/decode/h100:1",
+        "grouped_matmul/mixtral-8x7b-int8/decode/h100:1",
+    )
+    assert [row["verdict"] for row in rows] == ["compiles"] * 3 + ["refused"]
+    matrices = 3 * 4 * 128 * 2048 * 768 * 2
+    assert rows[2]["argument_bytes"] > matrices and rows[2]["temp_bytes"] < matrices / 100
+
+
 @needs("tpu")
 def test_what_does_not_fit_is_refused_with_its_bytes() -> None:
     rows = compile_rows("llama-3-8b/v5e:1x1", "llama-3-70b-int8/v5e:2x2")

@@ -271,6 +271,44 @@ def test_the_native_kernel_is_taken_on_a_cpu() -> None:
         with_lora_kernel(half, asked, spec, mesh)
 
 
+class OnGpu:
+    """A mesh of one device, as far as it is looked at."""
+
+    size = 1
+
+    def __init__(self, capability: str = "9.0") -> None:
+        device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+        self.devices = np.array([device])
+
+
+def test_the_hopper_kernel_is_taken_where_it_is_asked_for() -> None:
+    """And refused with the reason where it does not fit."""
+    spec = load_tiny(CASE, OPTIONS).spec
+    sizes = dataclasses.replace(spec.attention, num_heads=8, num_kv_heads=4, head_dim=64)
+    wide = dataclasses.replace(
+        spec, attention=sizes, hidden_size=512, feed_forward=1024, vocab_size=1280
+    )
+    options = ModelOptions(dtype="bfloat16", attention="gpu")
+    fitting = dataclasses.replace(config().lora, classes=("8x2", "128x1"))
+    plain = dataclasses.replace(config(), lora=fitting)
+    asked = dataclasses.replace(plain, kernels=KernelsConfig(lora="gpu"))
+    assert with_lora_kernel(options, plain, wide, OnGpu()).lora == "xla"
+    for parts in (1, 2):
+        split = dataclasses.replace(options, tensor_parallel=parts)
+        assert with_lora_kernel(split, asked, wide, OnGpu()).lora == "gpu"
+    low = dataclasses.replace(asked, lora=config().lora)
+    for given, model, on, said in (
+        (options, wide, OnGpu("8.0"), "Hopper, compute capability 9.0, not 8.0"),
+        (options, wide, OnTpu(), "the platform is tpu"),
+        (options, spec, OnGpu(), "no multiples of 64"),
+        (ModelOptions(), wide, OnGpu(), "not float32"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            with_lora_kernel(given, asked, model, on)
+    with pytest.raises(ConfigError, match="ranks of 4 "):
+        with_lora_kernel(options, low, wide, OnGpu())
+
+
 @pytest.mark.parametrize("classes", [("8",), ("0x4",), ("6x2",), ("8x0",), (), ("8x1", "8x2")])
 def test_malformed_classes(classes: tuple[str, ...]) -> None:
     """Are refused at the start."""

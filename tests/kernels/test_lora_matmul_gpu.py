@@ -65,7 +65,7 @@ def call(
     expected = lora_matmul(
         x, y, weights, blocks, 1, cycle=cycle, precision=exact, reduce=reduce, backend="reference"
     )
-    return tuple(np.asarray(array, np.float32) for array in (y, got, expected))
+    return np.asarray(y, np.float32), np.asarray(got, np.float32), np.asarray(expected, np.float32)
 
 
 def check(slots: list[int], *args: Any, **options: Any) -> None:

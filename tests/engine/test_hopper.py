@@ -1,0 +1,53 @@
+"""Which product of experts a configuration gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+
+from jaxserve.config import KernelsConfig
+from jaxserve.engine.hopper import no_hopper, with_experts_kernel
+from jaxserve.errors import ConfigError
+from jaxserve.models.options import ModelOptions
+from jaxserve.models.spec import MoeSpec
+from tests.models.loading import load_tiny
+
+OPTIONS = ModelOptions(dtype="bfloat16", attention="gpu")
+ASKED = KernelsConfig(experts="gpu")
+MOE = MoeSpec(num_experts=8, top_k=2, feed_forward=256, norm_topk_prob=True)
+
+
+class OnGpu:
+    """A mesh of Hoppers, as far as it is looked at."""
+
+    devices = np.array([types.SimpleNamespace(platform="gpu", compute_capability="9.0")])
+
+    def __init__(self, parts: int = 1) -> None:
+        self.shape = {"model": parts}
+
+
+def test_the_kernel_is_taken_where_it_is_asked_for() -> None:
+    spec = dataclasses.replace(load_tiny("llama3", ModelOptions()).spec, hidden_size=512)
+    assert with_experts_kernel(OPTIONS, ASKED, spec, OnGpu()) == OPTIONS, "a dense model has none"
+    spec = dataclasses.replace(spec, moe=MOE)
+    assert with_experts_kernel(OPTIONS, KernelsConfig(), spec, OnGpu()).experts == "xla"
+    assert with_experts_kernel(OPTIONS, ASKED, spec, OnGpu()).experts == "gpu"
+    assert with_experts_kernel(OPTIONS, ASKED, spec, OnGpu(2)).experts == "gpu"
+    codes = dataclasses.replace(OPTIONS, quantization="int8")
+    for options, parts, said in (
+        (codes, 1, "it reads no codes, and weights.quantization is int8"),
+        (ModelOptions(), 1, "not float32"),
+        (OPTIONS, 4, "512 x 64"),
+    ):
+        with pytest.raises(ConfigError, match=f"kernels.experts=gpu cannot run here: .*{said}"):
+            with_experts_kernel(options, ASKED, spec, OnGpu(parts))
+
+
+def test_where_hopper_kernels_run() -> None:
+    assert no_hopper("gpu", "9.0") is None
+    assert no_hopper("cpu", None) == "the platform is cpu"
+    reason = no_hopper("gpu", "10.0")
+    assert reason is not None and "not 10.0" in reason
