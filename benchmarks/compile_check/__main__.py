@@ -3,7 +3,7 @@
     scripts/compile_check [PATTERN ...]      rows whose names hold one of the patterns; all without
     scripts/compile_check --part 2/7         every seventh row, from the second on
     scripts/compile_check --changed 24       rows that the commits of the last 24 hours concern
-    scripts/compile_check --table            writes the table into docs/performance.md
+    scripts/compile_check --table            writes these rows into docs/performance.md's table
     scripts/compile_check --list             names only
 
 One JSON line a row on stdout, a summary on stderr. Exit status 1 where a row is not as expected.

@@ -69,7 +69,7 @@ def check(row: Row) -> Result:
 def _compile(lowered: Any, device: Any) -> Any:
     from jaxserve.device.compiles import compiler_options
 
-    options = compiler_options(device) or {}
+    options = compiler_options(device.device_kind) or {}
     if device.platform == "gpu":
         # Sorting by CUB would ask a GPU at compile time how much scratch memory it takes.
         options = {**options, "xla_gpu_enable_cub_radix_sort": False}

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.compile_check.check import Result
+from benchmarks.compile_check.steps import ROWS_OF_STEPS
 
 _PAGE = Path(__file__).parents[2] / "docs" / "performance.md"
 _BEGIN, _END = "<!-- compile_check -->", "<!-- /compile_check -->"
@@ -16,13 +17,22 @@ _HEAD = (
 )
 
 
-def write_table(results: Iterable[Result]) -> None:
-    """Replaces what stands between the marks of the page; whole steps only."""
-    lines = [_line(result) for result in results if _is_step(result)]
-    page = _PAGE.read_text()
-    before, _, rest = page.partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    _PAGE.write_text(f"{before}{_BEGIN}\n\n{_HEAD}{''.join(lines)}\n{_END}{after}")
+def write_table(results: Iterable[Result], page: Path = _PAGE) -> None:
+    """Puts whole steps between the marks of the page; rows that were not run stay as they are."""
+    text = page.read_text()
+    before, _, rest = text.partition(_BEGIN)
+    inside, _, after = rest.partition(_END)
+    lines = {_key(line): line for line in inside.splitlines(keepends=True) if line.startswith("| ")}
+    lines |= {_key(line): line for line in map(_line, filter(_is_step, results))}
+    names = [row.name.split("/") for row in ROWS_OF_STEPS]
+    order = [(f"{model}, {kind}", slice) for model, slice, kind in names]
+    table = "".join(lines[key] for key in order if key in lines)
+    page.write_text(f"{before}{_BEGIN}\n\n{_HEAD}{table}\n{_END}{after}")
+
+
+def _key(line: str) -> tuple[str, ...]:
+    """Step and chips of a line."""
+    return tuple(cell.strip() for cell in line.split("|")[1:3])
 
 
 def _is_step(result: Result) -> bool:

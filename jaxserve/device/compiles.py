@@ -18,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxserve.errors import ConfigError
 
 #: As `jax.stages.Lowered.compile` takes them.
-CompilerOptions = dict[str, str | bool | int | float]
+type CompilerOptions = dict[str, str | bool | int | float]
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +55,9 @@ def compile_counter() -> CompileCounter:
     return CompileCounter()
 
 
-def compiler_options(device: jax.Device) -> CompilerOptions | None:
-    """What XLA is told when it compiles for such a device; None for nothing."""
-    return _OPTIONS.get(device.device_kind)
+def compiler_options(device_kind: str) -> CompilerOptions | None:
+    """What XLA is told when it compiles for such a device, by JAX's name; None for nothing."""
+    return _OPTIONS.get(device_kind)
 
 
 def use_persistent_cache(directory: str) -> Path:

@@ -211,7 +211,7 @@ class Executor:
                 )
 
     def _compile(self, wanted: Wanted) -> Callable[..., Any]:
-        options = compiler_options(self._mesh.devices.flat[0])
+        options = compiler_options(self._mesh.devices.flat[0].device_kind)
         return self._lowering.lower(wanted).compile(compiler_options=options)
 
     def _run_empty(self) -> None:

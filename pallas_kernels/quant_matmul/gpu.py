@@ -24,7 +24,7 @@ Traffic: the codes, and what belongs to them, once; x once for each block of col
     cache; the splits' sums in float32 twice. See traffic.py.
 
 Numerics: sums in float32. int8 codes are exact in bfloat16 and are scaled in float32 behind the
-    sum; an int4 weight is computed in bfloat16 and so rounded twice, which is a thirtieth of what
+    sum; an int4 weight is computed in bfloat16 and so rounded at most twice, a thirtieth of what
     its code rounds away.
 
 Limits: bfloat16, T up to MAX_TOKENS, K in whole DEPTHs, N in whole blocks of columns. Beyond, the

@@ -49,7 +49,7 @@ def main(where: str) -> None:
     )
     lowered = jax.jit(step).trace(*arguments).lower()
     found = {"matrices": 2 * stack * SIZE * WIDE * 2}
-    for name, options in (("ours", compiler_options(device)), ("unasked", None)):
+    for name, options in (("ours", compiler_options(device.device_kind)), ("unasked", None)):
         memory = lowered.compile(compiler_options=options).memory_analysis()
         found[name] = memory.temp_size_in_bytes
     print(json.dumps(found))

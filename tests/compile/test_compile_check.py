@@ -16,7 +16,9 @@ import pytest
 
 from benchmarks.compile_check import targets
 from benchmarks.compile_check.changed import patterns
+from benchmarks.compile_check.check import Result
 from benchmarks.compile_check.hlo import Collective, collectives
+from benchmarks.compile_check.table import write_table
 
 ROOT = Path(__file__).parents[2]
 #: Parts that all rows are in; one is compiled a day.
@@ -135,4 +137,24 @@ def test_exchanges_are_read_from_a_program_s_text() -> None:
         Collective("all-reduce", True, 64 * 4096 * 2),
         Collective("all-gather", False, 4 * 8 * 4),
         Collective("all-to-all", False, 0),
+    ]
+
+
+def test_the_table_keeps_rows_that_were_not_run(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("above\n<!-- compile_check -->\n<!-- /compile_check -->\nbelow\n")
+
+    def compiled(name: str, temp_bytes: int) -> Result:
+        return Result(name, "compiles", "compiles", attention="tpu", temp_bytes=temp_bytes)
+
+    later, earlier = "llama-3-8b/v6e:1x1/decode", "smollm2-135m/v5e:1x1/prefill"
+    write_table([compiled(later, 5_000_000), compiled("kv_update/x/v5e:1x1", 1)], page)
+    write_table([compiled(earlier, 7_000_000)], page)
+    write_table([compiled(later, 9_000_000)], page)
+    assert page.read_text().splitlines()[4:-1] == [
+        "|---|---|---|---|---|---|---|",
+        "| smollm2-135m, prefill | v5e:1x1 | tpu | 0.00 | 0.00 | 7 | none |",
+        "| llama-3-8b, decode | v6e:1x1 | tpu | 0.00 | 0.00 | 9 | none |",
+        "",
+        "<!-- /compile_check -->",
     ]

@@ -13,7 +13,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxserve.device.compiles import compile_counter, use_persistent_cache
+from jaxserve.device.compiles import (
+    compile_counter,
+    compiler_options,
+    use_persistent_cache,
+)
 from jaxserve.errors import ConfigError
 from tests.fakes.compile_cache import kept_cache_settings
 from tests.models.loading import ORACLE
@@ -115,3 +119,8 @@ def test_a_second_start_compiles_nothing_anew(tmp_path: Path) -> None:
     hits, misses, compiled, pages = start()
     assert hits == 0 and misses == compiled > 10
     assert start() == [compiled, 0, compiled, pages]
+
+
+def test_only_a_tpu7x_needs_to_be_told_anything() -> None:
+    assert compiler_options("TPU7x") == {"xla_tpu_control_large_2nd_minor_layout_for_x16": 0}
+    assert compiler_options("TPU v6 lite") is compiler_options(jax.devices()[0].device_kind) is None
