@@ -91,6 +91,8 @@ class AllowedTokens:
         (own,) = masks
         for row in range(launched[0].token_ids.shape[1]):
             words = np.flatnonzero(own[row])
+            if len(words) > 1:
+                words = words[1:]  # the lowest token of the first one would be the end
             word = int(words[self._random.integers(len(words))])
             bit = int(own[row, word]) & -int(own[row, word])
             launched[0].token_ids[0, row] = word * 32 + bit.bit_length() - 1

@@ -14,7 +14,8 @@ token, and the mask of every place is made by one thread and timed.
 *Forced tokens.* One row, alone, fills in a schema of long names, with and without drafts.
 
 *Host.* The same rows over a device that computes nothing and takes an allowed token: CPU time of
-the engine's thread a row and step, with grammars and without.
+the engine's thread a row and step, without grammars, with them, and with free text that is watched
+for the opening of a tool's call (`tool_choice: auto`).
 
 Targets: at 32 rows, all constrained, at most 1.02 times the time a token (the high end); 500 µs
 for 99 of 100 masks.
@@ -68,6 +69,9 @@ from jaxserve.structured.matcher import compile_grammar
 from jaxserve.structured.table import token_table
 from jaxserve.text.template import load_chat_template
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.text.tools.call_grammar import call_grammar
+from jaxserve.text.tools.hermes import HERMES
+from jaxserve.text.tools.tool import Tool, Toolbox
 from jaxserve.text.vocabulary import vocabulary_of
 from jaxserve.types import Grammar, ModelInfo, SamplingParams, Vocabulary
 from jaxserve.weights.sources import resolve
@@ -336,7 +340,13 @@ def host(
 
 
 def _host_arms() -> list[tuple[str, Callable[[int], Grammar] | None]]:
-    return [("free", None), ("constrained", people)]
+    tools = [
+        Tool(name=f"tool_{name}", parameters={"type": "object", "properties": {name: {}}})
+        for name in FIELDS
+    ]
+    toolbox = Toolbox(tools=tools, callable=frozenset(tool.name for tool in tools))
+    auto = call_grammar(HERMES, toolbox, special_tokens={})
+    return [("free", None), ("constrained", people), ("tools, auto", lambda _: auto)]
 
 
 def report(record: dict[str, Any], plot: str) -> None:

@@ -96,6 +96,7 @@ class Executor:
     ) -> None:
         self._model = model
         self._params, self._structure = jax.tree.flatten(model)
+        self._head = _places(self._params, model.output_head)
         self._state = state
         self._page_size = page_size
         self._mesh = mesh
@@ -179,9 +180,13 @@ class Executor:
         for sampling in self._samplings:
             masks = padding_masks(sampling, self._model.spec.vocab_size)
             inputs = masked_inputs(self._empty(sampling), sampling, masks, logprobs=False)
-            choose = make_sampling(self._structure, sampling, spread)
+            choose = make_sampling(self._structure, self._head, sampling, spread)
             wanted[sampling] = Wanted(
-                choose, shapes(inputs), sampling.num_places, adapters=sampling.adapters
+                choose,
+                shapes(inputs),
+                sampling.num_places,
+                adapters=sampling.adapters,
+                params=self._head_params(),
             )
         return wanted | self._changes.wanted()
 
@@ -235,6 +240,10 @@ class Executor:
             p for p in self._layouts if self._sampling(p) == sampling and p.decode_steps == 1
         )
         return replace(empty_inputs(program, self._max_rows), masked=True)
+
+    def _head_params(self) -> list[Any]:
+        """What samples by masks needs of the model: handing over all costs more than it saves."""
+        return [self._params[place] for place in self._head]
 
     def _sampling(self, program: Program) -> MaskedSampling:
         return program.sampling(heads=self._has_heads)
@@ -323,7 +332,7 @@ class Executor:
         if not isinstance(key, Program | MaskedSampling):
             self._state = compiled(self._state, inputs)
             return None
-        params = self._params
+        params = self._params if isinstance(key, Program) else self._head_params()
         if key.adapters and self._adapters is not None:
             params = (params, tuple(self._adapters.arrays))
         self._state, results = compiled(params, self._state, inputs)
@@ -354,3 +363,9 @@ class Executor:
         if isinstance(results, DeviceState):
             self._state = results
         return results
+
+
+def _places(leaves: Sequence[Any], part: Any) -> list[int]:
+    """Which of a model's leaves are those of a part of it."""
+    own = set(map(id, jax.tree.leaves(part)))
+    return [place for place, leaf in enumerate(leaves) if id(leaf) in own]

@@ -33,6 +33,7 @@ class Wanted:
             like this where there are several devices.
         adapters: a step that is given those in the slots beside the parameters.
         slots: the program changes the arrays of this class of slots instead of the state.
+        params: the model's leaves that it is given; all of them where None.
     """
 
     function: Callable[..., Any]
@@ -41,6 +42,7 @@ class Wanted:
     reads: NamedSharding | None = None
     adapters: bool = False
     slots: int | None = None
+    params: Sequence[Any] | None = None
 
 
 class Lowering:
@@ -77,7 +79,8 @@ class Lowering:
         changed = self._state if wanted.slots is None else self._classes[wanted.slots]
         arguments, results = (changed, wanted.inputs), ()
         if wanted.cost:
-            params = (self._params, self._classes) if wanted.adapters else self._params
+            leaves = self._params if wanted.params is None else shapes(wanted.params)
+            params = (leaves, self._classes) if wanted.adapters else leaves
             arguments, results = (params, *arguments), (None,)
         function, shardings = wanted.function, None
         if self._mesh.size > 1:

@@ -6,7 +6,7 @@ the tokens of the step before and makes the masks; so their cost hides behind th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,15 +50,19 @@ class MaskedInputs:
 
 
 def make_sampling(
-    model_structure: Any, sampling: MaskedSampling, spread: Spread = ONE_DEVICE
+    model_structure: Any,
+    head: Sequence[int],
+    sampling: MaskedSampling,
+    spread: Spread = ONE_DEVICE,
 ) -> Callable[[Any, DeviceState, MaskedInputs], tuple[DeviceState, StepResults]]:
     """The program; its results are those that the step left out.
 
-    Its first argument is the model's leaves; where adapters have heads, these and the classes of
-    adapter slots.
+    Its first argument is the leaves of the model's output head; where adapters have heads, these
+    and the classes of adapter slots.
 
     Args:
         model_structure: as `programs.make_step`.
+        head: which of the model's leaves are the output head's.
         spread: how the logits lie on the devices.
     """
 
@@ -70,7 +74,10 @@ def make_sampling(
             params, classes = params
             used = inputs.places[_NUM_FIELDS]
             deltas = StepDeltas.of(classes, used)
-        model: Decoder = jax.tree.unflatten(model_structure, params)
+        leaves: list[Any] = [None] * model_structure.num_leaves  # the others are not needed
+        for place, leaf in zip(head, params, strict=True):
+            leaves[place] = leaf
+        model: Decoder = jax.tree.unflatten(model_structure, leaves)
         slots, positions, live, token_ids = inputs.places[:_NUM_FIELDS]
         num_live, wants_logprobs = inputs.scalars
         with jax.named_scope("sampling"):

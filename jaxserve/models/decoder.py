@@ -255,6 +255,11 @@ class Decoder(nnx.Module):
             x, pages = run(layer, x, pages, example, place[entry][0], numbers[entry][0])
         return self.norm(x), KVCache(groups=pages)
 
+    @property
+    def output_head(self) -> Embedding:
+        """What logits are computed with: the embedding table itself where they are tied."""
+        return self.embed if self.head is None else self.head
+
     def logits(
         self,
         hidden: Float[Array, "B D"],
@@ -270,8 +275,7 @@ class Decoder(nnx.Module):
             slots: of each row's adapter, where there are deltas.
         """
         with jax.named_scope("logits"):
-            head = self.embed if self.head is None else self.head
-            logits = by_vocabulary(head.logits(hidden, num_live), self.options)
+            logits = by_vocabulary(self.output_head.logits(hidden, num_live), self.options)
             if deltas is not None and slots is not None:
                 logits = adapters.add_logits(deltas, slots, hidden, logits, self.options)
             cap = self.spec.logit_soft_cap
