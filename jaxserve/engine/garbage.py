@@ -2,15 +2,16 @@
 
 Reference counts free what a step leaves behind; the collector is for cycles only, of which serving
 makes few. Left to itself it runs whenever 700 more containers live than before, so within most
-plans that let many sequences in, and now and then visits all that live: with 100,000 waiting, a
-million containers. So here it is asked, and has three occasions:
+plans that let many sequences in, and now and then visits all that live: with 100,000 waiting, 1.2
+million containers, for 0.7 s (CPU time on a busy machine, 2 x AMD EPYC, 2026-11-26). So here it is
+asked, and has three occasions:
 
     start-up is over     all, once; what lives by then (modules, programs) is not visited again
     a step is launched   what came since the last time, if that is `YOUNG` containers: the host
                          would wait for the device
     nothing to do        all, where `ALL_EVERY_S` have passed, so that no cycle stays for ever
 
-A busy engine is never without the third for longer than `ALL_AT_LEAST_EVERY_S`.
+An engine that is always busy has the third all the same, every `ALL_AT_LEAST_EVERY_S`.
 
 The policy is the whole process's, so only an engine that has one of its own sets it: in a thread of
 somebody's program (`engine.thread`) the collector stays as it was.
@@ -23,10 +24,10 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-#: Containers that came and live, before they are looked at: about half a millisecond.
+#: Containers that came and live, before they are looked at: tenths of a millisecond.
 YOUNG = 5_000
 ALL_EVERY_S = 10.0
-ALL_AT_LEAST_EVERY_S = 600.0
+ALL_AT_LEAST_EVERY_S = 3600.0
 
 
 class Collector(Protocol):

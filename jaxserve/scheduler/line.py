@@ -23,14 +23,14 @@ class Line:
     Attributes:
         num_passed: how often the first has been passed over since it became the first.
         nearest: with locality, what the queue found near the front, until somebody comes or goes:
-            (plan, cached tokens, sequence).
+            (plan, (cached tokens, sequence)).
     """
 
     __slots__ = ("_back", "_fresh", "_members", "_stamp", "nearest", "num_passed")
 
     def __init__(self) -> None:
         self.num_passed = 0
-        self.nearest: tuple[int, int, Sequence] | None = None
+        self.nearest: tuple[int, tuple[int, Sequence]] | None = None
         self._fresh: deque[tuple[int, int, Sequence]] = deque()  # (arrival, stamp, sequence)
         self._back: list[tuple[int, int, Sequence]] = []
         self._members: dict[Sequence, int] = {}

@@ -100,10 +100,12 @@ class PrefixCache:
 
     def num_cached_of(self, sequence: Sequence) -> int:
         """Known tokens of a waiting sequence that it has, or could find on the device now."""
+        if not self._may_look(sequence):
+            return sequence.num_computed
         size = self._pages.page_size
         start = sequence.num_computed // size
         limit = (len(sequence.token_ids) - 1) // size
-        if not self._may_look(sequence) or limit <= start:
+        if limit <= start:
             return sequence.num_computed
         digests = sequence.digests
         end = self._reach(sequence.table, digests, sequence.root, sequence.token_ids, start, limit)

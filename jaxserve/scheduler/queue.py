@@ -52,8 +52,9 @@ class _Rank:
     Attributes:
         heap: (counter, stamp, account); a counter here may be older, and so smaller, than it is.
         stamps: of the entry that counts for an account.
-        mark: with locality, tenants below it have a deficit; in_sight: the first few of them, until
-            it moves, one of them has used its own up, or another begins to wait.
+        mark: with locality, tenants below it have a deficit.
+        in_sight: the first few of them, looked for in plan `seen_in`; empty once the mark has moved
+            or a tenant has begun or ceased to wait.
     """
 
     lines: dict[Account, Line] = field(default_factory=dict)
@@ -62,6 +63,7 @@ class _Rank:
     crowd: Crowd = field(default_factory=Crowd)
     mark: float = float("-inf")
     in_sight: list[Account] = field(default_factory=list)
+    seen_in: int = -1
 
 
 @dataclass(slots=True)
@@ -109,6 +111,7 @@ class WaitingQueue:
         self._ages: list[tuple[int, int, Sequence]] = []  # (when it has waited too long, …)
         self._stamp = 0
         self._num_plans = 0
+        self._cached: dict[Sequence, int] = {}  # with locality, as this plan found them
         self._best: Sequence | None = None  # what `peek` found, until something changes
         accounts.backlogs.append(self)
 
@@ -181,8 +184,8 @@ class WaitingQueue:
     def refresh(self) -> None:
         """A plan begins: counters have grown, and some may have waited too long."""
         self._best = None
-        if self._quantum and self._levels:
-            self._ranks[self._levels[0]].in_sight.clear()
+        if self._quantum:
+            self._cached.clear()
         self._num_plans += 1
         if not self._longest_wait_ns or not self._ages:
             return
@@ -250,6 +253,7 @@ class WaitingQueue:
             account.level.last = account
         if not line:
             del rank.lines[account], rank.stamps[account]
+            rank.in_sight.clear()
             if not rank.lines:
                 del self._ranks[sequence.level]
                 self._levels.remove(sequence.level)
@@ -285,19 +289,23 @@ class WaitingQueue:
         if top.counter >= rank.mark:
             rank.mark = top.counter + self._quantum
             rank.in_sight.clear()
+        if rank.seen_in != self._num_plans:
+            rank.seen_in = self._num_plans
+            rank.in_sight.clear()
         lines = rank.lines
         if lines[top].num_passed >= MAX_PASSED:
             return lines[top].first()
-        if not all(a in lines and a.counter < rank.mark for a in rank.in_sight):
-            rank.in_sight.clear()
-        if not rank.in_sight:
-            self._look_around(rank)
-        longest, best = self._nearest_of(lines[top])
-        for account in rank.in_sight:
-            num_cached, sequence = self._nearest_of(lines[account])
-            if num_cached > longest:
-                longest, best = num_cached, sequence
-        return best
+        while True:
+            if not rank.in_sight:
+                self._look_around(rank)
+            longest, best = self._nearest_of(lines[top])
+            for account in rank.in_sight:
+                num_cached, sequence = self._nearest_of(lines[account])
+                if num_cached > longest:
+                    longest, best = num_cached, sequence
+            if _account(best).counter < rank.mark:
+                return best
+            rank.in_sight.clear()  # it was served since they were looked for
 
     def _look_around(self, rank: _Rank) -> None:
         """Brings the least tenants with a deficit into sight."""
@@ -314,17 +322,22 @@ class WaitingQueue:
     def _nearest_of(self, line: Line) -> tuple[int, Sequence]:
         """The longest cached prefix near a tenant's front, and whose it is.
 
-        Looked up once in a plan, and when somebody comes or goes: pages become findable between
-        plans, and what a plan evicts matters to the order only.
+        Looked up once in a plan: pages become findable between plans, and what a plan evicts
+        matters to the order only.
         """
-        known = line.nearest
-        if known is None or known[0] != self._num_plans:
+        if line.nearest is None or line.nearest[0] != self._num_plans:
             front = (
-                (self._cached_tokens(sequence), sequence) for sequence in line.front(NUM_FRONT_SEEN)
+                (self._cached_of(sequence), sequence) for sequence in line.front(NUM_FRONT_SEEN)
             )
-            num_cached, sequence = max(front, key=_cached)
-            known = line.nearest = self._num_plans, num_cached, sequence
-        return known[1:]
+            line.nearest = self._num_plans, max(front, key=_cached)
+        return line.nearest[1]
+
+    def _cached_of(self, sequence: Sequence) -> int:
+        """Its cached tokens, as this plan first found them."""
+        known = self._cached.get(sequence)
+        if known is None:
+            known = self._cached[sequence] = self._cached_tokens(sequence)
+        return known
 
     def _is_due(self, age: tuple[int, int, Sequence]) -> bool:
         """Whether an age is of a sequence that still waits the wait that it was noted for."""
