@@ -4,11 +4,11 @@ First by level (a priority; better than all of them, whoever has waited for `lon
 the tenant with the least counter (`scheduler.accounts`), then by arrival within the tenant. A
 preempted sequence comes back to its old place: its arrival, its tenant's counter.
 
-With `locality` (DLPM, arXiv 2501.14312) tenants have a deficit each: those whose counter is below
-the level's mark may be served, in any order among them, and the sequence with the longest cached
-prefix near their fronts goes first. When all that wait have used theirs up, the mark moves a
-quantum on from the least counter. A first sequence that has been passed over `MAX_PASSED` times
-goes next.
+With `locality` (DLPM, arXiv 2501.14312) tenants have a deficit each: those whose counter is less
+than a quantum, divided by their weight, above the level's mark may be served, in any order among
+them, and the sequence with the longest cached prefix near their fronts goes first. When the least
+of those that wait has used its deficit up, the mark moves to its counter. A first sequence that has
+been passed over `MAX_PASSED` times goes next.
 
 Invariants: adding, removing and taking the best cost O(log n) however many wait (a counter that
 has grown is moved in the heap when it comes to the top; only tenants that run grow). A sequence's
@@ -52,9 +52,9 @@ class _Rank:
     Attributes:
         heap: (counter, stamp, account); a counter here may be older, and so smaller, than it is.
         stamps: of the entry that counts for an account.
-        mark: with locality, tenants below it have a deficit.
-        in_sight: the first few of them, looked for in plan `seen_in`; empty once the mark has moved
-            or a tenant has begun or ceased to wait.
+        mark: with locality, what deficits are counted from; never above the least counter.
+        in_sight: the first few tenants with a deficit, looked for in plan `seen_in`; empty once the
+            mark has moved or a tenant has begun or ceased to wait.
     """
 
     lines: dict[Account, Line] = field(default_factory=dict)
@@ -286,8 +286,8 @@ class WaitingQueue:
 
     def _nearest(self, rank: _Rank, top: Account) -> Sequence:
         """With locality: the longest cached prefix near the fronts of tenants with a deficit."""
-        if top.counter >= rank.mark:
-            rank.mark = top.counter + self._quantum
+        if not self._has_deficit(rank, top):
+            rank.mark = top.counter
             rank.in_sight.clear()
         if rank.seen_in != self._num_plans:
             rank.seen_in = self._num_plans
@@ -303,7 +303,7 @@ class WaitingQueue:
                 num_cached, sequence = self._nearest_of(lines[account])
                 if num_cached > longest:
                     longest, best = num_cached, sequence
-            if _account(best).counter < rank.mark:
+            if self._has_deficit(rank, _account(best)):
                 return best
             rank.in_sight.clear()  # it was served since they were looked for
 
@@ -312,10 +312,11 @@ class WaitingQueue:
         taken = []
         for _ in range(NUM_TENANTS_SEEN):
             account = self._top(rank)
-            if account is None or account.counter >= rank.mark:
+            if account is None:
                 break
-            rank.in_sight.append(account)
             taken.append(heapq.heappop(rank.heap))
+            if self._has_deficit(rank, account):  # if not, one of less weight may have some
+                rank.in_sight.append(account)
         for entry in taken:
             heapq.heappush(rank.heap, entry)
 
@@ -338,6 +339,9 @@ class WaitingQueue:
         if known is None:
             known = self._cached[sequence] = self._cached_tokens(sequence)
         return known
+
+    def _has_deficit(self, rank: _Rank, account: Account) -> bool:
+        return account.counter < rank.mark + self._quantum / account.weight
 
     def _is_due(self, age: tuple[int, int, Sequence]) -> bool:
         """Whether an age is of a sequence that still waits the wait that it was noted for."""

@@ -158,6 +158,14 @@ def test_locality_keeps_the_bound_widened_by_its_quantum():
             assert gap <= bound(driver, one, other) + 1e-6, (seed, one, other)
 
 
+def test_the_quantum_of_locality_is_divided_by_the_weight():
+    """Many rows let in at once, each with little to compute: the case that once broke the bound."""
+    driver = trace(394, "locality", "prefix of each tenant")
+    assert driver.weights["tenant 0"] == driver.weights["tenant 2"] == 3
+    for (_, one, other), gap in driver.widest.items():
+        assert gap <= bound(driver, one, other) + 1e-6, (one, other)
+
+
 def saturated(seed: int, fairness: str) -> int:
     """Device calls for a long trace of four tenants, with more work than fits at any time."""
     draw = random.Random(seed)
