@@ -14,8 +14,8 @@ from jaxserve.config import Config
 from jaxserve.engine.parts import Parts
 from jaxserve.engine.process import build_engine
 from jaxserve.formats.peft import adapter_digest, write_adapter
-from jaxserve.protocol.messages import AdapterRef, GetStatus
-from tests.device.sharded import PROMPT_LENS, Pocket, answers, on_both, request
+from jaxserve.protocol.messages import AdapterRef, GetStatus, UseVocabulary
+from tests.device.sharded import BYTES, PROMPT_LENS, Pocket, answers, on_both, request
 from tests.lora.adapters import all_but, random_adapter
 
 RANKS = (2, 4, 7, 3)
@@ -39,14 +39,12 @@ def serve(config: Config, parts: Parts, directory: Path) -> dict[str, Any]:
     refs = [*adapters(parts.model.adapters.targets(), directory), None]
     pocket: Any = Pocket()
     engine = build_engine(config, pocket, parts)
+    engine.handle("client", UseVocabulary(vocabulary=BYTES))
     for number in range(len(PROMPT_LENS)):
         message = request(number, parts.model.vocab_size)
-        # Adapters with deltas of the head take no grammar.
-        plain = replace(message.sampling, grammar=None, ignore_eos=True)
-        adapter = refs[number % len(refs)]
-        engine.handle("client", replace(message, sampling=plain, adapter=adapter))
+        engine.handle("client", replace(message, adapter=refs[number % len(refs)]))
     engine.handle("client", GetStatus(stats=False))
-    while engine._adapters.num_held:  # turns the loop meanwhile, as the engine does
+    while engine._lobby.num_held:  # turns the loop meanwhile, as the engine does
         engine.receive(0.0)
         engine.step()
     found = answers(engine, pocket)

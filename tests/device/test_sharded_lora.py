@@ -31,5 +31,5 @@ def test_adapters_on_a_mesh(case: str, mesh: tuple[int, int, int], tmp_path: Pat
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    assert_equal(found, 2e-3, grammars=False)
+    assert_equal(found, 2e-3)
     assert found["mesh"]["joins"] == found["one"]["joins"] == 8
