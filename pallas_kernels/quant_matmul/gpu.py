@@ -45,8 +45,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int, Int8, UInt4
 
 from pallas_kernels.errors import UnsupportedKernel
-from pallas_kernels.paged_attention.gpu_block import ahead, estimated, swizzled
-from pallas_kernels.paged_attention.gpu_decode import PROCESSORS
+from pallas_kernels.hopper import PROCESSORS, ahead, estimated, swizzled
 from pallas_kernels.quant_matmul.api import GROUP
 
 #: Rows of a wgmma, some of which may be padding.
