@@ -31,7 +31,6 @@ import dataclasses
 import os
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from numbers import Integral
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -39,15 +38,17 @@ import numpy as np
 from jaxtyping import Float32
 from tqdm import tqdm
 
+from jaxserve.bars import StartupBars, hidden
 from jaxserve.config import Config
 from jaxserve.engine.thread import EngineThread
 from jaxserve.errors import ConfigError, DeviceFailure, GrammarError, InvalidRequest, JaxserveError
 from jaxserve.lora.local import Copy, LocalAdapters
 from jaxserve.protocol.client import SyncClient, SyncStream
 from jaxserve.protocol.messages import AdapterRef
-from jaxserve.settings import load_config
+from jaxserve.settings import load_config, settings_of
 from jaxserve.text.answer import Answer, Choice, Generation, Piece
 from jaxserve.text.asked_grammar import Wanted
+from jaxserve.text.batch import is_conversation, listed, requests_of
 from jaxserve.text.dialect import make_dialect
 from jaxserve.text.embedding import groups_of, load_embedding_text
 from jaxserve.text.request import PlannedRequest, Request, make_request, plan
@@ -89,14 +90,12 @@ class LLM:
     ) -> None:
         if config is None:
             settings = [f"model.path={os.fspath(path)}"]
-            settings += [
-                f"{_setting_path(name)}={_setting_text(value)}" for name, value in overrides.items()
-            ]
+            settings += settings_of(overrides)
             config = load_config(settings=settings)
         from jaxserve.engine.load import load_parts  # JAX, once the settings are right
         from jaxserve.weights.sources import resolve, resolve_encoder
 
-        with _Bars(show_progress) as bars:
+        with StartupBars(show_progress) as bars:
             found = resolve(config.model, config.weights, bars.show)
             name = config.model.served_name or config.model.path
             config = dataclasses.replace(
@@ -180,7 +179,7 @@ class LLM:
             AdapterNotFound: there is no such adapter.
             DeviceFailure: the engine failed.
         """
-        return self._all(_requests("prompt", _listed(prompts), options))
+        return self._all(requests_of("prompt", listed(prompts), options))
 
     def chat(
         self, messages: Sequence[Message] | Sequence[Sequence[Message]], **options: Any
@@ -200,8 +199,8 @@ class LLM:
         Raises:
             InvalidRequest: also when the model has no chat template. Else as `generate`.
         """
-        conversations: Any = [messages] if _is_conversation(messages) else messages
-        return self._all(_requests("messages", list(conversations), options))
+        conversations: Any = [messages] if is_conversation(messages) else messages
+        return self._all(requests_of("messages", list(conversations), options))
 
     def stream(
         self, prompt: str | Sequence[int] | Sequence[Message], **options: Any
@@ -215,7 +214,7 @@ class LLM:
         Raises:
             as `generate`: at once, or from the iteration.
         """
-        kind = "messages" if _is_conversation(prompt) else "prompt"
+        kind = "messages" if is_conversation(prompt) else "prompt"
         request = make_request(**{kind: prompt}, **options)
         if request.n != 1:
             raise InvalidRequest(f"a stream has one choice, got n = {request.n}", param="n")
@@ -249,8 +248,8 @@ class LLM:
         if text is None or model is None:
             raise ConfigError('no model embeds here: LLM(embeddings__model="minilm"), for one')
         prefix = text.prefix(prompt_name)
-        listed = [prefix + each for each in ([texts] if isinstance(texts, str) else texts)]
-        if not listed:
+        whole = [prefix + each for each in ([texts] if isinstance(texts, str) else texts)]
+        if not whole:
             return np.empty((0, dimensions or model.dimensions), np.float32)
         params = EmbeddingParams(
             pooling=model.pooling if pooling is None else pooling,
@@ -258,7 +257,7 @@ class LLM:
             dimensions=dimensions,
         )
         cut = model.max_length if self._cuts else None
-        tokens = text.tokenizer.encode(listed, cut)
+        tokens = text.tokenizer.encode(whole, cut)
         found: list[bytes] = [b""] * len(tokens)
         groups = groups_of(tokens, model.group)
         running: deque[tuple[list[int], SyncStream]] = deque()
@@ -386,7 +385,7 @@ class LLM:
             self.plan(request)  # all are right before any is run
         results: list[Generation | None] = [None] * len(requests)
         num_tokens = 0
-        bar = tqdm(total=len(requests), unit="prompt", leave=False, disable=_disable(self._bars))
+        bar = tqdm(total=len(requests), unit="prompt", leave=False, disable=hidden(self._bars))
         with bar, contextlib.closing(self.run(requests)) as answers:
             for index, answer in answers:
                 if isinstance(answer, JaxserveError):
@@ -411,105 +410,3 @@ class LLM:
                 raise answer.error
         finally:
             answer.cancel()
-
-
-class _Bars:
-    """Bars of start-up, one a phase; as a context manager, so that none is left open."""
-
-    def __init__(self, shown: bool | None) -> None:
-        self._disable = _disable(shown)
-        self._phase = ""
-        self._bar: tqdm[Any] | None = None
-
-    def show(self, phase: str, done: int, total: int) -> None:
-        """How far a phase is; sizes over a million are bytes."""
-        if phase != self._phase:
-            self.close()
-            self._phase = phase
-            in_bytes = total > 1_000_000
-            self._bar = tqdm(
-                total=total,
-                desc=phase,
-                unit="B" if in_bytes else "",
-                unit_scale=in_bytes,
-                disable=self._disable,
-                leave=False,
-            )
-        if self._bar is not None:
-            self._bar.total = total
-            self._bar.update(done - self._bar.n)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _disable(shown: bool | None) -> bool | None:
-    """tqdm's argument: None has it ask whether stderr is a terminal."""
-    return None if shown is None else not shown
-
-
-def _requests(field: str, prompts: list[Any], options: dict[str, Any]) -> list[Request]:
-    """One for each prompt, with its own adapter where they are listed."""
-    adapters = options.pop("adapter", None)
-    if not isinstance(adapters, list | tuple):
-        adapters = [adapters] * len(prompts)
-    if len(adapters) != len(prompts):
-        raise InvalidRequest(
-            f"adapter names {len(adapters)} for {len(prompts)} prompts: give one for each, or one "
-            "for all",
-            param="adapter",
-        )
-    return [
-        make_request(**{field: prompt}, adapter=adapter, **options)
-        for prompt, adapter in zip(prompts, adapters, strict=True)
-    ]
-
-
-def _listed(prompts: Any) -> list[Any]:
-    """A batch: one prompt is a batch of one, and so is what cannot be any."""
-    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
-        return [prompts]
-    listed = list(prompts)
-    return [listed] if listed and isinstance(listed[0], Integral) else listed
-
-
-def _is_conversation(value: Any) -> bool:
-    return (
-        not isinstance(value, str | Mapping)
-        and isinstance(value, Sequence)
-        and len(value) > 0
-        and isinstance(value[0], Mapping)
-    )
-
-
-def _setting_path(name: str) -> str:
-    """The configuration key that a keyword argument means.
-
-    Raises:
-        ConfigError: several sections have it.
-    """
-    if "__" in name:
-        return name.replace("__", ".", 1)
-    sections = [
-        section.name
-        for section in dataclasses.fields(Config)
-        if any(key.name == name for key in dataclasses.fields(getattr(Config(), section.name)))
-    ]
-    if len(sections) > 1:
-        choices = " or ".join(f"{section}__{name}" for section in sections)
-        raise ConfigError(f"{name!r} is a key of several sections; write {choices}")
-    return f"{sections[0]}.{name}" if sections else name
-
-
-def _setting_text(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value))
-    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)

@@ -210,3 +210,40 @@ def _check_hosts(config: ParallelConfig) -> None:
     host, _, port = config.coordinator.rpartition(":")
     if config.coordinator and not (host and port.isdecimal() and 0 < int(port) < 65536):
         raise ConfigError(f"parallel.coordinator must be HOST:PORT, got {config.coordinator!r}")
+
+
+def settings_of(overrides: Mapping[str, object]) -> list[str]:
+    """Keyword arguments as `load_config` takes settings, "SECTION.KEY=VALUE".
+
+    Args:
+        overrides: by key, or by section and key with "__" between them.
+
+    Raises:
+        ConfigError: several sections have a key.
+    """
+    return [f"{_setting_path(name)}={_setting_text(value)}" for name, value in overrides.items()]
+
+
+def _setting_path(name: str) -> str:
+    """The configuration key that a keyword argument means.
+
+    Raises:
+        ConfigError: several sections have it.
+    """
+    if "__" in name:
+        return name.replace("__", ".", 1)
+    sections = [
+        section.name
+        for section in dataclasses.fields(Config)
+        if any(key.name == name for key in dataclasses.fields(getattr(Config(), section.name)))
+    ]
+    if len(sections) > 1:
+        choices = " or ".join(f"{section}__{name}" for section in sections)
+        raise ConfigError(f"{name!r} is a key of several sections; write {choices}")
+    return f"{sections[0]}.{name}" if sections else name
+
+
+def _setting_text(value: object) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value)

@@ -20,7 +20,8 @@ from jaxserve.errors import (
     InvalidRequest,
     JaxserveError,
 )
-from jaxserve.offline import LLM, _setting_path
+from jaxserve.offline import LLM
+from jaxserve.settings import settings_of
 from jaxserve.text.answer import Generation
 from jaxserve.text.request import Request
 from jaxserve.text.template import ChatTemplate
@@ -292,10 +293,10 @@ def test_a_progress_bar_is_shown_if_asked_for(capsys: pytest.CaptureFixture[str]
 
 
 def test_settings_by_keyword() -> None:
-    assert _setting_path("max_rows") == "scheduler.max_rows"
-    assert _setting_path("weights__dtype") == "weights.dtype"
+    found = settings_of({"max_rows": 8, "weights__dtype": "bfloat16"})
+    assert found == ["scheduler.max_rows=8", "weights.dtype=bfloat16"]
     with pytest.raises(ConfigError, match="weights__dtype or cache__dtype"):
-        _setting_path("dtype")
+        settings_of({"dtype": "bfloat16"})
     with pytest.raises(ConfigError, match="unknown configuration key 'max_rowz'.*max_rows"):
         LLM(max_rowz=3)
 

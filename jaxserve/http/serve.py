@@ -31,8 +31,7 @@ from asyncio import FIRST_COMPLETED
 from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
+from jaxserve.bars import StartupBars
 from jaxserve.config import Config, HttpConfig, ModelConfig, WeightsConfig
 from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.http.auth import check_exposure
@@ -174,7 +173,7 @@ class _Supervisor:
         self._stopping = asyncio.Event()
         self._limits: Owner | None = None
         self._observer: ObserverKeeper | None = None
-        self._bar = _Bar()
+        self._bars = StartupBars(stay=True)
 
     async def run(self) -> int:
         """Runs the server's life; returns the exit status."""
@@ -190,7 +189,7 @@ class _Supervisor:
             scratch.path / "flight",
             self._engine_module,
             tell=self._tell,
-            on_progress=self._bar.show,
+            on_progress=self._show,
             on_ready=self._announce,
         )
         try:
@@ -201,7 +200,7 @@ class _Supervisor:
             self._start_workers(lives.launch(), scratch.path)
             return await self._watch(lives)
         finally:
-            self._bar.close()
+            self._bars.close()
             for worker in self._workers:
                 worker.close()
             lives.close()
@@ -233,8 +232,12 @@ class _Supervisor:
         ready = (worker.ready() for worker in self._workers)
         self._ready = asyncio.ensure_future(asyncio.gather(*ready))
 
+    def _show(self, progress: Progress) -> None:
+        if progress.phase != "ready":
+            self._bars.show(progress.phase, progress.done, progress.total)
+
     def _tell(self, news: News) -> None:
-        self._bar.close()
+        self._bars.close()
         for worker in self._workers:
             worker.tell(news)
 
@@ -267,7 +270,7 @@ class _Supervisor:
         """An engine is ready, and with the first one the workers."""
         assert self._ready is not None
         await asyncio.shield(self._ready)
-        self._bar.close()
+        self._bars.close()
         scheme = "https" if self._config.http.tls_certificate else "http"
         host, port = self._listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
@@ -307,46 +310,15 @@ class _Supervisor:
         self._stopping.set()
 
 
-class _Bar:
-    """Start-up's progress on stderr."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm | None = None
-        self._phase = ""
-
-    def show(self, progress: Progress) -> None:
-        """Shows how far it is."""
-        if progress.phase == "ready" or not progress.total:
-            return
-        if progress.phase != self._phase or self._bar is None:
-            self.close()
-            self._phase = progress.phase
-            self._bar = tqdm(total=progress.total, desc=progress.phase, file=sys.stderr)
-        self._bar.total = progress.total
-        self._bar.n = progress.done
-        self._bar.refresh()
-
-    def close(self) -> None:
-        """Leaves the bar as it stands."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
-
-
 async def _all_ended(ends: list[asyncio.Task[None]]) -> None:
     await asyncio.wait(ends)
 
 
 def _resolved(config: Config, resolve: Resolve | None) -> Config:
     """The configuration with the model's files in place of their address."""
-    bar = _Bar()
-
-    def show(phase: str, done: int, total: int) -> None:
-        bar.show(Progress(phase=phase, done=done, total=total))
-
-    path = (resolve or sources.resolve)(config.model, config.weights, show)
-    embeddings = sources.resolve_encoder(config, show)
-    bar.close()
+    with StartupBars(stay=True) as bars:
+        path = (resolve or sources.resolve)(config.model, config.weights, bars.show)
+        embeddings = sources.resolve_encoder(config, bars.show)
     model = dataclasses.replace(
         config.model, path=str(path), served_name=sources.served_name(config.model)
     )

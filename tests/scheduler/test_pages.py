@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.scheduler.pages import PageAllocator, PagePool, PageTable
+from jaxserve.scheduler.pages import PageAllocator, PageTable
+from jaxserve.scheduler.pool import PagePool
 from tests.fakes.executor import FULL, sliding
 
 PAGE = 4

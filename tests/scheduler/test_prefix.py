@@ -9,8 +9,9 @@ import pytest
 
 from jaxserve.config import CacheConfig
 from jaxserve.scheduler.host_pages import HostPages
-from jaxserve.scheduler.pages import PageAllocator, PagePool
+from jaxserve.scheduler.pages import PageAllocator
 from jaxserve.scheduler.plan import Plan
+from jaxserve.scheduler.pool import PagePool
 from jaxserve.scheduler.prefix import PrefixCache
 from jaxserve.scheduler.sequence import Sequence, SequenceState
 from jaxserve.scheduler.spill import Spill
