@@ -21,7 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import Collector
 
-from jaxserve.errors import JaxserveError
+from jaxserve.errors import JaxserveError, Overloaded
 from jaxserve.http.errors import error_body
 from jaxserve.http.metrics import END
 from jaxserve.http.observer.messages import (
@@ -42,6 +42,12 @@ logger = logging.getLogger(__name__)
 #: The questions that the observer answers itself: families of all parts as text, and as OpenMetrics
 #: without the last line.
 METRICS, OPEN_METRICS = "metrics", "openmetrics"
+#: What has a question answered that not every observer answers.
+_SETTINGS = {
+    "usage": "metering.enabled",
+    "costs": "metering.enabled",
+    "baselines": "alerts.degradation",
+}
 #: And this, to say that it lives.
 ALIVE = "alive"
 #: Between two faults of one part that are logged, or told as news.
@@ -215,6 +221,11 @@ class Observer:
         if question.name == OPEN_METRICS:
             text = openmetrics.generate_latest(self._registry)
             return Answer(content_type="text/plain", body=text.removesuffix(END))
+        setting = _SETTINGS.get(question.name)
+        if question.name not in self._asks and setting is not None:
+            raise Overloaded(
+                f"{question.name} is not kept here: start the server with {setting}=true"
+            )
         if question.name not in self._asks:
             raise JaxserveError(f"no part of the observer answers {question.name}")
         return await self._asks[question.name][1](question)

@@ -247,11 +247,11 @@ def test_a_question_is_answered_with_all_that_ended_before_it(tmp_path: Path):
             await until(lambda: link._writer is not None)
             link.ended(record(1))
             question = Question(id=0, name="book", query={"a": "b"}, tenant="acme")
-            answers = await asyncio.gather(
-                link.ask(question), link.ask(Question(id=0, name="nobody"))
-            )
+            others = (link.ask(Question(id=0, name=name)) for name in ("nobody", "usage"))
+            answers = await asyncio.gather(link.ask(question), *others)
             assert answers[0].body == b"1 acme {'a': 'b'}"
             assert answers[1].status == 500 and b"nobody" in answers[1].body
+            assert answers[2].status == 503 and b"metering.enabled=true" in answers[2].body
 
     run(work())
 
