@@ -42,16 +42,16 @@ logger = logging.getLogger(__name__)
 #: The questions that the observer answers itself: families of all parts as text, and as OpenMetrics
 #: without the last line.
 METRICS, OPEN_METRICS = "metrics", "openmetrics"
+#: And this, to say that it lives.
+ALIVE = "alive"
+#: Between two faults of one part that are logged, or told as news.
+_QUIET_S = 60.0
 #: What has a question answered that not every observer answers.
 _SETTINGS = {
     "usage": "metering.enabled",
     "costs": "metering.enabled",
     "baselines": "alerts.degradation",
 }
-#: And this, to say that it lives.
-ALIVE = "alive"
-#: Between two faults of one part that are logged, or told as news.
-_QUIET_S = 60.0
 
 
 class Observer:
@@ -221,14 +221,12 @@ class Observer:
         if question.name == OPEN_METRICS:
             text = openmetrics.generate_latest(self._registry)
             return Answer(content_type="text/plain", body=text.removesuffix(END))
+        if question.name in self._asks:
+            return await self._asks[question.name][1](question)
         setting = _SETTINGS.get(question.name)
-        if question.name not in self._asks and setting is not None:
-            raise Overloaded(
-                f"{question.name} is not kept here: start the server with {setting}=true"
-            )
-        if question.name not in self._asks:
+        if setting is None:
             raise JaxserveError(f"no part of the observer answers {question.name}")
-        return await self._asks[question.name][1](question)
+        raise Overloaded(f"{question.name} is not kept here: start the server with {setting}=true")
 
     # ------------------------------------------------------------------ time
 
