@@ -145,7 +145,11 @@ def run_engine(address: str) -> None:
                         left |= dict.fromkeys(message.sequence_ids, message.sampling.max_tokens)
                     case GetStatus():
                         status = EngineStatus(
-                            state="ready", pid=os.getpid(), step_age_s=0.0, model=model
+                            state="ready",
+                            pid=os.getpid(),
+                            step_age_s=0.0,
+                            model=model,
+                            answers=message.number,
                         )
                         server.send(client, status)
         if left:

@@ -41,6 +41,10 @@ class Backlog:
         """How long a sequence holds a row."""
         return self._held.value / 1e9
 
+    def rate(self, num_running: int) -> float:
+        """Rows that become free in a second while so many are taken; 0 before any has."""
+        return num_running / self.service_s if self.service_s else 0.0
+
     @property
     def token_s(self) -> float:
         """The same, for each of its output tokens."""

@@ -105,6 +105,7 @@ def resumed(message: Submit) -> Resumed | None:
     return Resumed(
         choices=message.choices or list(range(num_choices)),
         emitted=message.emitted or [[]] * num_choices,
+        queued_ns=message.queued_ns or [0] * num_choices,
         num_prompt_logprobs=message.prompt_logprobs_done,
     )
 
@@ -128,6 +129,10 @@ def _check_resumed(message: Submit, prompt_len: int, model: ModelInfo) -> None:
         )
     if message.emitted and len(message.emitted) != num_choices:
         raise InvalidRequest(f"emitted must have a list for each of {num_choices} sequences")
+    if message.queued_ns and len(message.queued_ns) != num_choices:
+        raise InvalidRequest(f"queued_ns must have a number for each of {num_choices} sequences")
+    for queued_ns in message.queued_ns:
+        _check_range("queued_ns", queued_ns, 0, 2**63 - 1)
     for emitted in message.emitted:
         if len(emitted) >= message.sampling.max_tokens:
             raise InvalidRequest(

@@ -78,6 +78,12 @@ class Embedding:
         """How long a text that comes now waits, if nobody comes before it; 0 before any was run."""
         return self._queue.num_tokens * self._ns / self._tokens / 1e9 if self._tokens else 0.0
 
+    @property
+    def rate(self) -> float:
+        """Texts that are embedded in a second, of late; 0 before any was, or where none waits."""
+        wait_s = self.wait_s
+        return self._queue.num_waiting / wait_s if wait_s else 0.0
+
     def submit(self, client: Hashable, message: Embed) -> list[Text]:
         """Lets a request in.
 

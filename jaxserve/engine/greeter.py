@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable
 
 from jaxserve.errors import Overloaded
 from jaxserve.protocol.messages import (
+    Embed,
     EngineStatus,
     Finished,
     GetStatus,
@@ -104,8 +105,10 @@ class Greeter:
                     if client not in self.clients:
                         self._server.send(client, self._progress)
                     self.clients[client] = message.stats
-                    self._server.send(client, self._status(self._progress.phase))
-                case Submit():
+                    status = self._status(self._progress.phase)
+                    status.answers = message.number
+                    self._server.send(client, status)
+                case Submit() | Embed():
                     self._server.send(client, self._refusal(message))
                 case Goodbye():
                     self.clients.pop(client, None)
@@ -117,7 +120,7 @@ class Greeter:
         age_s = (time.monotonic_ns() - self._since_ns) / 1e9
         return EngineStatus(state=state, pid=os.getpid(), step_age_s=age_s, error=error)
 
-    def _refusal(self, message: Submit) -> TokenEvents:
+    def _refusal(self, message: Submit | Embed) -> TokenEvents:
         reason = f"the engine is still {self._progress.phase}; wait until it is ready"
         if self._behind_s is not None:
             reason = "this host follows host 0, which takes the requests"

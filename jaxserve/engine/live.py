@@ -99,6 +99,7 @@ class LiveSequences:
             error=error.message if error else "",
             error_code=error.code if error else "",
             error_param=error.param if error else None,
+            retry_after_s=error.retry_after_s if error else None,
             vector=vector,
         )
         self._outbox.events(client).finished.append(finished)
@@ -113,9 +114,16 @@ class LiveSequences:
                 self.finish(sequence, now_ns, error)
 
     def refuse(self, client: Hashable, message: Submit | Embed, error: JaxserveError) -> None:
-        """A request is not let in: each of its sequences ends with the error."""
+        """A request is not let in: each of its sequences ends with the error.
+
+        Not one that its client has live under the same number, which ends when it does.
+        """
         now_ns = time.monotonic_ns()
+        live = self.of(client)
         for sequence_id in message.sequence_ids:
+            if sequence_id in live:
+                logger.warning("client %s used a sequence id twice: not refused by it", client)
+                continue
             record = SequenceRecord(
                 arrived_ns=message.arrived_ns,
                 done_ns=now_ns,
@@ -131,5 +139,6 @@ class LiveSequences:
                     error=error.message,
                     error_code=error.code,
                     error_param=error.param,
+                    retry_after_s=error.retry_after_s,
                 )
             )

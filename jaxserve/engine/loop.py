@@ -41,6 +41,7 @@ from jaxserve.engine.adapters import RequestAdapters
 from jaxserve.engine.attribution import Dividing, NoAttribution
 from jaxserve.engine.backlog import Backlog
 from jaxserve.engine.check import check_submit, request_number, resumed
+from jaxserve.engine.comeback import Comebacks
 from jaxserve.engine.embedding import Embedding
 from jaxserve.engine.garbage import Collector, NoCollector
 from jaxserve.engine.grammars import Grammars
@@ -152,6 +153,8 @@ class Engine:
             backlog=self._backlog,
             embedding=self._embedding,
         )
+        self._comebacks = Comebacks(lambda: self._backlog.rate(scheduler.num_running))
+        self._texts_comebacks = Comebacks(lambda: self._embedding.rate)
         self._texts_next = True
         self._stopping = False
         self._error = ""
@@ -305,7 +308,9 @@ class Engine:
                 self.drain()
             case GetStatus():
                 self._outbox.subscribe(client, message.stats)
-                self._server.send(client, self.status())
+                status = self.status()
+                status.answers = message.number
+                self._server.send(client, status)
             case Goodbye():
                 self.cancel(client, list(self._live.of(client)), FinishReason.CANCELLED)
                 self._lobby.forget(client)
@@ -318,6 +323,7 @@ class Engine:
         """Lets a request in, has it wait, or refuses it: each sequence ends with the error."""
         try:
             if self.state != "ready" and message.attempt == 0:
+                self._status.shed["draining"] += len(message.sequence_ids)
                 raise Overloaded(f"the engine is {self.state} and takes no new requests")
             if self._lobby.holds(client, message):
                 return
@@ -341,6 +347,8 @@ class Engine:
                 sequences = self._submit_prompt(client, message, prompt)
         except JaxserveError as error:
             self._lobby.refused(message)
+            comebacks = self._texts_comebacks if isinstance(message, Embed) else self._comebacks
+            comebacks.tell(error, len(message.sequence_ids))
             self._live.refuse(client, message, error)
         else:
             self._live.enter(client, message, sequences)
@@ -349,7 +357,11 @@ class Engine:
                 self._give_up(self._grammars.constrain(message, sequences))
         self._recorder.arriving(0)
         now_ns = time.monotonic_ns()
-        for sequence, error in (*self.scheduler.take_shed(), *self._embedding.take_shed()):
+        for sequence, error in self.scheduler.take_shed():
+            self._comebacks.tell(error, 1)
+            self._live.finish(sequence, now_ns, error)
+        for sequence, error in self._embedding.take_shed():
+            self._texts_comebacks.tell(error, 1)
             self._live.finish(sequence, now_ns, error)
 
     def _submit_prompt(

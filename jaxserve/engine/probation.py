@@ -5,7 +5,7 @@ engine with *trials*: groups of request keys (`http.suspects` makes them). One g
 let in. Its trial is over when none of them waits for an adapter or a grammar, and each sequence has
 ended, or has come `tokens` further than where its client left off. During the first trial nobody
 else runs, so that the death of a group of one is that request's doing; later trials run beside what
-has stood its own, and everybody else.
+has stood its own, and everybody else, with the best priority of those that wait for them.
 
 Requests wait here as messages, before the scheduler and even the check of them sees them. Without
 trials, which is always but after such deaths, nothing is held.
@@ -15,8 +15,9 @@ Invariant: what is held is let in after `ARRIVAL_S` and the trials before it, or
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Iterator
 from collections.abc import Sequence as Seq
 
 from jaxserve.engine.check import request_number
@@ -141,7 +142,19 @@ class Probation:
             return self._end_trial()
         self._recorder.trying(map(request_number, group), self._trial)
         self._let_in = True
-        return released
+        return released if self._trial == 0 else [*self._raised(released)]
+
+    def _raised(
+        self, released: list[tuple[Hashable, Submit | Embed]]
+    ) -> Iterator[tuple[Hashable, Submit | Embed]]:
+        """With the best priority of those that wait for their trial to end, where that is better.
+
+        All others run beside it: behind those its requests might never come to their tokens.
+        """
+        held = [message.priority for _, message in self._held]
+        for client, message in released:
+            best = min([message.priority, *held])
+            yield client, dataclasses.replace(message, priority=best)
 
     def _end_trial(self) -> list[tuple[Hashable, Submit | Embed]]:
         """It is over; after the first one everybody else may run."""

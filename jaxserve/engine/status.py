@@ -22,6 +22,9 @@ class Status:
     Args:
         model, device: as the engine has them.
         scheduler, executor, lobby, adapters, backlog, embedding: whose state it is.
+
+    Attributes:
+        shed: sequences that were refused before any of them was asked, by reason.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Status:
         backlog: Backlog,
         embedding: Embedding,
     ) -> None:
+        self.shed: Counter[str] = Counter()
         self._model = model
         self._device = device
         self._scheduler = scheduler
@@ -68,7 +72,9 @@ class Status:
             host_pages_total=self._scheduler.host_pages_total,
             compiles_after_warmup=self._executor.compiles_after_warmup,
             model=self._model,
-            shed=dict(Counter(self._scheduler.num_shed) + Counter(self._embedding.num_shed)),
+            shed=dict(
+                self.shed + Counter(self._scheduler.num_shed) + Counter(self._embedding.num_shed)
+            ),
             error=error,
             at_ns=time.monotonic_ns(),
             max_rows=self._scheduler.max_rows,

@@ -91,12 +91,13 @@ class Frontend:
         if self.client.error is not None:
             raise DeviceFailure(self.client.error.message)
         if self.draining:
-            raise _shutting_down()
+            raise self._shutting_down()
         status = self.client.status
         if status is not None and status.model is not None and self._waits(status.state):
             return status.model
         if status is None or status.model is None or status.state != "ready":
             state = status.state if status is not None else "starting"
+            self.metrics.shed("draining" if state == "draining" else "not_ready")
             raise Overloaded(f"the engine is {state}; wait until /ready answers 200")
         return status.model
 
@@ -139,7 +140,7 @@ class Frontend:
                 return await read_object(scope, receive, self.config.max_body_bytes)
         except TimeoutError:
             if self.draining:
-                raise _shutting_down() from None
+                raise self._shutting_down() from None
             raise RequestTimeout(
                 f"the body was not complete within {self.config.body_timeout_s:g} s: send it "
                 "faster, or raise http.body_timeout_s"
@@ -185,7 +186,11 @@ class Frontend:
             GrammarError: it is wrong, or takes too much to compile.
             Overloaded: others are being checked for too long.
         """
-        await self.grammars.check(wanted.grammar, model, wanted.param)
+        try:
+            await self.grammars.check(wanted.grammar, model, wanted.param)
+        except Overloaded:
+            self.metrics.shed("grammar_checks")
+            raise
 
     def enter(self) -> None:
         """A request has come."""
@@ -203,6 +208,6 @@ class Frontend:
         if self.num_requests:
             await self._idle.wait()
 
-
-def _shutting_down() -> Overloaded:
-    return Overloaded("the server is shutting down and takes no new requests")
+    def _shutting_down(self) -> Overloaded:
+        self.metrics.shed("draining")
+        return Overloaded("the server is shutting down and takes no new requests")

@@ -62,7 +62,7 @@ class Gate:
     ) -> None:
         self.config = config
         self.ratio = TokenRatio()
-        self.limiter = Limiter(store, metrics.limited) if store is not None else None
+        self.limiter = Limiter(store, metrics.limited, metrics.shed) if store is not None else None
         self.admission = Admission(
             config,
             status=lambda: client.status,

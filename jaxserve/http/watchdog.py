@@ -3,7 +3,8 @@
 A process that is stopped, or whose device call never returns, cannot watch itself. The recorder
 says until when the step that runs must be done (a deadline scaled by its program,
 `engine.recorder`) and when the loop last turned. Start-up has its own time: it must stir within
-`engine.step_timeout_s`.
+`START_SILENCE_S`, or `engine.step_timeout_s` if that is longer. A bound on steps says nothing of
+how long a new process imports.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ NUM_LATE = 3
 STALL_S = 0.5
 #: How long an idle loop may wait for messages (`engine.loop.IDLE_WAIT_S`), and more.
 IDLE_S = 1.0
+#: How long a starting engine may say nothing, at least.
+START_SILENCE_S = 60.0
 
 
 async def hung(flight: FlightFile, config: EngineConfig) -> str:
@@ -46,7 +49,7 @@ def overdue(flight: FlightFile, config: EngineConfig, now_ns: int, started_ns: i
     """
     silent_s = (now_ns - max(flight.get(Cell.TURNED_NS), started_ns)) / 1e9
     if flight.get(Cell.PHASE) != Phase.SERVING:
-        if silent_s > config.step_timeout_s:
+        if silent_s > max(config.step_timeout_s, START_SILENCE_S):
             return f"the engine has not stirred for {silent_s:.1f} s of its start"
         return None
     deadline_ns = flight.get(Cell.DEADLINE_NS)

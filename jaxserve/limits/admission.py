@@ -30,7 +30,12 @@ MIN_RETRY_S, MAX_RETRY_S = 0.5, 60.0
 #: An estimate is an average: this much more must be left for what is let in to be done in time.
 MARGIN = 1.15
 
-REASONS = ("deadline", "max_wait", "low_priority", "normal_priority", "capped")
+#: Why a front end refuses, or cuts short: those above, and what `frontend`, `limiter` and the check
+#: of grammars count.
+REASONS = (
+    *("deadline", "max_wait", "low_priority", "normal_priority", "capped"),
+    *("draining", "not_ready", "limit_store", "grammar_checks"),
+)
 
 
 @dataclass(slots=True)

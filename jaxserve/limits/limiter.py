@@ -40,11 +40,18 @@ class Limiter:
     Args:
         store: keeps the buckets.
         on_limited: called with scope and kind of the bucket that refused a request.
+        on_shed: called with the reason for each request that is refused since the store is gone.
     """
 
-    def __init__(self, store: Store, on_limited: Callable[[str, str], None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        on_limited: Callable[[str, str], None],
+        on_shed: Callable[[str], None],
+    ) -> None:
         self._store = store
         self._on_limited = on_limited
+        self._on_shed = on_shed
         self._running: dict[str, Reservation] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._renewing: asyncio.Task[None] | None = None
@@ -123,6 +130,7 @@ class Limiter:
         try:
             answer = await call(take)
         except StoreFailure as error:
+            self._on_shed("limit_store")
             raise Overloaded(f"{error}; try again", retry_after_s=CLOSED_RETRY_S) from None
         headers.update(rate_headers(take.buckets, answer.levels))
         if not answer.granted:

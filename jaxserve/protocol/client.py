@@ -32,7 +32,6 @@ from jaxserve.protocol.messages import (
     Embed,
     EngineMessage,
     EngineStatus,
-    GetStatus,
     Goodbye,
     Progress,
     StepStats,
@@ -94,7 +93,7 @@ class EngineClient:
         self._changed = asyncio.Event()
         self._closed = False
         self._pulse = Pulse(
-            lambda: self.send(self._get_status()),
+            lambda: self.send(self._dispatcher.ask_status()),
             self.fail,
             silence_s=silence_s,
             supervised=supervised,
@@ -258,19 +257,17 @@ class EngineClient:
             await self._changed.wait()
 
     async def get_status(self) -> EngineStatus:
-        """A fresh status from the engine.
+        """The engine's status once it has taken in all that was sent before this call.
 
         Raises:
             DeviceFailure: the engine is dead.
         """
-        asked_ns = time.monotonic_ns()
-        self.send(self._get_status())
-        while self._dispatcher.status is None or self._dispatcher.status_ns < asked_ns:
-            if self._dispatcher.error is not None:
-                raise self._dispatcher.error
+        question = self._dispatcher.ask_status()
+        self.send(question)
+        while (status := self._dispatcher.answer(question)) is None:
             self._changed.clear()
             await self._changed.wait()
-        return self._dispatcher.status
+        return status
 
     def drain(self) -> None:
         """Tells the engine to refuse new sequences; what runs or waits there finishes."""
@@ -323,7 +320,7 @@ class EngineClient:
         assert self._transport is None, "the life before has not been said to be down"
         self._transport = transport
         self._open_road(transport)
-        self.send(self._get_status())
+        self.send(self._dispatcher.ask_status())
 
     async def close(self) -> None:
         """Says goodbye (the engine cancels what still runs) and lets go of the transport."""
@@ -383,6 +380,3 @@ class EngineClient:
         self._on_replay(self._num_replayed, self._dispatcher.num_quarantined)
         if self._draining:  # after the requests, which were let in before it
             self.send(Drain())
-
-    def _get_status(self) -> GetStatus:
-        return GetStatus(stats=self._dispatcher.on_stats is not None)

@@ -81,6 +81,8 @@ class Submit:
             far it had come; it has been let in once, and is not refused for a queue or a drain.
         choices: indexes of the sequences among the request's choices; 0, 1, … where empty.
         emitted: of each sequence, output tokens that its client has; none where empty.
+        queued_ns: of each sequence, for how long it has waited for a row, as far as its client
+            knows; none where empty.
         prompt_logprobs_done: prompt log-probabilities that its client has.
         traceparent: the front end's span, as W3C trace context; empty where nothing is traced.
         waited: what it has waited for before the scheduler sees it: its client says of the lives
@@ -99,6 +101,7 @@ class Submit:
     attempt: int = 0
     choices: list[int] = field(default_factory=list)
     emitted: list[list[int]] = field(default_factory=list)
+    queued_ns: list[int] = field(default_factory=list)
     prompt_logprobs_done: int = 0
     adapter: AdapterRef | None = None
     traceparent: str = ""
@@ -156,9 +159,11 @@ class GetStatus:
 
     Attributes:
         stats: whether this client wants a `StepStats` for each device call from now on.
+        number: of the question, which the answer repeats; larger than of those before.
     """
 
     stats: bool = False
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,6 +240,7 @@ class Finished:
         stop_token_id: the end or stop token that ended it, if one did; it is not emitted.
         error, error_code, error_param: what went wrong, for FinishReason.ERROR; the code is a
             `JaxserveError`'s, by which the client raises the right exception.
+        retry_after_s: when the same request may succeed, where that is known.
         vector: what an `Embed` asked for, as float32 in the machine's order.
     """
 
@@ -245,6 +251,7 @@ class Finished:
     error: str = ""
     error_code: str = ""
     error_param: str | None = None
+    retry_after_s: float | None = None
     vector: bytes = b""
 
 
@@ -361,6 +368,8 @@ class EngineStatus:
         host_pages_used, host_pages_total: pages there; 0 in all where there is no host store.
         error: the one sentence, for "failed".
         at_ns: when all this was so.
+        answers: the number of the question that this answers, after all that came before it; 0
+            where nobody asked.
         max_rows: sequences that can run at once.
         loads: by tenant and priority; the smallest may be added together.
         prefill_tokens_per_s: prompt tokens computed a second, of late, in steps that had some.
@@ -395,6 +404,7 @@ class EngineStatus:
     shed: dict[str, int] = field(default_factory=dict)
     error: str = ""
     at_ns: int = 0
+    answers: int = 0
     max_rows: int = 0
     loads: list[ClassLoad] = field(default_factory=list)
     prefill_tokens_per_s: float = 0.0

@@ -69,7 +69,8 @@ class JournalEntry:
             sequence_ids: new ones, of all the request's choices.
             now_ns: CLOCK_MONOTONIC; now where None.
         """
-        self.waited = self._waited(time.monotonic_ns() if now_ns is None else now_ns)
+        now_ns = time.monotonic_ns() if now_ns is None else now_ns
+        self.waited = self._waited(now_ns)
         self.lost_ns = 0
         waited = list(self.waited)
         if not self.sent and len(choices) == len(sequence_ids):
@@ -90,6 +91,7 @@ class JournalEntry:
             attempt=self.attempt,
             choices=choices,
             emitted=[list(self.emitted[choice]) for choice in choices],
+            queued_ns=[self._queued_ns(choice, now_ns) for choice in choices],
             prompt_logprobs_done=self.num_prompt_logprobs,
             waited=waited,
         )
@@ -119,6 +121,12 @@ class JournalEntry:
             traceparent=self.submit.traceparent,
         )
         return Finished(sequence_id=sequence_id, reason=reason, record=record)
+
+    def _queued_ns(self, choice: int, now_ns: int) -> int:
+        """How long a choice has had no row: until its first token, then between two lives."""
+        first_ns = self.first_token_ns[choice] or now_ns
+        later = (w.end_ns - w.start_ns for w in self.waited if w.start_ns >= first_ns)
+        return max(first_ns - self.submit.arrived_ns, 0) + sum(later)
 
     def _waited(self, now_ns: int) -> list[Interval]:
         """All its waits between two lives, up to now."""

@@ -27,6 +27,7 @@ from jaxserve.protocol.messages import (
     EngineMessage,
     EngineStatus,
     Finished,
+    GetStatus,
     Progress,
     SequenceRecord,
     StepStats,
@@ -250,7 +251,24 @@ class Dispatcher:
         self._journal = journal
         self._next_key = request_keys()
         self._next_id = 0
+        self._num_asked = 0
         self._streams: dict[int, StreamState] = {}  # by id of a sequence that still runs
+
+    def ask_status(self) -> GetStatus:
+        """A new question after the engine's status, to be sent."""
+        self._num_asked += 1
+        return GetStatus(stats=self.on_stats is not None, number=self._num_asked)
+
+    def answer(self, question: GetStatus) -> EngineStatus | None:
+        """The answer to that question, or to a later one; None while there is none.
+
+        Raises:
+            JaxserveError: there will be none, since the engine is dead.
+        """
+        if self.error is not None:
+            raise self.error
+        status = self.status
+        return status if status is not None and status.answers >= question.number else None
 
     @property
     def num_streams(self) -> int:
@@ -380,7 +398,7 @@ class Dispatcher:
 def error_from(finished: Finished) -> JaxserveError:
     """The exception that a `Finished` with reason ERROR stands for."""
     kind = _errors_by_code().get(finished.error_code, DeviceFailure)
-    return kind(finished.error, param=finished.error_param)
+    return kind(finished.error, param=finished.error_param, retry_after_s=finished.retry_after_s)
 
 
 def _errors_by_code() -> dict[str, type[JaxserveError]]:

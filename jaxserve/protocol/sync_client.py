@@ -18,7 +18,6 @@ from jaxserve.protocol.messages import (
     ClientMessage,
     EngineMessage,
     EngineStatus,
-    GetStatus,
     Goodbye,
     Progress,
     StepStats,
@@ -100,7 +99,7 @@ class SyncClient:
     def start(self) -> None:
         """Connects; does not wait for the engine to be ready."""
         self._transport.open(self._inbox.put)
-        self.send(GetStatus(stats=self._dispatcher.on_stats is not None))
+        self.send(self._dispatcher.ask_status())
 
     @property
     def status(self) -> EngineStatus | None:
@@ -172,14 +171,12 @@ class SyncClient:
             self.wait()
 
     def get_status(self) -> EngineStatus:
-        """A fresh status from the engine; raises `DeviceFailure` if it is dead."""
-        asked_ns = time.monotonic_ns()
-        self.send(GetStatus(stats=self._dispatcher.on_stats is not None))
-        while self._dispatcher.status is None or self._dispatcher.status_ns < asked_ns:
-            if self._dispatcher.error is not None:
-                raise self._dispatcher.error
+        """As `EngineClient.get_status`."""
+        question = self._dispatcher.ask_status()
+        self.send(question)
+        while (status := self._dispatcher.answer(question)) is None:
             self.wait()
-        return self._dispatcher.status
+        return status
 
     def wait(self) -> None:
         """Takes in what the engine has sent, blocking until there is something.
@@ -206,7 +203,7 @@ class SyncClient:
         elif time.monotonic() - self._heard_s > self._silence_s:
             self.fail(DeviceFailure(f"the engine has been silent for {self._silence_s:.0f} s"))
         else:
-            self.send(GetStatus(stats=self._dispatcher.on_stats is not None))
+            self.send(self._dispatcher.ask_status())
 
     def fail(self, error: JaxserveError) -> None:
         """Ends every stream with `error`."""

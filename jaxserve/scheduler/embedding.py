@@ -141,6 +141,8 @@ class EmbeddingQueue:
                 second_start=second_start,
             )
             text.is_charged = again
+            if again and arrived_ns:
+                text.waited_ns = max(now_ns - arrived_ns, 0)
             self._waiting.push(text)
             submitted.append(text)
         return submitted

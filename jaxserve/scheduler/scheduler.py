@@ -222,8 +222,10 @@ class Scheduler:
                 )
             )
         if resumed is not None:
-            for sequence, emitted in zip(sequences, resumed.emitted, strict=True):
-                sequence.resume(emitted, resumed.num_prompt_logprobs)
+            for place, sequence in enumerate(sequences):
+                sequence.resume(
+                    resumed.emitted[place], resumed.num_prompt_logprobs, resumed.queued_ns[place]
+                )
         self._rows.choices.lead(sequences)
         return sequences
 

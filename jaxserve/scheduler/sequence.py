@@ -47,11 +47,13 @@ class Resumed:
     Attributes:
         choices: indexes of the choices that go on.
         emitted: output tokens of each.
+        queued_ns: how long each has waited for a row.
         num_prompt_logprobs: prompt tokens after the first whose log-probabilities were reported.
     """
 
     choices: list[int]
     emitted: list[list[int]]
+    queued_ns: list[int]
     num_prompt_logprobs: int = 0
 
 
@@ -184,13 +186,14 @@ class Sequence:
             or any(len(word) > 1 for word in sampling.bad_words)
         )
 
-    def resume(self, emitted: list[int], num_prompt_logprobs: int) -> None:
+    def resume(self, emitted: list[int], num_prompt_logprobs: int, queued_ns: int = 0) -> None:
         """Goes on from what an engine that ended had emitted: those tokens are known.
 
         Its positions count as reached, so that what it computes of them is recomputed. Its tenant
-        was charged for the prompt, and it is not shed.
+        was charged for the prompt, and it is not shed. What it waited there counts as waiting.
         """
         self.is_charged = self.has_begun = True
+        self.waited_ns = queued_ns
         self.token_ids += emitted
         if emitted:
             self.num_reached = len(self.token_ids) - 1

@@ -95,3 +95,10 @@ def test_what_is_refused_says_what_it_waited_for(desk: Desk):
     assert all(end.record.intervals == [waited] for end in ends)
     assert all(end.record.traceparent == PARENT and end.record.arrived_ns == 1 for end in ends)
     assert desk.live.of("a") == {}
+
+
+def test_a_refusal_ends_nothing_that_its_client_has_live_under_the_same_number(desk: Desk):
+    (live,) = desk.enter("a", submit([1], [5]))
+    desk.live.refuse("a", submit([1, 2], [5]), InvalidRequest("no"))
+    assert [end.sequence_id for end in desk.told("a")] == [2]
+    assert desk.live.of("a") == {1: live}

@@ -118,6 +118,7 @@ def test_who_is_shed_is_told_why_and_it_is_counted(server):
     assert "better priority" in shed.error and shed.record.output_tokens == 0
     assert refused.error_code == "overloaded"
     assert engine.status().shed == {"priority": 1, "queue_full": 1}
+    assert (shed.retry_after_s, refused.retry_after_s) == pytest.approx((1, 2), abs=0.1)
     for _ in range(40):
         turn(engine)
     assert [server.ends(client)[0].reason for client in "ac"] == [FinishReason.LENGTH] * 2

@@ -62,8 +62,9 @@ class Bench:
 
 def request(number: int, key: str, **values) -> Submit:
     """A request of one sequence, replayed."""
+    priority = values.pop("priority", 0)
     message = submit([number], [5, number], max_tokens=values.pop("max_tokens", 30), **values)
-    return dataclasses.replace(message, request_key=key, attempt=1)
+    return dataclasses.replace(message, request_key=key, attempt=1, priority=priority)
 
 
 def test_groups_run_one_after_another_and_the_first_alone() -> None:
@@ -140,3 +141,18 @@ def test_what_is_no_key_is_refused(key: str) -> None:
     bench.turn(request(1, key))
     (end,) = bench.server.ends("a")
     assert end.error_code == "invalid_value"
+
+
+def test_a_trial_runs_with_the_best_priority_of_those_that_wait_for_it() -> None:
+    """Else a suspect of low priority would keep one of high priority waiting, behind all others."""
+    bench = Bench((A,), (B,), (C,))
+    bench.turn(
+        request(1, A, priority=3, max_tokens=100),
+        request(2, B, priority=10),
+        request(3, C, priority=-10),
+        *(request(number, f"{number:016x}", max_tokens=100) for number in (4, 5, 6, 7)),
+    )
+    bench.until(lambda: 3 in bench.begun())
+    assert bench.begun() >= {1, 2, 3}
+    levels = {s.key[1]: s.level for s in bench.engine._live.of("a").values()}
+    assert (levels[1], levels[2], levels[3]) == (3, -10, -10)  # the first runs alone in any case

@@ -155,6 +155,9 @@ def test_start_up_has_its_own_time(tmp_path: Path) -> None:
     assert overdue(flight, LIMITS, 161 * S, 60 * S) == (
         "the engine has not stirred for 101.0 s of its start"
     )
+    short = EngineConfig(step_timeout_s=1.0)  # importing takes longer
+    assert overdue(flight, short, 119 * S, 60 * S) is None
+    assert overdue(flight, short, 121 * S, 60 * S) is not None
 
 
 def test_the_watch_takes_several_looks(tmp_path: Path) -> None:

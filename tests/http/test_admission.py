@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import ANY
 
+import httpx
 import pytest
 
 from jaxserve.config import CacheConfig, Config, LimitsConfig, ModelConfig, SchedulerConfig
@@ -290,3 +293,45 @@ def test_the_engine_tells_its_load(long: Front):
     after = long.run(long.client.get_status())
     assert after.loads == []
     assert after.service_s > 0 and after.token_s > 0 and after.prefill_tokens_per_s > 0
+
+
+# ---------------------------------------------------------------------------- every shed is counted
+
+
+def test_refusals_of_a_server_that_drains_or_is_not_ready_are_counted():
+    body = {"prompt": [300], "max_tokens": 2}
+    with make_front() as made:
+        metrics = made.app.frontend.metrics
+        status = made.client._dispatcher.status
+        assert status is not None
+        made.client._dispatcher.status = dataclasses.replace(status, state="compiling")
+        refused = made.post(COMPLETIONS, body)
+        assert (refused.status_code, "compiling" in refused.text) == (503, True)
+        assert num_shed(metrics, "not_ready") == 1
+        made.client._dispatcher.status = status
+        made.app.frontend.draining = True
+        for path in (COMPLETIONS, "/tokenize"):
+            assert made.post(path, body).status_code == 503
+        assert (num_shed(metrics, "draining"), num_shed(metrics, "not_ready")) == (2, 1)
+
+
+def test_what_a_full_queue_refuses_is_told_times_of_its_own():
+    config = dataclasses.replace(
+        LONG, scheduler=SchedulerConfig(max_rows=1, max_waiting=0, decode_steps=1)
+    )
+    with make_front(config=config) as made:
+
+        async def crowd() -> list[httpx.Response]:
+            first = asyncio.create_task(made.http.post(CHAT, json=ENDLESS))
+            while not (await made.client.get_status()).running:
+                await asyncio.sleep(0)
+            refused = [await made.http.post(CHAT, json=ENDLESS) for _ in range(4)]
+            first.cancel()
+            return refused
+
+        refused = made.run(crowd())
+        assert [response.status_code for response in refused] == [503] * 4
+        told = [int(response.headers["retry-after-ms"]) / 1000 for response in refused]
+        assert told == pytest.approx([1, 2, 3, 4], abs=0.9)
+        assert told == sorted(set(told))
+        wait_idle(made)

@@ -32,7 +32,7 @@ CONCURRENT = 16
 async def hammer(store: Store, num_requests: int, seed: int) -> dict[str, int]:
     """Sends them; returns what was let in."""
     rng = random.Random(seed)
-    limiter = Limiter(store, lambda scope, kind: None)
+    limiter = Limiter(store, lambda scope, kind: None, lambda reason: None)
     total = {"tokens": 0, "requests": 0, "refused": 0}
     left = iter(range(num_requests))
 

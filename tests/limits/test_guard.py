@@ -40,7 +40,8 @@ def ask(limits: Limits, *num_tokens: int, true_up: int | None = None) -> list[st
         store = GuardedStore(
             GoneStore(), LocalStore(), policy="local", share=0.25, on_state=lambda up: None
         )
-        limiter = Limiter(store, lambda scope, kind: None)
+        shed: list[str] = []
+        limiter = Limiter(store, lambda scope, kind: None, shed.append)
         told = []
         for number, tokens in enumerate(num_tokens):
             try:
@@ -57,6 +58,7 @@ def ask(limits: Limits, *num_tokens: int, true_up: int | None = None) -> list[st
                 told.append("granted")
                 reservation.settle()
         await limiter.close()
+        assert shed == ["limit_store"] * told.count(SHARE)
         return told
 
     return asyncio.run(run())

@@ -259,7 +259,7 @@ def test_redis_that_goes_and_comes_back(tmp_path, policy, how):
         store = GuardedStore(
             shared, LocalStore(), policy=policy, share=0.25, on_state=states.append
         )
-        limiter = Limiter(store, lambda scope, kind: None)
+        limiter = Limiter(store, lambda scope, kind: None, lambda reason: None)
         count = 0
 
         async def admits(tokens: int) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -21,10 +23,12 @@ from jaxserve.protocol.messages import (
     EngineMessage,
     EngineStatus,
     Finished,
+    GetStatus,
     SequenceRecord,
     Submit,
     TokenEvents,
 )
+from jaxserve.protocol.replay import JournalEntry
 from jaxserve.protocol.streams import SequenceEvent
 from jaxserve.types import FinishReason, ModelInfo, SamplingParams, TokenLogprobs
 from tests.fakes.engine import fake_parts, oracle
@@ -358,6 +362,7 @@ def test_no_life_hears_or_is_heard_in_another() -> None:
             attempt=1,
             choices=[0, 2],
             emitted=[[7], [8, 9]],
+            queued_ns=again.queued_ns,
             waited=again.waited,
         )
         (wait,) = again.waited  # one, though two lives ended in it
@@ -390,3 +395,39 @@ def test_a_quarantined_request_is_an_error_of_its_own() -> None:
 
     asyncio.run(asyncio.wait_for(run(), 30))
     assert told == [(0, 1)]
+
+
+def test_what_was_waited_before_a_death_is_told_to_the_next_engine() -> None:
+    """So that nobody's `scheduler.longest_wait_s` begins anew."""
+    message = Submit(sequence_ids=[0, 1], prompt=[], sampling=sampling(), arrived_ns=100)
+    entry = JournalEntry(message)
+    entry.first_token_ns[1] = 130
+    entry.lose(150)
+    again = entry.again(range(2, 4), [0, 1], 170)
+    # The first never had a row; the second until its first token, and had none between two lives.
+    assert isinstance(again, Submit) and again.queued_ns == [70, 30 + 20]
+    entry.first_token_ns[0] = 210
+    entry.lose(220)
+    again = entry.again(range(4, 6), [0, 1], 225)
+    assert isinstance(again, Submit) and again.queued_ns == [110 + 5, 30 + 20 + 5]
+
+
+def test_a_status_that_was_under_way_before_the_question_is_no_answer():
+    """What it says may be of before what was sent meanwhile."""
+
+    async def run() -> None:
+        road = Road()
+        client = EngineClient(road)
+        await client.start()
+        asking = asyncio.create_task(client.get_status())
+        await road.says(dataclasses.replace(READY, running=1, pid=os.getpid()))
+        asked = [message.number for message in road.sent if isinstance(message, GetStatus)]
+        assert asked == sorted(set(asked)) and len(asked) == 2  # the first is the pulse's
+        early = dataclasses.replace(READY, running=2, pid=os.getpid(), answers=asked[0])
+        await road.says(early)
+        assert not asking.done()
+        await road.says(dataclasses.replace(early, running=3, answers=asked[1]))
+        assert (await asking).running == 3
+        await client.close()
+
+    asyncio.run(asyncio.wait_for(run(), 30))

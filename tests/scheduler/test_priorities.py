@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from jaxserve.config import SchedulerConfig
 from jaxserve.errors import InvalidRequest, Overloaded
 from jaxserve.scheduler.queue import AGED
-from jaxserve.scheduler.sequence import SequenceState
+from jaxserve.scheduler.sequence import Resumed, SequenceState
+from jaxserve.types import SamplingParams
 from tests.fakes.rig import Rig
 from tests.scheduler.driver import Driver
 
@@ -193,3 +194,20 @@ def test_no_sequence_is_lost_no_slot_leaked_and_pages_are_conserved(config, spar
                 driver.turn()
                 driver.check_accounts()
     driver.run()
+
+
+def test_a_crash_does_not_begin_the_longest_wait_anew():
+    config = SchedulerConfig(max_rows=1, max_step_tokens=16, longest_wait_s=10)
+    driver = Driver(config)
+    driver.submit(4, 50)
+    driver.turn()
+    resumed = Resumed(choices=[0], emitted=[[]], queued_ns=[8 * 10**9])
+    sampling = SamplingParams(max_tokens=4, seed=0)
+    (low,) = driver.scheduler.submit([("c", 9)], [1], sampling, priority=10, resumed=resumed)
+    queue = driver.scheduler._waiting
+    driver.now_ns += 10**9
+    queue.refresh()
+    assert low.level == 10
+    driver.now_ns += 2 * 10**9
+    queue.refresh()
+    assert low.level == AGED
