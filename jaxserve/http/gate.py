@@ -209,6 +209,7 @@ class Visit:
         self._cap = cap
         self._reservation = reservation
         self._forgiven = False
+        self._number: int | None = None  # at the admission, once it goes to the engine
 
     async def begin(self, work: Work) -> None:
         """The prompts are tokenized: caps their output, and reserves what they really need.
@@ -230,7 +231,7 @@ class Visit:
             total = prompt_tokens + output_tokens * work.options.candidates
             await self._reservation.true_up(total)
         gate.admission.check_deadline(self.deadline_ns)
-        gate.admission.submitted(
+        self._number = gate.admission.submitted(
             demand.newcomer(self._identity, prompt_tokens // len(work.prompts))
         )
 
@@ -255,6 +256,8 @@ class Visit:
 
     def leave(self) -> None:
         """It has ended."""
+        if self._number is not None:
+            self._gate.admission.ended(self._number)
         if self._reservation is not None:
             self._reservation.settle()
 

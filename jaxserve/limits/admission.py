@@ -3,8 +3,8 @@
 Asked twice: before the body is read, for the best priority that its key may name (`glance`), and
 after, for the request as it is (`admit`). Each refusal says why and when to come again, and is
 counted by its reason. The engine's load is as old as its last status, so what this process has
-submitted since is added, for every worker alike; while requests come, a fresh status is asked for
-every `FRESH_S`.
+submitted since and runs still is added, for every worker alike; while requests come, a fresh status
+is asked for every `FRESH_S`.
 
 Invariant: everything here is arithmetic over a few dozen numbers: a refusal costs microseconds.
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -76,7 +75,8 @@ class Admission:
         self._workers = workers
         self._clock_ns = clock_ns
         self._degradation = Degradation(config)
-        self._since: deque[_Submitted] = deque()
+        self._since: dict[int, _Submitted] = {}  # by number, oldest first
+        self._num_submitted = 0
         self._is_on = bool(config.max_wait_s) or self._degradation.is_on
 
     @property
@@ -131,11 +131,19 @@ class Admission:
                 MARGIN * waits_s - left_s,
             )
 
-    def submitted(self, newcomer: Newcomer) -> None:
-        """A request goes to the engine now."""
-        self._since.append(_Submitted(self._clock_ns(), newcomer))
-        if len(self._since) > 100_000:  # nobody asks, so nothing drops what is old
-            self._since.popleft()
+    def submitted(self, newcomer: Newcomer) -> int:
+        """A request goes to the engine now.
+
+        Returns:
+            Its number, for `ended`.
+        """
+        self._num_submitted += 1
+        self._since[self._num_submitted] = _Submitted(self._clock_ns(), newcomer)
+        return self._num_submitted
+
+    def ended(self, number: int) -> None:
+        """A request has left the engine: nobody waits behind it, whether a status says so yet."""
+        self._since.pop(number, None)
 
     def check_deadline(self, deadline_ns: int | None, now_ns: int | None = None) -> None:
         """Refuses what is too late, before it is begun.
@@ -214,13 +222,13 @@ class Admission:
     def _loads(self, status: EngineStatus) -> list[ClassLoad]:
         """The load by class, with what was submitted since the status."""
         since = self._since
-        while since and since[0].at_ns <= status.at_ns:
-            since.popleft()
+        for number in [n for n, entry in since.items() if entry.at_ns <= status.at_ns]:
+            del since[number]
         if not since:
             return status.loads
         loads = {(load.priority, load.tenant): load for load in status.loads}
         added: dict[tuple[int, str], ClassLoad] = {}
-        for entry in since:
+        for entry in since.values():
             newcomer = entry.newcomer
             key = newcomer.priority, newcomer.tenant or ""
             load = added.get(key)

@@ -335,3 +335,16 @@ def test_what_a_full_queue_refuses_is_told_times_of_its_own():
         assert told == pytest.approx([1, 2, 3, 4], abs=0.9)
         assert told == sorted(set(told))
         wait_idle(made)
+
+
+def test_who_comes_after_others_have_ended_is_not_refused_for_them():
+    """Though the engine's last status is from before they came."""
+    body = {"prompt": [300], "max_tokens": 2}
+    with make_front() as made:
+        made.post(COMPLETIONS, body)
+        status = made.run(made.client.get_status())
+        old = dataclasses.replace(status, at_ns=1, service_s=100.0, token_s=50.0, max_rows=2)
+        made.app.frontend.gate.admission._status = lambda: old
+        for _ in range(10):
+            assert made.post(COMPLETIONS, body).status_code == 200
+        assert made.post(COMPLETIONS, body | {"timeout": 20}).status_code == 200

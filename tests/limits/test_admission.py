@@ -176,6 +176,24 @@ def test_what_was_submitted_since_the_status_counts_for_every_worker():
     assert gate.admit() is None
 
 
+def test_what_has_ended_since_the_status_is_waited_for_by_nobody():
+    """A client that sends short requests one after another is refused none on an idle engine."""
+    gate = Gate(status(), workers=2, max_wait_s=5)
+    newcomer = Newcomer(priority=0, tenant="a")
+    for _ in range(100):
+        assert gate.admit() is None
+        gate.now_ns += 1000
+        gate.admission.ended(gate.admission.submitted(newcomer))
+    numbers = [gate.admission.submitted(newcomer) for _ in range(30)]
+    with pytest.raises(Overloaded):
+        gate.admit()
+    gate.admission.ended(numbers[3])
+    gate.admission.ended(numbers[3])  # twice is harmless
+    for number in numbers:
+        gate.admission.ended(number)
+    assert gate.admit() is None
+
+
 def test_a_fresh_status_is_asked_for_while_requests_come():
     gate = Gate(status(), max_wait_s=5)
     gate.admit()
