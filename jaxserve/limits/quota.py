@@ -2,7 +2,7 @@
 
     limits: {requests_per_minute: 600, tokens_per_minute: 200000, burst_requests: 60}
 
-A burst that is not given is a minute's worth. Names in the store are hashed where a client has a
+A burst that is not given is a minute's worth, and at least 1. Names in the store are hashed where a client has a
 say in them (`user`), so no name collides with another, however long or strange.
 """
 
@@ -48,7 +48,7 @@ class Limits:
                         scope=scope,
                         kind=kind,
                         rate=per_minute / _MINUTE_S,
-                        burst=burst or per_minute,
+                        burst=burst or max(per_minute, 1.0),
                     )
                 )
         return tuple(made)

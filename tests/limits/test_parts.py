@@ -149,3 +149,9 @@ def test_a_burst_is_a_minutes_worth_unless_it_is_given():
     made = Limits(requests_per_minute=60, tokens_per_minute=6000, burst_tokens=50).buckets("k", "x")
     assert [(b.rate, b.burst) for b in made] == [(1, 60), (100, 50)]
     assert not Quota().is_limited and Quota(fixed=made).is_limited
+
+
+def test_a_limit_of_less_than_one_a_minute_lets_one_in():
+    """One request each two minutes, and not none for ever."""
+    (bucket,) = Limits(requests_per_minute=0.5).buckets("key", "x")
+    assert (bucket.burst, bucket.rate) == (1, 0.5 / 60)
