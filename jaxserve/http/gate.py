@@ -126,7 +126,7 @@ class Gate:
         if cap is not None:
             headers[CAPPED_HEADER] = b"%d" % cap
         reservation = await self._reserve(
-            scope, fields, identity, demand.user, tokens + self._output_tokens(demand, cap)
+            scope, fields, identity, demand.user, self._estimate(demand, tokens, cap, identity)
         )
         return Visit(self, identity, demand, deadline_ns, cap, reservation)
 
@@ -170,11 +170,18 @@ class Gate:
             headers=scope["jaxserve.headers"],
         )
 
-    def _output_tokens(self, demand: Demand, cap: int | None) -> int:
+    def _estimate(self, demand: Demand, tokens: int, cap: int | None, identity: Identity) -> int:
+        """What is reserved before the prompt is tokenized.
+
+        What is only guessed of it, the tokens of text and an output that nobody bounded, makes no
+        request larger than what is ever given: it may turn out to fit.
+        """
         each = demand.max_tokens
         if each is None:
             each = self.config.default_output_tokens
-        return demand.sequences * (each if cap is None else min(each, cap))
+        output_tokens = demand.sequences * (each if cap is None else min(each, cap))
+        sure = demand.prompt_tokens + (0 if demand.max_tokens is None else output_tokens)
+        return int(max(sure, min(tokens + output_tokens, identity.quota.most_tokens)))
 
     def _refresh(self) -> None:
         if self._asking is None or self._asking.done():
@@ -229,6 +236,8 @@ class Visit:
                 most = len(work.samplings) * gate.config.default_output_tokens
                 output_tokens = min(output_tokens, most)
             total = prompt_tokens + output_tokens * work.options.candidates
+            if demand.max_tokens is None:  # what it may have at once, and debt if it has more
+                total = int(max(prompt_tokens, min(total, self._identity.quota.most_tokens)))
             await self._reservation.true_up(total)
         gate.admission.check_deadline(self.deadline_ns)
         self._number = gate.admission.submitted(

@@ -77,7 +77,7 @@ class GuardedStore:
         here = {id: units for id, units in used.items() if id in self._elsewhere}
         if here and self._policy == "local":
             await self._local.renew(here)
-        if there:
+        if there or self._pause_s:  # so that it is found to be back though nobody comes
             await self._try(lambda: self._shared.renew(there))
 
     async def settle(self, id: str, used: list[float]) -> None:

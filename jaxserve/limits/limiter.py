@@ -21,7 +21,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from jaxserve.errors import JaxserveError, Overloaded, RateLimited, TooLargeForLimit
-from jaxserve.limits.bucket import Bucket
+from jaxserve.limits.bucket import EPSILON, Bucket
 from jaxserve.limits.headers import Headers, rate_headers
 from jaxserve.limits.quota import Quota
 from jaxserve.limits.store import LEASE_S, Answer, Store, StoreFailure, Take
@@ -90,10 +90,10 @@ class Limiter:
             fingerprint=whole.digest(),
             again=again,
         )
-        answer = await self._ask(self._store.take, take, headers)
-        self._running[take.id] = reservation = Reservation(self, take, answer, headers)
         if self._renewing is None:
             self._renewing = asyncio.create_task(self._renew(), name="jaxserve leases")
+        answer = await self._ask(self._store.take, take, headers)
+        self._running[take.id] = reservation = Reservation(self, take, answer, headers)
         return reservation
 
     async def change(self, take: Take, headers: Headers) -> Answer:
@@ -149,8 +149,6 @@ class Limiter:
         while True:
             await asyncio.sleep(RENEW_S)
             used = {id: reservation.used() for id, reservation in self._running.items()}
-            if not used:
-                continue
             try:
                 await self._store.renew(used)
             except StoreFailure as error:
@@ -210,10 +208,10 @@ def _refusal(take: Take, answer: Answer) -> RateLimited | TooLargeForLimit:
             "max_tokens",
             param="max_tokens",
         )
+    left = max(0, math.floor(answer.levels[answer.culprit] + EPSILON))
     return RateLimited(
         f"rate limit of this {whose} reached: {bucket.rate * 60:g} {bucket.kind} a minute; "
-        f"{max(0.0, answer.levels[answer.culprit]):.0f} are left and {asked} came; try again in "
-        f"{answer.retry_after_s:.3f} s",
+        f"{left} are left and {asked} came; try again in {answer.retry_after_s:.3f} s",
         retry_after_s=answer.retry_after_s,
     )
 

@@ -2,13 +2,14 @@
 
     limits: {requests_per_minute: 600, tokens_per_minute: 200000, burst_requests: 60}
 
-A burst that is not given is a minute's worth, and at least 1. Names in the store are hashed where a client has a
-say in them (`user`), so no name collides with another, however long or strange.
+A burst that is not given is a minute's worth, and at least 1. Names in the store are hashed where a
+client has a say in them (`user`), so no name collides with another, however long or strange.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,12 @@ class Quota:
     def is_limited(self) -> bool:
         """Whether there is anything to ask a store about."""
         return bool(self.fixed) or self.per_user is not None
+
+    @property
+    def most_tokens(self) -> float:
+        """What no request may have more of, of any user; inf where tokens are not limited."""
+        buckets = self.buckets("") if self.is_limited else ()
+        return min((b.burst for b in buckets if b.kind == "tokens"), default=math.inf)
 
     def buckets(self, user: str) -> tuple[Bucket, ...]:
         """The buckets of a request of this user ("" where it names none)."""

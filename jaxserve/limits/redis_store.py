@@ -96,7 +96,8 @@ class RedisStore:
 
     async def renew(self, used: dict[str, list[float]]) -> None:
         """See `Store`."""
-        for some in itertools.batched(used.items(), _RENEWED_AT_ONCE):
+        parts = itertools.batched(used.items(), _RENEWED_AT_ONCE)
+        for some in parts if used else [()]:  # nothing is asked as well: is it there?
             await self._call("renew", {"used": dict(some)})
 
     async def settle(self, id: str, used: list[float]) -> None:

@@ -360,3 +360,38 @@ def test_a_wrong_redis_url_is_one_sentence():
         assert process.wait(TIMEOUT_S) == 1
         error = process.stderr.read()
     assert "limits.redis_url" in error and len(error.splitlines()) == 1
+
+
+def test_what_is_only_guessed_makes_no_request_larger_than_is_ever_given(tmp_path):
+    """Neither an output that nobody bounded, nor the tokens of text before they are counted."""
+    limits = {"limits": {"tokens_per_minute": 6000, "burst_tokens": 130}}
+    with limited(tmp_path, limits, default_output_tokens=512) as server:
+        front = server.front
+        free = {"prompt": [300] * 4, "ignore_eos": True}  # 16 tokens, unless it says otherwise
+        assert front.post(COMPLETIONS, free, headers=KEY).status_code == 200
+        assert server.level("tokens") == 130 - 4 - 16
+        server.wait(60)
+        chat = {"messages": [{"role": "user", "content": "x" * 60}], "ignore_eos": True}
+        assert front.post(CHAT, chat | {"max_tokens": 4}, headers=KEY).status_code == 200
+        used = 60 + len("user: \nassistant: ") + 4
+        assert server.level("tokens") == 130 - used
+        server.wait(60)
+        assert front.post(CHAT, chat, headers=KEY).status_code == 200  # to the context's end
+        assert server.level("tokens") < 0
+        server.wait(60)
+        for body in (chat | {"max_tokens": 131}, free | {"prompt": [300] * 131}):
+            path = CHAT if "messages" in body else COMPLETIONS
+            refused = front.post(path, body, headers=KEY)
+            assert refused.status_code == 400
+            assert refused.json()["error"]["code"] == "request_exceeds_rate_limit"
+        wrong = front.post(COMPLETIONS, free | {"max_tokens": -5}, headers=KEY)
+        assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "invalid_value")
+
+
+def test_a_refusal_does_not_say_that_a_part_of_a_request_is_one(tmp_path):
+    limits = {"limits": {"requests_per_minute": 60, "burst_requests": 1}}
+    with limited(tmp_path, limits) as server:
+        assert server.complete().status_code == 200
+        server.wait(0.6)
+        refused = server.complete()
+        assert refused.status_code == 429 and "0 are left" in refused.json()["error"]["message"]

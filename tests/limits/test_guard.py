@@ -84,3 +84,35 @@ def test_so_is_what_turns_out_to_be_more(more, told):
 
 def test_a_share_of_few_requests_is_one():
     assert ask(Limits(requests_per_minute=60, burst_requests=2), 1) == ["granted"]
+
+
+def test_a_store_that_is_back_is_found_though_nobody_comes():
+    class Coming(GoneStore):
+        is_there = False
+
+        async def renew(self, used: dict[str, list[float]]) -> None:
+            if not self.is_there:
+                await super().renew(used)
+
+    async def run() -> None:
+        shared, told, now_s = Coming(), [], [100.0]
+        store = GuardedStore(
+            shared,
+            LocalStore(),
+            policy="closed",
+            share=0.25,
+            on_state=told.append,
+            clock_s=lambda: now_s[0],
+        )
+        await store.renew({})  # nobody asks a store that works
+        assert told == []
+        await store.renew({"x": [1.0]})
+        now_s[0] += 10
+        await store.renew({})
+        assert told == [False]
+        shared.is_there = True
+        now_s[0] += 10
+        await store.renew({})
+        assert told == [False, True]
+
+    asyncio.run(run())
