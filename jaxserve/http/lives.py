@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from jaxserve.config import Config
-from jaxserve.errors import DeviceFailure
+from jaxserve.errors import DeviceFailure, JaxserveError
 from jaxserve.http.news import News
 from jaxserve.http.restarts import (
     EXIT_TOLD,
@@ -75,11 +75,12 @@ class Lives:
 
         Raises:
             ConfigError: there is no place for its socket.
+            OSError: there is none for its flight recorder, or no process to be had.
         """
         config = self._config
+        self._backoff.started()
         self._flight = FlightFile(self._flight_path, flight_requests(config))
         self._flight.start_from(self._largest)
-        self._backoff.started()
         settings = EngineSettings(
             config=config,
             flight=self._flight.path,
@@ -91,13 +92,19 @@ class Lives:
 
     async def run(self) -> int:
         """Keeps an engine running, after `launch`; returns the exit status once it must not be."""
-        while True:
-            sentence = await self._live()
-            if sentence is not None:
-                self._tell(News(state="failed", error=sentence))
-                return 1
+        sentence = await self._live()
+        while sentence is None:
             await asyncio.sleep(self._backoff.next_pause_s())
-            self._tell(News(state="started", address=self.launch()))
+            try:
+                address = self.launch()
+            except (JaxserveError, OSError) as error:  # no room on the disk, no process to be had
+                self.close()
+                sentence = self._after(f"the engine process cannot be started: {error}", again=True)
+                continue
+            self._tell(News(state="started", address=address))
+            sentence = await self._live()
+        self._tell(News(state="failed", error=sentence))
+        return 1
 
     def close(self) -> None:
         """Ends the engine, if it runs, and removes what it had."""
@@ -118,15 +125,25 @@ class Lives:
         self._suspects.judge(self._flight.last_steps())
         self._largest = self._flight.largest
         self.close()
-        sentence = describe_end(status)
-        again = may_restart(status)
+        sentence = self._after(
+            describe_end(status), again=may_restart(status), is_told=status == EXIT_TOLD
+        )
+        for key in self._suspects.quarantined[len(before) :]:
+            _say(f"request {key} has ended the engine alone and is not run again")
+        return sentence
+
+    def _after(self, sentence: str, *, again: bool, is_told: bool = False) -> str | None:
+        """Says how a life ended, or why none began; None if another may begin, or why not.
+
+        Args:
+            again: whether it may be started again, within the budget.
+            is_told: the engine has said it itself.
+        """
         if again and not self._budget.spend():
             again = False
             sentence += f": {self._budget}"
-        if status != EXIT_TOLD:
+        if not is_told:
             _say(f"{sentence}; it is started again" if again else sentence)
-        for key in self._suspects.quarantined[len(before) :]:
-            _say(f"request {key} has ended the engine alone and is not run again")
         return None if again else sentence
 
     async def _watch(self, engine: EngineProcess, flight: FlightFile) -> None:

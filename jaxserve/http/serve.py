@@ -197,7 +197,13 @@ class _Supervisor:
                 await self._limits.start()
             if self._observer is not None:
                 self._observer.start()
-            self._start_workers(lives.launch(), scratch.path)
+            try:
+                self._start_workers(lives.launch(), scratch.path)
+            except OSError as error:
+                raise ConfigError(
+                    f"the server's processes cannot be started: {error}; is there room in "
+                    f"{scratch.path.parent} (TMPDIR), and for more processes?"
+                ) from None
             return await self._watch(lives)
         finally:
             self._bars.close()

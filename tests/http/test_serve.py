@@ -456,3 +456,12 @@ def test_served_names():
     }
     assert {path: served_name(ModelConfig(path=path)) for path in names} == names
     assert served_name(ModelConfig(path="/x", served_name="mine")) == "mine"
+
+
+def test_a_full_temporary_directory_is_one_sentence():
+    with started(under=("prlimit", "--fsize=20000")) as process:
+        assert process.wait(TIMEOUT_S) == 1
+        said = process.stderr.read()
+        (line,) = [line for line in said.splitlines() if line.startswith("jaxserve:")]
+        assert "the server's processes cannot be started" in line and "TMPDIR" in line
+        assert "Traceback" not in said
