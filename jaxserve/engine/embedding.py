@@ -11,6 +11,7 @@ its own text, and never sent as a vector.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable
 
 import numpy as np
@@ -105,6 +106,7 @@ class Embedding:
             arrived_ns=message.arrived_ns,
             request=request_number(message.request_key),
             again=message.attempt > 0,
+            queued_ns=_queued_ns(message) if message.attempt else 0,
         )
 
     def cancel(self, text: Sequence, reason: FinishReason) -> None:
@@ -190,6 +192,12 @@ class Embedding:
 _NOT_FINITE = EmbeddingNotFinite(
     "the model gave no vector for a text: a number of it is not finite, or all are zero"
 )
+
+
+def _queued_ns(message: Embed) -> int:
+    """How long texts that come again have waited while there was an engine."""
+    since_ns = time.monotonic_ns() - message.arrived_ns
+    return max(since_ns - sum(wait.end_ns - wait.start_ns for wait in message.waited), 0)
 
 
 def as_bytes(

@@ -81,8 +81,8 @@ class Submit:
             far it had come; it has been let in once, and is not refused for a queue or a drain.
         choices: indexes of the sequences among the request's choices; 0, 1, … where empty.
         emitted: of each sequence, output tokens that its client has; none where empty.
-        queued_ns: of each sequence, for how long it has waited for a row, as far as its client
-            knows; none where empty.
+        queued_ns: of each sequence, for how long it has waited for its first token, without the
+            time in which there was no engine; none where empty.
         prompt_logprobs_done: prompt log-probabilities that its client has.
         traceparent: the front end's span, as W3C trace context; empty where nothing is traced.
         waited: what it has waited for before the scheduler sees it: its client says of the lives

@@ -123,10 +123,10 @@ class JournalEntry:
         return Finished(sequence_id=sequence_id, reason=reason, record=record)
 
     def _queued_ns(self, choice: int, now_ns: int) -> int:
-        """How long a choice has had no row: until its first token, then between two lives."""
+        """How long a choice has waited for its first token while there was an engine."""
         first_ns = self.first_token_ns[choice] or now_ns
-        later = (w.end_ns - w.start_ns for w in self.waited if w.start_ns >= first_ns)
-        return max(first_ns - self.submit.arrived_ns, 0) + sum(later)
+        none = (wait.end_ns - wait.start_ns for wait in self.waited if wait.end_ns <= first_ns)
+        return max(first_ns - self.submit.arrived_ns - sum(none), 0)
 
     def _waited(self, now_ns: int) -> list[Interval]:
         """All its waits between two lives, up to now."""

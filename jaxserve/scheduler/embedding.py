@@ -103,12 +103,14 @@ class EmbeddingQueue:
         arrived_ns: int = 0,
         request: int = 0,
         again: bool = False,
+        queued_ns: int = 0,
     ) -> list[Text]:
         """Lets texts in, one a key.
 
         Args:
             request: number of theirs in the flight recorder.
             again: they were let in by an engine that ended: no queue is too long for them.
+            queued_ns: how long they waited there.
 
         Raises:
             Overloaded: too many wait, and nobody has to go before these.
@@ -141,8 +143,7 @@ class EmbeddingQueue:
                 second_start=second_start,
             )
             text.is_charged = again
-            if again and arrived_ns:
-                text.waited_ns = max(now_ns - arrived_ns, 0)
+            text.waited_ns = queued_ns
             self._waiting.push(text)
             submitted.append(text)
         return submitted

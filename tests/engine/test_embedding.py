@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable
 
 import numpy as np
@@ -22,6 +23,7 @@ from jaxserve.protocol.messages import (
     EngineStatus,
     GetStatus,
     Goodbye,
+    Interval,
     StepStats,
     Submit,
     TokenSegment,
@@ -314,3 +316,14 @@ def test_the_flight_recorder_names_the_requests_of_a_step(tmp_path):
     rig.run()
     assert flight.get(Cell.DEADLINE_NS) == 0
     flight.close()
+
+
+def test_a_text_that_comes_again_has_waited_since_it_came_but_for_the_time_without_an_engine():
+    rig = Rig()
+    now_ns = time.monotonic_ns()
+    away = Interval(kind="replay", start_ns=now_ns - 20 * 10**9, end_ns=now_ns - 5 * 10**9)
+    values = {"arrived_ns": now_ns - 30 * 10**9, "waited": [away]}
+    rig.embed([1], [text(4)], attempt=1, **values)
+    rig.embed([2], [text(4)], **values)
+    again, new = rig.engine._live.of("c").values()
+    assert again.waited_ns == pytest.approx(15e9, abs=2e9) and new.waited_ns == 0

@@ -404,12 +404,12 @@ def test_what_was_waited_before_a_death_is_told_to_the_next_engine() -> None:
     entry.first_token_ns[1] = 130
     entry.lose(150)
     again = entry.again(range(2, 4), [0, 1], 170)
-    # The first never had a row; the second until its first token, and had none between two lives.
-    assert isinstance(again, Submit) and again.queued_ns == [70, 30 + 20]
+    # Until its first token. All wait alike between two lives: that puts nobody before another.
+    assert isinstance(again, Submit) and again.queued_ns == [50, 30]
     entry.first_token_ns[0] = 210
     entry.lose(220)
     again = entry.again(range(4, 6), [0, 1], 225)
-    assert isinstance(again, Submit) and again.queued_ns == [110 + 5, 30 + 20 + 5]
+    assert isinstance(again, Submit) and again.queued_ns == [50 + 40, 30]
 
 
 def test_a_status_that_was_under_way_before_the_question_is_no_answer():

@@ -120,3 +120,14 @@ def test_every_text_ends_once(data):
             ends[text] += queue.done(text)
     assert ends == Counter(known)
     assert queue.num_tokens == 0
+
+
+def test_a_crash_does_not_begin_the_longest_wait_anew():
+    now = [10**9]
+    config = SchedulerConfig(max_waiting=10, longest_wait_s=1.0)
+    queue = EmbeddingQueue(config, clock_ns=lambda: now[0])
+    submit(queue, [4], priority=10, again=True)
+    (old,) = submit(queue, [4], 1, priority=10, again=True, queued_ns=9 * 10**8)
+    now[0] += 2 * 10**8
+    (high,) = submit(queue, [4], 2, priority=-10)
+    assert step(queue, 4) == [old] and step(queue, 4) == [high]

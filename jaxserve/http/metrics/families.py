@@ -140,7 +140,11 @@ IN_FLIGHT = _add(
 )
 REQUESTS = ours("requests", "Requests answered", "route", "status")
 RATE_LIMITED = ours("rate_limited", "Requests refused by a rate limit", "kind", "scope")
-SHED = ours("shed", "Requests refused, pushed out or cut short because of load", "reason")
+SHED = ours(
+    "shed",
+    "Requests refused, pushed out or cut short because of load; by a full queue, sequences",
+    "reason",
+)
 
 PROMPT_TOKENS = ours("prompt_tokens", "Prompt tokens submitted")
 OUTPUT_TOKENS = ours("output_tokens", "Tokens generated")
