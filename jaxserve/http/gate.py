@@ -75,7 +75,7 @@ class Gate:
         self._asking: asyncio.Task[None] | None = None
 
     def glance(self, scope: Any, identity: Identity, *, generates: bool = True) -> None:
-        """Refuses what no body could make servable in time; notes the header's deadline.
+        """Refuses what no body could make servable in time; notes the headers' earliest deadline.
 
         Args:
             generates: False for texts to embed, which do not wait with the others: then it is only
@@ -85,8 +85,9 @@ class Gate:
             Overloaded, DeadlineExceeded: as `Admission`.
             InvalidRequest: the header cannot be read.
         """
-        value = dict(scope["headers"]).get(deadline.HEADER)
-        left_s = None if value is None else deadline.read_deadline(value, time.time())
+        now_s = time.time()
+        values = (value for name, value in scope["headers"] if name == deadline.HEADER)
+        left_s = min((deadline.read_deadline(value, now_s) for value in values), default=None)
         scope["jaxserve.deadline_s"] = left_s
         if not generates:
             return

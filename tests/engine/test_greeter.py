@@ -11,7 +11,7 @@ from jaxserve.errors import DeviceFailure, Overloaded
 from jaxserve.protocol.client import SyncClient
 from jaxserve.protocol.messages import Progress
 from jaxserve.protocol.thread import ThreadRoad
-from jaxserve.types import SamplingParams
+from jaxserve.types import EmbeddingParams, SamplingParams
 
 
 @pytest.fixture
@@ -38,6 +38,8 @@ def test_progress_and_refusals_before_the_engine_is_ready(road):
     assert client.get_status().state == "compiling"
     with pytest.raises(Overloaded, match="compiling"):
         list(client.submit([1], SamplingParams(max_tokens=1, seed=0), n=2))
+    with pytest.raises(Overloaded, match="compiling"):
+        list(client.embed([[1]], EmbeddingParams(pooling="mean", normalize=True)))
     assert list(greeter.clients.values()) == [False]
     greeter.stop()
     assert "jaxserve greeter" not in {thread.name for thread in threading.enumerate()}

@@ -348,3 +348,13 @@ def test_who_comes_after_others_have_ended_is_not_refused_for_them():
         for _ in range(10):
             assert made.post(COMPLETIONS, body).status_code == 200
         assert made.post(COMPLETIONS, body | {"timeout": 20}).status_code == 200
+
+
+def test_of_several_headers_the_earliest_deadline_counts(long: Front):
+    """A proxy may add its own to what a client has sent."""
+    for values in (("300m", "20"), ("20", "300m")):
+        headers = [("x-request-deadline", value) for value in values]
+        started_s = time.monotonic()
+        assert long.post(CHAT, ENDLESS, headers=headers).status_code == 504
+        assert time.monotonic() - started_s < 15
+        wait_idle(long)
