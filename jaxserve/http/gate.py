@@ -41,6 +41,8 @@ from jaxserve.types import SamplingParams
 
 #: Tells clients that their max_tokens was lowered, and to what.
 CAPPED_HEADER = b"x-jaxserve-max-tokens"
+#: How often the load is looked at where overload gives something up.
+LOOK_S = 1.0
 _RETRY_HEADER = b"x-stainless-retry-count"  # OpenAI's clients count their repetitions in it
 
 
@@ -73,6 +75,7 @@ class Gate:
         self._client = client
         self._metrics = metrics
         self._asking: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
 
     def glance(self, scope: Any, identity: Identity, *, generates: bool = True) -> None:
         """Refuses what no body could make servable in time; notes the headers' earliest deadline.
@@ -91,6 +94,8 @@ class Gate:
         scope["jaxserve.deadline_s"] = left_s
         if not generates:
             return
+        if self._looking is None and self.admission.degrades:
+            self._looking = asyncio.create_task(self._look(), name="jaxserve overload")
         best = Newcomer(
             priority=identity.priority_ceiling, tenant=identity.tenant, weight=identity.weight
         )
@@ -150,9 +155,9 @@ class Gate:
 
     async def close(self) -> None:
         """Settles what is under way."""
-        if self._asking is not None:
-            self._asking.cancel()
-            await asyncio.wait([self._asking])
+        for task in filter(None, (self._asking, self._looking)):
+            task.cancel()
+            await asyncio.wait([task])
         if self.limiter is not None:
             await self.limiter.close()
 
@@ -187,6 +192,13 @@ class Gate:
     def _refresh(self) -> None:
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._ask(), name="jaxserve load")
+
+    async def _look(self) -> None:
+        """Goes on looking at the load while nobody comes."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            self.admission.look()
+            self._metrics.overload(self.admission.level, self.admission.normal_wait_s)
 
     async def _ask(self) -> None:
         with contextlib.suppress(JaxserveError):  # whoever submits next will be told

@@ -84,6 +84,20 @@ class Admission:
         """Of degradation."""
         return self._degradation.level
 
+    @property
+    def degrades(self) -> bool:
+        """Whether overload ever takes anything from anybody."""
+        return self._degradation.is_on
+
+    def look(self) -> None:
+        """Takes in how the load is now, though nobody comes.
+
+        Else what is told of it, and the level, would stay as the last who came found them.
+        """
+        status = self._status()
+        if status is not None:
+            self._observe(status, self._loads(status), self._clock_ns())
+
     def glance(self, newcomer: Newcomer, deadline_ns: int | None) -> None:
         """Refuses what cannot be served in time, whatever else is in it; see `admit`."""
         if self._is_on or deadline_ns is not None:
@@ -164,10 +178,8 @@ class Admission:
         if status is None:
             return
         loads = self._loads(status)
-        degradation = self._degradation
-        if degradation.is_on:
-            self.normal_wait_s = wait_s(status, loads, Newcomer(priority=0))
-            degradation.observe(self.normal_wait_s, now_ns / 1e9)
+        if self.degrades:
+            self._observe(status, loads, now_ns)
             self._shed(newcomer.priority)
         waits_s = wait_s(status, loads, newcomer)
         # Where nobody waits nothing would be gained by refusing: how long others ran, or how fast
@@ -187,6 +199,10 @@ class Admission:
                     f"waiting, and its deadline is {left_s:.1f} s away",
                     needs_s - left_s,
                 )
+
+    def _observe(self, status: EngineStatus, loads: list[ClassLoad], now_ns: int) -> None:
+        self.normal_wait_s = wait_s(status, loads, Newcomer(priority=0))
+        self._degradation.observe(self.normal_wait_s, now_ns / 1e9)
 
     def _fresh(self, now_ns: int, deadline_ns: int | None) -> EngineStatus | None:
         """The engine's status, a newer one being asked for where it is old.

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from jaxserve.config import CacheConfig, Config, LimitsConfig, ModelConfig, SchedulerConfig
+from jaxserve.http import gate
 from jaxserve.http.auth import Identity, KeyRing
 from jaxserve.http.metrics import Metrics
 from jaxserve.protocol.messages import ClassLoad, EngineStatus
@@ -358,3 +359,27 @@ def test_of_several_headers_the_earliest_deadline_counts(long: Front):
         assert long.post(CHAT, ENDLESS, headers=headers).status_code == 504
         assert time.monotonic() - started_s < 15
         wait_idle(long)
+
+
+def test_what_is_told_of_overload_does_not_stay_when_nobody_comes_any_more(monkeypatch):
+    monkeypatch.setattr(gate, "LOOK_S", 0.001)
+    with loaded(overload_wait_s=5, overload_after_s=3600) as made:
+        frontend = made.app.frontend
+        assert made.post(COMPLETIONS, {"prompt": [300], "max_tokens": 2}).status_code == 200
+        assert "jaxserve_estimated_wait_seconds 98" in frontend.metrics.render().decode()
+        looks = 0
+
+        def idle() -> EngineStatus:
+            nonlocal looks
+            looks += 1
+            return dataclasses.replace(busy(), loads=[])
+
+        frontend.gate.admission._status = idle
+
+        async def look() -> None:
+            while looks < 2:
+                await asyncio.sleep(0)
+
+        made.run(look())
+        assert "jaxserve_estimated_wait_seconds 0.0" in frontend.metrics.render().decode()
+        made.run(frontend.gate.close())

@@ -256,6 +256,20 @@ def test_overload_sheds_low_first_then_normal_and_never_high():
         gate.admit(priority=1)
 
 
+def test_overload_passes_though_nobody_comes():
+    gate = Gate(status(load(running=10, waiting=49)), overload_wait_s=4, overload_after_s=10)
+    for _ in range(25):
+        gate.admission.look()
+        gate.now_ns += S
+    assert gate.admission.level == 2 and gate.admission.normal_wait_s == pytest.approx(10)
+    gate.engine = status()
+    for _ in range(25):
+        gate.admission.look()
+        gate.now_ns += S
+    assert gate.admission.level == 0 and gate.admission.normal_wait_s == 0
+    assert gate.counts == {}
+
+
 def test_a_cap_spares_who_asks_for_less():
     gate = Gate(status(load(running=10, waiting=49)), overload_wait_s=4, overload_after_s=10)
     gate.admit()
