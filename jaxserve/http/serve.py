@@ -53,7 +53,7 @@ from jaxserve.weights import sources
 
 #: Connections that may wait to be accepted.
 BACKLOG = 2048
-#: How long a failed engine's workers get to tell their clients.
+#: How long workers get to tell their clients that the server ends.
 FAREWELL_S = 5.0
 #: Beyond `http.drain_timeout_s`, how long workers get to close their connections.
 CLOSING_S = 10.0
@@ -255,13 +255,12 @@ class _Supervisor:
         try:
             await asyncio.wait([engine, stopping, *worker_ends], return_when=FIRST_COMPLETED)
             if engine.done():
-                status = engine.result()
-                for worker in self._workers:
-                    worker.process.terminate()
-                await asyncio.wait(worker_ends, timeout=FAREWELL_S)
-                return status
+                return await self._farewell(worker_ends, engine.result())
             if not stopping.done():
-                return self._after_worker()
+                sentence = self._worker_end()
+                sys.stderr.write(f"jaxserve: {sentence}\n")
+                self._tell(News(state="failed", error=sentence))
+                return await self._farewell(worker_ends, 1)
             status = await self._drain(worker_ends)
             return engine.result() if engine.done() else status
         finally:
@@ -283,13 +282,21 @@ class _Supervisor:
         sys.stdout.write(f"ready on {scheme}://{host}:{port}\n")
         sys.stdout.flush()
 
-    def _after_worker(self) -> int:
+    def _worker_end(self) -> str:
+        """How a worker ended, in a sentence."""
         for worker in self._workers:
             status = worker.process.poll()
             if status is not None:
                 how = f"by signal {-status}" if status < 0 else f"with status {status}"
-                sys.stderr.write(f"jaxserve: {worker.name} ended {how}; the server ends\n")
-        return 1
+                return f"{worker.name} ended {how}; the server ends"
+        return "an HTTP worker ended; the server ends"
+
+    async def _farewell(self, worker_ends: list[asyncio.Task[None]], status: int) -> int:
+        """Lets workers whose streams have failed tell their clients; returns the status."""
+        for worker in self._workers:
+            worker.process.terminate()
+        await asyncio.wait(worker_ends, timeout=FAREWELL_S)
+        return status
 
     async def _drain(self, worker_ends: list[asyncio.Task[None]]) -> int:
         """Has the workers finish their streams; a second signal ends it at once.

@@ -143,6 +143,30 @@ def test_a_worker_that_is_killed_ends_the_server():
         assert "HTTP worker" in process.stderr.read()
 
 
+def num_sockets(pid: int) -> int:
+    """Sockets that a process holds."""
+    return sum(os.readlink(fd).startswith("socket:") for fd in Path(f"/proc/{pid}/fd").iterdir())
+
+
+def test_streams_of_the_other_workers_are_told_why_the_server_ends():
+    with started("http.workers=2", "model.max_context=3000") as process:
+        base = address_of(process)
+        workers = [p for p in children(process.pid) if "http_worker" in command(p)]
+        before = {pid: num_sockets(pid) for pid in workers}
+        with (
+            httpx.Client(base_url=base, timeout=TIMEOUT_S) as client,
+            client.stream("POST", "/v1/chat/completions", json=ENDLESS | {"n": 8}) as stream,
+        ):
+            documents = chunks(stream.iter_lines())
+            next(documents)
+            (other,) = [pid for pid in workers if num_sockets(pid) == before[pid]]
+            os.kill(other, signal.SIGKILL)
+            last = list(documents)[-1]
+        assert last["error"]["code"] == "engine_failure"
+        assert "ended by signal 9; the server ends" in last["error"]["message"]
+        assert process.wait(TIMEOUT_S) == 1
+
+
 def test_a_killed_supervisor_leaves_no_orphans():
     with started("http.workers=2") as process:
         address_of(process)
