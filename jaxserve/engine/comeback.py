@@ -40,7 +40,7 @@ class Comebacks:
             return
         soonest_s = self._clock_s() + SOONEST_S
         at_s = max(self._next_s, soonest_s)
-        if at_s > soonest_s + SPAN_S:  # all times are told: once more from the first
-            at_s = soonest_s
+        if at_s > soonest_s + SPAN_S:  # once more through the span, between the times before
+            at_s = soonest_s + (at_s - soonest_s) % SPAN_S
         self._next_s = at_s + num_sequences / (self._rate() or FIRST_RATE)
         error.retry_after_s = at_s - soonest_s + SOONEST_S

@@ -130,11 +130,21 @@ async def _serve(
         ZmqClient(settings.engine_address),
         on_stats=on_stats if settings.index == 0 else None,
         supervised=True,
+        on_pause=lambda: begin_anew(),
         on_replay=metrics.replays,
         vocabulary=lambda: vocabulary_of(tokenizer),
     )
 
+    address = settings.engine_address
+
+    def begin_anew() -> None:
+        """The engine may have cancelled what this process, which stood still, had running."""
+        if client.down_s == 0:
+            client.down()
+            client.reconnect(ZmqClient(address))
+
     def on_news(news: News) -> None:
+        nonlocal address
         if settings.index == 0:
             reporter.news(f"engine_{news.state}", news.error)
         match news.state:
@@ -143,7 +153,8 @@ async def _serve(
             case "started":
                 if settings.index == 0:
                     metrics.restarted()
-                client.reconnect(ZmqClient(news.address))
+                address = news.address
+                client.reconnect(ZmqClient(address))
             case "failed":
                 client.fail(DeviceFailure(news.error))
 

@@ -63,6 +63,8 @@ class EngineClient:
         silence_s: an engine not heard of for so long counts as dead; longer than its longest step.
         supervised: somebody else watches the engine's process, and says `down` and `reconnect`, or
             `fail`; silence and the process's end are nothing to this client then.
+        on_pause: called where this process stood still for so long that the engine may have given
+            it up; to say `down` and `reconnect` to the same engine. None: that is the end.
         on_replay: called, each time they change, with the requests that went on in another engine
             so far, and with those that were refused for ending it each time.
         vocabulary: makes what an engine is sent before the first request that has a grammar.
@@ -76,6 +78,7 @@ class EngineClient:
         on_progress: Callable[[Progress], None] | None = None,
         silence_s: float = 150.0,
         supervised: bool = False,
+        on_pause: Callable[[], None] | None = None,
         on_replay: Callable[[int, int], None] = lambda replayed, quarantined: None,
         vocabulary: Callable[[], Vocabulary] | None = None,
     ) -> None:
@@ -97,6 +100,7 @@ class EngineClient:
             self.fail,
             silence_s=silence_s,
             supervised=supervised,
+            on_pause=on_pause,
         )
 
     async def start(self) -> None:

@@ -1,6 +1,7 @@
 """Signs of life of an engine: a client asks for its status at each beat, and watches its process.
 
-Where somebody else watches the engine's process, silence and the process's end are nothing here.
+Where somebody else watches the engine's process, silence and the process's end are nothing here. A
+client that itself stood still for long may have been given up by the engine: it must begin anew.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Pulse:
         fail: called with what the engine has died of.
         silence_s: an engine not heard of for so long counts as dead.
         supervised: somebody else watches it.
+        on_pause: called instead of `fail` where this process stood still for too long.
     """
 
     def __init__(
@@ -32,7 +34,9 @@ class Pulse:
         *,
         silence_s: float,
         supervised: bool,
+        on_pause: Callable[[], None] | None = None,
     ) -> None:
+        self._on_pause = on_pause
         self._ask = ask
         self._fail = fail
         self._silence_s = silence_s
@@ -79,7 +83,10 @@ class Pulse:
             await asyncio.sleep(HEARTBEAT_S)
             paused_s = (time.monotonic_ns() - before_ns) / 1e9 - HEARTBEAT_S
             if paused_s > MAX_PAUSE_S:  # the engine may have given up on us, and say no more
-                self._fail(DeviceFailure(f"this process stood still for {paused_s:.0f} s"))
+                if self._on_pause is not None:
+                    self._on_pause()
+                else:
+                    self._fail(DeviceFailure(f"this process stood still for {paused_s:.0f} s"))
             silent_s = (time.monotonic_ns() - self._heard_ns) / 1e9
             if silent_s > self._silence_s and not self._supervised:
                 self._fail(DeviceFailure(f"the engine has been silent for {silent_s:.0f} s"))

@@ -37,9 +37,11 @@ def test_a_herd_is_told_times_at_the_pace_of_the_queue():
 
 def test_no_time_is_beyond_what_clients_keep_to_and_an_unknown_pace_is_one_a_second():
     queue = Refusing(rate=0.0)
-    told = [queue.refuse() for _ in range(120)]
-    assert told == [*range(1, 61)] * 2
+    told = [queue.refuse() for _ in range(62)]
+    assert told == [*range(1, 61), 2, 3]
     assert max(told) == SOONEST_S + SPAN_S == 60
+    wide = [queue.refuse(16) for _ in range(8)]
+    assert wide == [4, 20, 36, 52, 9, 25, 41, 57]  # 68 is 9: between those before
 
 
 def test_other_refusals_are_left_alone():

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jaxserve.config import CacheConfig, Config, ModelConfig, SchedulerConfig
 from jaxserve.engine.thread import EngineThread
 from jaxserve.errors import DeviceFailure, Overloaded, RequestQuarantined
+from jaxserve.protocol import pulse
 from jaxserve.protocol.client import EngineClient, Stream
 from jaxserve.protocol.messages import (
     Cancel,
@@ -431,3 +432,38 @@ def test_a_status_that_was_under_way_before_the_question_is_no_answer():
         await client.close()
 
     asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_a_client_that_stood_still_begins_anew_at_the_same_engine(monkeypatch) -> None:
+    """The engine may have cancelled what it had; its streams go on, and it is no dead client."""
+    pauses = 0
+
+    def begin_anew() -> None:
+        nonlocal pauses
+        pauses += 1
+        monkeypatch.setattr(pulse, "MAX_PAUSE_S", 500.0)
+        client.down()
+        client.reconnect(engine.connect())
+
+    async def run() -> None:
+        await client.start()
+        await client.ready()
+        reader = Reader(client.submit(PROMPT, sampling(max_tokens=400)), 1)
+        await reader.some(2)
+        monkeypatch.setattr(pulse, "MAX_PAUSE_S", -1.0)  # as every beat has it
+        await reader.rest()
+        while not pauses:
+            await asyncio.sleep(0)
+        assert (pauses, client.error) == (1, None)
+        assert reader.tokens == [oracle(PROMPT, sampling(max_tokens=400))]
+        await client.ready()
+        again = Reader(client.submit(PROMPT, sampling()), 1)
+        await again.rest()
+        assert again.tokens == [oracle(PROMPT, sampling())]
+        assert (await client.get_status()).running == 0
+        await client.close()
+
+    monkeypatch.setattr(pulse, "HEARTBEAT_S", 0.01)
+    with EngineThread(CONFIG, fake_parts) as engine:
+        client = EngineClient(engine.connect(), supervised=True, on_pause=begin_anew)
+        asyncio.run(asyncio.wait_for(run(), 60))
