@@ -57,12 +57,8 @@ from jaxserve.engine.batches import Batches
 from jaxserve.engine.load import load_parts
 from jaxserve.engine.parts import Parts
 from jaxserve.errors import GrammarError
-from jaxserve.protocol.messages import (
-    GetStatus,
-    StepStats,
-    TokenEvents,
-    UseVocabulary,
-)
+from jaxserve.protocol.messages import GetStatus, TokenEvents, UseVocabulary
+from jaxserve.protocol.status import StepStats
 from jaxserve.settings import load_config
 from jaxserve.structured import grammars
 from jaxserve.structured.matcher import compile_grammar

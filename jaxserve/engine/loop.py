@@ -58,13 +58,13 @@ from jaxserve.protocol.messages import (
     ClientMessage,
     Drain,
     Embed,
-    EngineStatus,
     GetStatus,
     Goodbye,
     Submit,
     UseVocabulary,
 )
 from jaxserve.protocol.server import ServerTransport
+from jaxserve.protocol.status import EngineStatus
 from jaxserve.scheduler.commit import Commit
 from jaxserve.scheduler.copies import Schedulers
 from jaxserve.scheduler.embedding import Text

@@ -31,14 +31,12 @@ from jaxserve.protocol.messages import (
     Drain,
     Embed,
     EngineMessage,
-    EngineStatus,
     GetStatus,
     Goodbye,
-    Progress,
-    StepStats,
     Submit,
 )
 from jaxserve.protocol.pulse import Pulse
+from jaxserve.protocol.status import EngineStatus, Progress, StepStats
 from jaxserve.protocol.stream import Stream
 from jaxserve.protocol.streams import RESTARTING, Dispatcher, SequenceEvent, StreamState
 from jaxserve.protocol.sync_client import SyncClient, SyncStream

@@ -16,16 +16,8 @@ from jaxserve.engine.process import build_engine
 from jaxserve.engine.recorder import AnyProgram, FlightRecorder, NoRecorder
 from jaxserve.engine.turn import InFlight, TextsInFlight
 from jaxserve.protocol.flight import Cell, FlightFile, flight_requests
-from jaxserve.protocol.messages import (
-    Cancel,
-    Embed,
-    EngineStatus,
-    GetStatus,
-    Goodbye,
-    StepStats,
-    Submit,
-    TokenSegment,
-)
+from jaxserve.protocol.messages import Cancel, Embed, GetStatus, Goodbye, Submit, TokenSegment
+from jaxserve.protocol.status import EngineStatus, StepStats
 from jaxserve.types import EmbeddingParams, FinishReason, SamplingParams
 from tests.engine.test_loop import ListServer
 from tests.fakes.embedder import NOT_FINITE, vector_of

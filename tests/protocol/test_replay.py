@@ -19,12 +19,12 @@ from jaxserve.protocol.messages import (
     ClientMessage,
     Drain,
     EngineMessage,
-    EngineStatus,
     Finished,
     SequenceRecord,
     Submit,
     TokenEvents,
 )
+from jaxserve.protocol.status import EngineStatus
 from jaxserve.protocol.streams import SequenceEvent
 from jaxserve.types import FinishReason, ModelInfo, SamplingParams, TokenLogprobs
 from tests.fakes.engine import fake_parts, oracle

@@ -29,8 +29,8 @@ from jaxserve.metering.meter import Meter
 from jaxserve.metering.power.power import Power, make_power
 from jaxserve.metering.prices import make_prices
 from jaxserve.metering.pricing import entry_of
-from jaxserve.protocol.messages import StepStats
 from jaxserve.protocol.records import RequestRecord
+from jaxserve.protocol.status import StepStats
 
 logger = logging.getLogger(__name__)
 

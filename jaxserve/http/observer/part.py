@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from prometheus_client.core import Metric
 
 from jaxserve.http.observer.messages import Answer, News, Question
-from jaxserve.protocol.messages import EngineStatus, StepStats
 from jaxserve.protocol.records import Begun, FirstToken, RequestRecord
+from jaxserve.protocol.status import EngineStatus, StepStats
 
 #: Answers a question that a worker passes on from a client.
 Ask = Callable[[Question], Awaitable[Answer]]

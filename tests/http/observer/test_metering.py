@@ -28,8 +28,9 @@ from jaxserve.metering.budgets import Budget
 from jaxserve.metering.entry import Entry, Line, LineKind
 from jaxserve.metering.prices import make_prices
 from jaxserve.metering.pricing import Rate
-from jaxserve.protocol.messages import SequenceRecord, StepStats
+from jaxserve.protocol.messages import SequenceRecord
 from jaxserve.protocol.records import RequestCost, RequestRecord
+from jaxserve.protocol.status import StepStats
 from tests.fakes.cost_observer import FILE
 from tests.http.storm import client_of, metric, ready, until
 from tests.http.test_serve import address_of, children, command, started
