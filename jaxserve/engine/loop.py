@@ -40,7 +40,7 @@ from jaxserve.config import EmbeddingsConfig, SchedulerConfig, StructuredConfig
 from jaxserve.engine.adapters import RequestAdapters
 from jaxserve.engine.attribution import Dividing, NoAttribution
 from jaxserve.engine.backlog import Backlog
-from jaxserve.engine.check import check_submit, request_number, resumed
+from jaxserve.engine.check import request_number
 from jaxserve.engine.embedding import Embedding
 from jaxserve.engine.garbage import Collector, NoCollector
 from jaxserve.engine.grammars import Grammars
@@ -51,6 +51,7 @@ from jaxserve.engine.probation import Probation
 from jaxserve.engine.recorder import NoRecorder, Recorder
 from jaxserve.engine.statistics import Statistics, prefill_tokens
 from jaxserve.engine.status import Status
+from jaxserve.engine.submission import submit_prompt
 from jaxserve.engine.turn import Batch, Executor, InFlight, TextsInFlight
 from jaxserve.errors import ConfigError, DeviceFailure, GrammarError, JaxserveError, Overloaded
 from jaxserve.protocol.messages import (
@@ -337,8 +338,10 @@ class Engine:
             if isinstance(message, Embed):
                 sequences = self._embedding.submit(client, message)
             else:
-                prompt = check_submit(message, self._model)
-                sequences = self._submit_prompt(client, message, prompt)
+                sequences = submit_prompt(
+                    self.scheduler, client, message, self._model, self._adapters
+                )
+                self._backlog.enter(sequences, message.priority, message.tenant, message.weight)
         except JaxserveError as error:
             self._lobby.refused(message)
             self._live.refuse(client, message, error)
@@ -351,25 +354,6 @@ class Engine:
         now_ns = time.monotonic_ns()
         for sequence, error in (*self.scheduler.take_shed(), *self._embedding.take_shed()):
             self._live.finish(sequence, now_ns, error)
-
-    def _submit_prompt(
-        self, client: Hashable, message: Submit, prompt: list[int]
-    ) -> list[Sequence]:
-        sequences = self.scheduler.submit(
-            [(client, sequence_id) for sequence_id in message.sequence_ids],
-            prompt,
-            message.sampling,
-            priority=message.priority,
-            tenant=message.tenant,
-            cache_salt=message.cache_salt,
-            weight=message.weight,
-            arrived_ns=message.arrived_ns,
-            request=request_number(message.request_key),
-            resumed=resumed(message),
-            adapter=self._adapters.use_of(message),
-        )
-        self._backlog.enter(sequences, message.priority, message.tenant, message.weight)
-        return sequences
 
     def cancel(self, client: Hashable, sequence_ids: list[int], reason: FinishReason) -> None:
         """Ends those of a client's sequences that still live."""
