@@ -39,7 +39,7 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no installation
 
-from benchmarks.no_device import MODEL, PAGE_SIZE, NoDevice, PowerShapes
+from benchmarks.no_device import MODEL, PAGE_SIZE, NoDevice
 from jaxserve.bench.stats import environment, json_line, median, percentile, ratio_interval, table
 from jaxserve.config import SchedulerConfig
 from jaxserve.engine.attribution import Attribution, WorkRates
@@ -50,6 +50,7 @@ from jaxserve.protocol.zmq import ZmqClient, ZmqServer
 from jaxserve.scheduler.copies import Schedulers
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.types import SamplingParams
+from tests.fakes.batch import DoublingShapes
 
 LIMIT_US = 8.0
 PROMPT_LEN = 16
@@ -191,7 +192,7 @@ def start_arm(
     scheduler = Schedulers(config, MODEL, page_size=PAGE_SIZE, num_pages=[rows * 256])
     address = f"ipc://{directory}/{name}"
     server = ZmqServer(address)
-    batch = Batches(PowerShapes(), rows)
+    batch = Batches(DoublingShapes(), rows)
     attribution = Attribution(WorkRates(), rows)
     device = NoDevice(step_s * decode_steps)
     engine = Engine(MODEL, scheduler, batch, device, server, attribution=attribution)
@@ -214,7 +215,7 @@ class Planner:
         self.scheduler = Scheduler(config, MODEL, page_size=PAGE_SIZE, num_pages=[rows * 256])
         self.plan_us: list[float] = []
         self._rows, self._target = rows, waiting
-        self._batch = Batches(PowerShapes(), rows)
+        self._batch = Batches(DoublingShapes(), rows)
         self._number = 0
         for part in range(0, rows, rows // self.MAX_TOKENS):  # their ends are spread over steps
             self._submit(rows // self.MAX_TOKENS, 1 + part * self.MAX_TOKENS // rows)

@@ -41,7 +41,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no installation
 
-from benchmarks.no_device import MODEL, AllowedTokens, PowerShapes
+from benchmarks.no_device import MODEL, AllowedTokens
 from benchmarks.turned import Turned
 from jaxserve.bench.plot import grouped_bars
 from jaxserve.bench.stats import (
@@ -71,6 +71,7 @@ from jaxserve.text.tools.tool import Tool, Toolbox
 from jaxserve.text.vocabulary import vocabulary_of
 from jaxserve.types import Grammar, ModelInfo, SamplingParams, Vocabulary
 from jaxserve.weights.sources import resolve
+from tests.fakes.batch import DoublingShapes
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMAS = ROOT / "tests" / "data" / "maskbench.jsonl"
@@ -311,7 +312,7 @@ def host(
     for name, grammar in _host_arms():
         parts = Parts(
             model=model,
-            batch=Batches(PowerShapes(), rows),
+            batch=Batches(DoublingShapes(), rows),
             executor=AllowedTokens(),
             page_size=16,
             num_pages=(4096,),
