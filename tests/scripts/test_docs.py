@@ -75,7 +75,7 @@ def test_the_configuration_page_is_up_to_date() -> None:
 
 
 def test_every_parameter_that_is_read_is_documented() -> None:
-    readers = "flag|integer|number|text|texts|mapping|token_ids|nested|take"
+    readers = "flag|integer|number|text|texts|texts_or_tokens|mapping|token_ids|nested|take"
     names = set()
     chat = ("sampling", "chat", "completions", "tokens", "responses")
     http = (f"http/{name}" for name in (*chat, "embeddings", "score", "texts"))
