@@ -216,10 +216,8 @@ class Fields:
         self.check_tokens(name, value, vocab_size)
         return tuple(value)
 
-    def texts_or_tokens(
-        self, name: str, vocab_size: int, limit: int, things: str
-    ) -> list[str] | list[list[int]]:
-        """One or several of what may be text or token ids, all of a kind.
+    def texts_or_tokens(self, name: str, vocab_size: int, limit: int, things: str) -> list[Any]:
+        """One or several texts, or lists of checked token ids; all of a kind.
 
         Args:
             limit: of several. things: what they are called.
