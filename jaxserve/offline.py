@@ -72,6 +72,9 @@ class LLM:
         overrides: settings by key ("max_rows=8", "max_context=1024"), with the section in front
             where several have the key ("weights__dtype='bfloat16'").
 
+    Attributes:
+        config: the settings, with the paths that were found.
+
     Raises:
         ConfigError: an unknown or wrong setting.
         WeightsError: the model cannot be loaded.
@@ -134,6 +137,7 @@ class LLM:
         self._dialect = make_dialect(template, tokenizer, config.tools)
         self._embedding_text = load_embedding_text(config.embeddings, tokenizer)
         self._engine = engine
+        self.config = config
         self._bars = show_progress
         #: Sequences at the engine at once: enough that none of its rows waits for us.
         self._window = max(1, min(2 * config.scheduler.max_rows, config.scheduler.max_waiting))
