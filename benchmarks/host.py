@@ -10,6 +10,7 @@ emitted, that of the clients by the events they took. Arms are interleaved round
     k1      one decode step a device call, one client
     k1x4    the same, four clients (HTTP workers)
     k4      four decode steps a call, one client
+    lora    as k1, with slots for LoRA adapters that nobody uses: at most 1% more than k1
 
 The target is < 8 µs a token in each. Beside them, planning: CPU time of `Scheduler.plan` with 256
 running sequences of which four end and four are let in each step, while 0, 100 and 10,000 wait;
@@ -42,9 +43,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no ins
 from benchmarks.no_device import MODEL, PAGE_SIZE, NoDevice
 from jaxserve.bench.stats import environment, json_line, median, percentile, ratio_interval, table
 from jaxserve.config import SchedulerConfig
+from jaxserve.engine.adapters import RequestAdapters
 from jaxserve.engine.attribution import Attribution, WorkRates
 from jaxserve.engine.batches import Batches
 from jaxserve.engine.loop import Engine
+from jaxserve.lora.host import HostAdapters, Ready
 from jaxserve.protocol.client import EngineClient, Stream
 from jaxserve.protocol.zmq import ZmqClient, ZmqServer
 from jaxserve.scheduler.copies import Schedulers
@@ -178,8 +181,19 @@ class Arm:
         self.client_us.append(client_ns / 1e3 / events)
 
 
+def no_adapter(key: str, path: Path) -> Ready:
+    """Nobody asks for one."""
+    raise AssertionError(f"adapter {key} at {path}")
+
+
 def start_arm(
-    name: str, directory: str, rows: int, decode_steps: int, num_clients: int, step_s: float
+    name: str,
+    directory: str,
+    rows: int,
+    decode_steps: int,
+    num_clients: int,
+    step_s: float,
+    adapter_slots: tuple[int, ...] = (),
 ) -> Arm:
     """An engine with its clients, connected."""
     config = SchedulerConfig(
@@ -189,13 +203,23 @@ def start_arm(
         max_waiting=rows,
         draft_tokens=0,  # tokens repeat themselves here: any draft would be right
     )
-    scheduler = Schedulers(config, MODEL, page_size=PAGE_SIZE, num_pages=[rows * 256])
+    scheduler = Schedulers(
+        *(config, MODEL),
+        page_size=PAGE_SIZE,
+        num_pages=[rows * 256],
+        adapter_slots=adapter_slots,
+    )
+    host = HostAdapters(no_adapter, largest_bytes=1, max_bytes=1) if adapter_slots else None
     address = f"ipc://{directory}/{name}"
     server = ZmqServer(address)
     batch = Batches(DoublingShapes(), rows)
     attribution = Attribution(WorkRates(), rows)
     device = NoDevice(step_s * decode_steps)
-    engine = Engine(MODEL, scheduler, batch, device, server, attribution=attribution)
+    engine = Engine(
+        *(MODEL, scheduler, batch, device, server),
+        attribution=attribution,
+        adapters=RequestAdapters(host),
+    )
     return Arm(name, engine, Clients(address, num_clients))
 
 
@@ -274,6 +298,7 @@ def main() -> None:
             start_arm("k1", directory, options.rows, 1, 1, step_s),
             start_arm("k1x4", directory, options.rows, 1, 4, step_s),
             start_arm("k4", directory, options.rows, 4, 1, step_s),
+            start_arm("lora", directory, options.rows, 1, 1, step_s, (8,)),
         ]
         planners = {waiting: Planner(options.rows, waiting) for waiting in (0, 100, 10_000)}
         profile = cProfile.Profile() if options.profile else None
@@ -309,7 +334,9 @@ def report(arms: Sequence[Arm], planners: dict[int, Planner], options: argparse.
     ]
     header = ["arm", "engine µs/token", "steady", "p99", "of the limit", "client µs/event"]
     print(table(header, rows))
-    print()
+    named = {arm.name: arm.engine_us for arm in arms}
+    lora = ratio_interval(named["lora"], named["k1"])
+    print("\nlora / k1: {:.4f} ({:.4f}–{:.4f})\n".format(*lora))
     flat = planners[0].plan_us
     print(
         table(
@@ -342,6 +369,7 @@ def report(arms: Sequence[Arm], planners: dict[int, Planner], options: argparse.
             }
             for arm in arms
         },
+        "lora_ratio": lora,
         "plan_us": {
             str(waiting): {
                 "median": median(planner.plan_us),
