@@ -170,12 +170,18 @@ def adapter_digest(directory: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def check_fits(adapter: Adapter, targets: Mapping[str, tuple[int, int]], embedding: str) -> None:
+def check_fits(
+    adapter: Adapter,
+    targets: Mapping[str, tuple[int, int]],
+    embedding: str,
+    settings: Mapping[str, str],
+) -> None:
     """Refuses an adapter for another base.
 
     Args:
         targets: of each module that may take a delta, its inputs and outputs.
         embedding: which of them is the table.
+        settings: by a part of a module's name, the setting without which it takes no delta.
 
     Raises:
         InvalidAdapter: it has modules that the base has not, or of other shapes.
@@ -183,9 +189,10 @@ def check_fits(adapter: Adapter, targets: Mapping[str, tuple[int, int]], embeddi
     for name, module in adapter.modules.items():
         if name not in targets:
             last = sorted({target.rsplit(".", 1)[-1] for target in targets})
+            wanted = next((settings[part] for part in name.split(".") if part in settings), None)
             raise InvalidAdapter(
                 f"the base model has no module {name!r:.200} that takes a delta; {', '.join(last)} "
-                "do"
+                "do" + (f", and others with {wanted}=true" if wanted else "")
             )
         shape = module.a.shape[1], module.b.shape[0]
         if shape != targets[name] or module.embedding != (name == embedding):
@@ -248,11 +255,17 @@ def _check_targets(config: PeftConfig, modules: Mapping[str, LoraModule]) -> Non
     """What the config targets is there: a file that lost some of its tensors is not whole."""
     if isinstance(config.target_modules, str):
         return
+    ends = {name[at:] for name in modules for at in _starts(name)}
     for target in config.target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
+        if target not in ends:
             raise InvalidAdapter(
                 f"target_modules names {target!r:.80}, but {WEIGHTS_FILE} has no matrices for it"
             )
+
+
+def _starts(name: str) -> list[int]:
+    """Where the parts of a module's name begin."""
+    return [0, *(at + 1 for at, character in enumerate(name) if character == ".")]
 
 
 def _check_frozen(frozen: Mapping[str, tuple[int, ...]], modules: Mapping[str, LoraModule]) -> None:

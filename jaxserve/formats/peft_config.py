@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,11 @@ def _patterns(document: dict[str, Any], name: str, kind: Any) -> dict[str, Any]:
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The first pattern that fits the end of the name, as peft looks it up."""
     for pattern, value in patterns.items():
-        if pattern == module or re.match(rf"(.*\.)?({pattern})$", module):
+        if pattern == module or _end(pattern).match(module):
             return value
     return default
+
+
+@lru_cache(maxsize=_MAX_PATTERNS)
+def _end(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")

@@ -131,7 +131,7 @@ def test_blocks(slots: list[int], num_slots: int) -> None:
     blocks = blocks_of(jnp.asarray(slots, jnp.int32), num_slots)
     tokens, places = np.asarray(blocks.tokens), np.asarray(blocks.places)
     num_live = int(blocks.num_blocks)
-    assert tokens.shape == (most_blocks(len(slots), num_slots), block_size(len(slots)))
+    assert tokens.shape == (most_blocks(len(slots), num_slots), block_size(len(slots), num_slots))
     assert num_live <= len(tokens)
     assert (tokens[num_live:] == len(slots)).all()
     seen = []
