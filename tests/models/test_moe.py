@@ -39,7 +39,9 @@ def mlp_of(moe: MoeSpec = MOE, options: ModelOptions | None = None) -> MixtureML
 
 def run(mlp: MixtureMLP, x: np.ndarray, num_live: int) -> np.ndarray:
     """The mixture of some tokens, of which the first are live."""
-    inputs: Any = type("Inputs", (), {"num_live": jnp.int32(num_live), "stack_index": None})()
+    inputs: Any = type(
+        "Inputs", (), {"num_live": jnp.int32(num_live), "stack_index": None, "deltas": None}
+    )()
     return np.asarray(mlp(jnp.asarray(x, mlp.options.activations), inputs), np.float32)
 
 
