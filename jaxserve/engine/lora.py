@@ -16,7 +16,7 @@ from jaxserve.device.memory import Memory
 from jaxserve.engine.adapters import RequestAdapters
 from jaxserve.engine.hopper import compute_capability, no_hopper
 from jaxserve.errors import ConfigError, InvalidAdapter
-from jaxserve.formats.peft import adapter_digest, read_adapter
+from jaxserve.formats.peft import adapter_digest, read_adapter, read_ranks
 from jaxserve.lora.host import HostAdapters, Ready
 from jaxserve.models.adapters import AdapterLayout
 from jaxserve.models.decoder import Decoder
@@ -251,5 +251,11 @@ def request_adapters(config: LoraConfig, slots: AdapterSlots | None) -> RequestA
         num_bytes = sum(array.nbytes for pair in arrays.values() for array in pair)
         return Ready(rank_class=index, arrays=arrays, num_bytes=num_bytes)
 
+    def measure(path: Path) -> int:
+        ranks = read_ranks(path)
+        rank = next((own.rank for own in classes if own.rank >= max(ranks.values())), 0)
+        return layout.num_bytes(rank, layout.parts_of(ranks))
+
     largest = layout.num_bytes(classes[-1].rank)
-    return RequestAdapters(HostAdapters(load, largest_bytes=largest, max_bytes=config.host_bytes))
+    host = HostAdapters(load, measure, largest_bytes=largest, max_bytes=config.host_bytes)
+    return RequestAdapters(host)

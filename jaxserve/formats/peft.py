@@ -96,17 +96,8 @@ def read_adapter(directory: Path, *, max_rank: int) -> Adapter:
             than `max_rank`, a rank that the config does not say, or values that are not finite;
             the config targets what the file does not hold, or asks for what is not done.
     """
-    config = read_config(directory / CONFIG_FILE)
+    config, file = _open(directory)
     path = directory / WEIGHTS_FILE
-    if not path.is_file():
-        others = (directory / "adapter_model.bin").is_file()
-        raise InvalidAdapter(
-            f"{path} is missing" + (": save the adapter with safetensors" if others else "")
-        )
-    try:
-        file = SafetensorsFile(path)
-    except WeightsError as error:
-        raise InvalidAdapter(error.message) from error
     found: dict[str, dict[str, str]] = {}
     embeddings, frozen = set(), []
     for name in sorted(file.names()):
@@ -127,6 +118,20 @@ def read_adapter(directory: Path, *, max_rank: int) -> Adapter:
     _check_targets(config, modules)
     _check_frozen({name: file.shape(name) for name in frozen}, modules)
     return Adapter(config=config, modules=modules)
+
+
+def read_ranks(directory: Path) -> dict[str, int]:
+    """The rank that an adapter's config says of each module; reads no matrices.
+
+    Raises:
+        InvalidAdapter: as `read_adapter`, as far as that shows.
+    """
+    config, file = _open(directory)
+    places = (_place(name) for name in file.names())
+    ranks = {place[0]: config.rank_of(place[0]) for place in places if place is not None}
+    if not ranks:
+        raise InvalidAdapter(f"{directory / WEIGHTS_FILE} holds no LoRA matrices")
+    return ranks
 
 
 def write_adapter(directory: Path, adapter: Adapter) -> None:
@@ -200,6 +205,20 @@ def check_fits(
                 f"module {name} is {shape[0]} to {shape[1]} in the adapter, in the base model "
                 f"{targets[name][0]} to {targets[name][1]}: it was made for another base"
             )
+
+
+def _open(directory: Path) -> tuple[PeftConfig, SafetensorsFile]:
+    config = read_config(directory / CONFIG_FILE)
+    path = directory / WEIGHTS_FILE
+    if not path.is_file():
+        others = (directory / "adapter_model.bin").is_file()
+        raise InvalidAdapter(
+            f"{path} is missing" + (": save the adapter with safetensors" if others else "")
+        )
+    try:
+        return config, SafetensorsFile(path)
+    except WeightsError as error:
+        raise InvalidAdapter(error.message) from error
 
 
 def _place(name: str) -> tuple[str, str, bool] | None:

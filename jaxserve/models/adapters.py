@@ -188,6 +188,15 @@ class AdapterLayout:
         elements = sum(math.prod(shape) for name in sites for shape in shapes[name])
         return elements * self.dtype.itemsize
 
+    def parts_of(self, modules: Collection[str]) -> list[str]:
+        """Those of `PARTS` that an adapter with these modules has arrays for."""
+        has = {
+            "layers": True,
+            "experts": any(".experts." in name for name in modules),
+            "vocabulary": self._embed in modules or self._head in modules,
+        }
+        return [part for part in self.parts if has[part]]
+
     def arrays(self, adapter: Adapter, rank: int) -> SiteArrays:
         """An adapter's arrays for a slot of a class; experts' and vocabulary's if it has such.
 

@@ -33,6 +33,8 @@ SMALL = (
     f"parallel.connect_timeout_s={TIMEOUT_S}",
     "parallel.lost_after_s=3",
 )
+#: Of ranks up to 7, which the adapters that are served have.
+LORA = ("lora.enabled=true", "lora.classes=4x2,8x1")
 #: Of these the fewest programs.
 TINY = ("scheduler.max_rows=1", "scheduler.decode_steps=1")
 #: A loss ends every engine within this time, of which 3 s are silence.
@@ -107,10 +109,10 @@ def two_hosts(*settings: str) -> list[list[str]]:
     return [[*common, f"parallel.host={host}"] for host in (0, 1)]
 
 
-def start(how_often: str, *settings: str) -> list[Program]:
+def start(how_often: str, *settings: str, model: str = MODEL) -> list[Program]:
     """Both hosts' engines, without a front end."""
     return [
-        Program("tests.device.several", how_often, MODEL, "2", *own) for own in two_hosts(*settings)
+        Program("tests.device.several", how_often, model, "2", *own) for own in two_hosts(*settings)
     ]
 
 
@@ -127,6 +129,24 @@ def test_two_hosts_are_as_one(cache: str, data: int) -> None:
     alone = Program("tests.device.several", "once", MODEL, "4", *SMALL, cache, *mesh)
     with running(alone):
         assert_equal({"mesh": found, "one": json.loads(alone.line("{"))}, 2e-5)
+
+
+@pytest.mark.slow
+def test_adapters_are_loaded_on_both_hosts(cache: str) -> None:
+    """While they serve: those of experts too, which each device has a part of."""
+    model = str(ORACLE / "mixtral")
+    mesh = ["parallel.expert=2", "parallel.model=2", "lora.experts=true", *LORA, *TINY]
+    hosts = start("once", cache, *mesh, model=model)
+    with running(*hosts):
+        found: dict[str, Any] = json.loads(hosts[0].line("{"))
+        assert [host.ends_with() for host in hosts] == [0, 4]
+        assert "host 0 was lost: it was told to end" in hosts[1].log
+    alone = Program("tests.device.several", "once", model, "4", *SMALL, cache, *mesh)
+    with running(alone):
+        expected = json.loads(alone.line("{"))
+        assert alone.ends_with() == 0
+    assert_equal({"mesh": found, "one": expected}, 2e-5)
+    assert found["joins"] == expected["joins"] == 8  # of 10 requests
 
 
 @pytest.mark.slow
