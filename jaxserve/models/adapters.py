@@ -57,7 +57,6 @@ PARTS: dict[str, tuple[str, ...]] = {
     "experts": tuple(EXPERT_SITES),
     "vocabulary": VOCABULARY_SITES,
 }
-_TABLES = ("embed_tokens", "lm_head")
 
 #: A site's a and b, as numpy arrays or shapes, without the axis of slots.
 SiteArrays = dict[str, tuple[Any, Any]]
@@ -114,7 +113,9 @@ class AdapterLayout:
         self.experts = experts and spec.moe is not None
         has = {"layers": True, "experts": self.experts, "vocabulary": vocabulary}
         self.parts = tuple(part for part in PARTS if has[part])
-        self.settings = {} if vocabulary else dict.fromkeys(_TABLES, "lora.vocabulary")
+        self.settings: dict[str, str] = {}
+        if not vocabulary:
+            self.settings |= dict.fromkeys(("embed_tokens", "lm_head"), "lora.vocabulary")
         if spec.moe is not None and not experts:
             self.settings["experts"] = "lora.experts"
         self.dtype = jnp.dtype(model.options.activations)

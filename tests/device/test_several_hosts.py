@@ -34,7 +34,7 @@ SMALL = (
     "parallel.lost_after_s=3",
 )
 #: Of ranks up to 7, which the adapters that are served have.
-LORA = ("lora.enabled=true", "lora.classes=4x2,8x1")
+LORA = ("lora.enabled=true", "lora.classes=8x3")
 #: Of these the fewest programs.
 TINY = ("scheduler.max_rows=1", "scheduler.decode_steps=1")
 #: A loss ends every engine within this time, of which 3 s are silence.

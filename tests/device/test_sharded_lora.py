@@ -18,6 +18,7 @@ FEW = (
     "scheduler.max_rows=2",
     "scheduler.max_step_tokens=8",
     "lora.vocabulary=false",
+    "lora.classes=8x3",
 )
 
 
@@ -31,14 +32,11 @@ def test_adapters_on_a_mesh(case: str, mesh: tuple[int, int, int], tmp_path: Pat
     check(case, mesh, tmp_path, "scheduler.decode_steps=1")
 
 
+@pytest.mark.slow
 @pytest.mark.in_turn
 @pytest.mark.parametrize(
     ("case", "mesh"),
-    [
-        ("mixtral", (1, 4, 2)),
-        pytest.param("qwen3_moe", (2, 2, 2), marks=pytest.mark.slow),
-        pytest.param("qwen3_moe_mixed", (1, 4, 2), marks=pytest.mark.slow),
-    ],
+    [("mixtral", (1, 4, 2)), ("qwen3_moe", (2, 2, 2)), ("qwen3_moe_mixed", (1, 4, 2))],
 )
 def test_experts_on_a_mesh(case: str, mesh: tuple[int, int, int], tmp_path: Path) -> None:
     """Each device has the deltas of its own experts, or of its own columns of them; or of all."""

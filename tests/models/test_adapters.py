@@ -240,13 +240,13 @@ def test_bytes_are_counted(case: str) -> None:
     assert slots.num_bytes == expected + flags
     by_part = bytes_by_part(layout, CLASSES, mesh)
     assert sum(by_part.values()) == expected
+    apart = AbstractMesh((1, 4, 2), ("data", "expert", "model"))
+    shared = bytes_by_part(layout, CLASSES, apart)
     if case == "mixtral":  # 2 layers of 8 experts of 3 matrices, 64 by 48
         ranks = sum(own.rank * own.num_slots for own in CLASSES)
         assert by_part["experts"] == 4 * ranks * 2 * 8 * 3 * (64 + 48)
-    apart = AbstractMesh((1, 4, 2), ("data", "expert", "model"))
-    shared = bytes_by_part(layout, CLASSES, apart)
-    if case == "mixtral":  # experts over 4, and one side of each matrix over 2
-        assert shared["experts"] == 4 * ranks * 2 * 2 * (3 * 64 + 3 * 24)
+        # Experts over 4 devices, and one side of each matrix over 2.
+        assert shared["experts"] == 4 * ranks * 2 * 2 * 3 * (64 + 24)
     assert shared["layers"] < by_part["layers"]
 
 
