@@ -117,7 +117,7 @@ def start(how_often: str, *settings: str, model: str = MODEL) -> list[Program]:
 
 
 @pytest.mark.slow
-@pytest.mark.in_turn
+@pytest.mark.in_turn("two hosts")
 @pytest.mark.parametrize("data", [1, 2])
 def test_two_hosts_are_as_one(cache: str, data: int) -> None:
     mesh = [f"parallel.data={data}", f"parallel.model={4 // data}"]
@@ -132,6 +132,7 @@ def test_two_hosts_are_as_one(cache: str, data: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.in_turn("two hosts")
 def test_adapters_are_loaded_on_both_hosts(cache: str) -> None:
     """While they serve: those of experts too, which each device has a part of."""
     model = str(ORACLE / "mixtral")

@@ -23,7 +23,7 @@ FEW = (
 
 
 @pytest.mark.slow
-@pytest.mark.in_turn
+@pytest.mark.in_turn("on a mesh")
 @pytest.mark.parametrize(
     ("case", "mesh"), [("llama3", (2, 1, 4)), ("qwen2_tied", (1, 2, 4)), ("gemma2", (8, 1, 1))]
 )
@@ -33,7 +33,7 @@ def test_adapters_on_a_mesh(case: str, mesh: tuple[int, int, int], tmp_path: Pat
 
 
 @pytest.mark.slow
-@pytest.mark.in_turn
+@pytest.mark.in_turn("on a mesh")
 @pytest.mark.parametrize(
     ("case", "mesh"),
     [("mixtral", (1, 4, 2)), ("qwen3_moe", (2, 2, 2)), ("qwen3_moe_mixed", (1, 4, 2))],

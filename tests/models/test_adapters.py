@@ -161,14 +161,10 @@ def test_mixture(case: str, tmp_path: Path) -> None:
     check(case, MIXTURE, tmp_path)
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize(
     ("case", "options"),
-    [
-        ("mixtral", MIXTURE),
-        ("qwen3_moe", SCANNED),
-        pytest.param("qwen3_moe_mixed", SCANNED, marks=pytest.mark.slow),
-        pytest.param("mixtral", XLA, marks=pytest.mark.slow),
-    ],
+    [("mixtral", MIXTURE), ("qwen3_moe", SCANNED), ("qwen3_moe_mixed", SCANNED), ("mixtral", XLA)],
 )
 def test_experts(case: str, options: ModelOptions, tmp_path: Path) -> None:
     """Deltas of experts and of the router."""

@@ -37,11 +37,10 @@ def mlp_of(moe: MoeSpec = MOE, options: ModelOptions | None = None) -> MixtureML
     return MixtureMLP(spec_of(moe), options or ModelOptions(), nnx.Rngs(3))
 
 
-def run(mlp: MixtureMLP, x: np.ndarray, num_live: int) -> np.ndarray:
+def run(mlp: MixtureMLP, x: np.ndarray, num_live: int, deltas: Any = None) -> np.ndarray:
     """The mixture of some tokens, of which the first are live."""
-    inputs: Any = type(
-        "Inputs", (), {"num_live": jnp.int32(num_live), "stack_index": None, "deltas": None}
-    )()
+    fields = {"num_live": jnp.int32(num_live), "stack_index": None, "deltas": deltas}
+    inputs: Any = type("Inputs", (), fields)()
     return np.asarray(mlp(jnp.asarray(x, mlp.options.activations), inputs), np.float32)
 
 
