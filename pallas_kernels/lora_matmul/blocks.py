@@ -115,7 +115,7 @@ def _tiles(slot_T: Int[Array, "T"], num_slots: int) -> TokenTiles:
 
 def block_size(num_tokens: int, num_slots: int) -> int:
     """B: tokens of a block, by the tokens of a step; small where they may go to very many slots."""
-    size, share = _LEAST, max(8, num_slots // 4)
+    size, share = _LEAST, max(8, num_slots)
     while size < _MOST and share * size < num_tokens:
         size *= 2
     return size
