@@ -18,8 +18,10 @@ from typing import Any
 import httpx
 import pytest
 
+from jaxserve.formats.peft import write_adapter
 from tests.device.sharded import SETTINGS
 from tests.device.test_sharded import assert_equal
+from tests.lora.adapters import random_adapter
 from tests.models.loading import ORACLE
 
 TIMEOUT_S = 240
@@ -174,18 +176,26 @@ def test_a_lost_host_ends_the_other(
 
 
 @pytest.mark.slow
-def test_hosts_come_together_again(cache: str) -> None:
+def test_hosts_come_together_again(cache: str, tmp_path: Path) -> None:
+    """An adapter that was loaded meanwhile answers as before, too."""
+    modules = {f"model.layers.{layer}.self_attn.q_proj": (64, 64) for layer in range(3)}
+    write_adapter(tmp_path, random_adapter(modules, 4, seed=0, scale=0.5))
     body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "seed": 1}
     common = [f"model.path={MODEL}", "engine=jaxserve.engine.process", "http.port=0", cache]
     hosts = [
         Program("tests.fakes.serve", *common, *own, JAX_NUM_CPU_DEVICES="2")
-        for own in two_hosts(*TINY)
+        for own in two_hosts(*TINY, *LORA)
     ]
     with running(*hosts):
         follower = hosts[1].line("/live and /ready of host 1 on ").split()[-1]
         assert httpx.get(f"{follower}/live", timeout=TIMEOUT_S).status_code == 200
         base = hosts[0].line("ready on http").split()[-1]
         answer = completion(base, body)
+        load = {"lora_name": "mine", "lora_path": str(tmp_path)}
+        loaded = httpx.post(f"{base}/v1/load_lora_adapter", json=load, timeout=TIMEOUT_S)
+        assert loaded.status_code == 200, loaded.text
+        adapted = completion(base, body | {"model": "mine"})
+        assert adapted != answer
         assert httpx.get(f"{follower}/ready", timeout=TIMEOUT_S).status_code == 200
         (engine,) = children(hosts[1].process.pid)
         os.kill(engine, signal.SIGKILL)
@@ -197,6 +207,7 @@ def test_hosts_come_together_again(cache: str) -> None:
             seen[found.status_code] = found.json()["status"]
         assert hosts[0].line("ready on http").split()[-1] == base
         assert completion(base, body) == answer
+        assert completion(base, body | {"model": "mine"}) == adapted
         for host in hosts:
             host.process.send_signal(signal.SIGTERM)
         assert [host.ends_with() for host in hosts] == [0, 0]
