@@ -50,7 +50,8 @@ _REFUSED = {
     "trainable_token_indices": "single rows of the table are not swapped: target embed_tokens",
     "alora_invocation_tokens": "an adapter holds for the whole sequence here",
     "use_qalora": "its pooled inputs are not computed: train with use_qalora=false",
-    "target_parameters": "only linear layers, embed_tokens and lm_head take deltas here",
+    "target_parameters": "only linear layers, embed_tokens and lm_head take deltas here; experts "
+    "do as modules of their own, which they are in transformers 4",
     "ensure_weight_tying": "table and head take deltas of their own here",
 }
 #: Ways to start training that leave the base as it is; the others subtract from it.
