@@ -35,6 +35,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
@@ -47,7 +48,7 @@ from jaxserve.engine.adapters import RequestAdapters
 from jaxserve.engine.attribution import Attribution, WorkRates
 from jaxserve.engine.batches import Batches
 from jaxserve.engine.loop import Engine
-from jaxserve.lora.host import HostAdapters, Ready
+from jaxserve.lora.host import HostAdapters
 from jaxserve.protocol.client import EngineClient, Stream
 from jaxserve.protocol.zmq import ZmqClient, ZmqServer
 from jaxserve.scheduler.copies import Schedulers
@@ -181,9 +182,9 @@ class Arm:
         self.client_us.append(client_ns / 1e3 / events)
 
 
-def no_adapter(key: str, path: Path) -> Ready:
+def no_adapter(*asked: object) -> Any:
     """Nobody asks for one."""
-    raise AssertionError(f"adapter {key} at {path}")
+    raise AssertionError(f"an adapter: {asked}")
 
 
 def start_arm(
@@ -209,7 +210,9 @@ def start_arm(
         num_pages=[rows * 256],
         adapter_slots=adapter_slots,
     )
-    host = HostAdapters(no_adapter, largest_bytes=1, max_bytes=1) if adapter_slots else None
+    host = None
+    if adapter_slots:
+        host = HostAdapters(no_adapter, no_adapter, largest_bytes=1, max_bytes=1)
     address = f"ipc://{directory}/{name}"
     server = ZmqServer(address)
     batch = Batches(DoublingShapes(), rows)
