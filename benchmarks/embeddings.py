@@ -190,7 +190,7 @@ def turn_cost(llm: LLM, turns: int = 5_000) -> float:
         num_pages=(64,),
         embedding=found._embedding._parts,
     )
-    engine = build_engine(llm._config, ThreadRoad().server, parts)
+    engine = build_engine(llm.config, ThreadRoad().server, parts)
     calls = {"turn": engine._launch_next, "plan": engine.scheduler.plan}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(30):
@@ -205,7 +205,7 @@ def turn_cost(llm: LLM, turns: int = 5_000) -> float:
 def beside(llm: LLM, texts: list[str], rounds: int) -> dict[str, Any]:
     """Generation alone, and while texts are embedded all the time by another client."""
     alone = [gap for turn in range(rounds) for gap in generate(llm, f"alone {turn}")]
-    other = LLM.over(llm._engine, llm._config, llm.tokenizer)
+    other = LLM.over(llm._engine, llm.config, llm.tokenizer)
     stopping, embedded = threading.Event(), [0]
 
     def embed() -> None:
@@ -287,7 +287,7 @@ def main() -> int:
     arguments = parser.parse_args()
     texts = make_texts(arguments.texts)
     with LLM(**SETTINGS) as without, LLM(embeddings__model="minilm", **SETTINGS) as llm:
-        directory = resolve_encoder(llm._config).model
+        directory = resolve_encoder(llm.config).model
         peer = Peer(arguments.peer, directory) if arguments.peer else None
         results = {
             "throughput": throughput(llm, peer, texts, arguments.rounds),

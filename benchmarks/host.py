@@ -10,6 +10,7 @@ emitted, that of the clients by the events they took. Arms are interleaved round
     k1      one decode step a device call, one client
     k1x4    the same, four clients (HTTP workers)
     k4      four decode steps a call, one client
+    lora    as k1, with slots for LoRA adapters that nobody uses: at most 1% more than k1
 
 The target is < 8 µs a token in each. Beside them, planning: CPU time of `Scheduler.plan` with 256
 running sequences of which four end and four are let in each step, while 0, 100 and 10,000 wait;
@@ -34,22 +35,26 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no installation
 
-from benchmarks.no_device import MODEL, PAGE_SIZE, NoDevice, PowerShapes
+from benchmarks.no_device import MODEL, PAGE_SIZE, NoDevice
 from jaxserve.bench.stats import environment, json_line, median, percentile, ratio_interval, table
 from jaxserve.config import SchedulerConfig
+from jaxserve.engine.adapters import RequestAdapters
 from jaxserve.engine.attribution import Attribution, WorkRates
 from jaxserve.engine.batches import Batches
 from jaxserve.engine.loop import Engine
+from jaxserve.lora.host import HostAdapters
 from jaxserve.protocol.client import EngineClient, Stream
 from jaxserve.protocol.zmq import ZmqClient, ZmqServer
 from jaxserve.scheduler.copies import Schedulers
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.types import SamplingParams
+from tests.fakes.batch import DoublingShapes
 
 LIMIT_US = 8.0
 PROMPT_LEN = 16
@@ -177,8 +182,19 @@ class Arm:
         self.client_us.append(client_ns / 1e3 / events)
 
 
+def no_adapter(*asked: object) -> Any:
+    """Nobody asks for one."""
+    raise AssertionError(f"an adapter: {asked}")
+
+
 def start_arm(
-    name: str, directory: str, rows: int, decode_steps: int, num_clients: int, step_s: float
+    name: str,
+    directory: str,
+    rows: int,
+    decode_steps: int,
+    num_clients: int,
+    step_s: float,
+    adapter_slots: tuple[int, ...] = (),
 ) -> Arm:
     """An engine with its clients, connected."""
     config = SchedulerConfig(
@@ -188,13 +204,25 @@ def start_arm(
         max_waiting=rows,
         draft_tokens=0,  # tokens repeat themselves here: any draft would be right
     )
-    scheduler = Schedulers(config, MODEL, page_size=PAGE_SIZE, num_pages=[rows * 256])
+    scheduler = Schedulers(
+        *(config, MODEL),
+        page_size=PAGE_SIZE,
+        num_pages=[rows * 256],
+        adapter_slots=adapter_slots,
+    )
+    host = None
+    if adapter_slots:
+        host = HostAdapters(no_adapter, no_adapter, largest_bytes=1, max_bytes=1)
     address = f"ipc://{directory}/{name}"
     server = ZmqServer(address)
-    batch = Batches(PowerShapes(), rows)
+    batch = Batches(DoublingShapes(), rows)
     attribution = Attribution(WorkRates(), rows)
     device = NoDevice(step_s * decode_steps)
-    engine = Engine(MODEL, scheduler, batch, device, server, attribution=attribution)
+    engine = Engine(
+        *(MODEL, scheduler, batch, device, server),
+        attribution=attribution,
+        adapters=RequestAdapters(host),
+    )
     return Arm(name, engine, Clients(address, num_clients))
 
 
@@ -214,7 +242,7 @@ class Planner:
         self.scheduler = Scheduler(config, MODEL, page_size=PAGE_SIZE, num_pages=[rows * 256])
         self.plan_us: list[float] = []
         self._rows, self._target = rows, waiting
-        self._batch = Batches(PowerShapes(), rows)
+        self._batch = Batches(DoublingShapes(), rows)
         self._number = 0
         for part in range(0, rows, rows // self.MAX_TOKENS):  # their ends are spread over steps
             self._submit(rows // self.MAX_TOKENS, 1 + part * self.MAX_TOKENS // rows)
@@ -273,6 +301,7 @@ def main() -> None:
             start_arm("k1", directory, options.rows, 1, 1, step_s),
             start_arm("k1x4", directory, options.rows, 1, 4, step_s),
             start_arm("k4", directory, options.rows, 4, 1, step_s),
+            start_arm("lora", directory, options.rows, 1, 1, step_s, (8,)),
         ]
         planners = {waiting: Planner(options.rows, waiting) for waiting in (0, 100, 10_000)}
         profile = cProfile.Profile() if options.profile else None
@@ -308,7 +337,9 @@ def report(arms: Sequence[Arm], planners: dict[int, Planner], options: argparse.
     ]
     header = ["arm", "engine µs/token", "steady", "p99", "of the limit", "client µs/event"]
     print(table(header, rows))
-    print()
+    named = {arm.name: arm.engine_us for arm in arms}
+    lora = ratio_interval(named["lora"], named["k1"])
+    print("\nlora / k1: {:.4f} ({:.4f}–{:.4f})\n".format(*lora))
     flat = planners[0].plan_us
     print(
         table(
@@ -341,6 +372,7 @@ def report(arms: Sequence[Arm], planners: dict[int, Planner], options: argparse.
             }
             for arm in arms
         },
+        "lora_ratio": lora,
         "plan_us": {
             str(waiting): {
                 "median": median(planner.plan_us),

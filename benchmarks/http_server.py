@@ -50,15 +50,9 @@ from jaxserve.config import HttpConfig
 from jaxserve.http.app import create_app
 from jaxserve.http.server import Server
 from jaxserve.protocol.client import EngineClient
-from jaxserve.protocol.messages import (
-    EngineStatus,
-    Finished,
-    GetStatus,
-    SequenceRecord,
-    Submit,
-    TokenEvents,
-)
+from jaxserve.protocol.messages import Finished, GetStatus, SequenceRecord, Submit, TokenEvents
 from jaxserve.protocol.parent import follow_parent
+from jaxserve.protocol.status import EngineStatus
 from jaxserve.protocol.zmq import ZmqClient, ZmqServer
 from jaxserve.types import FinishReason, ModelInfo
 from tests.fakes.tokenizer import CHAT_TEMPLATE, ByteTokenizer

@@ -34,8 +34,9 @@ from jaxserve.bench.stats import environment, json_line, median, percentile, tab
 from jaxserve.config import TelemetryConfig  # noqa: E402
 from jaxserve.http.metrics import Metrics  # noqa: E402
 from jaxserve.http.observer.messages import TO_OBSERVER, Report  # noqa: E402
-from jaxserve.protocol.messages import EngineStatus, SequenceRecord, StepStats  # noqa: E402
+from jaxserve.protocol.messages import SequenceRecord  # noqa: E402
 from jaxserve.protocol.records import Asked, RequestRecord  # noqa: E402
+from jaxserve.protocol.status import EngineStatus, StepStats  # noqa: E402
 from jaxserve.types import DeviceInfo, ModelInfo  # noqa: E402
 
 ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/responses")

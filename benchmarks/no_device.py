@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.device.step import Program, StepInputs, StepOutputs
+from jaxserve.device.step import StepInputs, StepOutputs
 from jaxserve.types import CacheGroup, ModelInfo
 
 PAGE_SIZE = 16
@@ -20,26 +20,6 @@ MODEL = ModelInfo(
     eos_token_ids=(2,),
     cache_groups=(CacheGroup(kind="full", layers=(0,), num_kv_heads=1, head_dim=1),),
 )
-
-
-class PowerShapes:
-    """Programs of every power of two."""
-
-    def choose(
-        self,
-        num_rows: int,
-        num_tokens: int,
-        decode_steps: int,
-        prompt_logprobs: bool,
-        drafts: bool,
-        adapters: bool,
-    ) -> Program:
-        """See `engine.batch.Shapes`."""
-        rows = 1 << (num_rows - 1).bit_length()
-        tokens = rows if num_tokens == num_rows else max(1 << num_tokens.bit_length(), 2 * rows)
-        return Program(
-            num_rows=rows, num_tokens=tokens, decode_steps=decode_steps, adapters=adapters
-        )
 
 
 class NoDevice:

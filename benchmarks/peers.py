@@ -14,6 +14,7 @@ interval over the rounds; how many of the first sequence's greedy tokens equal f
 Commands:
     python benchmarks/peers.py --install            # makes .cache/peers/{llama,torch}, once
     python benchmarks/peers.py --rounds 7 --table docs/peers.md --plot docs/peers.svg
+    python benchmarks/peers.py --only jaxserve --also-at before:FOLDER     # what a change did
     (--llama-python, --torch-python, --vllm-python name Pythons that have the peers already)
 """
 
@@ -40,7 +41,7 @@ from jaxserve.bench import stats  # noqa: E402
 from jaxserve.bench.plot import grouped_bars  # noqa: E402
 from jaxserve.bench.roofline import Roofline  # noqa: E402
 
-WORKERS = ROOT / "benchmarks" / "peer_workers"
+WORKERS = Path("benchmarks", "peer_workers")
 INSTALLED = ROOT / ".cache" / "peers"
 PACKAGES = {
     "llama": ["llama-cpp-python==0.3.36"],
@@ -73,11 +74,13 @@ class Peer:
     outputs: dict[Case, list[int]] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, name: str, python: str, script: str, arguments: list[str]) -> Peer:
-        """Starts a worker; it loads its model until `hello`."""
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)} if name.startswith(OURS) else None
+    def start(
+        cls, name: str, python: str, script: str, arguments: list[str], root: Path = ROOT
+    ) -> Peer:
+        """Starts a worker of a checkout; it loads its model until `hello`."""
+        environment = {**os.environ, "PYTHONPATH": str(root)} if name.startswith(OURS) else None
         process = subprocess.Popen(
-            [python, str(WORKERS / script), *arguments],
+            [python, str(root / WORKERS / script), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -172,6 +175,13 @@ def parse_arguments() -> argparse.Namespace:
         metavar="NAME:SETTING[,SETTING]",
         help="this engine once more, with other settings, as jaxserve NAME",
     )
+    parser.add_argument(
+        "--also-at",
+        action="append",
+        default=[],
+        metavar="NAME:FOLDER",
+        help="this engine once more, from another checkout, as jaxserve NAME",
+    )
     parser.add_argument("--table", help="file for the Markdown table")
     parser.add_argument("--plot", help="file for the SVG picture")
     return parser.parse_args()
@@ -209,6 +219,11 @@ def start_peers(arguments: argparse.Namespace, file: Path, max_rows: int):
         peers.append(
             (f"{OURS} {name}", python, ours, [model, threads, *settings, *more.split(",")])
         )
+    roots = {}
+    for named in arguments.also_at:
+        name, _, folder = named.partition(":")
+        peers.append((f"{OURS} {name}", python, ours, [model, threads, *settings]))
+        roots[f"{OURS} {name}"] = Path(folder).resolve()
     f16 = "llama.cpp F16"
     peers += [
         (f"llama.cpp {quantization(file)}", arguments.llama_python, llama, [model]),
@@ -231,7 +246,7 @@ def start_peers(arguments: argparse.Namespace, file: Path, max_rows: int):
             continue
         if script == llama:
             words = [str(f16_file(file)) if name == f16 else model, *llama_arguments]
-        yield Peer.start(name, executable, script, words)
+        yield Peer.start(name, executable, script, words, roots.get(name, ROOT))
 
 
 def quantization(file: Path) -> str:
@@ -309,6 +324,7 @@ def make_record(
     exact = next((p for p in peers if p.name == "transformers float32"), peers[0])
     ours = next((p for p in peers if p.name == OURS), None)
     others = [peer for peer in peers if not peer.name.startswith(OURS)]
+    others = others or [peer for peer in peers if peer is not ours]
     rows = [
         {
             "name": peer.name,
@@ -356,7 +372,7 @@ def render(record: dict[str, Any]) -> str:
     if record["ratio_to_best_peer"]:
         ratios = [record["ratio_to_best_peer"][name] for name in names]
         cells = [f"{r['ratio']:.2f} ({r['low']:.2f}-{r['high']:.2f})" for r in ratios]
-        body.append([f"{OURS} / best peer", *cells, ""])
+        body.append([f"{OURS} / best other", *cells, ""])
     lines = [
         f"Tokens/s, median of {record['rounds']} interleaved rounds; decoding {record['steps']} "
         f"steps from position {record['context']}, greedy. Last column: greedy tokens of one "

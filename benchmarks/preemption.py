@@ -41,7 +41,8 @@ from jaxserve.engine.machine import devices, model_options
 from jaxserve.engine.parts import Parts
 from jaxserve.engine.process import build_engine
 from jaxserve.models.decoder import Decoder
-from jaxserve.protocol.messages import GetStatus, StepStats, Submit, TokenEvents, TokenSegment
+from jaxserve.protocol.messages import GetStatus, Submit, TokenEvents, TokenSegment
+from jaxserve.protocol.status import StepStats
 from jaxserve.settings import load_config
 from jaxserve.types import SamplingParams
 from jaxserve.weights.load import load_model

@@ -43,7 +43,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no installation
 
-from benchmarks.no_device import MODEL, PAGE_SIZE, VOCAB_SIZE, PowerShapes
+from benchmarks.no_device import MODEL, PAGE_SIZE, VOCAB_SIZE
 from benchmarks.turned import Turned
 from jaxserve.bench.stats import (
     environment,
@@ -66,6 +66,7 @@ from jaxserve.scheduler.spill import FIRST_CREDIT
 from jaxserve.text.tokenizer import load_tokenizer
 from jaxserve.types import SamplingParams
 from jaxserve.weights.sources import resolve
+from tests.fakes.batch import DoublingShapes
 
 ARMS = (True, False)
 OUTPUT_TOKENS = 8
@@ -213,7 +214,7 @@ class Host:
             cache=CacheConfig(prefix=prefix),
             host_pages=[8000],  # there is a host store by default
         )
-        self._batch = Batches(PowerShapes(), self.ROWS)
+        self._batch = Batches(DoublingShapes(), self.ROWS)
         random = np.random.default_rng(2)
         self._tokens = random.integers(300, VOCAB_SIZE, size=(256, self.ROWS)).tolist()
 

@@ -31,7 +31,8 @@ from benchmarks.turned import Turned
 from jaxserve.bench.stats import environment, json_line, median, ratio_interval, table
 from jaxserve.config import Config
 from jaxserve.engine.load import load_parts
-from jaxserve.protocol.messages import GetStatus, StepStats, TokenEvents
+from jaxserve.protocol.messages import GetStatus, TokenEvents
+from jaxserve.protocol.status import StepStats
 from jaxserve.settings import load_config
 from jaxserve.text.template import load_chat_template
 from jaxserve.text.tokenizer import load_tokenizer

@@ -32,8 +32,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no installation
 
-from benchmarks.no_device import MODEL, AllowedTokens, PowerShapes
+from benchmarks.decoded import Completed, complete, decode
+from benchmarks.no_device import MODEL, AllowedTokens
 from benchmarks.turned import Turned
 from jaxserve.bench.plot import grouped_bars
 from jaxserve.bench.stats import (
@@ -57,12 +57,7 @@ from jaxserve.engine.batches import Batches
 from jaxserve.engine.load import load_parts
 from jaxserve.engine.parts import Parts
 from jaxserve.errors import GrammarError
-from jaxserve.protocol.messages import (
-    GetStatus,
-    StepStats,
-    TokenEvents,
-    UseVocabulary,
-)
+from jaxserve.protocol.messages import GetStatus, UseVocabulary
 from jaxserve.settings import load_config
 from jaxserve.structured import grammars
 from jaxserve.structured.matcher import compile_grammar
@@ -73,14 +68,14 @@ from jaxserve.text.tools.call_grammar import call_grammar
 from jaxserve.text.tools.hermes import HERMES
 from jaxserve.text.tools.tool import Tool, Toolbox
 from jaxserve.text.vocabulary import vocabulary_of
-from jaxserve.types import Grammar, ModelInfo, SamplingParams, Vocabulary
+from jaxserve.types import Grammar, ModelInfo, SamplingParams
 from jaxserve.weights.sources import resolve
+from tests.fakes.batch import DoublingShapes
 
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMAS = ROOT / "tests" / "data" / "maskbench.jsonl"
 RATIO_LIMIT, MASK_LIMIT_US = 1.02, 500.0
 ROWS = (1, 8, 32)
-WARM_STEPS = 6
 FIELDS = ("name", "city", "occupation", "favourite_colour", "street", "nickname", "pet", "hobby")
 
 
@@ -98,64 +93,6 @@ def people(index: int) -> Grammar:
     item["required"] = list(item["properties"])
     schema = {"type": "array", "items": item, "minItems": 1000}
     return grammars.json_schema(schema, whitespace=False)
-
-
-class Arm:
-    """An engine over the common model, and what it is measured by."""
-
-    def __init__(self, config: Config, parts: Parts, vocabulary: Vocabulary) -> None:
-        self.engine = Turned(
-            config, parts, GetStatus(stats=True), UseVocabulary(vocabulary=vocabulary)
-        )
-
-    def decode(self, prompts: Sequence[list[int]], samplings: Sequence[SamplingParams]) -> Decoded:
-        """Rows that decode side by side, for as many tokens as the first one has."""
-        ids = [self.engine.submit(p, s) for p, s in zip(prompts, samplings, strict=True)]
-        num_tokens = dict.fromkeys(ids, 0)
-        begun_ns = begun_cpu_ns = begun_tokens = 0
-        wanted = samplings[0].max_tokens - 8
-        while True:
-            for message in self.engine.turn():
-                if not isinstance(message, TokenEvents):
-                    continue
-                for end in message.finished:
-                    assert not end.error, end.error
-                for number, tokens in zip(message.sequence_ids, message.token_ids, strict=True):
-                    num_tokens[number] += len(tokens)
-                now_ns, fewest = message.at_ns, min(num_tokens.values())
-                if fewest >= WARM_STEPS and not begun_ns:
-                    begun_ns, begun_tokens = now_ns, sum(num_tokens.values())
-                    begun_cpu_ns = time.process_time_ns()
-                if fewest >= wanted:
-                    steps = (sum(num_tokens.values()) - begun_tokens) / len(ids)
-                    cpu_ns = time.process_time_ns() - begun_cpu_ns
-                    self.engine.finish(*ids)
-                    return Decoded((now_ns - begun_ns) / steps, cpu_ns / steps)
-
-    def complete(self, prompt: list[int], sampling: SamplingParams) -> tuple[float, int, int]:
-        """One request to its end: seconds after its first token, its tokens, device calls."""
-        self.engine.submit(prompt, sampling)
-        first_ns = last_ns = num_tokens = num_calls = 0
-        while True:
-            for message in self.engine.turn():
-                if isinstance(message, StepStats):
-                    num_calls += 1
-                if isinstance(message, TokenEvents):
-                    if message.token_ids:
-                        first_ns, last_ns = first_ns or message.at_ns, message.at_ns
-                    num_tokens += sum(map(len, message.token_ids))
-                    if message.finished:
-                        assert not message.finished[0].error, message.finished[0].error
-                        self.engine.finish()
-                        return (last_ns - first_ns) / 1e9, num_tokens, num_calls
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """Nanoseconds of a step, and of CPU time in it."""
-
-    step_ns: float
-    cpu_ns: float
 
 
 def main() -> None:
@@ -200,16 +137,22 @@ def main() -> None:
     print(json_line({"benchmark": "structured", **environment(), "config": config, **record}))
 
 
-def arm(config: Config, parts: Parts, tokenizer: Tokenizer, drafts: bool) -> Arm:
-    """An engine, which drafts or does not."""
+def arm(config: Config, parts: Parts, tokenizer: Tokenizer, drafts: bool) -> Turned:
+    """An engine over the common model, which drafts or does not."""
     if not drafts:
         scheduler = dataclasses.replace(config.scheduler, draft_tokens=0)
         config = dataclasses.replace(config, scheduler=scheduler)
-    return Arm(config, parts, vocabulary_of(tokenizer))
+    return turned(config, parts, tokenizer)
+
+
+def turned(config: Config, parts: Parts, tokenizer: Tokenizer) -> Turned:
+    """An engine that tells its steps and knows what tokens say."""
+    vocabulary = UseVocabulary(vocabulary=vocabulary_of(tokenizer))
+    return Turned(config, parts, GetStatus(stats=True), vocabulary)
 
 
 def steps(
-    engine: Arm, prompt: list[int], num_rows: int, share: float, num_pairs: int, num_tokens: int
+    engine: Turned, prompt: list[int], num_rows: int, share: float, num_pairs: int, num_tokens: int
 ) -> dict[str, Any]:
     """Pairs of one size of batch, of whose rows this share is constrained."""
     on, off = [], []
@@ -225,7 +168,7 @@ def steps(
                 )
                 for row in range(num_rows)
             ]
-            decoded = engine.decode([prompt] * num_rows, samplings)
+            decoded = decode(engine, [prompt] * num_rows, samplings)
             if number >= 0:
                 (on if constrained else off).append(decoded)
     time_ratio = ratio_interval([d.step_ns for d in on], [d.step_ns for d in off])
@@ -270,7 +213,7 @@ def masks(tokenizer: Tokenizer, config: Config) -> dict[str, Any]:
     return {"schemas": len(compile_us), "mask": summary(mask_us), "compile": summary(compile_us)}
 
 
-def forced(arms: dict[str, Arm], prompt: list[int], num_pairs: int) -> dict[str, Any]:
+def forced(arms: dict[str, Turned], prompt: list[int], num_pairs: int) -> dict[str, Any]:
     """One row that fills in long names, with drafts and without."""
     names = [f"{word}_of_the_applicant_at_the_time" for word in ("residence", "age", "married")]
     kinds: list[dict[str, Any]] = [
@@ -285,20 +228,20 @@ def forced(arms: dict[str, Arm], prompt: list[int], num_pairs: int) -> dict[str,
         "additionalProperties": False,
     }
     grammar = grammars.json_schema(schema, whitespace=False)
-    found: dict[str, list[tuple[float, int, int]]] = {name: [] for name in arms}
+    found: dict[str, list[Completed]] = {name: [] for name in arms}
     for number in range(-1, num_pairs):
         sampling = SamplingParams(max_tokens=120, seed=number + 1, temperature=0.7, grammar=grammar)
         for name in arms if number % 2 else reversed(arms):
-            run = arms[name].complete(prompt, sampling)
+            run = complete(arms[name], prompt, sampling)
             if number >= 0:
                 found[name].append(run)
     return {
         "ratio": ratio_interval(
-            [seconds / tokens for seconds, tokens, _ in found["drafts"]],
-            [seconds / tokens for seconds, tokens, _ in found["plain"]],
+            [run.seconds / run.tokens for run in found["drafts"]],
+            [run.seconds / run.tokens for run in found["plain"]],
         ),
-        "calls": {name: median([run[2] for run in runs]) for name, runs in found.items()},
-        "tokens": median([run[1] for run in found["plain"]]),
+        "calls": {name: median([run.calls for run in runs]) for name, runs in found.items()},
+        "tokens": median([run.tokens for run in found["plain"]]),
     }
 
 
@@ -315,12 +258,12 @@ def host(
     for name, grammar in _host_arms():
         parts = Parts(
             model=model,
-            batch=Batches(PowerShapes(), rows),
+            batch=Batches(DoublingShapes(), rows),
             executor=AllowedTokens(),
             page_size=16,
             num_pages=(4096,),
         )
-        engine = Arm(config, parts, vocabulary_of(tokenizer))
+        engine = turned(config, parts, tokenizer)
         samplings = [
             SamplingParams(
                 max_tokens=num_tokens,
@@ -330,8 +273,8 @@ def host(
             )
             for row in range(rows)
         ]
-        engine.decode([prompt] * rows, samplings)
-        runs = [engine.decode([prompt] * rows, samplings) for _ in range(5)]
+        decode(engine, [prompt] * rows, samplings)
+        runs = [decode(engine, [prompt] * rows, samplings) for _ in range(5)]
         found[name] = {
             "cpu_us": min(run.cpu_ns for run in runs) / rows / 1e3,
             "wall_us": min(run.step_ns for run in runs) / rows / 1e3,

@@ -36,15 +36,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import os
 import re
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +51,7 @@ import msgspec
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the fakes are in tests/
 
+from benchmarks.whole_server import WholeServer  # noqa: E402
 from jaxserve.bench.stats import environment, json_line, median, ratio_interval, table  # noqa: E402
 from jaxserve.errors import JaxserveError  # noqa: E402
 from jaxserve.settings import load_config  # noqa: E402
@@ -97,8 +94,6 @@ EVERYTHING = "everything"
 #: The most by which throughput may fall.
 TARGET = 0.01
 SETTINGS = ("http.port=0", "model.max_context=2048", "scheduler.max_rows=64")
-START_S = 120
-CPU_CLOCK = 2  # of clock_getcpuclockid: all threads of a process
 
 
 @dataclass(frozen=True)
@@ -113,79 +108,6 @@ class Cost:
     serving_us: float
     observer_us: float
     tokens_per_s: float
-
-
-class Server:
-    """A whole server, its processes known by what they do."""
-
-    def __init__(self, settings: tuple[str, ...], step_ms: float) -> None:
-        engine = "tests.fakes.paced_engine" if step_ms else "tests.fakes.engine"
-        pace = {"FAKE_STEP_MS": str(step_ms), "FAKE_PREFILL_TOKEN_US": "0"}
-        self._state = tempfile.TemporaryDirectory(prefix="jaxserve-bench-")
-        self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "tests.fakes.serve", f"engine={engine}", *SETTINGS),
-                *(f"telemetry.state_dir={self._state.name}", *settings),
-            ],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env=os.environ | pace | {"PYTHONPATH": str(ROOT)},
-        )
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line.startswith("ready on "):
-            self.close()
-            raise SystemExit(f"the server has not started with {' '.join(settings)}")
-        self.base = line.split()[-1]
-        self.port = int(self.base.rpartition(":")[2])
-        self._wait_until_ready()
-        self._serving = self._pids("fakes.http_worker", engine)
-        self._observing = self._pids("observer.process")
-
-    def _wait_until_ready(self) -> None:
-        deadline_s = time.monotonic() + START_S
-        while time.monotonic() < deadline_s:
-            with contextlib.suppress(urllib.error.HTTPError):  # 503 until it is
-                urllib.request.urlopen(f"{self.base}/ready", timeout=START_S).close()
-                return
-            time.sleep(0.1)
-        self.close()
-        raise SystemExit("the server does not get ready")
-
-    def parts(self) -> set[str]:
-        """Of its observer, by name."""
-        deadline_s = time.monotonic() + START_S
-        while time.monotonic() < deadline_s:
-            with urllib.request.urlopen(f"{self.base}/metrics", timeout=START_S) as response:
-                text = response.read().decode()
-            if not self._observing or "jaxserve_observer_up 1.0" in text:
-                return set(re.findall(r'jaxserve_observer_faults_total{part="([^"]*)"}', text))
-            time.sleep(0.1)
-        raise SystemExit("the observer does not answer")
-
-    def cpu_s(self) -> tuple[float, float]:
-        """What those who serve, and the observer, have used."""
-        return _cpu_s(self._serving), _cpu_s(self._observing)
-
-    def close(self) -> None:
-        """Ends it."""
-        self._process.terminate()
-        self._process.communicate()
-        self._state.cleanup()
-
-    def _pids(self, *modules: str) -> list[int]:
-        children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text()
-        found = []
-        for pid in map(int, children.split()):
-            command = Path(f"/proc/{pid}/cmdline").read_text()
-            if any(module in command for module in modules):
-                found.append(pid)
-        return found
-
-
-def _cpu_s(pids: list[int]) -> float:
-    return sum(time.clock_gettime((~pid << 3) | CPU_CLOCK) for pid in pids)
 
 
 async def stream(port: int, body: dict[str, Any]) -> int:
@@ -212,7 +134,7 @@ async def scrape(port: int) -> None:
         await asyncio.sleep(1.0)
 
 
-async def one_round(server: Server, arguments: argparse.Namespace) -> Cost:
+async def one_round(server: WholeServer, arguments: argparse.Namespace) -> Cost:
     """The same streams each time."""
     message = {"role": "user", "content": "hi there, fake. "}
     body = {
@@ -240,7 +162,9 @@ async def one_round(server: Server, arguments: argparse.Namespace) -> Cost:
     )
 
 
-async def compare(off: Server, on: Server, arguments: argparse.Namespace) -> dict[str, Any]:
+async def compare(
+    off: WholeServer, on: WholeServer, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """All rounds of one pair; what they say."""
     costs: dict[bool, list[Cost]] = {False: [], True: []}
     for number in range(arguments.rounds + 1):
@@ -306,12 +230,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = []
     extra = tuple(arguments.set)
     with taking_all() as sink, contextlib.ExitStack() as stack:
-        off = Server((*known(OFF)[0], *extra), arguments.step_ms)
+        off = WholeServer((*SETTINGS, *known(OFF)[0], *extra), arguments.step_ms)
         stack.callback(off.close)
         bare: set[str] = set()
         if any(part not in PLAIN for part in arguments.parts):
             with contextlib.closing(
-                Server((*settings_of("observer", sink), *extra), arguments.step_ms)
+                WholeServer((*SETTINGS, *settings_of("observer", sink), *extra), arguments.step_ms)
             ) as observer:
                 bare = observer.parts()
         for part in arguments.parts:
@@ -321,7 +245,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 print(f"{part} is left out: {missing[0]}", flush=True)
                 continue
             with contextlib.closing(
-                Server((*settings_of(part, sink), *extra), arguments.step_ms)
+                WholeServer((*SETTINGS, *settings_of(part, sink), *extra), arguments.step_ms)
             ) as on:
                 more = sorted(on.parts() - bare)
                 if part not in (*PLAIN, EVERYTHING) and not more:

@@ -300,6 +300,8 @@ class LoraConfig:
             least rank that holds all its modules. In each copy of the model.
         vocabulary: whether adapters may have deltas of embed_tokens and lm_head, for which each
             slot then has room.
+        experts: whether adapters may have deltas of a mixture's experts; each slot then has room
+            for those of every expert, which `doctor` prints. The router may have one anyway.
         adapters: NAME=PATH each; PATH is a directory in peft's format, or a gs:// or s3:// address.
             They are loaded when they are first asked for.
         root: a directory, or a gs:// or s3:// address: a name that is not known is looked for
@@ -314,6 +316,7 @@ class LoraConfig:
     enabled: bool = False
     classes: tuple[str, ...] = ("16x8", "64x2")
     vocabulary: bool = False
+    experts: bool = False
     adapters: tuple[str, ...] = ()
     root: str = ""
     cache_dir: str = ""

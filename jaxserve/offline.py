@@ -29,10 +29,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from jaxtyping import Float32
@@ -41,26 +40,24 @@ from tqdm import tqdm
 from jaxserve.bars import StartupBars, hidden
 from jaxserve.config import Config
 from jaxserve.engine.thread import EngineThread
-from jaxserve.errors import ConfigError, DeviceFailure, GrammarError, InvalidRequest, JaxserveError
+from jaxserve.errors import ConfigError, DeviceFailure, InvalidRequest, JaxserveError
 from jaxserve.lora.local import Copy, LocalAdapters
-from jaxserve.protocol.client import SyncClient, SyncStream
+from jaxserve.protocol.client import SyncClient
 from jaxserve.protocol.messages import AdapterRef
 from jaxserve.settings import load_config, settings_of
 from jaxserve.text.answer import Answer, Choice, Generation, Piece
-from jaxserve.text.asked_grammar import Wanted
 from jaxserve.text.batch import is_conversation, listed, requests_of
 from jaxserve.text.dialect import make_dialect
-from jaxserve.text.embedding import groups_of, load_embedding_text
+from jaxserve.text.embedding import load_embedding_text
 from jaxserve.text.request import PlannedRequest, Request, make_request, plan
 from jaxserve.text.template import ChatTemplate, load_chat_template
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.text.trial import Trial
+from jaxserve.text.vectors import vectors_of
 from jaxserve.text.vocabulary import vocabulary_of
 from jaxserve.types import EmbeddingInfo, EmbeddingParams, ModelInfo
 
 __all__ = ["LLM", "Choice", "Generation", "Piece", "Request"]
-
-if TYPE_CHECKING:
-    from jaxserve.structured.compiler import Compiler
 
 Message = Mapping[str, Any]
 
@@ -74,6 +71,9 @@ class LLM:
         show_progress: bars for loading, compiling and batches; None shows them on a terminal.
         overrides: settings by key ("max_rows=8", "max_context=1024"), with the section in front
             where several have the key ("weights__dtype='bfloat16'").
+
+    Attributes:
+        config: the settings, with the paths that were found.
 
     Raises:
         ConfigError: an unknown or wrong setting.
@@ -135,10 +135,9 @@ class LLM:
         self.tokenizer = tokenizer
         self.template = template
         self._dialect = make_dialect(template, tokenizer, config.tools)
-        self._compiler: Compiler | None = None
         self._embedding_text = load_embedding_text(config.embeddings, tokenizer)
         self._engine = engine
-        self._config = config
+        self.config = config
         self._bars = show_progress
         #: Sequences at the engine at once: enough that none of its rows waits for us.
         self._window = max(1, min(2 * config.scheduler.max_rows, config.scheduler.max_waiting))
@@ -153,6 +152,9 @@ class LLM:
         assert status.model is not None, "a ready engine has a model"
         self.model: ModelInfo = status.model
         self.embedding_model: EmbeddingInfo | None = status.embedding
+        self._trial = Trial(
+            config.structured, status.model, vocabulary=lambda: vocabulary_of(tokenizer)
+        )
         base = status.model.adapters
         self._adapters = None if base is None else LocalAdapters(config.lora, base)
 
@@ -258,20 +260,7 @@ class LLM:
         )
         cut = model.max_length if self._cuts else None
         tokens = text.tokenizer.encode(whole, cut)
-        found: list[bytes] = [b""] * len(tokens)
-        groups = groups_of(tokens, model.group)
-        running: deque[tuple[list[int], SyncStream]] = deque()
-        while groups or running:
-            if groups:
-                group = groups.popleft()
-                stream = self._client.embed([tokens[place].ids for place in group], params)
-                running.append((group, stream))
-            if len(running) > 1 or not groups:  # the engine has the next group already
-                group, stream = running.popleft()
-                for event in stream:
-                    if event.finished is not None:
-                        found[group[event.choice]] = event.finished.vector
-        return np.frombuffer(b"".join(found), np.float32).reshape(len(found), -1)
+        return vectors_of(self._client, tokens, params, model.group)
 
     def run(self, requests: Iterable[Request]) -> Generator[tuple[int, Generation | JaxserveError]]:
         """Results of any number of requests as they are done, each with its request's index.
@@ -324,7 +313,7 @@ class LLM:
             InvalidRequest, ContextTooLong, AdapterNotFound: what is wrong with it.
         """
         planned = plan(
-            request, self.tokenizer, self.template, self.model, self._dialect, self._check
+            request, self.tokenizer, self.template, self.model, self._dialect, self._trial.check
         )
         if request.adapter is not None:
             adapters = self._with_adapters()
@@ -347,23 +336,6 @@ class LLM:
         if self._adapters is None:
             raise InvalidRequest("adapters are off here: LLM(lora__enabled=True)", param="adapter")
         return self._adapters
-
-    def _check(self, wanted: Wanted) -> None:
-        """Compiles a grammar here, to know whether it is right before anything is generated."""
-        try:  # the library, once it is needed
-            from jaxserve.structured.compiler import Compiler
-            from jaxserve.structured.scrutiny import scrutinise
-        except ImportError as error:
-            raise ConfigError(f"structured output needs llguidance: {error}") from error
-        if self._compiler is None:
-            self._compiler = Compiler(self._config.structured, self.model)
-            self._compiler.use(vocabulary_of(self.tokenizer))
-        try:
-            scrutinise(wanted.grammar)
-            self._compiler.start(wanted.grammar).result()
-        except GrammarError as error:
-            message = f"{wanted.param}: {error.message}"
-            raise GrammarError(message, param=wanted.param) from None
 
     def _has_room(self, running: Mapping[int, Answer], n: int) -> bool:
         return sum(answer.n for answer in running.values()) + n <= self._window

@@ -6,7 +6,7 @@ Part of the floor: plain dataclasses, no JAX, nothing that reads the environment
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 #: Bounds of the per-request lists that live in fixed arrays on the device.
 MAX_LOGPROBS = 20
@@ -167,24 +167,30 @@ class AdapterBase:
     """What a LoRA adapter must fit.
 
     Attributes:
-        modules: of each module that may take a delta, its inputs and outputs; "*" stands for the
-            number of any layer.
-        num_layers: of the model.
+        modules: of each module that may take a delta, its inputs and outputs; "layers.*" stands for
+            any layer, "experts.*" for any expert of a mixture.
+        num_layers, num_experts: of the model.
         table: which of them is the embedding table.
         max_rank: the largest class's.
+        settings: by a part of a module's name, the setting without which it takes none.
     """
 
     modules: dict[str, tuple[int, int]]
     num_layers: int
     table: str
     max_rank: int
+    num_experts: int = 0
+    settings: dict[str, str] = field(default_factory=dict)
 
     def targets(self) -> dict[str, tuple[int, int]]:
-        """The modules of every layer."""
-        found = {}
-        for name, sizes in self.modules.items():
-            numbers = range(self.num_layers) if "*" in name else (0,)
-            found |= {name.replace("*", str(number)): sizes for number in numbers}
+        """The modules of every layer and expert."""
+        found = self.modules
+        for part, count in (("layers", self.num_layers), ("experts", self.num_experts)):
+            found = {
+                name.replace(f".{part}.*.", f".{part}.{number}."): sizes
+                for name, sizes in found.items()
+                for number in (range(count) if f".{part}.*." in name else (0,))
+            }
         return found
 
 

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the docstrings of jaxserve/config.py, or checks that it is so.
+"""Writes docs/configuration.md from the docstrings of jaxserve/config*.py, or checks that it is so.
 
 Run by scripts/check: with --check it changes nothing and fails where the page is out of date. A
 key without an entry in its section's docstring is an error either way.
@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "configuration.md"
 HEAD = """\
 # Configuration
 
-<!-- Written by scripts/config_docs.py from the docstrings of jaxserve/config.py: edit those. -->
+<!-- Written by scripts/config_docs.py from the docstrings of jaxserve/config*.py: edit those. -->
 
 Every key belongs to a section. Values are taken from, later ones winning:
 

@@ -35,21 +35,21 @@ def stat(title: str, about: str, query: str, unit: str, *limits: float, width: i
     return Panel(title, about, (("", query),), unit, "stat", width, 4, limits)
 
 
-def quantiles(title: str, about: str, name: str, by: str = "") -> Panel:
-    """p50, p90, p99 of a histogram of seconds."""
-    return Panel(
-        title,
-        about,
-        tuple(
-            (
-                f"p{percent}" + (f" {{{{{by}}}}}" if by else ""),
-                f"histogram_quantile({percent / 100:g}, sum by (le{', ' + by if by else ''}) "
-                f"(rate({name}_bucket{{$S}}[$__rate_interval])))",
-            )
-            for percent in (50, 90, 99)
-        ),
-        "s",
+def quantile(part: float, name: str, by: str = "") -> str:
+    """Below which so large a part of a histogram lies."""
+    labels = f"le, {by}" if by else "le"
+    return (
+        f"histogram_quantile({part:g}, sum by ({labels}) "
+        f"(rate({name}_bucket{{$S}}[$__rate_interval])))"
     )
+
+
+def quantiles(title: str, about: str, name: str, by: str = "", unit: str = "s") -> Panel:
+    """p50, p90, p99 of a histogram."""
+    legend = f" {{{{{by}}}}}" if by else ""
+    percents = (50, 90, 99)
+    queries = tuple((f"p{p}{legend}", quantile(p / 100, name, by)) for p in percents)
+    return Panel(title, about, queries, unit)
 
 
 def rate(name: str, by: str = "", **labels: str) -> str:
@@ -81,14 +81,12 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             stat("Tokens/s", "Tokens generated.", rate("jaxserve_output_tokens_total"), "short"),
             stat(
                 *("TTFT p99", "From arrival to the first token."),
-                "histogram_quantile(0.99, sum by (le) "
-                "(rate(jaxserve_time_to_first_token_seconds_bucket{$S}[$__rate_interval])))",
+                quantile(0.99, "jaxserve_time_to_first_token_seconds"),
                 *("s", 1, 5),
             ),
             stat(
                 *("TPOT p99", "Time per token after the first."),
-                "histogram_quantile(0.99, sum by (le) "
-                "(rate(jaxserve_time_per_output_token_seconds_bucket{$S}[$__rate_interval])))",
+                quantile(0.99, "jaxserve_time_per_output_token_seconds"),
                 *("s", 0.1, 0.5),
             ),
             stat(
@@ -143,9 +141,10 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 (
                     (
                         "{{gen_ai_operation_name}} {{gen_ai_request_model}}",
-                        "histogram_quantile(0.99, sum by "
-                        "(le, gen_ai_operation_name, gen_ai_request_model) (rate("
-                        "gen_ai_server_request_duration_seconds_bucket{$S}[$__rate_interval])))",
+                        quantile(
+                            *(0.99, "gen_ai_server_request_duration_seconds"),
+                            "gen_ai_operation_name, gen_ai_request_model",
+                        ),
                     ),
                 ),
                 "s",
@@ -175,16 +174,9 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 (("{{reason}}", rate("jaxserve_finished_total", "reason")),),
                 stacked=True,
             ),
-            Panel(
-                *("Length of prompts", "Tokens."),
-                tuple(
-                    (
-                        f"p{percent}",
-                        f"histogram_quantile({percent / 100:g}, sum by (le) "
-                        "(rate(jaxserve_request_prompt_tokens_bucket{$S}[$__rate_interval])))",
-                    )
-                    for percent in (50, 90, 99)
-                ),
+            quantiles(
+                *("Length of prompts", "Tokens.", "jaxserve_request_prompt_tokens"),
+                unit="short",
             ),
             Panel(
                 *("Refused and shed", "A second: by rate limits, and because of load."),

@@ -2,7 +2,10 @@
 
 Run where torch, transformers and peft are installed; the project never needs them:
 
-    python scripts/make_lora_oracle.py tests/data/lora tests/data/oracle
+    python scripts/make_lora_oracle.py tests/data/lora tests/data/oracle [CASE ...]
+
+The cases of a mixture need transformers 4, where each expert's matrices are modules; from version 5
+on they are stacked parameters, which peft names otherwise.
 
 For each case: an adapter that peft itself made and saved, with random matrices, over one of the
 small checkpoints of scripts/make_oracle.py, and all logits that peft's model gives for that
@@ -48,7 +51,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "gemma2",
         {"r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens", "v_proj", "down_proj"]},
     ),
+    "mixtral": (
+        "mixtral",
+        {
+            "r": 3,
+            "lora_alpha": 6,
+            "target_modules": ["v_proj", "gate", "w1", "w2", "w3"],
+            "rank_pattern": {r"experts\.[01]\.w2": 2},
+            "alpha_pattern": {r"layers\.1\..*\.w1": 4},
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"r": 1, "lora_alpha": 2, "use_rslora": True, "target_modules": "all-linear"},
+    ),
 }
+#: Cases that need transformers 4.
+MIXTURES = ("mixtral", "qwen3_moe")
 
 
 def main() -> int:
@@ -56,22 +75,37 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("target", type=Path, help="folder to write to")
     parser.add_argument("bases", type=Path, help="folder of the small checkpoints")
+    parser.add_argument("cases", nargs="*", help="all that this transformers can make where none")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
-    for name, (base, settings) in CASES.items():
+    old = transformers.__version__.startswith("4.")
+    for name in arguments.cases or [name for name in CASES if (name in MIXTURES) == old]:
+        base, settings = CASES[name]
         make(arguments.target / name, arguments.bases / base, settings)
     return 0
+
+
+def config_of(base: Path) -> Any:
+    """A checkpoint's config; what transformers 5 wrote, also in the words of transformers 4."""
+    fields = json.loads((base / "config.json").read_text())
+    if transformers.__version__.startswith("4."):
+        if "num_local_experts" in fields:
+            fields["num_experts"] = fields["num_local_experts"]
+        rope = fields.pop("rope_parameters", None) or {}
+        fields["rope_theta"] = rope.get("rope_theta", 10000.0)
+    return transformers.AutoConfig.for_model(**fields)
 
 
 def make(folder: Path, base: Path, settings: dict[str, Any]) -> None:
     """One adapter, and its logits."""
     generator = torch.Generator().manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.float32, attn_implementation="eager"
+        base, config=config_of(base), dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    tokens = np.load(base / "reference.npz")["tokens"]
-    prompt = torch.from_numpy(tokens.astype(np.int64))[None]
+    reference = np.load(base / "reference.npz")
+    prompt = torch.from_numpy(reference["tokens"].astype(np.int64))[None]
     plain = model(input_ids=prompt).logits[0]
+    np.testing.assert_allclose(plain.numpy(), reference["logits"], atol=1e-4, rtol=0)
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
     for key, weight in adapted.named_parameters():
         if "lora_" in key:

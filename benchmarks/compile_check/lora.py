@@ -1,4 +1,7 @@
-"""lora_matmul alone: the sites of Llama 3 8B, and two of SmolLM2, whose sizes a TPU refuses."""
+"""lora_matmul alone: sites of Llama 3 8B, of SmolLM2, whose sizes a TPU refuses, and of experts.
+
+To the kernel each pair of slot and expert is a slot, and each of a token's experts a row.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,13 @@ _SITES: dict[str, tuple[int, int, tuple[int, ...]]] = {
     "down": (14336, 4096, (4096,)),
     "smollm2-qkv": (576, 960, (192, 64, 64)),
     "smollm2-out": (576, 576, (576,)),
+    "qwen3-30b-expert-up": (2048, 768, (768,)),
+    "mixtral-8x7b-expert-down": (14336, 4096, (4096,)),
 }
+#: Site: experts, and how many a token goes to.
+_EXPERTS = {"qwen3-30b-expert-up": (128, 8), "mixtral-8x7b-expert-down": (8, 2)}
+#: Of their layers as many as a chip holds beside all else.
+_EXPERT_LAYERS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,26 +66,32 @@ class LoraRow:
     @property
     def page_bytes(self) -> int:
         """Of what is changed in place: y."""
-        return TOKENS[self.kind] * _SITES[self.site][1] * 2
+        return self.num_rows * _SITES[self.site][1] * 2
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return TOKENS[self.kind] * _EXPERTS.get(self.site, (1, 1))[1]
 
     def program(self, device: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """A function that donates its first argument, y, and what it takes."""
         place = SingleDeviceSharding(device)
         depth, columns, cycle = _SITES[self.site]
-        tokens = TOKENS[self.kind]
+        tokens, experts = self.num_rows, _EXPERTS.get(self.site, (1, 1))[0]
+        layers = _EXPERT_LAYERS if self.site in _EXPERTS else _LAYERS
 
         def array(*sizes: int, dtype: Any = jnp.bfloat16) -> Any:
             return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
 
         weights = tuple(
             LoraWeights(
-                a=array(_LAYERS, slots, rank * len(cycle), depth),
-                b=array(_LAYERS, slots, rank, columns),
+                a=array(layers, slots * experts, rank * len(cycle), depth),
+                b=array(layers, slots * experts, rank, columns),
             )
             for rank, slots in CLASSES[self.backend]
         )
         slots, layer = array(tokens, dtype=jnp.int32), array(dtype=jnp.int32)
-        return partial(_add, cycle, self.backend), (
+        return partial(_add, cycle, self.backend, experts), (
             array(tokens, columns),
             array(tokens, depth),
             weights,
@@ -86,12 +101,19 @@ class LoraRow:
 
 
 def _add(
-    cycle: tuple[int, ...], backend: str, y: Any, x: Any, weights: Any, slots: Any, layer: Any
+    cycle: tuple[int, ...],
+    backend: str,
+    experts: int,
+    y: Any,
+    x: Any,
+    weights: Any,
+    slots: Any,
+    layer: Any,
 ) -> Any:
     blocks, first = [], 0
     for _, count in CLASSES[backend]:
-        blocks.append(block_tokens(slots - first, count))
-        first += count
+        blocks.append(block_tokens(slots - first, count * experts))
+        first += count * experts
     return lora_matmul(x, y, weights, blocks, layer, cycle=cycle, backend=backend)
 
 

@@ -39,11 +39,11 @@ from jaxserve.protocol.messages import (
     ClientMessage,
     EngineMessage,
     GetStatus,
-    StepStats,
     Submit,
     TokenEvents,
     TokenSegment,
 )
+from jaxserve.protocol.status import StepStats
 from jaxserve.settings import without_secrets
 from jaxserve.types import FinishReason, SamplingParams
 

@@ -121,10 +121,13 @@ def _programs(config: Config) -> Iterator[tuple[str, str]]:
 def _model(config: Config) -> Iterator[tuple[str, str]]:
     import jax
     from flax import nnx
+    from jax.sharding import AbstractMesh
 
     from jaxserve.device.cache import bytes_of_page
     from jaxserve.device.memory import memory_of
+    from jaxserve.device.sharding import MESH_AXES
     from jaxserve.engine.load import cache_dtype, model_info, size_cache
+    from jaxserve.engine.lora import check_slots, slot_bytes
     from jaxserve.engine.machine import devices, fitting
     from jaxserve.models.registry import model_class
     from jaxserve.text.template import load_chat_template
@@ -153,7 +156,13 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     yield "architecture", f"{spec.architecture}, {spec.num_layers} layers"
     yield "weights", f"{num_bytes // _MIB} MiB as {_weights(options)}"
     info = model_info(config, model)
-    pools = size_cache(config, options, info, memory_of(device).less(num_bytes))
+    memory = memory_of(device).less(num_bytes)
+    slots = slot_bytes(config.lora, model, AbstractMesh((1,) * len(MESH_AXES), MESH_AXES))
+    if slots:
+        sizes = (f"{size // _MIB} MiB of {part}" for part, size in slots.items())
+        yield "adapters", f"{','.join(config.lora.classes)}: {', '.join(sizes)}"
+        check_slots(config.lora, slots, memory)
+    pools = size_cache(config, options, info, memory.less(sum(slots.values())))
     page_size = config.cache.page_size
     for group, pages in zip(info.cache_groups, pools, strict=True):
         size = pages * bytes_of_page(group, page_size, dtype, options.attention)

@@ -57,6 +57,9 @@ def describe(config: Config, slice: Slice) -> Iterator[tuple[str, str]]:
     yield "programs", f"{len(programs)}: {', '.join(program.name for program in programs)}"
     quantization = options.quantization if options.quantization != "none" else options.dtype
     yield "weights", f"{ahead.weights_bytes / _MIB:.0f} MiB a device as {quantization}"
+    if config.lora.enabled:
+        sizes = (f"{size / _MIB:.0f} MiB of {part}" for part, size in ahead.adapter_bytes.items())
+        yield "adapters", f"{','.join(config.lora.classes)}: {', '.join(sizes)} a device"
     num_pages = ahead.num_pages()
     each = f", in each of {_copies(ahead)} copies," if _copies(ahead) > 1 else ""
     page_size, info = config.cache.page_size, ahead.info

@@ -11,6 +11,7 @@ Which adapter is in which slot is the scheduler's affair (`scheduler.adapters`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,16 +19,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Int
 
-from jaxserve.device.sharding import partition
-from jaxserve.models.adapters import VOCABULARY_SITES, AdapterLayout, SiteArrays
+from jaxserve.device.sharding import num_shares, partition
+from jaxserve.models.adapters import PARTS, AdapterLayout, SiteArrays
 from jaxserve.models.deltas import SlotClass
 from pallas_kernels.lora_matmul import LoraWeights
 
 #: Of all arrays of a class: the copies of the model have their own slots.
 CLASS_SPEC = PartitionSpec(None, "data")
+
+
+#: Sites by which a slot tells what its adapter has deltas of.
+_TOLD = ("embed", "head", "expert_gate")
 
 
 @jax.tree_util.register_dataclass
@@ -37,12 +42,12 @@ class SlotContent:
 
     Attributes:
         slot: within the class; S, or more, for none.
-        has: whether the adapter has deltas of the table, and of the head.
+        has: whether the adapter has deltas of the table, of the head, and of experts.
         sites: a and b of some sites.
     """
 
     slot: Int[Array, ""]
-    has: Bool[Array, "2"]
+    has: Bool[Array, "3"]
     sites: SiteArrays
 
 
@@ -84,10 +89,11 @@ class AdapterSlots:
         for name, (a, b) in self.layout.shapes(own.rank).items():
             axes_a, axes_b = self.layout.axes(name)
             sites[name] = LoraWeights(a=zeros(a, axes_a), b=zeros(b, axes_b))
-        sharding = NamedSharding(mesh, CLASS_SPEC)
-        none = jnp.zeros((1, slots), np.bool_, device=sharding)
-        also = jnp.zeros((1, slots), np.bool_, device=sharding)
-        return SlotClass(sites=sites, has_embed=none, has_head=also)
+        flags = [
+            jnp.zeros((1, slots), np.bool_, device=NamedSharding(mesh, CLASS_SPEC))
+            for _ in range(3)
+        ]
+        return SlotClass(sites=sites, has_embed=flags[0], has_head=flags[1], has_experts=flags[2])
 
     @property
     def num_bytes(self) -> int:
@@ -105,16 +111,17 @@ class AdapterSlots:
     def writes(self, slot: int, sites: SiteArrays) -> list[tuple[str, int, SlotContent]]:
         """The writes that put an adapter into a slot: program, class, and its inputs."""
         index, place = self.place(slot)
-        parts = [("layers", {n: own for n, own in sites.items() if n not in VOCABULARY_SITES})]
-        if any(name in sites for name in VOCABULARY_SITES):
-            empty = self.padding("vocabulary", index).sites
-            parts.append(("vocabulary", {n: sites.get(n, empty[n]) for n in VOCABULARY_SITES}))
-        has = np.array([name in sites for name in VOCABULARY_SITES])
-        at = np.array(place, np.int32)
-        return [
-            (part, index, SlotContent(slot=at, has=has, sites=own))  # pyright: ignore[reportArgumentType]
-            for part, own in parts
-        ]
+        has = np.array([name in sites for name in _TOLD])
+        writes = []
+        for part in self.layout.parts:
+            names = PARTS[part]
+            if part != "layers" and not any(name in sites for name in names):
+                continue
+            empty = self.padding(part, index)
+            own = {name: sites.get(name, zeros) for name, zeros in empty.sites.items()}
+            content = replace(empty, slot=np.array(place, np.int32), has=has, sites=own)
+            writes.append((part, index, content))
+        return writes
 
     def padding(self, part: str, index: int) -> SlotContent:
         """A write to no slot."""
@@ -122,19 +129,32 @@ class AdapterSlots:
         sites = {
             name: tuple(np.zeros(shape, self.layout.dtype) for shape in pair)
             for name, pair in self.layout.shapes(own.rank).items()
-            if (name in VOCABULARY_SITES) == (part == "vocabulary")
+            if name in PARTS[part]
         }
         nowhere = np.array(own.num_slots, np.int32)
-        return SlotContent(slot=nowhere, has=np.zeros(2, np.bool_), sites=sites)  # pyright: ignore[reportArgumentType]
+        return SlotContent(slot=nowhere, has=np.zeros(len(_TOLD), np.bool_), sites=sites)  # pyright: ignore[reportArgumentType]
 
     def programs(self) -> dict[tuple[str, str, int], tuple[Callable[..., Any], SlotContent, int]]:
         """The writes to compile, by key: function, inputs, class."""
-        parts = ("layers", "vocabulary") if self.layout.vocabulary else ("layers",)
         return {
             ("adapter", part, index): (write_slot, self.padding(part, index), index)
             for index in range(len(self.classes))
-            for part in parts
+            for part in self.layout.parts
         }
+
+
+def bytes_by_part(
+    layout: AdapterLayout, classes: Sequence[RankClass], mesh: Mesh | AbstractMesh
+) -> dict[str, int]:
+    """Of all slots, on one device, by the parts of a slot (`models.adapters.PARTS`)."""
+    found = dict.fromkeys(layout.parts, 0)
+    for own in classes:
+        for name, shapes in layout.shapes(own.rank).items():
+            part = next(part for part in layout.parts if name in PARTS[part])
+            for axes, shape in zip(layout.axes(name), shapes, strict=True):
+                held = math.prod(shape) // num_shares(mesh, partition(mesh, axes, shape))
+                found[part] += own.num_slots * held * layout.dtype.itemsize
+    return found
 
 
 def write_slot(own: SlotClass, content: SlotContent) -> SlotClass:
@@ -150,5 +170,6 @@ def write_slot(own: SlotClass, content: SlotContent) -> SlotClass:
         own,
         sites=sites,
         has_embed=put(own.has_embed, content.has[:1]),
-        has_head=put(own.has_head, content.has[1:]),
+        has_head=put(own.has_head, content.has[1:2]),
+        has_experts=put(own.has_experts, content.has[2:]),
     )

@@ -30,6 +30,8 @@ from typing import Any, Never
 from jaxserve.config import ParallelConfig
 from jaxserve.device.link import Kind, Link, LinkClosed
 
+#: Of a plan; one that brings an adapter may be larger.
+PIECE_BYTES = 1 << 26
 #: Exit status of an engine that lost one of its hosts, or never found them.
 EXIT_LOST = 4
 
@@ -83,8 +85,13 @@ class Hosts:
 
     def broadcast(self, plan: memoryview) -> None:
         """Host 0: sends every other host the device calls that come next."""
+        first = 0
+        while len(plan) - first > PIECE_BYTES:
+            for host in self._links:
+                self._send(host, Kind.PIECE, plan[first : first + PIECE_BYTES])
+            first += PIECE_BYTES
         for host in self._links:
-            self._send(host, Kind.PLAN, plan)
+            self._send(host, Kind.PLAN, plan[first:])
 
     def plans(self) -> Iterator[bytes]:
         """The others: what host 0 broadcasts, for as long as it lives."""
@@ -133,13 +140,17 @@ class Hosts:
 
     def _listen(self, host: int) -> None:
         link = self._links[host]
+        pieces: list[bytes] = []
         try:
             while True:
                 kind, payload = link.receive(self._silence_s)
                 match kind:
+                    case Kind.PIECE:
+                        pieces.append(payload)
                     case Kind.PLAN:
                         self._unmade_ns.append(time.monotonic_ns())
-                        self._plans.put(payload)
+                        self._plans.put(b"".join([*pieces, payload]) if pieces else payload)
+                        pieces.clear()
                     case Kind.VALUE:
                         self._values[host].put(json.loads(payload))
                     case Kind.BYE:

@@ -19,7 +19,7 @@ from enum import IntEnum
 from typing import Any
 
 _HEADER = struct.Struct("!BxxxI")
-#: Longest message: a step's plan stays far below.
+#: Longest message: a step's plan stays far below, but for adapters, which go in pieces.
 MAX_BYTES = 1 << 28
 #: Longest first message of one that nothing is known of yet.
 MAX_HELLO_BYTES = 1 << 16
@@ -34,6 +34,7 @@ class Kind(IntEnum):
     VALUE = 4  # JSON: see `Hosts.gather`
     PLAN = 5  # the device calls of a step
     BYE = 6  # text: why the sender ends
+    PIECE = 7  # a part of a plan; the last one is the PLAN
 
 
 class LinkClosed(Exception):

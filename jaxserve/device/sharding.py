@@ -94,6 +94,11 @@ def partition(
     )
 
 
+def num_shares(mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> int:
+    """Parts that an array is cut into."""
+    return math.prod(_num_parts(mesh, axes) for axes in spec)
+
+
 def _num_parts(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
     names = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(mesh.shape[name] for name in names)

@@ -25,6 +25,7 @@ from jaxserve.device.sharding import (
     MESH_AXES,
     by_data,
     mesh_shape,
+    num_shares,
     pages_sharding,
     partition,
     tensor_parallel,
@@ -32,6 +33,7 @@ from jaxserve.device.sharding import (
 from jaxserve.device.state import DeviceState, fresh_state, hidden_states
 from jaxserve.device.step import Program
 from jaxserve.engine.load import buckets_for, cache_dtype, model_info, size_cache
+from jaxserve.engine.lora import check_slots, slot_bytes
 from jaxserve.engine.machine import fitting, model_options
 from jaxserve.errors import ConfigError
 from jaxserve.models.decoder import Decoder
@@ -47,7 +49,7 @@ class Ahead:
         config: that it is made from.
         model: abstract; `params` has each parameter's shape and axes.
         mesh: an AbstractMesh, or one of devices that can be compiled for.
-        weights_bytes: of one device.
+        weights_bytes, adapter_bytes: of one device; the adapters' by the parts of a slot.
     """
 
     config: Config
@@ -56,6 +58,7 @@ class Ahead:
     mesh: Mesh | AbstractMesh
     info: ModelInfo
     weights_bytes: int
+    adapter_bytes: dict[str, int]
 
     @property
     def cache_dtype(self) -> str:
@@ -64,8 +67,8 @@ class Ahead:
 
     @property
     def memory(self) -> Memory:
-        """Of one device, with the weights in it."""
-        return self.slice.memory.less(self.weights_bytes)
+        """Of one device, with the weights and the adapters in it."""
+        return self.slice.memory.less(self.weights_bytes + sum(self.adapter_bytes.values()))
 
     @property
     def buckets(self) -> Buckets:
@@ -77,7 +80,7 @@ class Ahead:
         """Pages of each cache group's pool, in each copy of the model.
 
         Raises:
-            ConfigError: they do not fit beside the weights, or those do not fit.
+            ConfigError: they do not fit beside weights and adapters, or those do not fit.
         """
         total = self.slice.memory.total_bytes
         if self.weights_bytes > total:
@@ -85,6 +88,8 @@ class Ahead:
                 f"the weights need {self.weights_bytes >> 20} MiB of each device, which has "
                 f"{total >> 20}: use more chips, or weights.quantization"
             )
+        memory = self.slice.memory.less(self.weights_bytes)
+        check_slots(self.config.lora, self.adapter_bytes, memory)
         return size_cache(self.config, self.model.options, self.info, self.memory)
 
     def page_bytes(self) -> int:
@@ -189,15 +194,12 @@ def ahead_of_time(
         mesh=on,
         info=model_info(config, model),
         weights_bytes=sum(_bytes_on_a_device(on, param) for param in model.params().values()),
+        adapter_bytes=slot_bytes(config.lora, model, on),
     )
 
 
 def _bytes_on_a_device(mesh: Mesh | AbstractMesh, param: nnx.Param) -> int:
-    spec = partition(mesh, param.get_metadata("axes"), param.shape)
-    shares = 1
-    for axes in spec:
-        names = (axes,) if isinstance(axes, str) else axes or ()
-        shares *= math.prod(mesh.shape[name] for name in names)
+    shares = num_shares(mesh, partition(mesh, param.get_metadata("axes"), param.shape))
     bits = jax.numpy.iinfo(param.dtype).bits if param.dtype.name == "uint4" else None
     num_bits = bits or 8 * param.dtype.itemsize
     return math.prod(param.shape) * num_bits // 8 // shares

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from jaxserve.protocol.messages import ClassLoad
+from jaxserve.protocol.status import ClassLoad
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.types import FinishReason
 

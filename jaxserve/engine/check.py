@@ -11,7 +11,6 @@ import re
 from jaxserve import types
 from jaxserve.errors import ContextTooLong, InvalidRequest
 from jaxserve.protocol.messages import Embed, Submit
-from jaxserve.scheduler.sequence import Resumed
 from jaxserve.types import EmbeddingInfo, ModelInfo, SamplingParams
 
 _KEY = re.compile("[0-9a-f]{16}")
@@ -95,19 +94,6 @@ def request_number(request_key: str) -> int:
     if not _KEY.fullmatch(request_key):
         raise InvalidRequest(f"request_key {request_key[:32]!r} is not 16 hexadecimal digits")
     return int(request_key, 16)
-
-
-def resumed(message: Submit) -> Resumed | None:
-    """How far another life of the engine had come with a checked request; None if it is new."""
-    if message.attempt == 0:
-        return None
-    num_choices = len(message.sequence_ids)
-    return Resumed(
-        choices=message.choices or list(range(num_choices)),
-        emitted=message.emitted or [[]] * num_choices,
-        queued_ns=message.queued_ns or [0] * num_choices,
-        num_prompt_logprobs=message.prompt_logprobs_done,
-    )
 
 
 def _check_resumed(message: Submit, prompt_len: int, model: ModelInfo) -> None:

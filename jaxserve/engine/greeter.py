@@ -15,16 +15,15 @@ from collections.abc import Callable, Hashable
 from jaxserve.errors import Overloaded
 from jaxserve.protocol.messages import (
     Embed,
-    EngineStatus,
     Finished,
     GetStatus,
     Goodbye,
-    Progress,
     SequenceRecord,
     Submit,
     TokenEvents,
 )
 from jaxserve.protocol.server import ServerTransport
+from jaxserve.protocol.status import EngineStatus, Progress
 from jaxserve.types import FinishReason
 
 #: How often progress is looked at.

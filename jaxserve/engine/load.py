@@ -133,7 +133,7 @@ def parts_of(
     info, clock = model_info(config, model), DeviceClock()
     # These come first: the cache gets what is left.
     embedding = load_embedding(config, model, mesh, clock, progress)
-    slots = make_slots(config.lora, model, mesh)
+    slots = make_slots(config.lora, model, mesh, lambda: _memory(config.cache, mesh))
     num_pages = size_cache(config, model.options, info, _memory(config.cache, mesh))
     if hosts is not None:  # as many as the host with the least memory has
         pools = zip(*hosts.gather("pages", num_pages), strict=True)

@@ -40,7 +40,7 @@ from jaxserve.config import EmbeddingsConfig, SchedulerConfig, StructuredConfig
 from jaxserve.engine.adapters import RequestAdapters
 from jaxserve.engine.attribution import Dividing, NoAttribution
 from jaxserve.engine.backlog import Backlog
-from jaxserve.engine.check import check_submit, request_number, resumed
+from jaxserve.engine.check import request_number
 from jaxserve.engine.comeback import Comebacks
 from jaxserve.engine.embedding import Embedding
 from jaxserve.engine.garbage import Collector, NoCollector
@@ -52,6 +52,7 @@ from jaxserve.engine.probation import Probation
 from jaxserve.engine.recorder import NoRecorder, Recorder
 from jaxserve.engine.statistics import Statistics, prefill_tokens
 from jaxserve.engine.status import Status
+from jaxserve.engine.submission import submit_prompt
 from jaxserve.engine.turn import Batch, Executor, InFlight, TextsInFlight
 from jaxserve.errors import ConfigError, DeviceFailure, GrammarError, JaxserveError, Overloaded
 from jaxserve.protocol.messages import (
@@ -59,13 +60,13 @@ from jaxserve.protocol.messages import (
     ClientMessage,
     Drain,
     Embed,
-    EngineStatus,
     GetStatus,
     Goodbye,
     Submit,
     UseVocabulary,
 )
 from jaxserve.protocol.server import ServerTransport
+from jaxserve.protocol.status import EngineStatus
 from jaxserve.scheduler.commit import Commit
 from jaxserve.scheduler.copies import Schedulers
 from jaxserve.scheduler.embedding import Text
@@ -343,8 +344,10 @@ class Engine:
             if isinstance(message, Embed):
                 sequences = self._embedding.submit(client, message)
             else:
-                prompt = check_submit(message, self._model)
-                sequences = self._submit_prompt(client, message, prompt)
+                sequences = submit_prompt(
+                    self.scheduler, client, message, self._model, self._adapters
+                )
+                self._backlog.enter(sequences, message.priority, message.tenant, message.weight)
         except JaxserveError as error:
             self._lobby.refused(message)
             comebacks = self._texts_comebacks if isinstance(message, Embed) else self._comebacks
@@ -363,25 +366,6 @@ class Engine:
         for sequence, error in self._embedding.take_shed():
             self._texts_comebacks.tell(error, 1)
             self._live.finish(sequence, now_ns, error)
-
-    def _submit_prompt(
-        self, client: Hashable, message: Submit, prompt: list[int]
-    ) -> list[Sequence]:
-        sequences = self.scheduler.submit(
-            [(client, sequence_id) for sequence_id in message.sequence_ids],
-            prompt,
-            message.sampling,
-            priority=message.priority,
-            tenant=message.tenant,
-            cache_salt=message.cache_salt,
-            weight=message.weight,
-            arrived_ns=message.arrived_ns,
-            request=request_number(message.request_key),
-            resumed=resumed(message),
-            adapter=self._adapters.use_of(message),
-        )
-        self._backlog.enter(sequences, message.priority, message.tenant, message.weight)
-        return sequences
 
     def cancel(self, client: Hashable, sequence_ids: list[int], reason: FinishReason) -> None:
         """Ends those of a client's sequences that still live."""

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxserve.config import Config, LoraConfig
-from jaxserve.device.adapters import AdapterSlots, RankClass
+from jaxserve.device.adapters import AdapterSlots, RankClass, bytes_by_part
+from jaxserve.device.memory import Memory
 from jaxserve.engine.adapters import RequestAdapters
 from jaxserve.engine.hopper import compute_capability, no_hopper
 from jaxserve.errors import ConfigError, InvalidAdapter
-from jaxserve.formats.peft import adapter_digest, read_adapter
+from jaxserve.formats.peft import adapter_digest, read_adapter, read_ranks
 from jaxserve.lora.host import HostAdapters, Ready
 from jaxserve.models.adapters import AdapterLayout
 from jaxserve.models.decoder import Decoder
@@ -73,12 +75,15 @@ def with_lora_kernel(
     if not config.lora.enabled:
         return options
     asked, platform = config.kernels.lora, mesh.devices.flat[0].platform
-    reasons = {"cpu": _no_native(options, platform, mesh), "tpu": _no_mosaic(options, config, spec)}
+    reasons = {
+        "cpu": _no_native(options, platform, mesh),
+        "tpu": _no_mosaic(options, config, spec, mesh),
+    }
     # No figure says yet that this one wins: it is taken where it is asked for.
     reasons["gpu"] = "it is not asked for"
     if asked == "gpu":
         capability = compute_capability(mesh.devices.flat[0])
-        reasons["gpu"] = no_hopper(platform, capability) or _no_hopper(options, config, spec)
+        reasons["gpu"] = no_hopper(platform, capability) or _no_hopper(options, config, spec, mesh)
     for kernel in ("cpu", "tpu"):
         if platform != kernel:
             reasons[kernel] = f"the platform is {platform}"
@@ -99,30 +104,39 @@ def _no_native(options: ModelOptions, platform: str, mesh: Mesh) -> str | None:
     return native.load().reason if platform == "cpu" else None
 
 
-def _no_mosaic(options: ModelOptions, config: Config, spec: ModelSpec) -> str | None:
+def _no_mosaic(options: ModelOptions, config: Config, spec: ModelSpec, mesh: Mesh) -> str | None:
     parts, sizes = options.tensor_parallel, spec.spread(options.tensor_parallel).attention
     heads = sizes.held_heads * sizes.head_dim // parts
     keys = 2 * sizes.held_kv_heads * sizes.head_dim // parts
-    found = [spec.hidden_size, heads, heads + keys, _part(spec.feed_forward, parts)]
+    found = [spec.hidden_size, heads, heads + keys, *_mlp_widths(config, spec, parts, mesh)]
     if config.lora.vocabulary:
         found.append(_part(spec.vocab_size, parts))
     odd = [str(size) for size in found if size % LANES]
     return f"a device has sizes of {', '.join(odd)}, no multiples of {LANES}" if odd else None
 
 
-def _no_hopper(options: ModelOptions, config: Config, spec: ModelSpec) -> str | None:
+def _no_hopper(options: ModelOptions, config: Config, spec: ModelSpec, mesh: Mesh) -> str | None:
     from pallas_kernels.lora_matmul.gpu import unsupported  # Pallas takes a quarter of a second
 
     parts, sizes = options.tensor_parallel, spec.spread(options.tensor_parallel).attention
     heads = sizes.held_heads * sizes.head_dim // parts
-    wide = _part(spec.feed_forward, parts)
+    wide = _mlp_widths(config, spec, parts, mesh)
     vocabulary = [_part(spec.vocab_size, parts)] if config.lora.vocabulary else []
     return unsupported(
-        depths=(spec.hidden_size, heads, wide),
-        widths=(sizes.head_dim, spec.hidden_size, wide, *vocabulary),
+        depths=(spec.hidden_size, heads, *wide),
+        widths=(sizes.head_dim, spec.hidden_size, *wide, *vocabulary),
         ranks=[own.rank for own in rank_classes(config.lora)],
         dtype=options.activations,
     )
+
+
+def _mlp_widths(config: Config, spec: ModelSpec, parts: int, mesh: Mesh) -> list[int]:
+    """F on one device, of layers without experts and of experts that take deltas."""
+    dense = not all(kind.sparse for kind in spec.layers)
+    widths = [_part(spec.feed_forward, parts)] if dense else []
+    if spec.moe is not None and config.lora.experts:
+        widths.append(_part(spec.moe.feed_forward, mesh.shape["model"]))
+    return widths
 
 
 def _part(size: int, parts: int) -> int:
@@ -130,12 +144,68 @@ def _part(size: int, parts: int) -> int:
     return size if size % parts else size // parts
 
 
-def make_slots(config: LoraConfig, model: Decoder, mesh: Mesh) -> AdapterSlots | None:
-    """Empty slots on the devices; None where adapters are off."""
+def adapter_layout(config: LoraConfig, model: Decoder) -> AdapterLayout:
+    """The sites of a model that take deltas.
+
+    Raises:
+        ConfigError: its experts are to take some, and it has none.
+    """
+    if config.experts and model.spec.moe is None:
+        raise ConfigError(
+            f"lora.experts=true: {model.spec.architecture} has no experts; leave it out"
+        )
+    return AdapterLayout(model, vocabulary=config.vocabulary, experts=config.experts)
+
+
+def slot_bytes(config: LoraConfig, model: Decoder, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """What slots take of a device, by their parts; empty where adapters are off.
+
+    Args:
+        model: may be abstract.
+    """
+    classes = rank_classes(config)
+    return bytes_by_part(adapter_layout(config, model), classes, mesh) if classes else {}
+
+
+def check_slots(config: LoraConfig, by_part: Mapping[str, int], memory: Memory) -> None:
+    """Refuses slots for which there is no room.
+
+    Args:
+        by_part: bytes of a device, as `slot_bytes` has them.
+        memory: of a device, with the weights in it.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    need = sum(by_part.values())
+    if need > memory.free_bytes:
+        experts = by_part.get("experts", 0)
+        raise ConfigError(
+            f"the slots of lora.classes={','.join(config.classes)} need {need >> 20} MiB of a "
+            + (f"device, {experts >> 20} of them for experts, " if experts else "device, ")
+            + f"and {memory.free_bytes >> 20} are free: set fewer slots or smaller ranks"
+        )
+
+
+def make_slots(
+    config: LoraConfig, model: Decoder, mesh: Mesh, memory: Callable[[], Memory]
+) -> AdapterSlots | None:
+    """Empty slots on the devices; None where adapters are off.
+
+    Args:
+        memory: of a device, with the weights in it.
+
+    Raises:
+        ConfigError: there is no room for them.
+    """
     classes = rank_classes(config)
     if not classes:
         return None
-    return AdapterSlots(AdapterLayout(model, vocabulary=config.vocabulary), classes, mesh)
+    by_part = slot_bytes(config, model, mesh)
+    check_slots(config, by_part, memory())
+    sizes = ", ".join(f"{size >> 20} MiB of {part}" for part, size in by_part.items())
+    logger.info("slots of adapters, %s: %s a device", ",".join(config.classes), sizes)
+    return AdapterSlots(adapter_layout(config, model), classes, mesh)
 
 
 def adapter_base(config: LoraConfig, model: Decoder) -> AdapterBase | None:
@@ -143,17 +213,27 @@ def adapter_base(config: LoraConfig, model: Decoder) -> AdapterBase | None:
     classes = rank_classes(config)
     if not classes:
         return None
-    layout = AdapterLayout(model, vocabulary=config.vocabulary)
-    modules = {
-        re.sub(r"\.layers\.\d+\.", ".layers.*.", name): sizes
-        for name, sizes in layout.targets.items()
-    }
+    layout, moe = adapter_layout(config, model), model.spec.moe
     return AdapterBase(
-        modules=modules,
+        modules=_starred(layout.targets, model.spec.num_layers),
         num_layers=model.spec.num_layers,
+        num_experts=moe.num_experts if moe is not None else 0,
         table=layout.embedding,
         max_rank=classes[-1].rank,
+        settings=layout.settings,
     )
+
+
+def _starred(targets: Mapping[str, tuple[int, int]], num_layers: int) -> dict[str, tuple[int, int]]:
+    """Modules as `AdapterBase` has them: one for all layers, where every layer has it."""
+    of_layers: dict[str, dict[str, tuple[int, int]]] = {}
+    for name, sizes in targets.items():
+        own = re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
+        of_layers.setdefault(re.sub(r"\.layers\.\d+\.", ".layers.*.", own), {})[own] = sizes
+    found = {}
+    for starred, own in of_layers.items():
+        found |= {starred: next(iter(own.values()))} if len(own) == num_layers else own
+    return found
 
 
 def request_adapters(config: LoraConfig, slots: AdapterSlots | None) -> RequestAdapters:
@@ -171,5 +251,11 @@ def request_adapters(config: LoraConfig, slots: AdapterSlots | None) -> RequestA
         num_bytes = sum(array.nbytes for pair in arrays.values() for array in pair)
         return Ready(rank_class=index, arrays=arrays, num_bytes=num_bytes)
 
+    def measure(path: Path) -> int:
+        ranks = read_ranks(path)
+        rank = next((own.rank for own in classes if own.rank >= max(ranks.values())), 0)
+        return layout.num_bytes(rank, layout.parts_of(ranks))
+
     largest = layout.num_bytes(classes[-1].rank)
-    return RequestAdapters(HostAdapters(load, largest_bytes=largest, max_bytes=config.host_bytes))
+    host = HostAdapters(load, measure, largest_bytes=largest, max_bytes=config.host_bytes)
+    return RequestAdapters(host)

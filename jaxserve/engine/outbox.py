@@ -9,8 +9,9 @@ import time
 from collections.abc import Hashable
 
 from jaxserve.device.step import LogprobArrays, StepInputs, StepOutputs
-from jaxserve.protocol.messages import StepStats, TokenEvents
+from jaxserve.protocol.messages import TokenEvents
 from jaxserve.protocol.server import ServerTransport
+from jaxserve.protocol.status import StepStats
 from jaxserve.scheduler.plan import Chunk
 from jaxserve.scheduler.scheduler import Commit
 from jaxserve.scheduler.sequence import Sequence

@@ -10,7 +10,8 @@ from collections.abc import Sequence as Seq
 from jaxserve.device.embed_step import EmbedOutputs
 from jaxserve.device.step import StepOutputs
 from jaxserve.engine.turn import Executor, InFlight, TextsInFlight
-from jaxserve.protocol.messages import Embed, Interval, SequenceRecord, StepStats, Submit
+from jaxserve.protocol.messages import Embed, Interval, SequenceRecord, Submit
+from jaxserve.protocol.status import StepStats
 from jaxserve.scheduler.copies import Schedulers
 from jaxserve.scheduler.plan import Plan
 from jaxserve.scheduler.sequence import Sequence, Wait

@@ -11,7 +11,7 @@ from jaxserve.engine.backlog import Backlog
 from jaxserve.engine.embedding import Embedding
 from jaxserve.engine.lobby import Lobby
 from jaxserve.engine.turn import Executor
-from jaxserve.protocol.messages import EngineStatus
+from jaxserve.protocol.status import EngineStatus
 from jaxserve.scheduler.copies import Schedulers
 from jaxserve.types import DeviceInfo, ModelInfo
 

@@ -96,17 +96,8 @@ def read_adapter(directory: Path, *, max_rank: int) -> Adapter:
             than `max_rank`, a rank that the config does not say, or values that are not finite;
             the config targets what the file does not hold, or asks for what is not done.
     """
-    config = read_config(directory / CONFIG_FILE)
+    config, file = _open(directory)
     path = directory / WEIGHTS_FILE
-    if not path.is_file():
-        others = (directory / "adapter_model.bin").is_file()
-        raise InvalidAdapter(
-            f"{path} is missing" + (": save the adapter with safetensors" if others else "")
-        )
-    try:
-        file = SafetensorsFile(path)
-    except WeightsError as error:
-        raise InvalidAdapter(error.message) from error
     found: dict[str, dict[str, str]] = {}
     embeddings, frozen = set(), []
     for name in sorted(file.names()):
@@ -127,6 +118,20 @@ def read_adapter(directory: Path, *, max_rank: int) -> Adapter:
     _check_targets(config, modules)
     _check_frozen({name: file.shape(name) for name in frozen}, modules)
     return Adapter(config=config, modules=modules)
+
+
+def read_ranks(directory: Path) -> dict[str, int]:
+    """The rank that an adapter's config says of each module; reads no matrices.
+
+    Raises:
+        InvalidAdapter: as `read_adapter`, as far as that shows.
+    """
+    config, file = _open(directory)
+    places = (_place(name) for name in file.names())
+    ranks = {place[0]: config.rank_of(place[0]) for place in places if place is not None}
+    if not ranks:
+        raise InvalidAdapter(f"{directory / WEIGHTS_FILE} holds no LoRA matrices")
+    return ranks
 
 
 def write_adapter(directory: Path, adapter: Adapter) -> None:
@@ -170,12 +175,18 @@ def adapter_digest(directory: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def check_fits(adapter: Adapter, targets: Mapping[str, tuple[int, int]], embedding: str) -> None:
+def check_fits(
+    adapter: Adapter,
+    targets: Mapping[str, tuple[int, int]],
+    embedding: str,
+    settings: Mapping[str, str],
+) -> None:
     """Refuses an adapter for another base.
 
     Args:
         targets: of each module that may take a delta, its inputs and outputs.
         embedding: which of them is the table.
+        settings: by a part of a module's name, the setting without which it takes no delta.
 
     Raises:
         InvalidAdapter: it has modules that the base has not, or of other shapes.
@@ -183,9 +194,10 @@ def check_fits(adapter: Adapter, targets: Mapping[str, tuple[int, int]], embeddi
     for name, module in adapter.modules.items():
         if name not in targets:
             last = sorted({target.rsplit(".", 1)[-1] for target in targets})
+            wanted = next((settings[part] for part in name.split(".") if part in settings), None)
             raise InvalidAdapter(
                 f"the base model has no module {name!r:.200} that takes a delta; {', '.join(last)} "
-                "do"
+                "do" + (f", and others with {wanted}=true" if wanted else "")
             )
         shape = module.a.shape[1], module.b.shape[0]
         if shape != targets[name] or module.embedding != (name == embedding):
@@ -193,6 +205,20 @@ def check_fits(adapter: Adapter, targets: Mapping[str, tuple[int, int]], embeddi
                 f"module {name} is {shape[0]} to {shape[1]} in the adapter, in the base model "
                 f"{targets[name][0]} to {targets[name][1]}: it was made for another base"
             )
+
+
+def _open(directory: Path) -> tuple[PeftConfig, SafetensorsFile]:
+    config = read_config(directory / CONFIG_FILE)
+    path = directory / WEIGHTS_FILE
+    if not path.is_file():
+        others = (directory / "adapter_model.bin").is_file()
+        raise InvalidAdapter(
+            f"{path} is missing" + (": save the adapter with safetensors" if others else "")
+        )
+    try:
+        return config, SafetensorsFile(path)
+    except WeightsError as error:
+        raise InvalidAdapter(error.message) from error
 
 
 def _place(name: str) -> tuple[str, str, bool] | None:
@@ -248,11 +274,17 @@ def _check_targets(config: PeftConfig, modules: Mapping[str, LoraModule]) -> Non
     """What the config targets is there: a file that lost some of its tensors is not whole."""
     if isinstance(config.target_modules, str):
         return
+    ends = {name[at:] for name in modules for at in _starts(name)}
     for target in config.target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
+        if target not in ends:
             raise InvalidAdapter(
                 f"target_modules names {target!r:.80}, but {WEIGHTS_FILE} has no matrices for it"
             )
+
+
+def _starts(name: str) -> list[int]:
+    """Where the parts of a module's name begin."""
+    return [0, *(at + 1 for at, character in enumerate(name) if character == ".")]
 
 
 def _check_frozen(frozen: Mapping[str, tuple[int, ...]], modules: Mapping[str, LoraModule]) -> None:

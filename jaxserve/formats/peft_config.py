@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ _REFUSED = {
     "trainable_token_indices": "single rows of the table are not swapped: target embed_tokens",
     "alora_invocation_tokens": "an adapter holds for the whole sequence here",
     "use_qalora": "its pooled inputs are not computed: train with use_qalora=false",
-    "target_parameters": "only linear layers, embed_tokens and lm_head take deltas here",
+    "target_parameters": "only linear layers, embed_tokens and lm_head take deltas here; experts "
+    "do as modules of their own, which they are in transformers 4",
     "ensure_weight_tying": "table and head take deltas of their own here",
 }
 #: Ways to start training that leave the base as it is; the others subtract from it.
@@ -204,6 +206,11 @@ def _patterns(document: dict[str, Any], name: str, kind: Any) -> dict[str, Any]:
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The first pattern that fits the end of the name, as peft looks it up."""
     for pattern, value in patterns.items():
-        if pattern == module or re.match(rf"(.*\.)?({pattern})$", module):
+        if pattern == module or _end(pattern).match(module):
             return value
     return default
+
+
+@lru_cache(maxsize=_MAX_PATTERNS)
+def _end(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")

@@ -57,7 +57,7 @@ from jaxserve.http.responses import read_response
 from jaxserve.http.score import RERANK, SCORE
 from jaxserve.http.settling import Settling
 from jaxserve.http.texts import TextsEndpoint
-from jaxserve.http.tokens import Detokenize, Tokenize
+from jaxserve.http.tokens import TokensEndpoint, detokenize, tokenize
 from jaxserve.limits.store import Store
 from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.records import RequestRecord
@@ -165,8 +165,8 @@ def create_app(
             Route("/v1/models/{name:path}", Models(frontend), methods=get),
             Route("/v1/load_lora_adapter", LoadAdapter(frontend), methods=post),
             Route("/v1/unload_lora_adapter", UnloadAdapter(frontend), methods=post),
-            Route("/tokenize", Tokenize(frontend), methods=post),
-            Route("/detokenize", Detokenize(frontend), methods=post),
+            Route("/tokenize", TokensEndpoint(frontend, tokenize), methods=post),
+            Route("/detokenize", TokensEndpoint(frontend, detokenize), methods=post),
             Route("/health", Health(frontend), methods=get),
             Route("/live", Health(frontend), methods=get),
             Route("/ready", Ready(frontend), methods=get),

@@ -36,7 +36,7 @@ async def read_completion(
         InvalidRequest, ContextTooLong, Forbidden: what is wrong, by field, value and limit.
     """
     max_choices = frontend.config.max_choices
-    values = _prompts(fields, model, max_choices)
+    values = fields.texts_or_tokens("prompt", model.vocab_size, max_choices, "prompts")
     options = read_options(fields, model, frontend.tokenizer, identity, max_choices)
     if len(values) * options.candidates > max_choices:
         raise InvalidRequest(
@@ -224,23 +224,3 @@ class CompletionWire:
             skip_special_tokens=self._options.skip_special_tokens,
             start=len(self._echoed[prompt]) if self._echoed is not None else 0,
         )
-
-
-def _prompts(fields: Fields, model: ModelInfo, limit: int) -> list[str | list[int]]:
-    """The prompts, each as it came: text, or checked token ids."""
-    value = fields.take("prompt")
-    if type(value) is str:
-        return [value]
-    if type(value) is not list or not value:
-        raise fields.wrong("prompt", "a string, a list of strings or token ids", value)
-    if type(value[0]) is int:
-        fields.check_tokens("prompt", value, model.vocab_size)
-        return [value]
-    if len(value) > limit:
-        raise fields.wrong("prompt", f"a list of at most {limit} prompts", value)
-    for item in value:
-        if type(item) is not type(value[0]) or type(item) not in (str, list):
-            raise fields.wrong("prompt", "made of strings only, or of token ids only", item)
-        if type(item) is list:
-            fields.check_tokens("prompt", item, model.vocab_size)
-    return value

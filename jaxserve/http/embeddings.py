@@ -53,7 +53,7 @@ async def read_embeddings(
             param="model",
         )
     config = frontend.embeddings_config
-    values = _inputs(fields, model, config.max_inputs)
+    values = fields.texts_or_tokens("input", model.vocab_size, config.max_inputs, "texts")
     form = fields.text("encoding_format", "float")
     if form not in FORMATS:
         raise fields.wrong("encoding_format", f"one of {', '.join(FORMATS)}", form)
@@ -78,26 +78,6 @@ async def read_embeddings(
         return _document(model.name, vectors, form, usage)
 
     return TextWork(texts=texts, params=params, priority=priority, answer=answer)
-
-
-def _inputs(fields: Fields, model: EmbeddingInfo, limit: int) -> list[Any]:
-    """The inputs, all texts or all checked token ids."""
-    value = fields.take("input")
-    if type(value) is str:
-        return [value]
-    if type(value) is not list or not value:
-        raise fields.wrong("input", "a string, a list of strings or token ids", value)
-    if type(value[0]) is int:
-        fields.check_tokens("input", value, model.vocab_size)
-        return [value]
-    if len(value) > limit:
-        raise fields.wrong("input", f"a list of at most {limit} texts", value)
-    for item in value:
-        if type(item) is not type(value[0]) or type(item) not in (str, list):
-            raise fields.wrong("input", "made of strings only, or of token ids only", item)
-        if type(item) is list:
-            fields.check_tokens("input", item, model.vocab_size)
-    return value
 
 
 def _prefix(fields: Fields, frontend: Frontend, *, has_tokens: bool) -> str:

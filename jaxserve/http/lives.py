@@ -31,8 +31,8 @@ from jaxserve.http.suspects import Suspects
 from jaxserve.http.watchdog import hung
 from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.flight import FlightFile, flight_requests
-from jaxserve.protocol.messages import Progress
 from jaxserve.protocol.spawn import EngineProcess, EngineSettings
+from jaxserve.protocol.status import Progress
 from jaxserve.protocol.zmq import ZmqClient
 
 

@@ -8,7 +8,7 @@ from jaxserve.errors import JaxserveError, ModelNotFound
 from jaxserve.http.adapters import adapter_card
 from jaxserve.http.errors import send_json
 from jaxserve.http.frontend import Frontend
-from jaxserve.protocol.messages import EngineStatus, Progress
+from jaxserve.protocol.status import EngineStatus, Progress
 from jaxserve.text.fields import show
 
 

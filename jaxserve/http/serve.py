@@ -47,8 +47,8 @@ from jaxserve.http.worker import WorkerSettings, model_names
 from jaxserve.limits.owner import Owner
 from jaxserve.limits.stores import shared_store
 from jaxserve.lora.registry import configured
-from jaxserve.protocol.messages import Progress
 from jaxserve.protocol.scratch import ScratchDirectory
+from jaxserve.protocol.status import Progress
 from jaxserve.weights import sources
 
 #: Connections that may wait to be accepted.

@@ -34,8 +34,8 @@ from jaxserve.http.server import Server
 from jaxserve.limits.stores import make_store
 from jaxserve.lora.registry import Registry
 from jaxserve.protocol.client import EngineClient
-from jaxserve.protocol.messages import EngineStatus, StepStats
 from jaxserve.protocol.parent import follow_parent
+from jaxserve.protocol.status import EngineStatus, StepStats
 from jaxserve.protocol.zmq import ZmqClient
 from jaxserve.text.embedding import EmbeddingText, load_embedding_text
 from jaxserve.text.template import ChatTemplate, load_chat_template

@@ -20,7 +20,7 @@ from jaxserve.config import LimitsConfig
 from jaxserve.errors import DeadlineExceeded, Overloaded
 from jaxserve.limits.degradation import Degradation
 from jaxserve.limits.wait import Newcomer, is_free, run_s, wait_s
-from jaxserve.protocol.messages import ClassLoad, EngineStatus
+from jaxserve.protocol.status import ClassLoad, EngineStatus
 
 #: A status older than this is asked for anew.
 FRESH_S = 0.1

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from jaxserve.protocol.messages import ClassLoad, EngineStatus
+from jaxserve.protocol.status import ClassLoad, EngineStatus
 
 #: A pool that is fuller than this has no room for newcomers, even if rows are free.
 FULL = 0.9

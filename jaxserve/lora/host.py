@@ -1,8 +1,9 @@
 """Adapters in the host's memory, ready for a slot: loaded beside the step loop, bounded in bytes.
 
 An adapter is held while a live request uses it, and stays after that until room is needed; the
-least recently used one goes first. What is not here is read from the disk in a thread, and made
-into arrays there. Owned by the engine's thread; only loading is done elsewhere.
+least recently used one goes first. What is not here is measured in a thread, and once there is room
+for it read from the disk and made into arrays there. Owned by the engine's thread; only measuring
+and loading are done elsewhere.
 
 Invariants: an adapter that is used is never dropped. No more than `max_bytes` are held or being
 loaded: a load for which there is no room waits until something else is not used any more.
@@ -40,30 +41,31 @@ class Ready:
 
 #: Reads an adapter's directory: its key and path, to what is held. Raises `InvalidAdapter`.
 Load = Callable[[str, Path], Ready]
+#: The bytes that an adapter in a directory will have, at most. Raises likewise.
+Measure = Callable[[Path], int]
 
 
 class HostAdapters:
     """See the module.
 
     Args:
-        load: called in a thread.
+        load, measure: called in a thread.
         largest_bytes: of one adapter's arrays, at most.
-        max_bytes: of all.
+        max_bytes: of all; room for one there always is.
 
     Attributes:
         num_loads: from the disk, so far.
     """
 
-    def __init__(self, load: Load, *, largest_bytes: int, max_bytes: int) -> None:
+    def __init__(self, load: Load, measure: Measure, *, largest_bytes: int, max_bytes: int) -> None:
         self.num_loads = 0
-        self._load = load
-        self._largest_bytes = largest_bytes
+        self._load, self._measure = load, measure
         self._max_bytes = max(max_bytes, largest_bytes)
         self._pool = ThreadPoolExecutor(_THREADS, "jaxserve adapters")
         self._ready: OrderedDict[str, Ready] = OrderedDict()
         self._users: dict[str, int] = {}
-        self._wanted: OrderedDict[str, Path] = OrderedDict()  # not begun
-        self._loading: dict[str, Future[Ready]] = {}
+        self._wanted: OrderedDict[str, tuple[Path, Future[int]]] = OrderedDict()  # not begun
+        self._loading: dict[str, tuple[int, Future[Ready]]] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -81,8 +83,8 @@ class HostAdapters:
         ready = self._ready.get(key)
         if ready is not None:
             self._ready.move_to_end(key)
-        elif key not in self._loading:
-            self._wanted.setdefault(key, path)
+        elif key not in self._loading and key not in self._wanted:
+            self._wanted[key] = path, self._pool.submit(self._measure, path)
         return ready
 
     def leave(self, key: str, count: int = 1) -> None:
@@ -99,33 +101,43 @@ class HostAdapters:
     def poll(self) -> dict[str, Ready | JaxserveError]:
         """Begins the loads that there is room for; returns those that have come to an end."""
         ended: dict[str, Ready | JaxserveError] = {}
-        for key in [key for key, future in self._loading.items() if future.done()]:
-            future = self._loading.pop(key)
-            error = future.exception()
+        for key in [key for key, (_, future) in self._loading.items() if future.done()]:
+            _, future = self._loading.pop(key)
+            error = _error_of(future)
             if error is None:
-                self._ready[key] = ended[key] = future.result()
+                self._ready[key] = future.result()
                 self.num_loads += 1
-            elif isinstance(error, JaxserveError):
+            ended[key] = error or future.result()
+        for key, (path, size) in list(self._wanted.items()):
+            if not size.done():
+                break
+            error = _error_of(size)
+            if error is not None:
                 ended[key] = error
+            elif self._make_room(size.result()):
+                self._loading[key] = size.result(), self._pool.submit(self._load, key, path)
             else:
-                ended[key] = InvalidAdapter(
-                    f"the adapter cannot be loaded: {type(error).__name__}: {error}"
-                )
-        while self._wanted and self._make_room():
-            key, path = self._wanted.popitem(last=False)
-            self._loading[key] = self._pool.submit(self._load, key, path)
+                break
+            del self._wanted[key]
         return ended
 
     def close(self) -> None:
         """Waits for no load."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _make_room(self) -> bool:
+    def _make_room(self, num_bytes: int) -> bool:
         """Room for one more, by dropping what nobody uses."""
-        planned = self.num_bytes + (len(self._loading) + 1) * self._largest_bytes
+        planned = self.num_bytes + sum(size for size, _ in self._loading.values()) + num_bytes
         for key in list(self._ready):
             if planned <= self._max_bytes:
                 break
             if key not in self._users:
                 planned -= self._ready.pop(key).num_bytes
         return planned <= self._max_bytes
+
+
+def _error_of(future: Future[Any]) -> JaxserveError | None:
+    error = future.exception()
+    if error is None or isinstance(error, JaxserveError):
+        return error
+    return InvalidAdapter(f"the adapter cannot be loaded: {type(error).__name__}: {error}")

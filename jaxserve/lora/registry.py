@@ -229,7 +229,7 @@ class Registry:
 
         def check(directory: Path) -> None:
             adapter = read_adapter(directory, max_rank=base.max_rank)
-            check_fits(adapter, base.targets(), base.table)
+            check_fits(adapter, base.targets(), base.table, base.settings)
 
         def bring(into: Path) -> None:
             fetch(source, into, max_bytes=self._config.max_bytes)

@@ -14,13 +14,10 @@ ZERO = Decimal(0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """One request.
+class Measures:
+    """What one request came to, or several.
 
     Attributes:
-        request_id: the same one is counted once, however often it is added.
-        ended_s: wall clock, seconds since 1970, UTC.
-        outcome: a `protocol.records.Outcome`.
         prefill_device_ns, decode_device_ns: its share of the device's time; wasted_device_ns: for
             what had to be computed again or was thrown away, which it is not charged for.
         energy_j: its share of the energy measured or modelled; carbon_g: of CO2.
@@ -28,15 +25,6 @@ class Entry:
         wasted_cost: on the hour's line of waste.
     """
 
-    request_id: str
-    ended_s: float
-    route: str
-    outcome: str
-    model: str = ""
-    adapter: str = ""
-    tenant: str = ""
-    key: str = ""
-    user: str = ""
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -51,8 +39,29 @@ class Entry:
 
     @property
     def cost(self) -> Decimal:
-        """What the request is charged for."""
+        """What is charged."""
         return self.prefill_cost + self.decode_cost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry(Measures):
+    """One request.
+
+    Attributes:
+        request_id: the same one is counted once, however often it is added.
+        ended_s: wall clock, seconds since 1970, UTC.
+        outcome: a `protocol.records.Outcome`.
+    """
+
+    request_id: str
+    ended_s: float
+    route: str
+    outcome: str
+    model: str = ""
+    adapter: str = ""
+    tenant: str = ""
+    key: str = ""
+    user: str = ""
 
 
 class LineKind(enum.StrEnum):

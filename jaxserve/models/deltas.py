@@ -36,12 +36,13 @@ class SlotClass:
 
     Attributes:
         sites: as `models.adapters` has them, b with the base's output axes.
-        has_embed, has_head: whether the slot's adapter has deltas of these.
+        has_embed, has_head, has_experts: whether the slot's adapter has deltas of these.
     """
 
     sites: dict[str, LoraWeights]
     has_embed: Bool[Array, "1 S"]
     has_head: Bool[Array, "1 S"]
+    has_experts: Bool[Array, "1 S"]
 
     @property
     def num_slots(self) -> int:
@@ -71,7 +72,7 @@ class StepDeltas:
         """Groups the tokens."""
         return cls(
             classes=tuple(classes),
-            blocks=tuple(block_tokens(own, c.num_slots) for c, own in _by_class(classes, slots)),
+            blocks=tuple(block_tokens(own, c.num_slots) for c, own in by_class(classes, slots)),
             slots=slots,
             layer=jnp.zeros((), jnp.int32),
         )
@@ -104,8 +105,8 @@ def add_embedding(
     """x, the tokens' rows of the table, and what their adapters add to them."""
     if deltas is None or "embed" not in deltas.classes[0].sites:
         return x
-    for own, slots in _by_class(deltas.classes, deltas.slots):
-        has = _has(own.has_embed, slots)
+    for own, slots in by_class(deltas.classes, deltas.slots):
+        has = has_deltas(own.has_embed, slots)
 
         def add(
             x: Array, own: SlotClass = own, slots: Array = slots, has: Array = has
@@ -134,8 +135,8 @@ def add_logits(
     """
     if deltas is None or "head" not in deltas.classes[0].sites:
         return y
-    for own, local in _by_class(deltas.classes, slots):
-        has = _has(own.has_head, local)
+    for own, local in by_class(deltas.classes, slots):
+        has = has_deltas(own.has_head, local)
 
         def add(
             y: Array, own: SlotClass = own, local: Array = local, has: Array = has
@@ -146,6 +147,21 @@ def add_logits(
 
         y = jax.lax.cond(jnp.any(has), add, lambda y: y, y)
     return y
+
+
+def add_router(
+    deltas: StepDeltas | None,
+    x: Float[Array, "T D"],
+    logits: Float[Array, "T E"],
+    options: ModelOptions,
+) -> Float[Array, "T E"]:
+    """The router's logits of x, and what the tokens' adapters add to them.
+
+    In full float32 whatever the model's dtype, as the router itself, and so in plain XLA where
+    there is no kernel for that.
+    """
+    exact = replace(options, dtype="float32", lora="cpu" if options.lora == "cpu" else "xla")
+    return add_delta(deltas, "router", x.astype(jnp.float32), logits, exact)
 
 
 def _add(
@@ -214,7 +230,7 @@ def _split_axis(site: str, y: Float[Array, "T *out"], parts: int) -> int | None:
     return axis if axis is not None and y.shape[axis] % parts == 0 else None
 
 
-def _by_class(
+def by_class(
     classes: Sequence[SlotClass], slots: Int[Array, "T"]
 ) -> list[tuple[SlotClass, Int[Array, "T"]]]:
     """Each class, and the slots counted within it; outside of 0 … S - 1 where they are not its."""
@@ -225,7 +241,7 @@ def _by_class(
     return found
 
 
-def _has(flags: Bool[Array, "1 S"], slots: Int[Array, "T"]) -> Bool[Array, "T"]:
+def has_deltas(flags: Bool[Array, "1 S"], slots: Int[Array, "T"]) -> Bool[Array, "T"]:
     """The flag of each token's slot; False where it has none in the class."""
     num_slots = flags.shape[1]
     inside = (slots >= 0) & (slots < num_slots)

@@ -27,6 +27,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxserve.errors import ConfigError, UnsupportedModel
+from jaxserve.models.deltas import add_router
+from jaxserve.models.expert_deltas import ExpertDeltas
 from jaxserve.models.hf_config import HfConfig
 from jaxserve.models.layers import ACTIVATIONS, MLP, GatedMLP, LayerInputs, PreNormLayer
 from jaxserve.models.linear import exact_param, precision, random_matrix
@@ -103,12 +105,15 @@ class MixtureMLP(nnx.Module):
     def __call__(self, x: Float[Array, "T D"], inputs: LayerInputs) -> Float[Array, "T D"]:
         """Applies it to every token; padding comes out as zeros."""
         with jax.named_scope("router"):
-            experts_TA, weights_TA = route(x, self.router[...], self.moe)
+            logits_TE = router_logits(x, self.router[...])
+            logits_TE = add_router(inputs.deltas, x, logits_TE, self.options)
+            experts_TA, weights_TA = route(logits_TE, self.moe)
             is_live_T = jnp.arange(x.shape[0]) < inputs.num_live
             experts_TA = jnp.where(is_live_T[:, None], experts_TA, self.moe.num_experts)
         matrices = ExpertMatrices(self.gate.arrays(), self.up.arrays(), self.down.arrays())
         mix = over_experts(self._mix, self.options, self.moe)
-        return mix(x, experts_TA, weights_TA, matrices, inputs.stack_index)
+        deltas = ExpertDeltas.of(inputs.deltas)
+        return mix(x, experts_TA, weights_TA, matrices, inputs.stack_index, deltas)
 
     def _mix(
         self,
@@ -117,6 +122,7 @@ class MixtureMLP(nnx.Module):
         weights_TA: Float[Array, "T A"],
         matrices: ExpertMatrices,
         layer: Int[Array, ""] | None,
+        deltas: ExpertDeltas | None,
         first_expert: Int[Array, ""] | int,
     ) -> Float[Array, "T D"]:
         """What the experts from `first_expert` on, those of `matrices`, add for each token.
@@ -124,6 +130,7 @@ class MixtureMLP(nnx.Module):
         Args:
             experts_TA: of each token; num_experts for none.
             layer: whose matrices, where they are stacked.
+            deltas: of the tokens' adapters; None where experts take none.
         """
         num_tokens, top_k = experts_TA.shape
         num_own = matrices.gate.weight.shape[-3]
@@ -132,9 +139,13 @@ class MixtureMLP(nnx.Module):
         expert_R = own_TA.reshape(-1)
         order_R = jnp.argsort(expert_R)
         sizes_E = jnp.sum(expert_R[:, None] == jnp.arange(num_own), axis=0, dtype=jnp.int32)
+        token_R = order_R // top_k
+        blocks = () if deltas is None else deltas.group(token_R, expert_R[order_R])
 
-        def multiply(rows: Float[Array, "R K"], matrix: ExpertMatrix) -> Float[Array, "R N"]:
-            return grouped_matmul(
+        def multiply(
+            rows: Float[Array, "R K"], matrix: ExpertMatrix, site: str
+        ) -> Float[Array, "R N"]:
+            out = grouped_matmul(
                 rows,
                 matrix.weight.reshape(-1, *matrix.weight.shape[-2:]),
                 sizes_E,
@@ -143,11 +154,13 @@ class MixtureMLP(nnx.Module):
                 precision=precision(self.options),
                 backend=self.options.experts,
             )
+            return out if deltas is None else deltas.add(site, rows, out, blocks, self.options)
 
-        rows = x[order_R // top_k]
-        gate, up = multiply(rows, matrices.gate), multiply(rows, matrices.up)
+        rows = x[token_R]
+        gate = multiply(rows, matrices.gate, "expert_gate")
+        up = multiply(rows, matrices.up, "expert_up")
         hidden = ACTIVATIONS[self.activation](gate.astype(jnp.float32)) * up.astype(jnp.float32)
-        out_RD = multiply(hidden.astype(x.dtype), matrices.down)
+        out_RD = multiply(hidden.astype(x.dtype), matrices.down, "expert_down")
         out_TAD = out_RD[jnp.argsort(order_R)].reshape(num_tokens, top_k, -1)
         # Rows of no expert of this device are zero.
         mixed_TD = jnp.sum(out_TAD.astype(jnp.float32) * weights_TA[:, :, None], axis=1)
@@ -164,14 +177,18 @@ class MixtureLayer(PreNormLayer):
         return make(spec, options, rngs)
 
 
+def router_logits(x: Float[Array, "T D"], router: Float[Array, "D E"]) -> Float[Array, "T E"]:
+    """Of each token for each expert, in float32."""
+    return jnp.dot(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
+
+
 def route(
-    x: Float[Array, "T D"], router: Float[Array, "D E"], moe: MoeSpec
+    logits_TE: Float[Array, "T E"], moe: MoeSpec
 ) -> tuple[Int[Array, "T A"], Float[Array, "T A"]]:
     """Each token's experts, the likeliest first, and their weights, in float32.
 
     Of experts that are equally likely the first ones are taken.
     """
-    logits_TE = jnp.dot(x.astype(jnp.float32), router, precision=jax.lax.Precision.HIGHEST)
     top_TA, experts_TA = jax.lax.top_k(logits_TE, moe.top_k)
     among = top_TA if moe.norm_topk_prob else logits_TE
     weights_TA = jnp.exp(top_TA - jax.nn.logsumexp(among, axis=-1, keepdims=True))

@@ -52,7 +52,8 @@ def over_experts(
     columns, holds copies (`device.sharding.partition`): those all compute the same, once.
 
     Args:
-        mix: of tokens, their experts and weights, matrices, the layer and the first expert.
+        mix: of tokens, their experts and weights, matrices, the layer, what adapters add, and the
+            first expert.
     """
     if options.tensor_parallel == 1:
         return partial(mix, first_expert=0)
@@ -61,17 +62,27 @@ def over_experts(
     columns = None if moe.feed_forward % sizes["model"] else "model"
 
     def own(
-        x: Array, experts_TA: Array, weights_TA: Array, matrices: Any, layer: Array | None
+        x: Array,
+        experts_TA: Array,
+        weights_TA: Array,
+        matrices: Any,
+        layer: Array | None,
+        deltas: Any,
     ) -> Float[Array, "T D"]:
         first = 0
         if experts is not None:
             first = jax.lax.axis_index(experts) * matrices.gate.weight.shape[-3]
-        mixed = mix(x, experts_TA, weights_TA, matrices, layer, first_expert=first)
+        mixed = mix(x, experts_TA, weights_TA, matrices, layer, deltas, first_expert=first)
         summed = tuple(axis for axis in (experts, columns) if axis is not None)
         return jax.lax.psum(mixed, summed) if summed else mixed
 
     def run(
-        x: Array, experts_TA: Array, weights_TA: Array, matrices: Any, layer: Array | None
+        x: Array,
+        experts_TA: Array,
+        weights_TA: Array,
+        matrices: Any,
+        layer: Array | None,
+        deltas: Any,
     ) -> Float[Array, "T D"]:
         stack = (None,) * (matrices.gate.weight.ndim - 3)
 
@@ -87,13 +98,14 @@ def over_experts(
             down=of_matrix(matrices.down, columns, None),
         )
         whole = PartitionSpec()
+        added = None if deltas is None else deltas.specs(experts, columns)
         return jax.shard_map(
             own,
-            in_specs=(whole, whole, whole, specs, None if layer is None else whole),
+            in_specs=(whole, whole, whole, specs, None if layer is None else whole, added),
             out_specs=whole,
             axis_names=set(TENSOR_AXES),
             check_vma=False,
-        )(x, experts_TA, weights_TA, matrices, layer)
+        )(x, experts_TA, weights_TA, matrices, layer, deltas)
 
     return run
 

@@ -31,13 +31,11 @@ from jaxserve.protocol.messages import (
     Drain,
     Embed,
     EngineMessage,
-    EngineStatus,
     Goodbye,
-    Progress,
-    StepStats,
     Submit,
 )
 from jaxserve.protocol.pulse import Pulse
+from jaxserve.protocol.status import EngineStatus, Progress, StepStats
 from jaxserve.protocol.stream import Stream
 from jaxserve.protocol.streams import RESTARTING, Dispatcher, SequenceEvent, StreamState
 from jaxserve.protocol.sync_client import SyncClient, SyncStream

@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import Hashable
 from typing import Protocol
 
-from jaxserve.protocol.messages import ClientMessage, EngineMessage, StepStats, TokenEvents
+from jaxserve.protocol.messages import ClientMessage, EngineMessage, TokenEvents
+from jaxserve.protocol.status import StepStats
 
 #: A client's name and its message; (None, None) only wakes the engine.
 Arrival = tuple[Hashable, ClientMessage] | tuple[None, None]

@@ -25,16 +25,14 @@ from jaxserve.errors import DeviceFailure, JaxserveError, RequestQuarantined
 from jaxserve.protocol.messages import (
     Embed,
     EngineMessage,
-    EngineStatus,
     Finished,
     GetStatus,
-    Progress,
     SequenceRecord,
-    StepStats,
     Submit,
     TokenEvents,
 )
 from jaxserve.protocol.replay import JournalEntry, request_keys
+from jaxserve.protocol.status import EngineStatus, Progress, StepStats
 from jaxserve.types import FinishReason, TokenLogprobs
 
 #: State of an engine that has ended and is started again, as its clients call it.

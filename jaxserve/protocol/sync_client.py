@@ -17,12 +17,10 @@ from jaxserve.protocol.messages import (
     Cancel,
     ClientMessage,
     EngineMessage,
-    EngineStatus,
     Goodbye,
-    Progress,
-    StepStats,
 )
 from jaxserve.protocol.parent import has_ended
+from jaxserve.protocol.status import EngineStatus, Progress, StepStats
 from jaxserve.protocol.streams import Dispatcher, SequenceEvent, StreamState
 from jaxserve.protocol.transport import (
     HEARTBEAT_S,

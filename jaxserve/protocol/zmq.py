@@ -22,7 +22,6 @@ from collections.abc import Callable, Hashable
 
 import zmq
 
-from jaxserve.protocol import messages
 from jaxserve.protocol.codec import Codec
 from jaxserve.protocol.messages import ClientMessage, EngineMessage, Goodbye
 from jaxserve.protocol.server import Arrival, Backlog
@@ -44,7 +43,6 @@ BACKLOG_POLL_S = 0.01
 
 TO_ENGINE = Codec(ClientMessage)
 TO_CLIENT = Codec(EngineMessage)
-assert messages.ClientMessage is ClientMessage
 
 
 class ZmqServer:

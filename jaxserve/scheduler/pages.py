@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from jaxserve.scheduler.pool import PagePool
 from jaxserve.types import CacheGroup
@@ -34,6 +35,13 @@ class PageTable:
     pages: list[list[int]]
     num_behind: list[int]
     num_registered: int = 0
+
+
+class Row(Protocol):
+    """Who has a table, and the slot whose rows the device looks up in it."""
+
+    table: PageTable
+    slot: int
 
 
 class PageAllocator:
@@ -83,6 +91,11 @@ class PageAllocator:
         """
         for group, pool in enumerate(self.pools):
             pool.on_evict = partial(on_evict, group)
+
+    def stock(self) -> None:
+        """As `PagePool.stock`, of every group."""
+        for pool in self.pools:
+            pool.stock()
 
     @property
     def capacity_tokens(self) -> int:
@@ -150,30 +163,28 @@ class PageAllocator:
                 pages += pool.take_several(num_pages - len(pages))
         return True
 
-    def open_each(
-        self, tables: Sequence[tuple[PageTable, int, int]]
-    ) -> list[tuple[int, int, int, int]] | None:
-        """`extend` by one position for many tables at once, where no window has to be minded.
+    def open_each(self, rows: Sequence[tuple[Row, int]]) -> list[tuple[int, int, int, int]] | None:
+        """`extend` by one position for many rows at once, where no window has to be minded.
 
         Args:
-            tables: each with its slot and the position, whose page alone it may lack.
+            rows: each with the position, whose page alone it may lack.
 
         Returns:
             (group, slot, index, page) of each new entry; None, and no page taken, if there are too
             few for all, or a group has a window.
         """
-        if self._has_windows or any(pool.num_free < len(tables) for pool in self.pools):
+        if self._has_windows or any(pool.num_free < len(rows) for pool in self.pools):
             return None
         entries: list[tuple[int, int, int, int]] = []
         for group, pool in enumerate(self.pools):
-            taken = pool.take_several(len(tables))
-            for table, slot, position in tables:
-                pages, index = table.pages[group], position // self.page_size
+            taken = pool.take_several(len(rows))
+            for row, position in rows:
+                pages, index = row.table.pages[group], position // self.page_size
                 if len(pages) == index:
                     page = taken.pop()
                     pages.append(page)
-                    entries.append((group, slot, index, page))
-            for page in taken:  # some tables had theirs
+                    entries.append((group, row.slot, index, page))
+            for page in taken:  # some rows had theirs
                 pool.release(page)
         return entries
 

@@ -81,9 +81,7 @@ class Planner:
             These rows.
         """
         opening = self._rows.decoding.opening(plan.decode_steps)
-        entries = self._rows.pages.open_each(
-            [(sequence.table, sequence.slot, position) for sequence, position in opening]
-        )
+        entries = self._rows.pages.open_each(opening)
         if entries is not None:
             plan.page_entries += entries
             return [sequence for sequence, _ in opening]
@@ -184,7 +182,8 @@ class Planner:
             waiting.pop()
             rows.choices.leaves_queue(sequence)
             self._take_slot(plan, sequence)
-            plan.page_copies += [PageCopy(group=g, source=s, target=t) for g, s, t in copies]
+            if copies:
+                plan.page_copies += [PageCopy(group=g, source=s, target=t) for g, s, t in copies]
             rows.swap.restore(plan, sequence)
             plan.page_entries += pages.entries(sequence.table, sequence.slot)
             budget = self._left(budget, self._add_chunk(plan, sequence, end))

@@ -13,6 +13,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
+#: The share of a pool that may be freed before it is needed, while the device works.
+STOCK = 1 / 64
+
 #: Told of a page that is about to lose its content: its number and its digest.
 OnEvict = Callable[[int, bytes], None]
 
@@ -30,6 +33,8 @@ class PagePool:
         "_digests",
         "_free",
         "_kept",
+        "_num_taken",
+        "_num_wanted",
         "_references",
         "_registered",
         "capacity",
@@ -42,6 +47,7 @@ class PagePool:
         self.num_evicted = 0
         self.on_evict = on_evict
         self._free = list(range(num_pages - 1, 0, -1))
+        self._num_taken = self._num_wanted = 0  # since `stock` was called; and by it
         self._references = [0] * num_pages
         self._digests: list[bytes | None] = [None] * num_pages  # of the registered pages
         self._registered: dict[bytes, int] = {}
@@ -68,6 +74,7 @@ class PagePool:
         """A page without content, held once. The caller has looked at `num_free`."""
         if not self._free:
             self._evict(1)
+        self._num_taken += 1
         page = self._free.pop()
         self._references[page] = 1
         return page
@@ -77,12 +84,22 @@ class PagePool:
         free, references = self._free, self._references
         if num_pages > len(free):
             self._evict(num_pages - len(free))
+        self._num_taken += num_pages
         first = len(free) - num_pages
         taken = free[first:]
         del free[first:]
         for page in taken:
             references[page] = 1
         return taken
+
+    def stock(self) -> None:
+        """Frees kept pages ahead: twice as many as are taken between two calls, within `STOCK`."""
+        self._num_wanted = max(2 * self._num_taken, self._num_wanted * 7 // 8)
+        self._num_taken = 0
+        wanted = min(self._num_wanted, int(self.capacity * STOCK))
+        missing = min(wanted - len(self._free), len(self._kept))
+        if missing > 0:
+            self._evict(missing)
 
     def share(self, page: int) -> None:
         """One more holder of a page that is held or can be found."""
@@ -114,6 +131,22 @@ class PagePool:
                 free.append(page)
             else:
                 kept[page] = None
+
+    def count_freed(self, pages: Iterable[int], leaving: dict[int, int]) -> int:
+        """How many of these pages nobody would hold any more if one holder of each left.
+
+        Args:
+            leaving: of shared pages, how many holders are counted as gone; goes on to be counted.
+        """
+        references = self._references
+        num_freed = 0
+        for page in pages:
+            if references[page] == 1:
+                num_freed += 1
+            else:
+                leaving[page] = leaving.get(page, 0) + 1
+                num_freed += leaving[page] == references[page]
+        return num_freed
 
     def num_holders(self, page: int) -> int:
         """How often the page is held."""

@@ -53,7 +53,7 @@ class _Rank:
         heap: (counter, stamp, account); a counter here may be older, and so smaller, than it is.
         stamps: of the entry that counts for an account.
         mark: with locality, what deficits are counted from; never above the least counter.
-        in_sight: the first few tenants with a deficit, looked for in plan `seen_in`; empty once the
+        in_sight: the first few tenants with a deficit, looked for at look `seen_in`; empty once the
             mark has moved or a tenant has begun or ceased to wait.
     """
 
@@ -110,8 +110,9 @@ class WaitingQueue:
         self._levels: list[int] = []  # of those that are not empty, best first
         self._ages: list[tuple[int, int, Sequence]] = []  # (when it has waited too long, …)
         self._stamp = 0
-        self._num_plans = 0
-        self._cached: dict[Sequence, int] = {}  # with locality, as this plan found them
+        self._num_looks = 0
+        self._is_ahead = False  # what is known of cached prefixes is for the plan to come
+        self._cached: dict[Sequence, int] = {}  # with locality, as the last look found them
         self._best: Sequence | None = None  # what `peek` found, until something changes
         accounts.backlogs.append(self)
 
@@ -181,12 +182,19 @@ class WaitingQueue:
         self.num_tokens -= entry.num_tokens
         self._step_out(sequence)
 
+    def look_ahead(self) -> None:
+        """With locality: looks up the prefixes that the next plan asks for, while there is time."""
+        if self._quantum:
+            self._best = None
+            self._look_anew()
+            self.peek()
+
     def refresh(self) -> None:
         """A plan begins: counters have grown, and some may have waited too long."""
         self._best = None
-        if self._quantum:
-            self._cached.clear()
-        self._num_plans += 1
+        if not self._is_ahead:
+            self._look_anew()
+        self._is_ahead = False
         if not self._longest_wait_ns or not self._ages:
             return
         now_ns = self._clock_ns()
@@ -222,6 +230,12 @@ class WaitingQueue:
         return None
 
     # ------------------------------------------------------------------ places
+
+    def _look_anew(self) -> None:
+        """What was found of cached prefixes is forgotten."""
+        self._cached.clear()
+        self._num_looks += 1
+        self._is_ahead = True
 
     def _line_up(self, sequence: Sequence, *, lift: bool = True) -> None:
         account = _account(sequence)
@@ -289,8 +303,8 @@ class WaitingQueue:
         if not self._has_deficit(rank, top):
             rank.mark = top.counter
             rank.in_sight.clear()
-        if rank.seen_in != self._num_plans:
-            rank.seen_in = self._num_plans
+        if rank.seen_in != self._num_looks:
+            rank.seen_in = self._num_looks
             rank.in_sight.clear()
         lines = rank.lines
         if lines[top].num_passed >= MAX_PASSED:
@@ -326,15 +340,15 @@ class WaitingQueue:
         Looked up once in a plan: pages become findable between plans, and what a plan evicts
         matters to the order only.
         """
-        if line.nearest is None or line.nearest[0] != self._num_plans:
+        if line.nearest is None or line.nearest[0] != self._num_looks:
             front = (
                 (self._cached_of(sequence), sequence) for sequence in line.front(NUM_FRONT_SEEN)
             )
-            line.nearest = self._num_plans, max(front, key=_cached)
+            line.nearest = self._num_looks, max(front, key=_cached)
         return line.nearest[1]
 
     def _cached_of(self, sequence: Sequence) -> int:
-        """Its cached tokens, as this plan first found them."""
+        """Its cached tokens, as this look first found them."""
         known = self._cached.get(sequence)
         if known is None:
             known = self._cached[sequence] = self._cached_tokens(sequence)

@@ -6,7 +6,6 @@ is never preempted, and always comes to its end.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Set
 
 from jaxserve.scheduler.choices import Choices
@@ -66,14 +65,13 @@ class Room:
     ) -> list[Sequence]:
         pools = self._pages.pools
         victims: list[Sequence] = []
-        held: list[Counter[int]] = [Counter() for _ in pools]
+        leaving: list[dict[int, int]] = [{} for _ in pools]
         freed = [0] * len(pools)
         for victim in slots.worst_first(exempt, above=sequence.level):
             victims.append(victim)
-            for group, table in enumerate(victim.table.pages):
-                for page in table[victim.table.num_behind[group] :]:
-                    held[group][page] += 1
-                    freed[group] += held[group][page] == pools[group].num_holders(page)
+            for group, pages in enumerate(victim.table.pages):
+                held = pages[victim.table.num_behind[group] :]
+                freed[group] += pools[group].count_freed(held, leaving[group])
             num_left = slots.num_taken - len(victims)
             if num_left == 0:
                 return victims  # alone it fits, by the check at its submission

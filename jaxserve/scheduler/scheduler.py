@@ -16,6 +16,11 @@ is at the bound of fairness (`scheduler.accounts`). Who is preempted does not co
 plan. Only rows that join, leave, open a page or end are visited by `plan`; how many wait makes no
 difference. A decoding row's full page becomes findable (`scheduler.prefix`) when the step that
 opens its next one is read, so that nobody is visited for it.
+
+The device may wait for a plan, and works while the step before is read. So `commit` does all that
+need not be in a plan: it makes the pages of the launched chunks findable (`_settle`), lets go of
+rows whose last token is launched, has free pages ready for the next plan, and looks at who waits
+near whose front. Where no commit comes before it, a plan does this itself.
 """
 
 from __future__ import annotations
@@ -119,6 +124,7 @@ class Scheduler:
         pacer = pacer or Pacer(config.max_step_ms, config.max_step_tokens)
         self._planner = Planner(config, self._rows, pacer, clock_ns)
         self._launched: deque[Launched] = deque()
+        self._is_settled = True
         self._next_step_id = 0
         self._num_arrived = 0
 
@@ -232,11 +238,13 @@ class Scheduler:
     def cancel(self, sequence: Sequence, reason: FinishReason) -> None:
         """Ends a sequence now, wherever it is; what is launched for it is discarded when read."""
         if sequence.reason is None:
+            self._settle()
             sequence.reason = reason
             self._rows.end(sequence)
 
     def phases(self) -> set[Phase]:
         """The kinds of step that there is work for, where they take turns."""
+        self._settle()
         self._rows.unpark()  # those that wait for an adapter's slot are not in the queue
         found = {phase_of(sequence) for sequence in self._rows.prefilling}
         if len(self._rows.decoding):
@@ -271,13 +279,8 @@ class Scheduler:
         self.swap.tell(plan)
         self.adapters.tell(plan)
         self._launched.append(Launched(plan, self._rows.slots.owners(), opened))
-        for chunk in plan.chunks:
-            sequence = self._rows.slots.owner(chunk.slot)
-            self.prefix.register(sequence, sequence.num_computed)
-            if chunk.samples and not chunk.num_drafts:
-                del self._rows.prefilling[sequence]
-                self._rows.decoding.add(sequence)
         self._rows.choices.queue_forked()
+        self._is_settled = False
         return plan
 
     def owners(self) -> Owners:
@@ -300,6 +303,7 @@ class Scheduler:
                 drafts were verified.
             device_ns, page_ns: as `StepOutputs` has them; 0 and empty where not measured.
         """
+        self._settle()
         launched = self._launched.popleft()
         self.swap.costs.observe(launched.plan, len(rows), device_ns, page_ns)
         commit = launched.read(rows, token_ids, self._clock_ns)
@@ -315,13 +319,29 @@ class Scheduler:
             if sequence.state is SequenceState.DECODING:
                 known = min(len(sequence.token_ids), self._rows.decoding.position(sequence))
                 self.prefix.register(sequence, known)
+        self._rows.retire()
+        self.pages.stock()
+        self._waiting.look_ahead()
         return commit
+
+    def _settle(self) -> None:
+        """What follows from the launch of the last plan; before anything else is decided."""
+        if self._is_settled:
+            return
+        self._is_settled = True
+        for chunk in self._launched[-1].plan.chunks:
+            sequence = self._rows.slots.owner(chunk.slot)
+            self.prefix.register(sequence, sequence.num_computed)
+            if chunk.samples and not chunk.num_drafts:
+                del self._rows.prefilling[sequence]
+                self._rows.decoding.add(sequence)
 
     # ------------------------------------------------------------------ parts of a plan
 
     @property
     def may_draft(self) -> bool:
         """Whether the next call may verify drafts: it holds no chunk of a prompt, and few rows."""
+        self._settle()
         quiet = not self._rows.prefilling and not self.num_waiting
         return quiet and self.num_running <= self._rows.drafting.max_rows
 

@@ -1,24 +1,23 @@
 """What the server did of late, second by second: what the console draws.
 
-Each record, step and status is counted in the second that it belongs to, and in its minute; both
-are rings, so that memory is bounded whatever comes. Seconds are of the monotonic clock: a wall
-clock that is set changes where the points are drawn and nothing else.
+Each record, step and status is counted in the second that it belongs to, and in its minute
+(`telemetry.points`). Seconds are of the monotonic clock: a wall clock that is set changes where the
+points are drawn and nothing else.
 
-Invariants: a number that nothing was measured for is None, never NaN and never 0; a rate is 0 only
-for a time in which the engine was seen doing nothing.
+Invariant: memory is bounded, whatever comes.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from jaxserve.config import TelemetryConfig
-from jaxserve.protocol.messages import EngineStatus, StepStats
 from jaxserve.protocol.records import Begun, Outcome, RequestRecord
-from jaxserve.telemetry.sketch import Sketch
+from jaxserve.protocol.status import EngineStatus, StepStats
+from jaxserve.telemetry.points import Ring, Window, columns_of
 
 #: Of each ring: seconds a point, and points.
 RINGS = ((1, 900), (60, 1440))
@@ -32,78 +31,7 @@ CARRY_S = 3
 MAX_RECORDS, MAX_TENANTS, MAX_NEWS, MAX_OPEN = 400, 200, 50, 10_000
 #: All tenants beyond `MAX_TENANTS`.
 OTHERS = "(others)"
-_SHARES = (0.5, 0.95, 0.99)
-_LATENCIES = ("ttft", "tpot", "total")
-_GAUGES = ("running", "waiting", "pages_used", "pages_cached", "pages_total")
 _BAD = (Outcome.FAILED, Outcome.SHED, Outcome.EXPIRED)
-#: Columns of counts, which are given a second.
-_RATES = (
-    *("requests", "bad", "limited", "refused", "left"),
-    *("prefill_tokens", "decode_tokens", "steps", "flops", "bytes"),
-)
-
-
-@dataclass(slots=True)
-class Point:
-    """One second or minute.
-
-    Attributes:
-        at: its number: of seconds or minutes of the monotonic clock.
-        gauges: the most that was seen, by name.
-    """
-
-    at: int
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_RATES, 0))
-    latencies: dict[str, Sketch] = field(
-        default_factory=lambda: {name: Sketch() for name in _LATENCIES}
-    )
-    gauges: dict[str, int] = field(default_factory=dict)
-    device_ns: int = 0
-    idle_ns: int = 0
-    rows: int = 0
-
-    def gauge(self, values: EngineStatus | StepStats) -> None:
-        """What was seen of queue and pages."""
-        gauges = self.gauges
-        for name in _GAUGES:
-            value = getattr(values, name)
-            if value > gauges.get(name, -1):
-                gauges[name] = value
-
-
-class Ring:
-    """The last points, by number.
-
-    Args:
-        step_s: of a point. size: points.
-    """
-
-    def __init__(self, step_s: int, size: int) -> None:
-        self.step_s = step_s
-        self.size = size
-        self._step_ns = step_s * 1_000_000_000
-        self._points: list[Point | None] = [None] * size
-        self._newest = -1
-
-    def number(self, at_ns: int) -> int:
-        """The point's that a time belongs to."""
-        return at_ns // self._step_ns
-
-    def at(self, at_ns: int) -> Point | None:
-        """The point of a time; None where that is longer ago than the ring."""
-        number = self.number(at_ns)
-        if number <= self._newest - self.size:
-            return None
-        self._newest = max(self._newest, number)
-        point = self._points[number % self.size]
-        if point is None or point.at != number:
-            point = self._points[number % self.size] = Point(number)
-        return point
-
-    def find(self, number: int) -> Point | None:
-        """The point of a number, if anything was counted there."""
-        point = self._points[number % self.size]
-        return point if point is not None and point.at == number else None
 
 
 @dataclass(slots=True)
@@ -245,7 +173,7 @@ class Live:
         if 0 <= since <= last:
             first = max(first, since + 1 - (LATE_S if step_s == 1 else 1))
         columns: dict[str, list[float | None]] = {}
-        window = _Window(max(1, WINDOW_S // step_s))
+        window = Window(max(1, WINDOW_S // step_s))
         seen: tuple[int, dict[str, int]] | None = None
         for number in range(first - WINDOW_S, last + 1):
             point = ring.find(number)
@@ -256,7 +184,7 @@ class Live:
                 continue
             carried = seen[1] if seen and (number - seen[0]) * step_s <= CARRY_S else {}
             elapsed_s = self._elapsed_s(number, ring.step_s, now_ns)
-            values = _values(point, carried, elapsed_s) | window.quantiles()
+            values = columns_of(point, carried, elapsed_s) | window.quantiles()
             for name, value in values.items():
                 columns.setdefault(name, []).append(value)
         end_ns = (last + 1) * step_s * 1_000_000_000
@@ -327,54 +255,6 @@ class Live:
             "prompt_tokens": record.prompt_tokens,
             "completion_tokens": record.completion_tokens,
         }
-
-
-class _Window:
-    """Latencies of the last points, one after another.
-
-    Args:
-        size: points.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._points: deque[Point | None] = deque()
-        self._sums = {name: Sketch() for name in _LATENCIES}
-
-    def take(self, point: Point | None) -> None:
-        """Goes on to the next point; None where nothing was counted in it."""
-        self._points.append(point)
-        gone = self._points.popleft() if len(self._points) > self._size else None
-        for name, own in self._sums.items():
-            if point is not None:
-                own.join(point.latencies[name])
-            if gone is not None:
-                own.part(gone.latencies[name])
-
-    def quantiles(self) -> dict[str, float | None]:
-        """Of what is in the window, by the names of their columns."""
-        return {
-            f"{name}_p{share * 100:g}": None if value is None else round(value, 3)
-            for name, own in self._sums.items()
-            for share, value in zip(_SHARES, own.quantiles(_SHARES), strict=True)
-        }
-
-
-def _values(point: Point | None, gauges: dict[str, int], elapsed_s: float) -> dict[str, Any]:
-    """A point's columns."""
-    point = point or Point(-1)
-    values: dict[str, Any] = {}
-    for name in _RATES:
-        values[name] = round(point.counts[name] / elapsed_s, 3) if elapsed_s > 0 else None
-    for name in _GAUGES:
-        values[name] = gauges.get(name)
-    steps = point.counts["steps"]
-    values["step_ms"] = round(point.device_ns / steps / 1e6, 3) if steps else None
-    values["rows"] = round(point.rows / steps, 2) if steps else None
-    seen_ns = point.device_ns + point.idle_ns
-    busy = point.device_ns / (elapsed_s * 1e9) if elapsed_s > 0 else 0.0
-    values["busy"] = round(min(1.0, busy), 4) if seen_ns or gauges else None
-    return values
 
 
 def _engine(status: EngineStatus | None, now_ns: int) -> dict[str, Any] | None:

@@ -216,6 +216,29 @@ class Fields:
         self.check_tokens(name, value, vocab_size)
         return tuple(value)
 
+    def texts_or_tokens(self, name: str, vocab_size: int, limit: int, things: str) -> list[Any]:
+        """One or several texts, or lists of checked token ids; all of a kind.
+
+        Args:
+            limit: of several. things: what they are called.
+        """
+        value = self.take(name)
+        if type(value) is str:
+            return [value]
+        if type(value) is not list or not value:
+            raise self.wrong(name, "a string, a list of strings or token ids", value)
+        if type(value[0]) is int:
+            self.check_tokens(name, value, vocab_size)
+            return [value]
+        if len(value) > limit:
+            raise self.wrong(name, f"a list of at most {limit} {things}", value)
+        for item in value:
+            if type(item) is not type(value[0]) or type(item) not in (str, list):
+                raise self.wrong(name, "made of strings only, or of token ids only", item)
+            if type(item) is list:
+                self.check_tokens(name, item, vocab_size)
+        return value
+
     def check_tokens(self, name: str, ids: Sequence[Any], vocab_size: int) -> None:
         """Refuses what is not a token id of the vocabulary."""
         for item in ids:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import operator
 import os
-import reprlib
 import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +28,7 @@ from jaxserve.text.template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.text.tools.asked import read_toolbox
 from jaxserve.text.tools.tool import Toolbox
+from jaxserve.text.values import flag, integer, integers, is_list, number, show, wrong
 from jaxserve.types import Grammar, ModelInfo, SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
@@ -105,8 +104,8 @@ class Request:
             InvalidRequest: not strings.
         """
         stops = [self.stop] if isinstance(self.stop, str) else self.stop
-        if not _is_list(stops) or not all(isinstance(stop, str) and stop for stop in stops):
-            raise _wrong("stop", "non-empty strings", self.stop)
+        if not is_list(stops) or not all(isinstance(stop, str) and stop for stop in stops):
+            raise wrong("stop", "non-empty strings", self.stop)
         return list(stops)
 
 
@@ -171,27 +170,8 @@ def plan(
                 f"the prompt holds token id {token}; ids are between 0 and {model.vocab_size - 1}",
                 param="prompt",
             )
-    left = model.max_context - len(token_ids)
-    wanted = 1 if request.max_tokens is None else _integer("max_tokens", request.max_tokens, 1)
-    if wanted > left:
-        raise ContextTooLong(
-            f"the prompt has {len(token_ids)} tokens and {wanted} more were asked for, but the "
-            f"model's context is {model.max_context}; shorten the prompt or lower max_tokens",
-            param="max_tokens" if left > 0 else "prompt",
-        )
-    max_tokens = min(DEFAULT_MAX_TOKENS, left) if request.max_tokens is None else wanted
-    if not 1 <= _integer("n", request.n) <= types.MAX_CHOICES:
-        raise InvalidRequest(
-            f"n must be between 1 and {types.MAX_CHOICES}, got {request.n}", param="n"
-        )
-    request.stops  # noqa: B018  (raises)
-    for name in ("include_stop", "skip_special_tokens"):
-        _flag(name, getattr(request, name))
-    if not isinstance(request.cache_salt, str) or len(request.cache_salt) > types.MAX_CACHE_SALT:
-        wanted = f"a string of at most {types.MAX_CACHE_SALT} characters"
-        raise _wrong("cache_salt", wanted, request.cache_salt)
-    if not isinstance(request.adapter, str | os.PathLike | None) or request.adapter == "":
-        raise _wrong("adapter", "a name or a directory", request.adapter)
+    max_tokens = _max_tokens(request, len(token_ids), model)
+    _check_plain(request)
     sampling, wanted = _sampling(request, tokenizer, max_tokens), _wanted(request, tokenizer)
     reader = None
     if request.messages is not None:
@@ -210,6 +190,34 @@ def plan(
         reader=reader,
         shown_tokens=frozenset(dialect.special_tokens.values()) if reader is not None else (),
     )
+
+
+def _max_tokens(request: Request, num_prompt: int, model: ModelInfo) -> int:
+    left = model.max_context - num_prompt
+    wanted = 1 if request.max_tokens is None else integer("max_tokens", request.max_tokens, 1)
+    if wanted > left:
+        raise ContextTooLong(
+            f"the prompt has {num_prompt} tokens and {wanted} more were asked for, but the "
+            f"model's context is {model.max_context}; shorten the prompt or lower max_tokens",
+            param="max_tokens" if left > 0 else "prompt",
+        )
+    return min(DEFAULT_MAX_TOKENS, left) if request.max_tokens is None else wanted
+
+
+def _check_plain(request: Request) -> None:
+    """What goes on as it is."""
+    if not 1 <= integer("n", request.n) <= types.MAX_CHOICES:
+        raise InvalidRequest(
+            f"n must be between 1 and {types.MAX_CHOICES}, got {request.n}", param="n"
+        )
+    request.stops  # noqa: B018  (raises)
+    for name in ("include_stop", "skip_special_tokens"):
+        flag(name, getattr(request, name))
+    if not isinstance(request.cache_salt, str) or len(request.cache_salt) > types.MAX_CACHE_SALT:
+        wanted = f"a string of at most {types.MAX_CACHE_SALT} characters"
+        raise wrong("cache_salt", wanted, request.cache_salt)
+    if not isinstance(request.adapter, str | os.PathLike | None) or request.adapter == "":
+        raise wrong("adapter", "a name or a directory", request.adapter)
 
 
 def _toolbox(request: Request) -> Toolbox:
@@ -239,7 +247,7 @@ def _prompt(
         return text, tokenizer.encode(text, add_special_tokens=False)
     if isinstance(request.prompt, str):
         return request.prompt, tokenizer.encode(request.prompt)
-    return None, _integers("prompt", request.prompt, "text or token ids")
+    return None, integers("prompt", request.prompt, "text or token ids")
 
 
 def _rendered(
@@ -260,16 +268,16 @@ def _rendered(
 
 def _variables(template: Any) -> dict[str, Any]:
     if not isinstance(template, Mapping) or not all(isinstance(name, str) for name in template):
-        raise _wrong("template", "variables of the chat template by name", template)
+        raise wrong("template", "variables of the chat template by name", template)
     for name in _RESERVED:
         if name in template:
             raise InvalidRequest(f"template may not have a variable {name!r}", param="template")
     tools = template.get("tools")
     if tools is not None and not (
-        _is_list(tools) and all(isinstance(tool, Mapping) for tool in tools)
+        is_list(tools) and all(isinstance(tool, Mapping) for tool in tools)
     ):
         raise InvalidRequest(
-            f"template's tools must be a list of objects, got {_show(tools)}", param="template"
+            f"template's tools must be a list of objects, got {show(tools)}", param="template"
         )
     return dict(template)
 
@@ -280,20 +288,20 @@ def _sampling(request: Request, tokenizer: Tokenizer, max_tokens: int) -> Sampli
     for spec in dataclasses.fields(SamplingParams):
         name, value = spec.name, getattr(request, spec.name)
         if spec.type == "bool":
-            values[name] = _flag(name, value)
+            values[name] = flag(name, value)
         elif spec.type == "float":
-            values[name] = _number(name, value)
+            values[name] = number(name, value)
         elif spec.type in ("int", "int | None"):
-            values[name] = None if value is None else _integer(name, value)
+            values[name] = None if value is None else integer(name, value)
     values |= {
         "max_tokens": max_tokens,
-        "seed": secrets.randbits(63) if request.seed is None else _integer("seed", request.seed),
-        "stop_token_ids": tuple(_integers("stop_token_ids", request.stop_token_ids)),
+        "seed": secrets.randbits(63) if request.seed is None else integer("seed", request.seed),
+        "stop_token_ids": tuple(integers("stop_token_ids", request.stop_token_ids)),
         "logit_bias": _logit_bias(request.logit_bias),
         "bad_words": _bad_words(request.bad_words, tokenizer),
     }
     if request.allowed_token_ids is not None:
-        allowed = _integers("allowed_token_ids", request.allowed_token_ids)
+        allowed = integers("allowed_token_ids", request.allowed_token_ids)
         values["allowed_token_ids"] = tuple(allowed)
     return SamplingParams(**values)
 
@@ -312,19 +320,19 @@ def _wanted(request: Request, tokenizer: Tokenizer) -> Wanted | None:
     if isinstance(grammar, Mapping):
         return Wanted(from_words(grammar), "grammar")
     if not isinstance(grammar, Grammar):
-        raise _wrong("grammar", "an object, or what jaxserve.structured.grammars makes", grammar)
+        raise wrong("grammar", "an object, or what jaxserve.structured.grammars makes", grammar)
     return Wanted(grammar, "grammar")
 
 
 def _logit_bias(bias: Any) -> tuple[tuple[int, float], ...]:
     if isinstance(bias, Mapping):
         pairs = [(_token_of_key(key), value) for key, value in bias.items()]
-    elif _is_list(bias) and all(isinstance(pair, Sequence) and len(pair) == 2 for pair in bias):
+    elif is_list(bias) and all(isinstance(pair, Sequence) and len(pair) == 2 for pair in bias):
         pairs = bias
     else:
-        raise _wrong("logit_bias", "a number by token id", bias)
+        raise wrong("logit_bias", "a number by token id", bias)
     return tuple(
-        (_integer("logit_bias", token), _number("logit_bias", value)) for token, value in pairs
+        (integer("logit_bias", token), number("logit_bias", value)) for token, value in pairs
     )
 
 
@@ -336,69 +344,13 @@ def _token_of_key(key: Any) -> Any:
 
 def _bad_words(words: Any, tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
     """A string as it is tokenized at the start of a text and inside one."""
-    if not _is_list(words):
-        raise _wrong("bad_words", "a list of strings or of token ids", words)
+    if not is_list(words):
+        raise wrong("bad_words", "a list of strings or of token ids", words)
     sequences: dict[tuple[int, ...], None] = {}
     for word in words:
         if isinstance(word, str) and word:
             for variant in (word, " " + word.lstrip()):
                 sequences[tuple(tokenizer.encode(variant, add_special_tokens=False))] = None
         else:
-            sequences[tuple(_integers("bad_words", word, "non-empty strings or token ids"))] = None
+            sequences[tuple(integers("bad_words", word, "non-empty strings or token ids"))] = None
     return tuple(sequences)
-
-
-# ---------------------------------------------------------------------------- values
-
-
-def _integers(name: str, values: Any, wanted: str = "token ids") -> list[int]:
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise _wrong(name, wanted, values)
-    return [_integer(name, value, wanted=wanted) for value in values]
-
-
-def _integer(name: str, value: Any, low: int | None = None, wanted: str = "an integer") -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise _wrong(name, wanted, value) from None
-    if number.bit_length() > 64:
-        raise InvalidRequest(
-            f"{name} holds an integer of {number.bit_length()} bits, 64 is the limit", param=name
-        )
-    if low is not None and number < low:
-        raise InvalidRequest(f"{name} must be at least {low}, got {number}", param=name)
-    return number
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        if isinstance(value, bool | str | bytes):
-            raise TypeError
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise _wrong(name, "a number", value) from None
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _wrong(name, "true or false", value)
-    return value
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence | Set) and not isinstance(value, str | bytes)
-
-
-def _wrong(name: str, wanted: str, value: Any) -> InvalidRequest:
-    return InvalidRequest(f"{name} takes {wanted}, got {_show(value)}", param=name)
-
-
-def _show(value: Any) -> str:
-    """A caller's value for a message: recognisable and short, however large or deep it is."""
-    return _SHORT.repr(value)
-
-
-_SHORT = reprlib.Repr(maxlevel=3, maxstring=80, maxother=80, maxlong=80)

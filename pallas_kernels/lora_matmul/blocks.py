@@ -68,7 +68,7 @@ def block_tokens(slot_T: Int[Array, "T"], num_slots: int) -> TokenBlocks:
         slot_T: of each token; anything outside of 0 … num_slots - 1 for none.
     """
     num_tokens = slot_T.shape[0]
-    size = block_size(num_tokens)
+    size = block_size(num_tokens, num_slots)
     slot_T = jnp.where((slot_T >= 0) & (slot_T < num_slots), slot_T, num_slots).astype(jnp.int32)
     order_T = jnp.argsort(slot_T, stable=True).astype(jnp.int32)
     counts_S = jnp.sum(slot_T[:, None] == jnp.arange(num_slots), axis=0, dtype=jnp.int32)
@@ -113,14 +113,14 @@ def _tiles(slot_T: Int[Array, "T"], num_slots: int) -> TokenTiles:
     )
 
 
-def block_size(num_tokens: int) -> int:
-    """B: tokens of a block, by the tokens of a step."""
-    size = _LEAST
-    while size < _MOST and 8 * size < num_tokens:
+def block_size(num_tokens: int, num_slots: int) -> int:
+    """B: tokens of a block, by the tokens of a step; small where they may go to very many slots."""
+    size, share = _LEAST, max(8, num_slots)
+    while size < _MOST and share * size < num_tokens:
         size *= 2
     return size
 
 
 def most_blocks(num_tokens: int, num_slots: int) -> int:
     """U: no grouping of the tokens has more blocks."""
-    return min(num_tokens, num_slots + num_tokens // block_size(num_tokens))
+    return min(num_tokens, num_slots + num_tokens // block_size(num_tokens, num_slots))

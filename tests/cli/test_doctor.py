@@ -38,15 +38,19 @@ def told(ended: Ended) -> dict[str, dict[str, str]]:
     return parts
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model with a tokenizer."""
-    directory = tmp_path_factory.mktemp("model")
+def with_tokenizer(case: str, directory: Path) -> Path:
+    """A small model beside a tokenizer."""
     for name in ("config.json", "model.safetensors"):
-        (directory / name).symlink_to(ORACLE / "qwen3" / name)
+        (directory / name).symlink_to(ORACLE / case / name)
     vocabulary = Files(directory / "vocabulary", prefix=True)
     (directory / "tokenizer.model").symlink_to(vocabulary.model)
     return directory
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model with a tokenizer."""
+    return with_tokenizer("qwen3", tmp_path_factory.mktemp("model"))
 
 
 def test_a_model_that_fits(run: Run, model: Path) -> None:
@@ -71,6 +75,44 @@ def test_a_model_that_fits(run: Run, model: Path) -> None:
         f"{num_pages} pages of 256 tokens, {num_pages * page_bytes >> 20} MiB as bfloat16: "
         f"{33 * 256 / context:.1f} sequences of {context} tokens"
     )
+
+
+def expert_bytes(ranks: int, devices: tuple[int, int] = (1, 1)) -> int:
+    """Of slots of these ranks together: Mixtral's 2 layers of 8 experts of 3 matrices, 64 by 48."""
+    return ranks * 2 * 8 // devices[0] * 3 * (64 + 48 // devices[1])
+
+
+def test_slots_of_experts(run: Run, tmp_path: Path) -> None:
+    """Their bytes are said, and are not there for the cache."""
+    directory = with_tokenizer("mixtral", tmp_path)
+    settings = ["lora.enabled=true", "lora.classes=512x16,1024x4", "weights.dtype=float32"]
+    words = [f"--set={setting}" for setting in settings]
+    without = told(run("doctor", "--model", directory, *words))["model"]
+    assert "of experts" not in without["adapters"]
+    ended = run("doctor", "--model", directory, *words, "--set=lora.experts=true")
+    assert (ended.status, ended.err) == (0, "")
+    said = told(ended)["model"]["adapters"]
+    assert said.startswith("512x16,1024x4: ")
+    assert said.endswith(
+        f" of layers, {4 * expert_bytes(512 * 16 + 1024 * 4) >> 20} MiB of experts"
+    )
+    large = ["--set=lora.classes=32768x1024", "--set=lora.experts=true"]
+    ended = run("doctor", "--model", directory, *words, *large)
+    assert ended.status == 1
+    mib = 4 * expert_bytes(32768 * 1024) >> 20
+    problem = told(ended)["model"]["problem"]
+    assert f"MiB of a device, {mib} of them for experts, and " in problem
+
+
+def test_slots_of_experts_on_chips(run: Run) -> None:
+    """Experts over 2 devices, one side of each matrix over 2 more, as bfloat16."""
+    settings = ["lora.enabled=true", "lora.classes=1024x8", "lora.experts=true"]
+    words = [f"--set={setting}" for setting in (*settings, "parallel.expert=2")]
+    config = ORACLE / "mixtral" / "config.json"
+    ended = run("doctor", "--model", config, "--topology", "v5e:2x2", *words)
+    assert (ended.status, ended.err) == (0, "")
+    mib = 2 * expert_bytes(1024 * 8, (2, 2)) / 2**20
+    assert told(ended)["topology"]["adapters"].endswith(f", {mib:.0f} MiB of experts a device")
 
 
 def test_chips_that_are_not_here(run: Run) -> None:

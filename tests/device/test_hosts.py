@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from jaxserve.config import ParallelConfig
+from jaxserve.device import hosts as hosts_module
 from jaxserve.device import meeting as module
 from jaxserve.device.hosts import Hosts
 from jaxserve.device.link import Kind, Link, LinkClosed
@@ -130,6 +131,17 @@ def test_values_and_plans_reach_all(meet, num_hosts):
     for follower in hosts[1:]:
         plans = follower.plans()
         assert [next(plans) for _ in sent] == sent
+
+
+def test_a_plan_larger_than_a_message_goes_in_pieces(meet, monkeypatch):
+    """An adapter may be larger than any message."""
+    monkeypatch.setattr(hosts_module, "PIECE_BYTES", 7)
+    hosts = meet().all()
+    sent = [bytes(range(size)) for size in (7, 8, 100, 3, 0, 14)]
+    for plan in sent:
+        hosts[0].broadcast(memoryview(plan))
+    plans = hosts[1].plans()
+    assert [next(plans) for _ in sent] == sent
 
 
 def test_a_host_is_behind_from_a_plan_s_arrival_until_the_next_is_asked_for(meet):

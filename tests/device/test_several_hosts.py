@@ -18,8 +18,10 @@ from typing import Any
 import httpx
 import pytest
 
+from jaxserve.formats.peft import write_adapter
 from tests.device.sharded import SETTINGS
 from tests.device.test_sharded import assert_equal
+from tests.lora.adapters import random_adapter
 from tests.models.loading import ORACLE
 
 TIMEOUT_S = 240
@@ -33,6 +35,8 @@ SMALL = (
     f"parallel.connect_timeout_s={TIMEOUT_S}",
     "parallel.lost_after_s=3",
 )
+#: Of ranks up to 7, which the adapters that are served have.
+LORA = ("lora.enabled=true", "lora.classes=8x3")
 #: Of these the fewest programs.
 TINY = ("scheduler.max_rows=1", "scheduler.decode_steps=1")
 #: A loss ends every engine within this time, of which 3 s are silence.
@@ -107,15 +111,15 @@ def two_hosts(*settings: str) -> list[list[str]]:
     return [[*common, f"parallel.host={host}"] for host in (0, 1)]
 
 
-def start(how_often: str, *settings: str) -> list[Program]:
+def start(how_often: str, *settings: str, model: str = MODEL) -> list[Program]:
     """Both hosts' engines, without a front end."""
     return [
-        Program("tests.device.several", how_often, MODEL, "2", *own) for own in two_hosts(*settings)
+        Program("tests.device.several", how_often, model, "2", *own) for own in two_hosts(*settings)
     ]
 
 
 @pytest.mark.slow
-@pytest.mark.in_turn
+@pytest.mark.in_turn("two hosts")
 @pytest.mark.parametrize("data", [1, 2])
 def test_two_hosts_are_as_one(cache: str, data: int) -> None:
     mesh = [f"parallel.data={data}", f"parallel.model={4 // data}"]
@@ -127,6 +131,25 @@ def test_two_hosts_are_as_one(cache: str, data: int) -> None:
     alone = Program("tests.device.several", "once", MODEL, "4", *SMALL, cache, *mesh)
     with running(alone):
         assert_equal({"mesh": found, "one": json.loads(alone.line("{"))}, 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.in_turn("two hosts")
+def test_adapters_are_loaded_on_both_hosts(cache: str) -> None:
+    """While they serve: those of experts too, which each device has a part of."""
+    model = str(ORACLE / "mixtral")
+    mesh = ["parallel.expert=2", "parallel.model=2", "lora.experts=true", *LORA, *TINY]
+    hosts = start("once", cache, *mesh, model=model)
+    with running(*hosts):
+        found: dict[str, Any] = json.loads(hosts[0].line("{"))
+        assert [host.ends_with() for host in hosts] == [0, 4]
+        assert "host 0 was lost: it was told to end" in hosts[1].log
+    alone = Program("tests.device.several", "once", model, "4", *SMALL, cache, *mesh)
+    with running(alone):
+        expected = json.loads(alone.line("{"))
+        assert alone.ends_with() == 0
+    assert_equal({"mesh": found, "one": expected}, 2e-5)
+    assert found["joins"] == expected["joins"] == 8  # of 10 requests
 
 
 @pytest.mark.slow
@@ -153,18 +176,26 @@ def test_a_lost_host_ends_the_other(
 
 
 @pytest.mark.slow
-def test_hosts_come_together_again(cache: str) -> None:
+def test_hosts_come_together_again(cache: str, tmp_path: Path) -> None:
+    """An adapter that was loaded meanwhile answers as before, too."""
+    modules = {f"model.layers.{layer}.self_attn.q_proj": (64, 64) for layer in range(3)}
+    write_adapter(tmp_path, random_adapter(modules, 4, seed=0, scale=0.5))
     body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "seed": 1}
     common = [f"model.path={MODEL}", "engine=jaxserve.engine.process", "http.port=0", cache]
     hosts = [
         Program("tests.fakes.serve", *common, *own, JAX_NUM_CPU_DEVICES="2")
-        for own in two_hosts(*TINY)
+        for own in two_hosts(*TINY, *LORA)
     ]
     with running(*hosts):
         follower = hosts[1].line("/live and /ready of host 1 on ").split()[-1]
         assert httpx.get(f"{follower}/live", timeout=TIMEOUT_S).status_code == 200
         base = hosts[0].line("ready on http").split()[-1]
         answer = completion(base, body)
+        load = {"lora_name": "mine", "lora_path": str(tmp_path)}
+        loaded = httpx.post(f"{base}/v1/load_lora_adapter", json=load, timeout=TIMEOUT_S)
+        assert loaded.status_code == 200, loaded.text
+        adapted = completion(base, body | {"model": "mine"})
+        assert adapted != answer
         assert httpx.get(f"{follower}/ready", timeout=TIMEOUT_S).status_code == 200
         (engine,) = children(hosts[1].process.pid)
         os.kill(engine, signal.SIGKILL)
@@ -176,6 +207,7 @@ def test_hosts_come_together_again(cache: str) -> None:
             seen[found.status_code] = found.json()["status"]
         assert hosts[0].line("ready on http").split()[-1] == base
         assert completion(base, body) == answer
+        assert completion(base, body | {"model": "mine"}) == adapted
         for host in hosts:
             host.process.send_signal(signal.SIGTERM)
         assert [host.ends_with() for host in hosts] == [0, 0]

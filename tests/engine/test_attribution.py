@@ -20,7 +20,8 @@ from jaxserve.device.step import Program, StepOutputs, empty_inputs
 from jaxserve.engine.attribution import Attribution, NoAttribution, WorkRates, apportion
 from jaxserve.engine.process import build_engine
 from jaxserve.engine.turn import InFlight
-from jaxserve.protocol.messages import Cancel, Embed, GetStatus, SequenceRecord, StepStats
+from jaxserve.protocol.messages import Cancel, Embed, GetStatus, SequenceRecord
+from jaxserve.protocol.status import StepStats
 from jaxserve.scheduler.commit import Commit
 from jaxserve.scheduler.pages import PageTable
 from jaxserve.scheduler.plan import Chunk, Join, Plan

@@ -20,14 +20,13 @@ from jaxserve.protocol.flight import Cell, FlightFile, flight_requests
 from jaxserve.protocol.messages import (
     Cancel,
     Embed,
-    EngineStatus,
     GetStatus,
     Goodbye,
     Interval,
-    StepStats,
     Submit,
     TokenSegment,
 )
+from jaxserve.protocol.status import EngineStatus, StepStats
 from jaxserve.types import EmbeddingParams, FinishReason, SamplingParams
 from tests.engine.test_loop import ListServer
 from tests.fakes.embedder import NOT_FINITE, vector_of

@@ -9,7 +9,7 @@ import pytest
 from jaxserve.engine.greeter import Greeter
 from jaxserve.errors import DeviceFailure, Overloaded
 from jaxserve.protocol.client import SyncClient
-from jaxserve.protocol.messages import Progress
+from jaxserve.protocol.status import Progress
 from jaxserve.protocol.thread import ThreadRoad
 from jaxserve.types import EmbeddingParams, SamplingParams
 

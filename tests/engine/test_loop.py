@@ -16,16 +16,15 @@ from jaxserve.protocol.messages import (
     ClientMessage,
     Drain,
     EngineMessage,
-    EngineStatus,
     Finished,
     GetStatus,
     Goodbye,
-    StepStats,
     Submit,
     TokenEvents,
     TokenSegment,
 )
 from jaxserve.protocol.server import Arrival
+from jaxserve.protocol.status import EngineStatus, StepStats
 from jaxserve.types import FinishReason, SamplingParams
 from tests.fakes.engine import PAGE_BYTES, fake_parts, oracle
 from tests.fakes.executor import ECHO, FakeExecutor

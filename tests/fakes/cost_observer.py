@@ -17,7 +17,7 @@ from jaxserve.http.observer import process
 from jaxserve.http.observer.metering import Metering
 from jaxserve.http.observer.part import Part
 from jaxserve.metering.entry import Entry, Line
-from jaxserve.protocol.messages import StepStats
+from jaxserve.protocol.status import StepStats
 
 FILE = "ledger.jsonl"
 

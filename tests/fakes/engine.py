@@ -79,7 +79,9 @@ def _adapters(lora: LoraConfig) -> tuple[tuple[int, ...], RequestAdapters, Adapt
         index = next(i for i, (most, _) in enumerate(classes) if most >= rank)
         return Ready(rank_class=index, arrays=key, num_bytes=ADAPTER_BYTES)
 
-    host = HostAdapters(load, largest_bytes=ADAPTER_BYTES, max_bytes=lora.host_bytes)
+    host = HostAdapters(
+        load, lambda _: ADAPTER_BYTES, largest_bytes=ADAPTER_BYTES, max_bytes=lora.host_bytes
+    )
     base = AdapterBase(modules=MODULES, num_layers=1, table="", max_rank=classes[-1][0])
     return tuple(count for _, count in classes), RequestAdapters(host), base
 

@@ -127,6 +127,11 @@ class Rig:
             self.scheduler.cancel(sequence, FinishReason.CANCELLED)
             self.ends[sequence] += 1
 
+    def set_back(self, sequence: Sequence) -> None:
+        """Preempts a sequence before the next plan."""
+        self.scheduler._settle()
+        self.scheduler._rows.set_back(sequence)
+
     def turn(self) -> None:
         """One turn of the engine's loop."""
         plan = self.scheduler.plan()

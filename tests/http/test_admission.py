@@ -18,7 +18,7 @@ from jaxserve.config import CacheConfig, Config, LimitsConfig, ModelConfig, Sche
 from jaxserve.http import gate
 from jaxserve.http.auth import Identity, KeyRing
 from jaxserve.http.metrics import Metrics
-from jaxserve.protocol.messages import ClassLoad, EngineStatus
+from jaxserve.protocol.status import ClassLoad, EngineStatus
 from jaxserve.types import SamplingParams
 from tests.fakes.tokenizer import ByteTokenizer
 from tests.http.frontend import TIMEOUT_S, Front

@@ -14,7 +14,7 @@ import pytest
 
 from jaxserve.errors import DeviceFailure
 from jaxserve.http.follower import Follower
-from jaxserve.protocol.messages import EngineStatus, Progress
+from jaxserve.protocol.status import EngineStatus, Progress
 from jaxserve.settings import load_config
 from tests.http.test_serve import TIMEOUT_S, children, started
 

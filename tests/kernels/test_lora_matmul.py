@@ -125,13 +125,13 @@ def some_slots(num_tokens: int) -> st.SearchStrategy[list[int]]:
 
 
 @settings(max_examples=60)
-@given(st.sampled_from((1, 13, 80)).flatmap(some_slots), st.sampled_from((1, 4)))
+@given(st.sampled_from((1, 13, 80)).flatmap(some_slots), st.sampled_from((1, 4, 300)))
 def test_blocks(slots: list[int], num_slots: int) -> None:
     """Each token with a slot of the class is in one block of that slot; places say where."""
     blocks = blocks_of(jnp.asarray(slots, jnp.int32), num_slots)
     tokens, places = np.asarray(blocks.tokens), np.asarray(blocks.places)
     num_live = int(blocks.num_blocks)
-    assert tokens.shape == (most_blocks(len(slots), num_slots), block_size(len(slots)))
+    assert tokens.shape == (most_blocks(len(slots), num_slots), block_size(len(slots), num_slots))
     assert num_live <= len(tokens)
     assert (tokens[num_live:] == len(slots)).all()
     seen = []

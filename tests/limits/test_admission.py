@@ -11,7 +11,7 @@ from jaxserve.errors import DeadlineExceeded, Overloaded
 from jaxserve.limits.admission import MARGIN, Admission
 from jaxserve.limits.degradation import Degradation
 from jaxserve.limits.wait import Newcomer, run_s, wait_s
-from jaxserve.protocol.messages import ClassLoad, EngineStatus
+from jaxserve.protocol.status import ClassLoad, EngineStatus
 
 S = 1_000_000_000
 

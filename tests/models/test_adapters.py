@@ -6,14 +6,17 @@ in chunks of different lengths; all ways in which a step is computed on a CPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
-from jaxserve.device.adapters import AdapterSlots, RankClass
+from jaxserve.device.adapters import AdapterSlots, RankClass, bytes_by_part
 from jaxserve.device.sharding import make_mesh
 from jaxserve.errors import InvalidAdapter
 from jaxserve.formats.peft import Adapter, LoraModule
@@ -33,10 +36,15 @@ NATIVE = ModelOptions(layers="scanned", matmul="cpu", attention="cpu", lora="cpu
 MIXTURE = ModelOptions(attention="cpu", lora="cpu")
 
 
+def layout_of(model: Decoder) -> AdapterLayout:
+    """All that may take a delta does."""
+    return AdapterLayout(model, vocabulary=True, experts=True)
+
+
 def slots_with(model: Decoder, adapters: list[Adapter], places: list[int]) -> AdapterSlots:
-    """Slots of both classes, with these adapters in them."""
+    """Slots of both classes, with these adapters in them, written in this order."""
     mesh = make_mesh(jax.devices()[:1])
-    slots = AdapterSlots(AdapterLayout(model, vocabulary=True), CLASSES, mesh)
+    slots = AdapterSlots(layout_of(model), CLASSES, mesh)
     programs = {key: jax.jit(write) for key, (write, _, _) in slots.programs().items()}
     for adapter, place in zip(adapters, places, strict=True):
         rank = CLASSES[slots.place(place)[0]].rank
@@ -61,12 +69,41 @@ def adapters_of(layout: AdapterLayout) -> list[Adapter]:
     ]
 
 
-def check(case: str, options: ModelOptions, directory: Path, prompt_len: int = 24) -> None:
+def of_experts(*experts: int) -> Callable[[str], bool]:
+    """Modules of these experts."""
+    return lambda name: any(f".experts.{expert}." in name for expert in experts)
+
+
+def mixture_adapters_of(layout: AdapterLayout) -> list[Adapter]:
+    """Eight: everything, experts and router alone, some experts, some matrices, attention only."""
+    targets = layout.targets
+    gate, up, down = ("w1", "w3", "w2") if any(n.endswith(".w1") for n in targets) else (
+        *("gate_proj", "up_proj", "down_proj"),
+    )  # fmt: skip
+    return [
+        random_adapter(targets, 4, 11, wanted=all_but("embed_tokens", "lm_head"), rslora=True),
+        random_adapter(targets, 3, 12, wanted=ends_with("q_proj", "v_proj")),
+        random_adapter(targets, 8, 13, ranks={gate: 2, r"experts\.1\..*": 16, "o_proj": 5}),
+        random_adapter(targets, 2, 14, wanted=of_experts(0, 3)),
+        random_adapter(targets, 16, 15, wanted=ends_with(down)),
+        random_adapter(targets, 12, 16, wanted=ends_with(gate, up, "k_proj"), rslora=True),
+        random_adapter(targets, 6, 17, wanted=ends_with("gate", "o_proj"), scale=0.3),
+        random_adapter(cut_to(targets, [1]), 1, 18, wanted=ends_with(up, "gate"), scale=0.5),
+    ]
+
+
+def check(
+    case: str,
+    options: ModelOptions,
+    directory: Path,
+    prompt_len: int = 24,
+    make: Callable[[AdapterLayout], list[Adapter]] = adapters_of,
+) -> None:
     """A mixed batch against each merged model."""
     skip_without_native(options)
     model = load_tiny(case, options)
-    layout = AdapterLayout(model, vocabulary=True)
-    adapters = adapters_of(layout)
+    layout = layout_of(model)
+    adapters = make(layout)
     places = [0, 1, 6, 2, 3, 4, 7, 5]
     slots = slots_with(model, adapters, places)
     tokens = np.load(ORACLE / case / "reference.npz")["tokens"].tolist()[:prompt_len]
@@ -120,8 +157,34 @@ def test_other_architectures(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("case", ["qwen3_moe_mixed"])
 def test_mixture(case: str, tmp_path: Path) -> None:
-    """Attention everywhere, and the layers without experts."""
+    """Attention and routers everywhere, and the layers without experts."""
     check(case, MIXTURE, tmp_path)
+
+
+@pytest.mark.in_turn
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [("mixtral", MIXTURE), ("qwen3_moe", SCANNED), ("qwen3_moe_mixed", SCANNED), ("mixtral", XLA)],
+)
+def test_experts(case: str, options: ModelOptions, tmp_path: Path) -> None:
+    """Deltas of experts and of the router."""
+    check(case, options, tmp_path, make=mixture_adapters_of)
+
+
+def test_a_slot_forgets_the_experts_of_the_adapter_before(tmp_path: Path) -> None:
+    """One that has none of its own is not given those that still lie there."""
+    skip_without_native(MIXTURE)
+    model = load_tiny("mixtral", MIXTURE)
+    everything, _, _, _, _, _, attention, _ = mixture_adapters_of(layout_of(model))
+    attention = replace(everything, modules={
+        name: module for name, module in everything.modules.items() if ".self_attn." in name
+    })  # fmt: skip
+    slots = slots_with(model, [everything, attention], [1, 1])
+    tokens = np.load(ORACLE / "mixtral" / "reference.npz")["tokens"].tolist()[:9]
+    last, _ = Driver(model, 1, 64, adapters=(slots.arrays, [1])).step({0: tokens})
+    merged = load_model(merge(ORACLE / "mixtral", attention, tmp_path), options=ModelOptions())
+    expected, _ = Driver(merged, 1, 64).step({0: tokens})
+    np.testing.assert_allclose(last, expected, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.slow
@@ -144,13 +207,43 @@ def test_layout_names_every_linear_layer() -> None:
     assert {n.rsplit(".", 1)[-1] for n in without.targets} == parts - {"embed_tokens", "lm_head"}
 
 
-def test_bytes_are_counted() -> None:
+def test_layout_names_experts_only_where_they_are_asked_for() -> None:
+    """The router always."""
+    model = load_tiny("mixtral", XLA)
+    with_experts, without = layout_of(model), AdapterLayout(model, vocabulary=True)
+    more = with_experts.targets.keys() - without.targets.keys()
+    moe = "model.layers.{}.block_sparse_moe"
+    assert more == {
+        f"{moe.format(layer)}.experts.{expert}.w{number}"
+        for layer in range(2) for expert in range(8) for number in (1, 2, 3)
+    }  # fmt: skip
+    assert without.targets[f"{moe.format(0)}.gate"] == (64, 8)
+    assert with_experts.targets[f"{moe.format(1)}.experts.7.w2"] == (48, 64)
+    assert (without.parts, with_experts.parts[1]) == (("layers", "vocabulary"), "experts")
+    assert without.settings == {"experts": "lora.experts"} and not with_experts.settings
+    adapter = random_adapter(with_experts.targets, 4, 0, wanted=of_experts(2))
+    with pytest.raises(InvalidAdapter, match=r"and others with lora\.experts=true"):
+        without.arrays(adapter, 4)
+
+
+@pytest.mark.parametrize("case", ["llama3", "mixtral"])
+def test_bytes_are_counted(case: str) -> None:
     """A slot takes what its arrays take."""
-    layout = AdapterLayout(load_tiny("llama3", XLA), vocabulary=True)
-    slots = AdapterSlots(layout, CLASSES, make_mesh(jax.devices()[:1]))
-    flags = 2 * sum(own.num_slots for own in CLASSES)
+    layout, mesh = layout_of(load_tiny(case, XLA)), make_mesh(jax.devices()[:1])
+    slots = AdapterSlots(layout, CLASSES, mesh)
+    flags = 3 * sum(own.num_slots for own in CLASSES)
     expected = sum(own.num_slots * layout.num_bytes(own.rank) for own in CLASSES)
     assert slots.num_bytes == expected + flags
+    by_part = bytes_by_part(layout, CLASSES, mesh)
+    assert sum(by_part.values()) == expected
+    apart = AbstractMesh((1, 4, 2), ("data", "expert", "model"))
+    shared = bytes_by_part(layout, CLASSES, apart)
+    if case == "mixtral":  # 2 layers of 8 experts of 3 matrices, 64 by 48
+        ranks = sum(own.rank * own.num_slots for own in CLASSES)
+        assert by_part["experts"] == 4 * ranks * 2 * 8 * 3 * (64 + 48)
+        # Experts over 4 devices, and one side of each matrix over 2.
+        assert shared["experts"] == 4 * ranks * 2 * 2 * 3 * (64 + 24)
+    assert shared["layers"] < by_part["layers"]
 
 
 def test_refuses_another_base() -> None:

@@ -14,7 +14,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.layers import ACTIVATIONS
 from jaxserve.models.mixtral import Mixtral
-from jaxserve.models.moe import MixtureMLP, route
+from jaxserve.models.moe import MixtureMLP, route, router_logits
 from jaxserve.models.options import ModelOptions
 from jaxserve.models.spec import LayerKind, ModelSpec, MoeSpec
 from jaxserve.weights.load import load_model
@@ -37,9 +37,10 @@ def mlp_of(moe: MoeSpec = MOE, options: ModelOptions | None = None) -> MixtureML
     return MixtureMLP(spec_of(moe), options or ModelOptions(), nnx.Rngs(3))
 
 
-def run(mlp: MixtureMLP, x: np.ndarray, num_live: int) -> np.ndarray:
+def run(mlp: MixtureMLP, x: np.ndarray, num_live: int, deltas: Any = None) -> np.ndarray:
     """The mixture of some tokens, of which the first are live."""
-    inputs: Any = type("Inputs", (), {"num_live": jnp.int32(num_live), "stack_index": None})()
+    fields = {"num_live": jnp.int32(num_live), "stack_index": None, "deltas": deltas}
+    inputs: Any = type("Inputs", (), fields)()
     return np.asarray(mlp(jnp.asarray(x, mlp.options.activations), inputs), np.float32)
 
 
@@ -84,17 +85,17 @@ def test_all_tokens_to_the_same_experts() -> None:
     x = np.abs(np.random.default_rng(0).standard_normal((40, 8))).astype(np.float32)
     router[:, 4], router[:, 1] = 5, 4
     mlp.router.set_value(jnp.asarray(router))
-    chosen, _ = route(jnp.asarray(x), mlp.router[...], mlp.moe)
+    chosen, _ = route(router_logits(jnp.asarray(x), mlp.router[...]), mlp.moe)
     assert set(map(tuple, np.asarray(chosen).tolist())) == {(4, 1)}
     np.testing.assert_allclose(run(mlp, x, 40), expected(mlp, x), atol=2e-5, rtol=0)
 
 
 def test_ties_go_to_the_first_experts() -> None:
     x = jnp.ones((3, 8))
-    chosen, weights = route(x, jnp.zeros((8, 6)), MOE)
+    chosen, weights = route(jnp.zeros((3, 6)), MOE)
     np.testing.assert_array_equal(chosen, [[0, 1]] * 3)
     np.testing.assert_allclose(weights, 0.5)
-    _, weights = route(x, jnp.zeros((8, 6)), replace(MOE, norm_topk_prob=False))
+    _, weights = route(jnp.zeros((3, 6)), replace(MOE, norm_topk_prob=False))
     np.testing.assert_allclose(weights, 1 / 6, rtol=1e-6)
     mlp = mlp_of()
     mlp.router.set_value(jnp.zeros((8, 6)))
@@ -106,7 +107,8 @@ def test_routing_is_float32_whatever_the_activations() -> None:
     """Two experts closer than bfloat16 can tell."""
     router = np.zeros((8, 6), np.float32)
     router[0, 3], router[0, 5] = 1.0, 1.0001
-    chosen, weights = route(jnp.ones((1, 8), jnp.bfloat16), jnp.asarray(router), MOE)
+    logits = router_logits(jnp.ones((1, 8), jnp.bfloat16), jnp.asarray(router))
+    chosen, weights = route(logits, MOE)
     assert chosen.tolist() == [[5, 3]] and weights.dtype == jnp.float32
     assert weights[0, 0] > weights[0, 1]
 
@@ -117,7 +119,8 @@ def test_padding_reads_no_expert(num_live: int) -> None:
     mlp = mlp_of()
     x = np.random.default_rng(1).standard_normal((8, 8)).astype(np.float32)
     live = x[:num_live]
-    touched = set(np.asarray(route(jnp.asarray(live), mlp.router[...], MOE)[0]).ravel().tolist())
+    chosen, _ = route(router_logits(jnp.asarray(live), mlp.router[...]), MOE)
+    touched = set(np.asarray(chosen).ravel().tolist())
     reference = expected(mlp, live)
     for experts in (mlp.gate, mlp.up, mlp.down):
         weight = np.asarray(experts.weight[...]).copy()

@@ -10,7 +10,7 @@ import pytest
 from jaxserve.formats.peft import read_adapter
 from jaxserve.models.options import ModelOptions
 from tests.models.driver import Driver
-from tests.models.loading import ORACLE, load_tiny
+from tests.models.loading import MIXTURES, ORACLE, load_tiny
 from tests.models.test_adapters import slots_with
 
 LORA = Path(__file__).parent.parent / "data" / "lora"
@@ -21,16 +21,20 @@ CASES = {
     "patterns": "llama3",
     "vocabulary": "llama3",
     "gemma": "gemma2",
+    "mixtral": "mixtral",
+    "qwen3_moe": "qwen3_moe",
 }
 TOLERANCE = 1e-3
 OPTIONS = ModelOptions(layers="scanned", matmul="cpu", attention="cpu", lora="cpu")
+#: The native matmul takes no experts.
+MIXTURE = ModelOptions(layers="scanned", attention="cpu", lora="cpu")
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_pefts(case: str) -> None:
     """With the adapter's slot, and the base's own without."""
     base = CASES[case]
-    model = load_tiny(base, OPTIONS)
+    model = load_tiny(base, MIXTURE if base in MIXTURES else OPTIONS)
     adapter = read_adapter(LORA / case, max_rank=16)
     slots = slots_with(model, [adapter], [3])
     reference = np.load(ORACLE / base / "reference.npz")

@@ -17,8 +17,8 @@ from jaxserve.config import CacheConfig, Config, ModelConfig, SchedulerConfig
 from jaxserve.engine.thread import EngineThread
 from jaxserve.errors import ContextTooLong, DeviceFailure, InvalidRequest, OutOfPages, Overloaded
 from jaxserve.protocol.client import ClientTransport, EngineClient, SyncClient
-from jaxserve.protocol.messages import StepStats
 from jaxserve.protocol.spawn import EngineProcess, EngineSettings
+from jaxserve.protocol.status import StepStats
 from jaxserve.protocol.zmq import ZmqClient
 from jaxserve.types import FinishReason, SamplingParams
 from tests.fakes.engine import fake_parts, oracle

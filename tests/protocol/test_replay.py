@@ -22,7 +22,6 @@ from jaxserve.protocol.messages import (
     ClientMessage,
     Drain,
     EngineMessage,
-    EngineStatus,
     Finished,
     GetStatus,
     SequenceRecord,
@@ -30,6 +29,7 @@ from jaxserve.protocol.messages import (
     TokenEvents,
 )
 from jaxserve.protocol.replay import JournalEntry
+from jaxserve.protocol.status import EngineStatus
 from jaxserve.protocol.streams import SequenceEvent
 from jaxserve.types import FinishReason, ModelInfo, SamplingParams, TokenLogprobs
 from tests.fakes.engine import fake_parts, oracle

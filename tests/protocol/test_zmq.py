@@ -20,12 +20,11 @@ from jaxserve.protocol.messages import (
     Cancel,
     ClientMessage,
     EngineMessage,
-    EngineStatus,
     GetStatus,
     Goodbye,
-    StepStats,
     TokenEvents,
 )
+from jaxserve.protocol.status import EngineStatus, StepStats
 from jaxserve.protocol.zmq import TO_CLIENT, TO_ENGINE, ZmqClient, ZmqServer
 from jaxserve.types import DeviceInfo, FinishReason
 

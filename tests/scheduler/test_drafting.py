@@ -146,7 +146,7 @@ def test_a_drafting_row_is_set_back_and_its_verified_tokens_are_kept(host_pages)
     rig = Rig(draft_tokens=7, host_pages=host_pages)
     sequence = drafting(rig)
     num_outputs = sequence.num_outputs
-    rig.scheduler._rows.set_back(sequence)
+    rig.set_back(sequence)
     rig.turn()
     assert sequence.state is SequenceState.WAITING
     assert sequence.num_outputs > num_outputs + 1
@@ -228,7 +228,7 @@ def test_tokens_always_equal_the_oracle(world, script, times):
         elif action == "set back" and rig.sequences:
             sequence = rig.sequences[value % len(rig.sequences)]
             if sequence.state in (SequenceState.DECODING, SequenceState.DRAFTING):
-                rig.scheduler._rows.set_back(sequence)
+                rig.set_back(sequence)
         elif action == "turn":
             for _ in range(value):
                 rig.turn()
@@ -276,7 +276,7 @@ def run_script(rng: random.Random) -> Rig:
             if rng.random() < 0.04:
                 rig.cancel(sequence)
             elif sequence.state is SequenceState.DRAFTING and rng.random() < 0.1:
-                rig.scheduler._rows.set_back(sequence)
+                rig.set_back(sequence)
     rig.run()
     rig.check()
     return rig

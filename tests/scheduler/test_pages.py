@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.scheduler.pages import PageAllocator, PageTable
-from jaxserve.scheduler.pool import PagePool
+from jaxserve.scheduler.pool import STOCK, PagePool
 from tests.fakes.executor import FULL, sliding
 
 PAGE = 4
 NUM_PAGES = 9
 WINDOW = 6
+
+
+@dataclass
+class Holder:
+    """A row with a table."""
+
+    table: PageTable
+    slot: int
 
 
 def holders(allocator: PageAllocator, tables: list[PageTable], group: int) -> Counter[int]:
@@ -116,6 +125,39 @@ def test_several_pages_are_the_free_ones_and_then_the_least_recently_used():
     assert [pool.find(digest) for digest in (b"e", b"a", b"f")] == [taken[0], None, taken[3]]
 
 
+def test_what_was_taken_lately_is_freed_ahead_within_a_share_of_the_pool():
+    evicted = []
+    pool = PagePool(1 + 4 * round(1 / STOCK), lambda page, digest: evicted.append(page))
+    pages = pool.take_several(pool.capacity)
+    digests = [page.to_bytes(2) for page in pages]
+    assert pool.register_several(pages, digests) == []
+    pool.stock()
+    assert evicted == []  # all are held
+    pool.release_several(pages)
+    pool.stock()
+    assert evicted == pages[:4]  # more were taken, but it is a small share
+    assert pool.num_free == pool.capacity and pool.num_kept == pool.capacity - 4
+    for _ in range(60):  # nobody takes any: no more are freed
+        pool.stock()
+    taken = pool.take_several(1)
+    pool.stock()
+    assert evicted == pages[:4] and taken[0] in evicted
+    pool.take_several(2)
+    pool.stock()
+    assert evicted == pages[:7]
+
+
+def test_a_page_is_freed_by_its_last_holder_only():
+    pool = PagePool(5)
+    alone, shared, elsewhere = pool.take_several(3)
+    pool.share(shared)
+    pool.share(elsewhere)
+    leaving: dict[int, int] = {}
+    assert pool.count_freed([alone, shared, elsewhere], leaving) == 1
+    assert pool.count_freed([shared], leaving) == 1
+    assert leaving == {shared: 2, elsewhere: 1}
+
+
 def test_releasing_a_free_page_is_caught():
     pool = PagePool(3)
     with pytest.raises(AssertionError, match="page 2 is free"):
@@ -143,7 +185,8 @@ def test_open_each_is_extend_for_many() -> None:
     tables = [allocator.new_table() for _ in range(3)]
     for table, length in zip(tables, (4, 8, 6), strict=True):
         assert allocator.extend(table, 0, length) is not None
-    entries = allocator.open_each([(tables[0], 7, 4), (tables[1], 8, 8), (tables[2], 9, 7)])
+    rows = [Holder(table, slot) for slot, table in enumerate(tables, 7)]
+    entries = allocator.open_each(list(zip(rows, (4, 8, 7), strict=True)))
     assert entries is not None
     assert [entry[:3] for entry in entries] == [(0, 7, 1), (0, 8, 2), (1, 7, 1), (1, 8, 2)]
     for group, slot, index, page in entries:
@@ -159,6 +202,7 @@ def test_open_each_leaves_it_to_extend_where_pages_run_out_or_a_window_is_minded
     tables = [allocator.new_table() for _ in range(2)]
     for table in tables:
         assert allocator.extend(table, 0, 4) is not None
-    assert allocator.open_each([(tables[0], 0, 4), (tables[1], 1, 4)]) is None
+    rows = [Holder(table, slot) for slot, table in enumerate(tables)]
+    assert allocator.open_each([(row, 4) for row in rows]) is None
     assert allocator.pools[0].num_free == 1
     assert PageAllocator(4, [sliding(WINDOW)], [9]).open_each([]) is None

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxserve.scheduler.digests import extend_digests
-from jaxserve.scheduler.sequence import Sequence
+from jaxserve.scheduler.sequence import Sequence, SequenceState
+from jaxserve.types import FinishReason
 from tests.fakes.executor import FULL, sliding
 from tests.fakes.rig import VOCAB, Rig
 
@@ -34,6 +35,29 @@ def test_a_second_request_computes_only_what_is_new():
     assert second.num_first_computed == 2 + 5
     prefix = rig.scheduler.prefix
     assert (prefix.num_lookup_tokens, prefix.num_hit_tokens) == (41 + 42, 40)
+
+
+@pytest.mark.parametrize("end", ["commit", "cancel", "next plan"])
+def test_no_plan_registers_pages_and_what_comes_next_does(end: str):
+    rig = Rig(max_step_tokens=64, decode_steps=1)
+    rig.submit([5], max_tokens=30, ignore_eos=True)
+    rig.turn()
+    (sequence,) = rig.submit([*STEM, 1], max_tokens=1)
+    scheduler = rig.scheduler
+    plan = scheduler.plan()
+    assert plan is not None and [len(chunk.token_ids) for chunk in plan.chunks] == [41]
+    assert scheduler.prefix.num_cached([*STEM, 2], sequence.root) == 0
+    if end == "commit":
+        scheduler.commit([0], [[7]])  # of the plan before
+        assert sequence.state is SequenceState.RETIRED and scheduler.num_running == 1
+    elif end == "cancel":
+        scheduler.cancel(sequence, FinishReason.CANCELLED)
+        assert scheduler.num_running == 1
+    else:
+        assert scheduler.plan() is not None
+        assert scheduler.num_running == 1
+    assert scheduler.prefix.num_cached([*STEM, 2], sequence.root) == 40
+    assert scheduler.pages.num_kept == 10
 
 
 def test_a_prompt_is_hashed_when_it_comes_and_no_plan_hashes_it(monkeypatch: pytest.MonkeyPatch):

@@ -259,6 +259,27 @@ def test_locality_looks_each_front_up_once_in_a_plan():
     assert world.queue.peek() is waiting[5]
 
 
+def test_locality_looks_ahead_for_the_next_plan():
+    world = World(fairness="locality", locality_quantum_tokens=10**6)
+    looked: list[Sequence] = []
+    world.queue._cached_tokens = lambda s: (looked.append(s), world.cached.get(s, 0))[1]
+    waiting = [world.push(0, f"tenant {n % 3}") for n in range(12)]
+    world.cached[waiting[4]] = 16
+    world.queue.look_ahead()
+    assert len(looked) == 12
+    world.queue.refresh()
+    assert world.serve() is waiting[4] and len(looked) == 12  # the plan need not look
+    newcomer = world.sequence(0, "another")
+    world.cached[newcomer] = 32
+    world.queue.look_ahead()
+    world.queue.push(newcomer)
+    world.queue.refresh()
+    assert world.serve() is newcomer  # who came since is seen
+    world.cached[waiting[7]] = 16
+    world.queue.refresh()  # a plan that nobody has looked ahead for
+    assert world.serve() is waiting[7]
+
+
 def test_locality_sees_a_tenant_that_begins_to_wait_in_a_plan():
     world = World(fairness="locality", locality_quantum_tokens=10**6)
     for n in range(6):

@@ -7,8 +7,9 @@ import math
 
 import pytest
 
-from jaxserve.protocol.messages import EngineStatus, SequenceRecord, StepStats
+from jaxserve.protocol.messages import SequenceRecord
 from jaxserve.protocol.records import Begun, Outcome, RequestRecord
+from jaxserve.protocol.status import EngineStatus, StepStats
 from jaxserve.telemetry import live as live_module
 from jaxserve.telemetry.live import LATE_S, MAX_RECORDS, MAX_TENANTS, OTHERS, Live
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from jaxserve.http.metrics import families as f
 from jaxserve.http.metrics.cells import Cells
 from jaxserve.http.metrics.exposition import Text, label_text
-from jaxserve.protocol.messages import EngineStatus
+from jaxserve.protocol.status import EngineStatus
 from jaxserve.types import ModelInfo
 
 #: The one engine of a server, as vLLM numbers it.

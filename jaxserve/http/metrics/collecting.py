@@ -12,7 +12,7 @@ from jaxserve.http.metrics.cells import Cells
 from jaxserve.http.metrics.exemplars import Exemplars
 from jaxserve.http.metrics.exposition import OpenText, Text, label_text
 from jaxserve.http.metrics.window import Window
-from jaxserve.protocol.messages import EngineStatus
+from jaxserve.protocol.status import EngineStatus
 from jaxserve.types import DeviceInfo
 
 #: Gauges of the status: name, meaning, attribute.

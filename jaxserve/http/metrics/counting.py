@@ -22,8 +22,8 @@ from jaxserve.http.metrics.exemplars import Exemplars
 from jaxserve.http.metrics.requests import RequestCounts
 from jaxserve.http.metrics.window import Window
 from jaxserve.limits.admission import REASONS
-from jaxserve.protocol.messages import EngineStatus, StepStats
 from jaxserve.protocol.records import RequestRecord
+from jaxserve.protocol.status import EngineStatus, StepStats
 
 ROUTES = frozenset(
     {

@@ -21,7 +21,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from jaxserve.config import Config
 from jaxserve.http.observer.messages import Answer, News, Question
 from jaxserve.http.observer.part import Part
-from jaxserve.protocol.messages import EngineStatus
+from jaxserve.protocol.status import EngineStatus
 from jaxserve.telemetry.alerts.book import OnAlert
 from jaxserve.telemetry.alerts.engine import EngineWatch
 from jaxserve.telemetry.alerts.incident import Incident, Severity

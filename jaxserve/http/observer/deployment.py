@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxserve.http.observer.part import Part
-from jaxserve.protocol.messages import EngineStatus
+from jaxserve.protocol.status import EngineStatus
 from jaxserve.telemetry.baselines.identity import Deployment, device_name
 from jaxserve.telemetry.document import Document
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from jaxserve.protocol.codec import Codec
-from jaxserve.protocol.messages import EngineStatus, StepStats
 from jaxserve.protocol.records import Begun, FirstToken, RequestRecord
+from jaxserve.protocol.status import EngineStatus, StepStats
 
 
 @dataclass(slots=True, kw_only=True)

@@ -29,8 +29,8 @@ from jaxserve.metering.meter import Meter
 from jaxserve.metering.power.power import Power, make_power
 from jaxserve.metering.prices import make_prices
 from jaxserve.metering.pricing import entry_of
-from jaxserve.protocol.messages import StepStats
 from jaxserve.protocol.records import RequestRecord
+from jaxserve.protocol.status import StepStats
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,9 @@ RATE, BUDGETS = "rate", "budgets"
 TOTALS_S = 60.0
 #: The same where it could not tell them.
 AGAIN_S = 5.0
+#: How long a tick waits for them; a database that is silent takes longer, and the workers are told
+#: what was counted meanwhile.
+PATIENCE_S = 1.0
 #: Entries that wait for the ledger, at most; beyond it the oldest are lost, and counted.
 MAX_UNKEPT = 500_000
 #: Entries that it is given at a time, so that one that is away costs no more than these.
@@ -114,6 +117,7 @@ class Metering:
         self._charged = {"prefill": ZERO, "decode": ZERO, "waste": ZERO}
         self._charged_j = 0.0
         self._totals_due_ns = 0
+        self._refreshing: asyncio.Task[None] | None = None
         self._asks_ledger = asyncio.Lock()
         self.part = Part(
             name="metering",
@@ -151,8 +155,9 @@ class Metering:
         self._settle()
         self._tell(RATE, self.meter.rate.to_json())
         if self.spending.budgets:
-            await self._refresh(self._clock_ns(), month_of(self._wall_s()))
-            self._tell(BUDGETS, self.spending.to_json())
+            await self._refresh(month_of(self._wall_s()))
+            if self.spending.month:  # before the first totals nobody is refused
+                self._tell(BUDGETS, self.spending.to_json())
 
     async def flush(self) -> None:
         """Hands the ledger what it has not got; raises where it does not take it."""
@@ -272,11 +277,23 @@ class Metering:
             self.meter.kept(lines)
             left, lines = left - len(entries), ()
 
-    async def _refresh(self, now_ns: int, month: str) -> None:
+    async def _refresh(self, month: str) -> None:
+        """Has the month's totals taken from the ledger where that is due, and waits a moment."""
+        task = self._refreshing
+        if task is None:
+            if month == self.spending.month and self._clock_ns() < self._totals_due_ns:
+                return
+            work = self._take_totals(month)
+            task = self._refreshing = asyncio.create_task(work, name="jaxserve month's totals")
+        await asyncio.wait([task], timeout=PATIENCE_S)
+        if task.done():
+            self._refreshing = None
+            await task  # raises what it raised
+
+    async def _take_totals(self, month: str) -> None:
         """Takes the month's totals from the ledger, and adds what it has not got."""
-        if month == self.spending.month and now_ns < self._totals_due_ns:
-            return
         async with self._asks_ledger:
+            now_ns = self._clock_ns()
             try:
                 totals = await asyncio.to_thread(self._ledger.month_totals, month)
                 self._totals_due_ns = now_ns + int(TOTALS_S * 1e9)

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,9 @@ class Observer:
         """Begins to listen."""
         self._path.unlink(missing_ok=True)  # of an observer before
         self._server = await asyncio.start_unix_server(self._on_connection, self._path)
-        self._spawn(self._tick(), "tick")
+        for part in self._parts:
+            if part.tick is not None:
+                self._spawn(self._tick(part, part.tick), f"tick of {part.name}")
         self._spawn(self._keep(), "flush")
 
     async def close(self) -> None:
@@ -230,11 +232,10 @@ class Observer:
 
     # ------------------------------------------------------------------ time
 
-    async def _tick(self) -> None:
+    async def _tick(self, part: Part, tick: Callable[[], Awaitable[None]]) -> None:
+        """A part's own: one that waits (a disk, a database) delays no other."""
         while True:
-            for part in self._parts:
-                if part.tick is not None:
-                    await self._guarded(part, "tick", part.tick)
+            await self._guarded(part, "tick", tick)
             await asyncio.sleep(1.0)
 
     async def _keep(self) -> None:

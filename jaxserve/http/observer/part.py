@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from prometheus_client.core import Metric
 
 from jaxserve.http.observer.messages import Answer, News, Question
-from jaxserve.protocol.messages import EngineStatus, StepStats
 from jaxserve.protocol.records import Begun, FirstToken, RequestRecord
+from jaxserve.protocol.status import EngineStatus, StepStats
 
 #: Answers a question that a worker passes on from a client.
 Ask = Callable[[Question], Awaitable[Answer]]
@@ -34,7 +34,8 @@ class Part:
         step: a device call was made.
         status: what the engine says of itself, about once a second.
         news: the engine ended or began again, a worker came, something was changed on purpose.
-        tick: about once a second, whether or not anything happens.
+        tick: about once a second, whether or not anything happens. It may wait for something: no
+            other part's waits for it.
         flush: makes durable what was taken so far. Records are only forgotten by the workers once
             all parts have done so: raises where it could not, and is called again.
         asks: by the name of a question.

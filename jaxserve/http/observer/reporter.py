@@ -29,8 +29,8 @@ from jaxserve.http.observer.messages import (
     Told,
 )
 from jaxserve.protocol.frames import read_frame, write_frame
-from jaxserve.protocol.messages import EngineStatus, StepStats
 from jaxserve.protocol.records import Begun, FirstToken, RequestRecord
+from jaxserve.protocol.status import EngineStatus, StepStats
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from jaxserve.metering.entry import ZERO
+from jaxserve.metering.entry import Measures
 from jaxserve.metering.ledger import rows
 from jaxserve.metering.ledger.rows import DIMENSIONS, HOUR_S, MEASURES
 
@@ -62,7 +62,7 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
+class Usage(Measures):
     """What some requests came to.
 
     Attributes:
@@ -74,22 +74,6 @@ class Usage:
     end_hour: int
     labels: dict[str, str] = field(default_factory=dict)
     num_requests: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    prefill_device_ns: int = 0
-    decode_device_ns: int = 0
-    wasted_device_ns: int = 0
-    energy_j: float = 0.0
-    carbon_g: float = 0.0
-    prefill_cost: Decimal = ZERO
-    decode_cost: Decimal = ZERO
-    wasted_cost: Decimal = ZERO
-
-    @property
-    def cost(self) -> Decimal:
-        """What they are charged for."""
-        return self.prefill_cost + self.decode_cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

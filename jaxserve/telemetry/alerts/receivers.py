@@ -318,7 +318,9 @@ def _entries(name: str, entries: tuple[str, ...]) -> list[tuple[Severity, str]]:
         else:
             least, value = Severity.WARNING, entry
         if not value or any(c.isspace() or not c.isascii() for c in value):
-            raise ConfigError(f"entry {place} of alerts.{name} is empty or has spaces in it")
+            raise ConfigError(
+                f"entry {place} of alerts.{name} is empty, or not ASCII without spaces"
+            )
         out.append((least, value))
     return out
 

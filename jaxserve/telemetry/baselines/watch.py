@@ -28,8 +28,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from jaxserve.protocol.messages import EngineStatus, StepStats
 from jaxserve.protocol.records import Outcome, RequestRecord
+from jaxserve.protocol.status import EngineStatus, StepStats
 from jaxserve.telemetry.baselines.detector import Detector, Finding
 from jaxserve.telemetry.baselines.identity import device_name
 from jaxserve.telemetry.baselines.series import METRICS, Series, SeriesKey

@@ -18,8 +18,9 @@ from jaxserve.http.metrics import families as f
 from jaxserve.http.metrics.cells import Cells
 from jaxserve.http.metrics.exposition import Text, label_text
 from jaxserve.http.metrics.window import Window
-from jaxserve.protocol.messages import EngineStatus, SequenceRecord, StepStats
+from jaxserve.protocol.messages import SequenceRecord
 from jaxserve.protocol.records import Asked, Outcome, RequestRecord
+from jaxserve.protocol.status import EngineStatus, StepStats
 from jaxserve.types import DeviceInfo, ModelInfo
 from tests.http.metrics.exposed import Exposed
 

@@ -16,7 +16,7 @@ import yaml
 from jaxserve.config import TelemetryConfig
 from jaxserve.http.metrics import Metrics
 from jaxserve.http.metrics.families import FAMILIES
-from jaxserve.protocol.messages import EngineStatus
+from jaxserve.protocol.status import EngineStatus
 from jaxserve.types import DeviceInfo, ModelInfo
 from tests.http.metrics.exposed import Exposed
 

@@ -25,7 +25,7 @@ from jaxserve.http.observer.messages import News, Question
 from jaxserve.http.observer.observer import METRICS, Observer
 from jaxserve.http.observer.part import Part
 from jaxserve.http.observer.parts import check_parts, make_parts
-from jaxserve.protocol.messages import EngineStatus, StepStats
+from jaxserve.protocol.status import EngineStatus, StepStats
 from jaxserve.telemetry.alerts.incident import Severity
 from jaxserve.telemetry.baselines.identity import Deployment
 from jaxserve.types import DeviceInfo, ModelInfo

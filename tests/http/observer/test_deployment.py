@@ -16,7 +16,7 @@ from jaxserve.http.observer.deployment import make_deployment
 from jaxserve.http.observer.messages import Question, Report
 from jaxserve.http.observer.observer import Observer
 from jaxserve.http.observer.parts import make_parts
-from jaxserve.protocol.messages import EngineStatus
+from jaxserve.protocol.status import EngineStatus
 from jaxserve.telemetry.baselines.identity import Deployment
 from jaxserve.types import DeviceInfo, ModelInfo
 

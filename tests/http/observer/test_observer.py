@@ -240,6 +240,28 @@ def test_a_fault_of_one_part_is_counted_and_harms_no_other(
     assert sum("bad failed" in line for line in caplog.text.splitlines()) == 1  # not once a record
 
 
+def test_a_tick_that_waits_delays_no_other_part(tmp_path: Path):
+    ticked = asyncio.Event()
+
+    async def wait() -> None:
+        await asyncio.Event().wait()
+
+    async def tick() -> None:
+        ticked.set()
+
+    async def work() -> None:
+        parts = [Part(name="database", tick=wait), Part(name="alerts", tick=tick)]
+        observer = Observer(tmp_path / "o", parts, flush_interval_s=0.01)
+        await observer.start()
+        try:
+            async with asyncio.timeout(5):
+                await ticked.wait()
+        finally:
+            await observer.close()
+
+    run(work())
+
+
 def test_a_question_is_answered_with_all_that_ended_before_it(tmp_path: Path):
     async def work() -> None:
         book = Book()

@@ -52,6 +52,6 @@ def test_the_cost_of_a_result(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("result.json").write_text(blocks("json")[1])
-    (command,) = re.findall(r"^python -m jaxserve (cost .*)$", PAGE.read_text(), re.M)
+    (command,) = re.findall(r"^\S*python -m jaxserve (cost .*)$", PAGE.read_text(), re.M)
     assert cli.main(shlex.split(command)) == 0
     assert capsys.readouterr().out == blocks("text")[1]

@@ -8,8 +8,8 @@ import random
 
 import pytest
 
-from jaxserve.protocol.messages import EngineStatus, StepStats
 from jaxserve.protocol.records import Outcome, RequestRecord
+from jaxserve.protocol.status import EngineStatus, StepStats
 from jaxserve.telemetry.baselines import watch as watch_module
 from jaxserve.telemetry.baselines.series import MIN_EVENTS
 from jaxserve.telemetry.baselines.watch import STALE_S, Baselines
