@@ -144,7 +144,10 @@ class WaitingQueue:
         """
         assert sequence not in self._entries
         now_ns = self._clock_ns()
-        since_ns = now_ns if sequence.scheduled_ns else sequence.queued_ns or now_ns
+        since_ns = sequence.waits_since_ns  # it was parked: that is waiting, too
+        if not since_ns:
+            since_ns = now_ns if sequence.scheduled_ns else sequence.queued_ns or now_ns
+        sequence.waits_since_ns = since_ns
         entry = self._entries[sequence] = _Entry(since_ns, len(sequence.token_ids))
         self.num_tokens += entry.num_tokens
         self._line_up(sequence, lift=lift)
@@ -172,7 +175,8 @@ class WaitingQueue:
         if self._quantum:
             line = self._ranks[sequence.level].lines[_account(sequence)]
             line.num_passed = 0 if line.first() is sequence else line.num_passed + 1
-        sequence.waited_ns += max(self._clock_ns() - self._entries[sequence].since_ns, 0)
+        sequence.waited_ns += max(self._clock_ns() - sequence.waits_since_ns, 0)
+        sequence.waits_since_ns = 0
         self.remove(sequence)
         return sequence
 

@@ -98,7 +98,7 @@ class Sequence:
         account: what is charged for it.
         is_charged: whether its prompt has been; num_charged: tokens of it that were.
         has_begun: whether any sequence of its request has run.
-        waited_ns: in the queue, before this wait.
+        waited_ns: in the queue, before this wait; waits_since_ns: when this one began, 0 in none.
         stop_token_ids: end the sequence when sampled; the model's end tokens among them.
         root: what the digests of its pages begin with; digests: of its first full pages: its
             prompt's, and others as far as they were needed.
@@ -161,6 +161,7 @@ class Sequence:
     num_charged: int = 0
     has_begun: bool = False
     waited_ns: int = 0
+    waits_since_ns: int = 0
     reason: FinishReason | None = None
     stop_token_id: int | None = None
     num_cached: int = 0

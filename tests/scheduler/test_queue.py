@@ -232,6 +232,26 @@ def test_many_that_age_at_once_are_spread_over_plans():
     assert aged == [256, 512, 600]
 
 
+@pytest.mark.parametrize("was_preempted", [False, True])
+def test_who_is_parked_goes_on_waiting(was_preempted):
+    world = World(longest_wait_s=10)
+    sequence = world.push(level=5)
+    if was_preempted:
+        assert world.queue.pop() is sequence
+        sequence.scheduled_ns = 1
+        world.now_s += 100  # it runs
+        world.queue.push(sequence)
+    world.now_s += 6
+    world.queue.remove(sequence)  # no slot for its adapter
+    world.now_s += 3
+    world.queue.push(sequence)
+    world.queue.refresh()
+    assert sequence.level == 5
+    world.now_s += 1.5
+    world.queue.refresh()
+    assert sequence.level == AGED
+
+
 def test_locality_prefers_cached_prompts_within_the_quantum():
     world = World(fairness="locality", locality_quantum_tokens=50)
     plain = [world.push(0, "plain", 10) for _ in range(10)]
