@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxserve.config import Config, LoraConfig
@@ -23,6 +24,7 @@ from jaxserve.models.decoder import Decoder
 from jaxserve.models.options import ModelOptions
 from jaxserve.models.spec import ModelSpec
 from jaxserve.types import AdapterBase
+from jaxserve.weights.huge_pages import use_huge_pages
 from pallas_kernels import native
 
 logger = logging.getLogger(__name__)
@@ -205,7 +207,10 @@ def make_slots(
     check_slots(config, by_part, memory())
     sizes = ", ".join(f"{size >> 20} MiB of {part}" for part, size in by_part.items())
     logger.info("slots of adapters, %s: %s a device", ",".join(config.classes), sizes)
-    return AdapterSlots(adapter_layout(config, model), classes, mesh)
+    slots = AdapterSlots(adapter_layout(config, model), classes, mesh)
+    if mesh.devices.flat[0].platform == "cpu":
+        use_huge_pages(jax.block_until_ready(jax.tree.leaves(slots.arrays)))
+    return slots
 
 
 def adapter_base(config: LoraConfig, model: Decoder) -> AdapterBase | None:

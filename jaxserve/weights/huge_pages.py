@@ -2,7 +2,8 @@
 
 Processors prefetch within a page only, and Linux gives huge ones only to whoever asks. Asked for
 after the weights are in place (MADV_COLLAPSE, Linux 6.1), whoever allocated them; where the kernel
-does not know it, or has none left, the pages stay small and nothing else changes.
+does not know it, or has none left, the pages stay small and nothing else changes. The slots of LoRA
+adapters lie in such pages, too.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def use_huge_pages(arrays: Iterable[jax.Array]) -> int:
                 continue
             if madvise(start, end - start, _MADV_COLLAPSE):
                 reason = ctypes.get_errno()
-                logger.info("weights stay in small pages: madvise failed with errno %d", reason)
+                logger.info("arrays stay in small pages: madvise failed with errno %d", reason)
                 return moved
             moved += end - start
     return moved

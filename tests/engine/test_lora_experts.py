@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -125,6 +126,21 @@ def test_slots_that_do_not_fit(mixtral: Decoder) -> None:
         make_slots(CONFIG, mixtral, mesh, room(total - 1))
     slots = make_slots(CONFIG, mixtral, mesh, room(total))
     assert slots is not None and slots.num_bytes == total + 3 * 3  # a byte a flag
+
+
+def test_a_write_leaves_the_slots_where_they_are(mixtral: Decoder) -> None:
+    """So they stay in huge pages, which they were moved to when they were made."""
+    slots = make_slots(CONFIG, mixtral, make_mesh(jax.devices()[:1]), lambda: ROOM)
+    assert slots is not None
+
+    def places(own: Any) -> list[int]:
+        arrays = jax.tree.leaves(jax.block_until_ready(own.sites))
+        return [array.unsafe_buffer_pointer() for array in arrays]
+
+    for write, content, index in slots.programs().values():
+        before = places(slots.arrays[index])
+        slots.arrays[index] = jax.jit(write, donate_argnums=0)(slots.arrays[index], content)
+        assert places(slots.arrays[index]) == before
 
 
 def test_a_model_without_experts() -> None:
