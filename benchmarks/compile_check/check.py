@@ -94,6 +94,8 @@ def _kernel(row: KernelRow | LoraRow | GroupedRow) -> Result:
         compiled = _compile(lowered, mesh.devices.flat[0])
     except UnsupportedKernel as error:
         result.verdict, result.detail = "refused", str(error)
+        if row.refusal is not None and row.refusal not in result.detail:
+            result.faults.append(f"not refused because {row.refusal}")
         return result
     except Exception as error:
         return _failed(result, error)

@@ -31,6 +31,7 @@ from jaxserve.device.sharding import (
 )
 from jaxserve.device.state import DeviceState, fresh_state, hidden_states
 from jaxserve.device.step import Program
+from jaxserve.engine.hopper import with_experts_kernel
 from jaxserve.engine.load import buckets_for, cache_dtype, model_info, size_cache
 from jaxserve.engine.machine import fitting, model_options
 from jaxserve.errors import ConfigError
@@ -173,14 +174,17 @@ def ahead_of_time(
     """
     sizes = mesh_shape(slice.num_devices, config.parallel)
     on = mesh or AbstractMesh(sizes, MESH_AXES)
-    chip = slice.chip
-    options = model_options(
-        config.weights, config.kernels, chip.platform, on, capability=chip.capability
-    )
+    platform, capability = slice.chip.platform, slice.chip.capability
     kind = model_class(dict(checkpoint))
     spec = kind.spec_from_hf(dict(checkpoint)).spread(tensor_parallel(on))
+    options = model_options(
+        config.weights, config.kernels, platform, on, capability, mixture=spec.moe is not None
+    )
     dtype = cache_dtype(config.cache, options)
     options = fitting(options, config.kernels, spec.attention.head_dim, dtype)
+    options = with_experts_kernel(
+        options, config.kernels, spec, platform, capability, on.shape["model"]
+    )
     model = nnx.eval_shape(lambda: kind(spec, options, rngs=nnx.Rngs(0)))
     return Ahead(
         config=config,

@@ -18,7 +18,7 @@ from benchmarks.compile_check import targets
 from benchmarks.compile_check.changed import patterns
 from benchmarks.compile_check.check import Result
 from benchmarks.compile_check.hlo import Collective, collectives
-from benchmarks.compile_check.table import write_table
+from benchmarks.compile_check.table import missing_steps, write_table
 
 ROOT = Path(__file__).parents[2]
 #: Parts that all rows are in; one is compiled a day.
@@ -150,6 +150,8 @@ def test_the_table_keeps_rows_that_were_not_run(tmp_path: Path) -> None:
     later, earlier = "llama-3-8b/v6e:1x1/decode", "smollm2-135m/v5e:1x1/prefill"
     write_table([compiled(later, 5_000_000), compiled("kv_update/x/v5e:1x1", 1)], page)
     write_table([compiled(earlier, 7_000_000)], page)
+    assert missing_steps(page) >= {"llama-3-8b/v6e:1x1/prefill", "llama-3-8b/v6e:2x2/decode"}
+    assert not missing_steps(page) & {later, earlier}
     write_table([compiled(later, 9_000_000)], page)
     assert page.read_text().splitlines()[4:-1] == [
         "|---|---|---|---|---|---|---|",
