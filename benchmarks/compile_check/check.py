@@ -133,19 +133,21 @@ def _step(row: StepRow) -> Result:
     _memory(result, compiled)
     if mesh.size > 1:
         found = list(collectives(compiled.as_text()))
-        result.in_layer = [f"{c.op} {c.num_bytes}" for c in found if c.in_layer]
-        result.outside = [f"{c.op} {c.num_bytes}" for c in found if not c.in_layer]
-        _communication(result, found, row, ahead.model.spec.vocab_size, mesh.size)
+        _communication(result, found, ahead.model, mesh.size)
     return result
 
 
-def _communication(
-    result: Result, found: list[Any], row: StepRow, vocab_size: int, size: int
-) -> None:
-    in_layer = [c.op for c in found if c.in_layer]
-    if in_layer != ["all-reduce"] * IN_A_LAYER:
-        result.faults.append(f"a layer has {in_layer or 'no exchange'}")
-    own_logits = ROWS * vocab_size * 4 // size
+def _communication(result: Result, found: list[Any], model: Any, size: int) -> None:
+    written = 1 if model.options.layers == "scanned" else model.spec.num_layers
+    in_layer = [f"{c.op} {c.num_bytes}" for c in found if c.in_layer]
+    result.in_layer = in_layer[: -(-len(in_layer) // written)]
+    result.outside = [f"{c.op} {c.num_bytes}" for c in found if not c.in_layer]
+    if in_layer != result.in_layer * written:
+        result.faults.append(f"layers differ: {in_layer}")
+    ops = [c.op for c in found if c.in_layer]
+    if ops != ["all-reduce"] * IN_A_LAYER * written:
+        result.faults.append(f"{written} layers have {ops or 'no exchange'}")
+    own_logits = ROWS * model.spec.vocab_size * 4 // size
     for c in found:
         if c.op == "all-gather" and c.num_bytes > ROWS * SAMPLING_BYTES_A_ROW:
             result.faults.append(f"an all-gather of {c.num_bytes} bytes")

@@ -128,7 +128,7 @@ def test_files_that_changed_name_the_rows_that_compile_them() -> None:
 
 def test_exchanges_are_read_from_a_program_s_text() -> None:
     text = """
-  %all-reduce.9 = bf16[64,4096]{1,0:T(8,128)(2,1)} all-reduce(%fusion.1), metadata={op_name="jit(step)/model/while/body/eval_jaxpr/layer/out"}
+  %all-reduce.9 = bf16[64,4096]{1,0:T(8,128)(2,1)} all-reduce(%fusion.1), metadata={op_name="jit(step)/model/while/body/eval_jaxpr/jit(_run_layer)/layer/out"}
   %all-gather-start = (f32[8]{0}, f32[4,8]{1,0}) all-gather-start(%x), metadata={op_name="jit(step)/sampling"}
   %all-gather-done = f32[4,8]{1,0} all-gather-done(%all-gather-start)
   ROOT %all-to-all.1 = (pred[2,16]{1,0}, pred[2,16]{1,0}) all-to-all(%a, %b)
