@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental.layout import Format
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jaxserve.config import Config
@@ -20,6 +21,7 @@ from jaxserve.device.buckets import Buckets
 from jaxserve.device.cache import bytes_of_page, init_cache, pages_per_sequence
 from jaxserve.device.chips import Slice
 from jaxserve.device.executor import Executor
+from jaxserve.device.layouts import param_layout
 from jaxserve.device.memory import Memory
 from jaxserve.device.sharding import (
     MESH_AXES,
@@ -117,8 +119,11 @@ class Ahead:
         assert isinstance(self.mesh, Mesh)
         mesh = self.mesh
         for param in self.model.params().values():
-            spec = partition(mesh, param.get_metadata("axes"), param.shape)
-            param.set_value(_placed(param.get_value(), NamedSharding(mesh, spec)))
+            axes = param.get_metadata("axes")
+            sharding = NamedSharding(mesh, partition(mesh, axes, param.shape))
+            layout = param_layout(axes, self.slice.chip.platform)
+            where = sharding if layout is None else Format(layout, sharding)
+            param.set_value(_placed(param.get_value(), where))
         return Executor(
             self.model,
             self._state(mesh, num_pages),
@@ -155,8 +160,8 @@ class Ahead:
         return replace(state, cache=jax.tree.map(lambda x: _placed(x, pages_sharding(mesh)), cache))
 
 
-def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+def _placed(x: Any, where: NamedSharding | Format) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
 def ahead_of_time(

@@ -24,6 +24,7 @@ from jaxserve.device.clock import DeviceClock
 from jaxserve.device.compiles import compile_counter, use_persistent_cache
 from jaxserve.device.executor import Executor
 from jaxserve.device.hosts import Hosts
+from jaxserve.device.layouts import param_layout
 from jaxserve.device.meeting import connect
 from jaxserve.device.memory import Memory, host_memory, least_memory
 from jaxserve.device.sharding import make_mesh, param_sharding
@@ -115,6 +116,7 @@ def _load_parts(config: Config, progress: Progressing, hosts: Hosts | None) -> P
         format=config.model.format,
         options=options,
         sharding=param_sharding(mesh),
+        layout=lambda axes: param_layout(axes, platform),
         progress=progress,
     )
     return parts_of(config, model, mesh, progress, hosts)
