@@ -3,7 +3,8 @@
     scripts/compile_check [PATTERN ...]      rows whose names hold one of the patterns; all without
     scripts/compile_check --part 2/7         every seventh row, from the second on
     scripts/compile_check --changed 24       rows that the commits of the last 24 hours concern
-    scripts/compile_check --table            writes these rows into docs/performance.md's table
+    scripts/compile_check --table            puts each into docs/performance.md's table as it ends
+    scripts/compile_check --missing          whole steps that the table has no row of
     scripts/compile_check --list             names only
 
 One JSON line a row on stdout, a summary on stderr. Exit status 1 where a row is not as expected.
@@ -28,6 +29,7 @@ def main() -> int:
     parser.add_argument("--changed", type=float, metavar="HOURS")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--missing", action="store_true")
     given = parser.parse_args()
     targets.prepare()
     from benchmarks.compile_check.check import check
@@ -35,7 +37,7 @@ def main() -> int:
     from benchmarks.compile_check.kernels import ROWS_OF_KERNELS
     from benchmarks.compile_check.lora import ROWS_OF_LORA
     from benchmarks.compile_check.steps import ROWS_OF_STEPS
-    from benchmarks.compile_check.table import write_table
+    from benchmarks.compile_check.table import missing_steps, write_table
     from jaxserve.device.chips import parse_slice
 
     first, parts = map(int, given.part.split("/"))
@@ -44,6 +46,9 @@ def main() -> int:
     if given.changed is not None:
         concerned = patterns(files_changed(given.changed))
         rows = _named(rows, concerned) if concerned else []
+    if given.missing:
+        absent = missing_steps()
+        rows = [row for row in rows if row.name in absent]
     rows = rows[first - 1 :: parts]
     if given.list:
         print("\n".join(row.name for row in rows))
@@ -55,13 +60,13 @@ def main() -> int:
             sys.exit(f"compile_check: {reason}")
         results.append(check(row))
         print(json.dumps(results[-1].as_dict()), flush=True)
+        if given.table:
+            write_table(results[-1:])
     wrong = [result for result in results if not result.holds]
     for result in wrong:
         reasons = "; ".join([*result.faults, result.detail])
         print(f"{result.name}: {result.verdict}, not {result.expected}: {reasons}", file=sys.stderr)
     print(f"compile_check: {len(results) - len(wrong)} of {len(results)} hold", file=sys.stderr)
-    if given.table:
-        write_table(results)
     return 1 if wrong or not results else 0
 
 

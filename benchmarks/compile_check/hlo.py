@@ -11,8 +11,8 @@ _OPS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|colle
 _INSTRUCTION = re.compile(rf"= (?P<shapes>.*?) (?P<op>{_OPS})(?:-start)?\(")
 _SHAPE = re.compile(r"([a-z]+)(\d+)[a-z0-9]*\[([\d,]*)\]")
 _ORIGIN = re.compile(r'op_name="([^"]*)"')
-#: Where the loop over layers is, in the names that the step's operations carry.
-_LAYERS = "/model/while/body/"
+#: What each layer is run by, in the names that the step's operations carry.
+_LAYER = "/jit(_run_layer)/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Collective:
 
     Attributes:
         op: such as "all-reduce".
-        in_layer: whether every layer does it.
+        in_layer: whether a layer does it: each of them where the place is in a loop over them.
         num_bytes: of its result, on one device.
     """
 
@@ -35,7 +35,7 @@ def collectives(text: str) -> Iterator[Collective]:
     for line in text.splitlines():
         if found := _INSTRUCTION.search(line):
             origin = _ORIGIN.search(line)
-            in_layer = origin is not None and _LAYERS in origin[1]
+            in_layer = origin is not None and _LAYER in origin[1]
             yield Collective(found["op"], in_layer, _bytes(found["shapes"]))
 
 

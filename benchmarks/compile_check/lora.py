@@ -58,10 +58,10 @@ class LoraRow:
 
     @property
     def refusal(self) -> str | None:
-        """Why the backend refuses it; None where it compiles."""
+        """Why the backend refuses it, in its own words; None where it compiles."""
         multiple = _MULTIPLES[self.backend]
         odd = any(size % multiple for size in _SITES[self.site][:2])
-        return f"its sizes are no multiples of {multiple}" if odd else None
+        return f"multiples of {multiple}" if odd else None
 
     @property
     def page_bytes(self) -> int:

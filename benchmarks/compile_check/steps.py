@@ -9,6 +9,7 @@ from benchmarks.compile_check import models
 from jaxserve.config import (
     CacheConfig,
     Config,
+    KernelsConfig,
     ModelConfig,
     ParallelConfig,
     SchedulerConfig,
@@ -26,14 +27,37 @@ _SLICES = {
     "tpu7x": ("tpu7x:1x1x1", "tpu7x:2x2x1", "tpu7x:2x2x2"),
     "h100": ("h100:1", "h100:4", "h100:2x8"),
 }
-#: Checkpoint, weights.quantization and cache.dtype.
-_MODELS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "smollm2-135m": (models.SMOLLM2, "none", "auto"),
-    "llama-3-8b": (models.LLAMA_3_8B, "none", "auto"),
-    "llama-3-8b-int8": (models.LLAMA_3_8B, "int8", "auto"),
-    "llama-3-8b-int8-fp8-cache": (models.LLAMA_3_8B, "int8", "fp8"),
-    "qwen3-30b-a3b": (models.QWEN3_30B_A3B, "none", "auto"),
-    "llama-3-70b-int8": (models.LLAMA_3_70B, "int8", "auto"),
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A model and how it is served.
+
+    Attributes:
+        checkpoint: its config.json.
+        quantization, cache, experts: settings of weights, cache.dtype, and kernels.
+        chips: that it is for.
+    """
+
+    checkpoint: dict[str, Any]
+    quantization: str = "none"
+    cache: str = "auto"
+    experts: str = "auto"
+    chips: tuple[str, ...] = tuple(_SLICES)
+
+
+_MODELS = {
+    "smollm2-135m": Served(checkpoint=models.SMOLLM2),
+    "llama-3-8b": Served(checkpoint=models.LLAMA_3_8B),
+    "llama-3-8b-int8": Served(checkpoint=models.LLAMA_3_8B, quantization="int8"),
+    "llama-3-8b-int8-fp8-cache": Served(
+        checkpoint=models.LLAMA_3_8B, quantization="int8", cache="fp8"
+    ),
+    "qwen3-30b-a3b": Served(checkpoint=models.QWEN3_30B_A3B),
+    "qwen3-30b-a3b-grouped": Served(
+        checkpoint=models.QWEN3_30B_A3B, experts="gpu", chips=("h100",)
+    ),
+    "llama-3-70b-int8": Served(checkpoint=models.LLAMA_3_70B, quantization="int8"),
 }
 #: What does not fit: model and slice, for every step.
 TOO_LARGE = {
@@ -68,7 +92,7 @@ class StepRow:
     @property
     def checkpoint(self) -> dict[str, Any]:
         """The model's config.json."""
-        return _MODELS[self.model][0]
+        return _MODELS[self.model].checkpoint
 
     @property
     def is_moe(self) -> bool:
@@ -83,13 +107,14 @@ class StepRow:
     @property
     def config(self) -> Config:
         """What it would be served with; experts are dealt out as far as they can be."""
-        where = parse_slice(self.slice)
+        where, served = parse_slice(self.slice), _MODELS[self.model]
         expert = where.num_devices if self.is_moe else 1
         return replace(
             Config(),
             model=ModelConfig(path=self.model, max_context=MAX_CONTEXT),
-            weights=WeightsConfig(dtype="bfloat16", quantization=_MODELS[self.model][1]),
-            cache=CacheConfig(page_size=32, dtype=_MODELS[self.model][2]),
+            weights=WeightsConfig(dtype="bfloat16", quantization=served.quantization),
+            cache=CacheConfig(page_size=32, dtype=served.cache),
+            kernels=KernelsConfig(experts=served.experts),
             parallel=ParallelConfig(expert=expert),
             scheduler=SchedulerConfig(max_rows=ROWS, max_step_tokens=TOKENS),
         )
@@ -97,8 +122,9 @@ class StepRow:
 
 ROWS_OF_STEPS = tuple(
     StepRow(model=model, slice=slice, kind=kind, fits=(model, slice) not in TOO_LARGE)
-    for slices in _SLICES.values()
+    for chip, slices in _SLICES.items()
     for slice in slices
-    for model in _MODELS
+    for model, served in _MODELS.items()
+    if chip in served.chips
     for kind in ("decode", "prefill")
 )

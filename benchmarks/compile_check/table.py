@@ -19,20 +19,30 @@ _HEAD = (
 
 def write_table(results: Iterable[Result], page: Path = _PAGE) -> None:
     """Puts whole steps between the marks of the page; rows that were not run stay as they are."""
-    text = page.read_text()
-    before, _, rest = text.partition(_BEGIN)
-    inside, _, after = rest.partition(_END)
-    lines = {_key(line): line for line in inside.splitlines(keepends=True) if line.startswith("| ")}
+    before, lines, after = _read(page)
     lines |= {_key(line): line for line in map(_line, filter(_is_step, results))}
-    names = [row.name.split("/") for row in ROWS_OF_STEPS]
-    order = [(f"{model}, {kind}", slice) for model, slice, kind in names]
-    table = "".join(lines[key] for key in order if key in lines)
+    table = "".join(lines[row.name] for row in ROWS_OF_STEPS if row.name in lines)
     page.write_text(f"{before}{_BEGIN}\n\n{_HEAD}{table}\n{_END}{after}")
 
 
-def _key(line: str) -> tuple[str, ...]:
-    """Step and chips of a line."""
-    return tuple(cell.strip() for cell in line.split("|")[1:3])
+def missing_steps(page: Path = _PAGE) -> set[str]:
+    """Names of the whole steps that the page has no row of."""
+    return {row.name for row in ROWS_OF_STEPS} - set(_read(page)[1])
+
+
+def _read(page: Path) -> tuple[str, dict[str, str], str]:
+    """What stands before the table, its lines by their rows' names, and what stands behind it."""
+    before, _, rest = page.read_text().partition(_BEGIN)
+    inside, _, after = rest.partition(_END)
+    lines = [line for line in inside.splitlines(keepends=True) if line.startswith("| ")]
+    return before, {_key(line): line for line in lines}, after
+
+
+def _key(line: str) -> str:
+    """Name of a line's row."""
+    step, slice = (cell.strip() for cell in line.split("|")[1:3])
+    model, _, kind = step.partition(", ")
+    return f"{model}/{slice}/{kind}"
 
 
 def _is_step(result: Result) -> bool:

@@ -126,6 +126,7 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
     from jaxserve.device.cache import bytes_of_page
     from jaxserve.device.memory import memory_of
     from jaxserve.device.sharding import MESH_AXES
+    from jaxserve.engine.hopper import compute_capability, with_experts_kernel
     from jaxserve.engine.load import cache_dtype, model_info, size_cache
     from jaxserve.engine.lora import check_slots, slot_bytes
     from jaxserve.engine.machine import devices, fitting
@@ -150,6 +151,10 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
         if options.attention != asked:
             reason = unsupported(asked, head_dim=spec.attention.head_dim, dtype=dtype)
             yield "attention", f"{options.attention} ({asked}: {reason})"
+    if spec.moe is not None:
+        capability = compute_capability(device)
+        options = with_experts_kernel(options, config.kernels, spec, device.platform, capability)
+        yield "experts", options.experts
     model = nnx.eval_shape(lambda: kind(spec, options, rngs=nnx.Rngs(0)))
     leaves = jax.tree.leaves(nnx.state(model))
     num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)

@@ -45,6 +45,8 @@ def describe(config: Config, slice: Slice) -> Iterator[tuple[str, str]]:
     options = ahead.model.options
     yield "mesh", ", ".join(f"{size} {axis}" for axis, size in ahead.mesh.shape.items())
     yield "attention", options.attention
+    if ahead.model.spec.moe is not None:
+        yield "experts", options.experts
     yield "layers", f"{ahead.model.spec.num_layers}, {options.layers}"
     heads = describe_heads(ahead.model.spec.attention)
     if heads:

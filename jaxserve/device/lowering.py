@@ -132,11 +132,17 @@ def integers(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def shapes(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of a tree of arrays."""
+    """Shapes, dtypes, shardings of a tree of arrays; layouts too, where axes lie in another order.
+
+    A program takes its arguments in the layout that it was compiled for, and in no other.
+    """
 
     def shape(x: Any) -> jax.ShapeDtypeStruct:
-        sharding = getattr(x, "sharding", None)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        where = getattr(x, "sharding", None)
+        layout = getattr(getattr(x, "format", None), "layout", None)
+        if layout is not None and tuple(layout.major_to_minor) != tuple(range(x.ndim)):
+            where = x.format
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
     return jax.tree.map(shape, tree)
 

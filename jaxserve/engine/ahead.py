@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental.layout import Format
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from jaxserve.config import Config
@@ -20,6 +21,7 @@ from jaxserve.device.buckets import Buckets
 from jaxserve.device.cache import bytes_of_page, init_cache, pages_per_sequence
 from jaxserve.device.chips import Slice
 from jaxserve.device.executor import Executor
+from jaxserve.device.layouts import param_layout
 from jaxserve.device.memory import Memory
 from jaxserve.device.sharding import (
     MESH_AXES,
@@ -32,6 +34,7 @@ from jaxserve.device.sharding import (
 )
 from jaxserve.device.state import DeviceState, fresh_state, hidden_states
 from jaxserve.device.step import Program
+from jaxserve.engine.hopper import with_experts_kernel
 from jaxserve.engine.load import buckets_for, cache_dtype, model_info, size_cache
 from jaxserve.engine.lora import check_slots, slot_bytes
 from jaxserve.engine.machine import fitting, model_options
@@ -121,8 +124,11 @@ class Ahead:
         assert isinstance(self.mesh, Mesh)
         mesh = self.mesh
         for param in self.model.params().values():
-            spec = partition(mesh, param.get_metadata("axes"), param.shape)
-            param.set_value(_placed(param.get_value(), NamedSharding(mesh, spec)))
+            axes = param.get_metadata("axes")
+            sharding = NamedSharding(mesh, partition(mesh, axes, param.shape))
+            layout = param_layout(axes, self.slice.chip.platform)
+            where = sharding if layout is None else Format(layout, sharding)
+            param.set_value(_placed(param.get_value(), where))
         return Executor(
             self.model,
             self._state(mesh, num_pages),
@@ -159,8 +165,8 @@ class Ahead:
         return replace(state, cache=jax.tree.map(lambda x: _placed(x, pages_sharding(mesh)), cache))
 
 
-def _placed(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+def _placed(x: Any, where: NamedSharding | Format) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
 def ahead_of_time(
@@ -178,14 +184,17 @@ def ahead_of_time(
     """
     sizes = mesh_shape(slice.num_devices, config.parallel)
     on = mesh or AbstractMesh(sizes, MESH_AXES)
-    chip = slice.chip
-    options = model_options(
-        config.weights, config.kernels, chip.platform, on, capability=chip.capability
-    )
+    platform, capability = slice.chip.platform, slice.chip.capability
     kind = model_class(dict(checkpoint))
     spec = kind.spec_from_hf(dict(checkpoint)).spread(tensor_parallel(on))
+    options = model_options(
+        config.weights, config.kernels, platform, on, capability, mixture=spec.moe is not None
+    )
     dtype = cache_dtype(config.cache, options)
     options = fitting(options, config.kernels, spec.attention.head_dim, dtype)
+    options = with_experts_kernel(
+        options, config.kernels, spec, platform, capability, on.shape["model"]
+    )
     model = nnx.eval_shape(lambda: kind(spec, options, rngs=nnx.Rngs(0)))
     return Ahead(
         config=config,

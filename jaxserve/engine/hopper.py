@@ -10,7 +10,6 @@ import logging
 from dataclasses import replace
 
 import jax
-from jax.sharding import Mesh
 
 from jaxserve.config import KernelsConfig
 from jaxserve.errors import ConfigError
@@ -38,9 +37,18 @@ def no_hopper(platform: str, capability: str | None) -> str | None:
 
 
 def with_experts_kernel(
-    options: ModelOptions, kernels: KernelsConfig, spec: ModelSpec, mesh: Mesh
+    options: ModelOptions,
+    kernels: KernelsConfig,
+    spec: ModelSpec,
+    platform: str,
+    capability: str | None,
+    parts: int = 1,
 ) -> ModelOptions:
     """The options with the product of experts that was asked for, logged; XLA's for "auto".
+
+    Args:
+        platform, capability: as of `engine.machine.model_options`.
+        parts: that the experts' columns are dealt to: size of the mesh's axis "model".
 
     Raises:
         ConfigError: the kernel was asked for and cannot run.
@@ -50,11 +58,12 @@ def with_experts_kernel(
     if kernels.experts != "gpu":
         logger.info("kernels.experts: xla")
         return options
-    device = mesh.devices.flat[0]
-    reason = no_hopper(device.platform, compute_capability(device))
-    reason = reason or no_experts_kernel(options, spec, mesh.shape["model"])
+    reason = no_hopper(platform, capability)
+    reason = reason or no_experts_kernel(options, spec, parts)
     if reason is not None:
-        raise ConfigError(f"kernels.experts=gpu cannot run here: {reason}")
+        raise ConfigError(
+            f"kernels.experts=gpu cannot run here: {reason}; kernels.experts=xla runs everywhere"
+        )
     logger.info("kernels.experts: gpu")
     return replace(options, experts="gpu")
 

@@ -24,6 +24,7 @@ from jaxserve.device.clock import DeviceClock
 from jaxserve.device.compiles import compile_counter, use_persistent_cache
 from jaxserve.device.executor import Executor
 from jaxserve.device.hosts import Hosts
+from jaxserve.device.layouts import param_layout
 from jaxserve.device.meeting import connect
 from jaxserve.device.memory import Memory, host_memory, least_memory
 from jaxserve.device.sharding import make_mesh, param_sharding
@@ -92,26 +93,30 @@ def _load_parts(config: Config, progress: Progressing, hosts: Hosts | None) -> P
     compile_counter()
     mesh = make_mesh(devices(), config.parallel)
     device = mesh.devices.flat[0]
+    platform, capability = device.platform, compute_capability(device)
     path = resolve(config.model, config.weights, progress)
     spec = _spec(path, config.model.format)
     options = model_options(
         config.weights,
         config.kernels,
-        device.platform,
+        platform,
         mesh,
-        compute_capability(device),
+        capability,
         mixture=spec.moe is not None,
     )
     if options.attention != "xla":
         dtype, head_dim = cache_dtype(config.cache, options), spec.attention.head_dim
         options = fitting(options, config.kernels, head_dim, dtype)
-    options = with_experts_kernel(options, config.kernels, spec, mesh)
+    options = with_experts_kernel(
+        options, config.kernels, spec, platform, capability, mesh.shape["model"]
+    )
     options = with_lora_kernel(options, config, spec, mesh)
     model = load_model(
         path,
         format=config.model.format,
         options=options,
         sharding=param_sharding(mesh),
+        layout=lambda axes: param_layout(axes, platform),
         progress=progress,
     )
     return parts_of(config, model, mesh, progress, hosts)

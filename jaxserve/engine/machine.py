@@ -80,8 +80,8 @@ def model_options(
     attention = _choose("attention", kernels.attention, kinds)
     matmul = _choose("matmul", kernels.matmul, {"cpu": no_native or no_packing})
     layers = kernels.layers
-    if layers == "auto":  # XLA on the CPU would copy each layer's weights out of the stack
-        layers = "unrolled" if platform == "cpu" and matmul == "xla" else "scanned"
+    if layers == "auto":  # but for a TPU XLA copies each layer's weights out of the stack
+        layers = "scanned" if platform == "tpu" or matmul == "cpu" else "unrolled"
     return ModelOptions(
         dtype=dtype,
         quantization=weights.quantization,

@@ -1,8 +1,9 @@
 """The vocabulary cut into blocks, and sums over them in a fixed order.
 
-The vocabulary is NUM_PARTS equal runs (the last one padded); block j is the j-th token of every
-run. Neighbouring tokens are in different blocks, and a sum over a block is a sum of runs, which
-vectorises along them.
+The vocabulary is NUM_PARTS equal runs (the last one padded) of J tokens; block j is the j-th token
+of every run. Neighbouring tokens are in different blocks, and a sum over a block is a sum of runs,
+which vectorises along them. Arrays stay as they are, with the runs side by side: given an axis of
+its own, a run's slice is one wide, which a TPU pads to 128 where it lets that axis vary fastest.
 
 A reduction's order is the compiler's choice, and may be another one for another batch size. Here
 additions are written out, in an order that is the same everywhere, and the compiler keeps it since
@@ -11,6 +12,8 @@ float addition is not associative.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -19,23 +22,26 @@ from jaxtyping import Array, Float
 NUM_PARTS = 32
 
 
-def in_blocks(logits: Float[Array, "B V"]) -> Float[Array, "B P J"]:
-    """Logits by part and block; -inf where padded. Token v is part v // J of block v % J."""
+def in_runs(logits: Float[Array, "B V"]) -> Float[Array, "B W"]:
+    """Logits of NUM_PARTS whole runs, W = NUM_PARTS J; -inf where padded."""
     padding = -logits.shape[1] % NUM_PARTS
     if padding:
         logits = jnp.pad(logits, ((0, 0), (0, padding)), constant_values=-jnp.inf)
-    return logits.reshape(logits.shape[0], NUM_PARTS, -1)
+    return logits
 
 
-def fold(values: Array, of_slice: Callable[[Array], Array] = lambda part: part) -> Array:
-    """Sum over the second axis of [B, N, ...], first to last, of `of_slice` of each slice.
+def runs(values: Float[Array, "B W"]) -> list[Float[Array, "B J"]]:
+    """Each run by itself; token v is number v % J of run v // J."""
+    length = values.shape[1] // NUM_PARTS
+    return [values[:, part * length : (part + 1) * length] for part in range(NUM_PARTS)]
 
-    One fused loop that reads its input once; for the large arrays.
+
+def fold(values: Float[Array, "B W"], of_run: Callable[[Array], Array] = lambda run: run) -> Array:
+    """Sum over runs, first to last, of `of_run` of each: one of each block.
+
+    One fused loop that reads its input once.
     """
-    total = of_slice(values[:, 0])
-    for index in range(1, values.shape[1]):
-        total = total + of_slice(values[:, index])
-    return total
+    return functools.reduce(operator.add, map(of_run, runs(values)))
 
 
 def halve(values: Array) -> Array:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
 from jaxserve.sampling.bits import threefry
-from jaxserve.sampling.blocks import fold, halve, in_blocks
+from jaxserve.sampling.blocks import NUM_PARTS, fold, halve, in_runs
 from jaxserve.sampling.state import Flag, RowSettings
 from jaxserve.sampling.truncate import kth_largest
 
@@ -30,14 +30,14 @@ _CHOICE_BITS = 8  # of the counter word that also holds the trial; MAX_CHOICES f
 
 
 def draw(
-    weights: Float[Array, "B P J"], settings: RowSettings, positions: Int[Array, "B"]
+    weights: Float[Array, "B W"], settings: RowSettings, positions: Int[Array, "B"]
 ) -> Int[Array, "B"]:
     """A token of each row from the nucleus top_p of its weights (`weigh`)."""
     rejects = settings.has(Flag.TOP_P)
 
     def attempt(carry):
         trial, nucleus, pending, tokens, above = carry
-        left = fold(weights, lambda part: jnp.where(part > above[:, None], part, 0.0))
+        left = fold(weights, lambda run: jnp.where(run > above[:, None], run, 0.0))
         total = halve(halve(_in_groups(left)))
         first = trial == 0
         nucleus = jnp.where(first, settings.top_p * total, nucleus)
@@ -60,9 +60,9 @@ def draw(
     return jax.lax.while_loop(lambda carry: jnp.any(carry[2]), attempt, start)[3]
 
 
-def weigh(logits: Float[Array, "B V"], settings: RowSettings) -> Float[Array, "B P J"]:
-    """Probabilities relative to the best token's, by block; 0 for tokens top_k or min_p drops."""
-    blocks = in_blocks(logits)
+def weigh(logits: Float[Array, "B V"], settings: RowSettings) -> Float[Array, "B W"]:
+    """Probabilities relative to the best token's, in runs; 0 for tokens top_k or min_p drops."""
+    logits = in_runs(logits)
     best = jnp.max(logits, axis=1)
     best = jnp.where(best > -jnp.inf, best, 0.0)  # nothing is allowed: all weights are 0
     sharpness = jnp.where(settings.has(Flag.SAMPLES), 1.0 / settings.temperature, 1.0)
@@ -70,11 +70,11 @@ def weigh(logits: Float[Array, "B V"], settings: RowSettings) -> Float[Array, "B
     k = jnp.where(settings.has(Flag.TOP_K), settings.top_k, 0)
     threshold = jax.lax.cond(
         settings.any_has(Flag.TOP_K),
-        lambda: kth_largest(blocks, best, k),
+        lambda: kth_largest(logits, best, k),
         lambda: jnp.full_like(best, -jnp.inf),
     )
-    weights = jnp.exp((blocks - best[:, None, None]) * sharpness[:, None, None])
-    kept = (blocks >= threshold[:, None, None]) & (weights >= min_p[:, None, None])
+    weights = jnp.exp((logits - best[:, None]) * sharpness[:, None])
+    kept = (logits >= threshold[:, None]) & (weights >= min_p[:, None])
     return jnp.where(kept, weights, 0.0)
 
 
@@ -99,7 +99,7 @@ def _random_words(
 
 
 def _pick_token(
-    weights: Float[Array, "B P J"],
+    weights: Float[Array, "B W"],
     above: Float[Array, "B"],
     sums: Float[Array, "B J"],
     words: tuple[UInt[Array, "B"], ...],
@@ -109,11 +109,12 @@ def _pick_token(
     group = _pick(halve(groups), words[0])
     of_group = jnp.take_along_axis(groups, group[:, None, None], axis=2)[:, :, 0]
     block = _pick(of_group, words[1]) * groups.shape[2] + group
-    of_block = jnp.take_along_axis(weights, block[:, None, None], axis=2)[:, :, 0]
+    places = jnp.arange(NUM_PARTS, dtype=jnp.int32) * sums.shape[1] + block[:, None]
+    of_block = jnp.take_along_axis(weights, places, axis=1)
     of_block = jnp.where(of_block > above[:, None], of_block, 0.0)
     part = _pick(of_block, words[2])
     value = jnp.take_along_axis(of_block, part[:, None], axis=1)[:, 0]
-    return part * weights.shape[2] + block, value
+    return part * sums.shape[1] + block, value
 
 
 def _pick(weights: Float[Array, "B N"], word: UInt[Array, "B"]) -> Int[Array, "B"]:

@@ -13,32 +13,34 @@ is a lower bound, close because the top tokens rarely share a block; then among 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxserve.sampling.blocks import fold
+from jaxserve.sampling.blocks import fold, runs
 
 
 def kth_largest(
-    blocks: Float[Array, "B P J"], best: Float[Array, "B"], k: Int[Array, "B"]
+    logits: Float[Array, "B W"], best: Float[Array, "B"], k: Int[Array, "B"]
 ) -> Float[Array, "B"]:
     """A threshold for each row that exactly its k largest logits reach, and those that tie.
 
     Args:
-        blocks: logits, cut into blocks over the middle axis; padding is -inf.
+        logits: whole runs (`blocks.in_runs`); padding is -inf.
         best: each row's largest logit, finite.
         k: at least 1 and less than the vocabulary; 0 for rows to leave alone, which get -inf.
     """
-    num_blocks = blocks.shape[2]
     nothing = jnp.full_like(best, -jnp.inf)
-    block_best = jnp.max(blocks, axis=1)
+    block_best = functools.reduce(jnp.maximum, runs(logits))
+    num_blocks = block_best.shape[1]
     bounded = (k > 0) & (k <= num_blocks)
     bound = _narrow(lambda t: jnp.sum(block_best >= t[:, None], axis=1), nothing, best, k, bounded)
     bound = jnp.where(bounded, bound, -jnp.inf)
 
     def count(threshold: Float[Array, "B"]) -> Int[Array, "B"]:
-        by_block = fold(blocks, lambda part: (part >= threshold[:, None]).astype(jnp.int32))
+        by_block = fold(logits, lambda run: (run >= threshold[:, None]).astype(jnp.int32))
         return jnp.sum(by_block, axis=1)
 
     threshold = _narrow(count, bound, best, k, k > 0)

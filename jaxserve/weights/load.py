@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Layout
 
 from jaxserve.errors import WeightsError
 from jaxserve.models.bert import Encoder, encoder_spec, encoder_tensors
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 #: Logical axis names and shape of a parameter → where it goes; None is the default device.
 Sharding = Callable[[tuple[str | None, ...], tuple[int, ...]], jax.sharding.Sharding | None]
+#: Logical axis names of a parameter → how it lies in memory; None as JAX takes it by itself.
+LayoutOf = Callable[[tuple[str | None, ...]], Layout | None]
 #: Arrays of some parameters, on the host or on their devices.
 Built = Mapping[ParamPath, np.ndarray | jax.Array]
 #: Told how far loading is: "loading", parameters done, of how many.
@@ -55,6 +58,7 @@ def load_model(
     options: ModelOptions,
     format: str = "auto",
     sharding: Sharding | None = None,
+    layout: LayoutOf = lambda axes: None,
     progress: Progress = lambda phase, done, total: None,
 ) -> Decoder:
     """The model at a path, its weights on their devices.
@@ -62,6 +66,7 @@ def load_model(
     Args:
         path, format: as `open_checkpoint` takes them.
         sharding: where each parameter goes; the default device where None.
+        layout: how it lies there.
 
     Raises:
         WeightsError: the checkpoint is missing, broken, or lacks tensors.
@@ -71,7 +76,7 @@ def load_model(
     kind = model_class(checkpoint.config)
     spec = kind.spec_from_hf(checkpoint.config).spread(options.tensor_parallel)
     model = nnx.eval_shape(lambda: kind(spec, options, rngs=nnx.Rngs(0)))
-    _fill(model, path, checkpoint, kind.hf_tensors(spec, options), sharding, progress)
+    _fill(model, path, checkpoint, kind.hf_tensors(spec, options), sharding, progress, layout)
     return model
 
 
@@ -98,6 +103,7 @@ def _fill(
     rules: Rules,
     sharding: Sharding | None,
     progress: Progress,
+    layout: LayoutOf = lambda axes: None,
 ) -> None:
     """Gives an abstract model its arrays."""
     _check(path, checkpoint, rules)
@@ -110,7 +116,7 @@ def _fill(
         for param_path, held in arrays.items():
             param = params[param_path]
             if not isinstance(held, jax.Array):  # experts are on their devices already
-                held = place(held, where(param))
+                held = place(held, where(param), layout(param.get_metadata("axes")))
             param.set_value(held)
         progress("loading", put, len(rules))
     arrays = jax.block_until_ready(jax.tree.leaves(nnx.state(model)))

@@ -60,6 +60,12 @@ from pallas_kernels.grouped_matmul.gpu_plan import (
     most_tiles,
 )
 
+#: Of dtypes that it does not multiply.
+_WHY_NOT = {
+    "float32": ", which Hopper multiplies only rounded to tf32",
+    "int8": ": it reads no codes yet",
+}
+
 
 def unsupported(*, depth: int, num_columns: int, dtype: DTypeLike) -> str | None:
     """Why it cannot run with such matrices; None where it can.
@@ -69,7 +75,7 @@ def unsupported(*, depth: int, num_columns: int, dtype: DTypeLike) -> str | None
     """
     name = jnp.dtype(dtype).name
     if name not in hopper.DTYPES:
-        return f"it multiplies {' and '.join(hopper.DTYPES)}, not {name}"
+        return f"it multiplies {' and '.join(hopper.DTYPES)}, not {name}{_WHY_NOT.get(name, '')}"
     if depth % STEP or num_columns % COLUMN_MULTIPLE:
         return (
             f"matrices are {depth} x {num_columns}, which must be multiples of {STEP} and "
@@ -100,7 +106,7 @@ def grouped_matmul(
     if reason is None and x.dtype != w.dtype:
         reason = f"x is {x.dtype} and w {w.dtype}, which must be alike"
     if reason is not None:
-        raise UnsupportedKernel(f"grouped_matmul backend='gpu': {reason}")
+        raise UnsupportedKernel(f"grouped_matmul backend='gpu': {reason}; backend='xla' takes any")
     plan = make_plan(num_rows, num_groups, num_columns)
     tiles, count = make_tiles(group_sizes, num_rows, plan.rows)
     # Rows of eight, which a tile of shared memory has, and at least a tile of them.

@@ -1,7 +1,7 @@
 """Shapes that the kernels are compiled for on every chip, and what each chip cannot do.
 
-`benchmarks.compile_check` compiles all of them; `REFUSALS` is exact: what it names is refused, and
-everything else compiles.
+`benchmarks.compile_check` compiles all of them; `REFUSALS` is exact: what it names is refused with
+this reason, and everything else compiles.
 """
 
 from __future__ import annotations
@@ -87,11 +87,14 @@ def _shapes() -> list[Shape]:
 
 SHAPES = tuple(_shapes())
 
-#: (backend, dtype), or (backend, dtype, head dim) → why no shape of it compiles.
+_NO_ROOM = "shared memory does not hold codes and widened codes beside the result"
+
+#: (backend, dtype), or (backend, dtype, head dim) → why no shape of it compiles, in the kernel's
+#: own words.
 REFUSALS: dict[tuple[str, str] | tuple[str, str, int], str] = {
-    ("gpu", "float32"): "Hopper multiplies float32 only rounded to tf32",
-    ("gpu", "int8", 256): "shared memory does not hold codes and widened codes beside the result",
-    ("gpu", "float8_e4m3fn", 256): "as for int8",
+    ("gpu", "float32"): "pages are float32, which Hopper multiplies only rounded to tf32",
+    ("gpu", "int8", 256): _NO_ROOM,
+    ("gpu", "float8_e4m3fn", 256): _NO_ROOM,
 }
 
 

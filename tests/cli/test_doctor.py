@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import jax
 import pytest
 
+from benchmarks.compile_check.models import QWEN3_30B_A3B
 from jaxserve.cli import doctor
 from jaxserve.config import Config, SchedulerConfig
 from jaxserve.device.buckets import MAX_PROGRAMS
@@ -137,6 +139,25 @@ def test_chips_that_are_not_here(run: Run) -> None:
     left = 0.9 * (15.75 * 2**30 - (2 * matrices // 16 + norms))
     assert f"{int(left / page_bytes) * 16 // 8192} rows of 8192 positions" in ended.out
     assert " with 64 rows\n" in ended.out
+
+
+def test_the_kernel_for_experts_on_chips_that_are_not_here(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(QWEN3_30B_A3B))
+    words = ["doctor", "--model", path, "--set=weights.dtype=bfloat16", "--topology"]
+    asked = "--set=kernels.experts=gpu"
+    for settings, experts in (([], "xla"), ([asked], "gpu")):
+        ended = run(*words, "h100:1", *settings)
+        assert (ended.status, ended.err) == (0, "")
+        assert told(ended)["topology"]["experts"] == experts
+    for where, more, reason in (
+        ("v5e:4x4", [], "the platform is tpu"),
+        ("h100:1", ["--set=weights.quantization=int8"], "it reads no codes"),
+        ("h100:4", ["--set=parallel.model=4"], "matrices are 2048 x 192"),
+    ):
+        ended = run(*words, where, asked, *more)
+        assert ended.status == 1
+        assert f"kernels.experts=gpu cannot run here: {reason}" in ended.out
 
 
 def test_weights_that_do_not_fit_the_chips(run: Run) -> None:

@@ -18,7 +18,7 @@ from benchmarks.compile_check import targets
 from benchmarks.compile_check.changed import patterns
 from benchmarks.compile_check.check import Result
 from benchmarks.compile_check.hlo import Collective, collectives
-from benchmarks.compile_check.table import write_table
+from benchmarks.compile_check.table import missing_steps, write_table
 
 ROOT = Path(__file__).parents[2]
 #: Parts that all rows are in; one is compiled a day.
@@ -68,10 +68,19 @@ def test_a_step_over_pages_of_codes_updates_them_in_place() -> None:
 
 
 @needs("gpu")
-def test_a_step_on_a_hopper_gpu_has_its_own_attention() -> None:
-    (result,) = compile_rows("smollm2-135m/h100:1/decode")
+def test_a_step_on_a_hopper_gpu_has_its_own_attention_and_copies_no_weights() -> None:
+    (result,) = compile_rows("llama-3-8b/h100:1/decode")
     assert result["attention"] == "gpu"
-    assert result["cache_bytes"] > 6e9 and result["temp_bytes"] < 0.1e9
+    layer = result["weights_bytes"] / 40  # one of 32, beside the two tables
+    assert result["cache_bytes"] > 40e9 and result["temp_bytes"] < layer / 2
+
+
+@needs("tpu")
+def test_what_tpus_copied_once_they_copy_no_more() -> None:
+    """Gate and up of a layer are 117 MB; a run of the vocabulary padded to 128 was 25 MB."""
+    one, two = compile_rows("llama-3-8b-int8/v5e:1x1/decode", "smollm2-135m/tpu7x:1x1x1/decode")
+    assert one["temp_bytes"] < 0.2e9
+    assert two["temp_bytes"] < 0.05e9
 
 
 @needs("gpu")
@@ -128,7 +137,7 @@ def test_files_that_changed_name_the_rows_that_compile_them() -> None:
 
 def test_exchanges_are_read_from_a_program_s_text() -> None:
     text = """
-  %all-reduce.9 = bf16[64,4096]{1,0:T(8,128)(2,1)} all-reduce(%fusion.1), metadata={op_name="jit(step)/model/while/body/eval_jaxpr/layer/out"}
+  %all-reduce.9 = bf16[64,4096]{1,0:T(8,128)(2,1)} all-reduce(%fusion.1), metadata={op_name="jit(step)/model/while/body/eval_jaxpr/jit(_run_layer)/layer/out"}
   %all-gather-start = (f32[8]{0}, f32[4,8]{1,0}) all-gather-start(%x), metadata={op_name="jit(step)/sampling"}
   %all-gather-done = f32[4,8]{1,0} all-gather-done(%all-gather-start)
   ROOT %all-to-all.1 = (pred[2,16]{1,0}, pred[2,16]{1,0}) all-to-all(%a, %b)
@@ -150,6 +159,8 @@ def test_the_table_keeps_rows_that_were_not_run(tmp_path: Path) -> None:
     later, earlier = "llama-3-8b/v6e:1x1/decode", "smollm2-135m/v5e:1x1/prefill"
     write_table([compiled(later, 5_000_000), compiled("kv_update/x/v5e:1x1", 1)], page)
     write_table([compiled(earlier, 7_000_000)], page)
+    assert missing_steps(page) >= {"llama-3-8b/v6e:1x1/prefill", "llama-3-8b/v6e:2x2/decode"}
+    assert not missing_steps(page) & {later, earlier}
     write_table([compiled(later, 9_000_000)], page)
     assert page.read_text().splitlines()[4:-1] == [
         "|---|---|---|---|---|---|---|",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 
-import numpy as np
 import pytest
 
 from jaxserve.config import KernelsConfig
@@ -20,22 +18,16 @@ ASKED = KernelsConfig(experts="gpu")
 MOE = MoeSpec(num_experts=8, top_k=2, feed_forward=256, norm_topk_prob=True)
 
 
-class OnGpu:
-    """A mesh of Hoppers, as far as it is looked at."""
-
-    devices = np.array([types.SimpleNamespace(platform="gpu", compute_capability="9.0")])
-
-    def __init__(self, parts: int = 1) -> None:
-        self.shape = {"model": parts}
+ON_GPU = ("gpu", "9.0")
 
 
 def test_the_kernel_is_taken_where_it_is_asked_for() -> None:
     spec = dataclasses.replace(load_tiny("llama3", ModelOptions()).spec, hidden_size=512)
-    assert with_experts_kernel(OPTIONS, ASKED, spec, OnGpu()) == OPTIONS, "a dense model has none"
+    assert with_experts_kernel(OPTIONS, ASKED, spec, *ON_GPU) == OPTIONS, "a dense model has none"
     spec = dataclasses.replace(spec, moe=MOE)
-    assert with_experts_kernel(OPTIONS, KernelsConfig(), spec, OnGpu()).experts == "xla"
-    assert with_experts_kernel(OPTIONS, ASKED, spec, OnGpu()).experts == "gpu"
-    assert with_experts_kernel(OPTIONS, ASKED, spec, OnGpu(2)).experts == "gpu"
+    assert with_experts_kernel(OPTIONS, KernelsConfig(), spec, *ON_GPU).experts == "xla"
+    assert with_experts_kernel(OPTIONS, ASKED, spec, *ON_GPU).experts == "gpu"
+    assert with_experts_kernel(OPTIONS, ASKED, spec, *ON_GPU, 2).experts == "gpu"
     codes = dataclasses.replace(OPTIONS, quantization="int8")
     for options, parts, said in (
         (codes, 1, "it reads no codes, and weights.quantization is int8"),
@@ -43,7 +35,9 @@ def test_the_kernel_is_taken_where_it_is_asked_for() -> None:
         (OPTIONS, 4, "512 x 64"),
     ):
         with pytest.raises(ConfigError, match=f"kernels.experts=gpu cannot run here: .*{said}"):
-            with_experts_kernel(options, ASKED, spec, OnGpu(parts))
+            with_experts_kernel(options, ASKED, spec, *ON_GPU, parts)
+    with pytest.raises(ConfigError, match="the platform is tpu; kernels.experts=xla runs every"):
+        with_experts_kernel(OPTIONS, ASKED, spec, "tpu", None)
 
 
 def test_where_hopper_kernels_run() -> None:

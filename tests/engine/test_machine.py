@@ -64,7 +64,7 @@ def test_auto_on_a_gpu_is_the_hopper_kernel_on_a_hopper_only(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert model_options(*AUTO, "gpu", capability="9.0") == ModelOptions(
-        dtype="bfloat16", attention="gpu", matmul="xla", layers="scanned"
+        dtype="bfloat16", attention="gpu", matmul="xla", layers="unrolled"
     )
     with caplog.at_level(logging.INFO, "jaxserve"):
         assert model_options(*AUTO, "gpu", capability="8.0").attention == "xla"

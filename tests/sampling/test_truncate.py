@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.sampling.blocks import in_blocks
+from jaxserve.sampling.blocks import in_runs
 from jaxserve.sampling.truncate import from_order, kth_largest, order
 
 VOCAB_SIZE = 150
@@ -13,7 +13,7 @@ VOCAB_SIZE = 150
 
 @jax.jit
 def thresholds(logits, k):
-    return kth_largest(in_blocks(logits), logits.max(axis=1), k)
+    return kth_largest(in_runs(logits), logits.max(axis=1), k)
 
 
 @given(
