@@ -73,15 +73,15 @@ class Line:
 
     def front(self, limit: int) -> Iterator[Sequence]:
         """The first, and then others that are near the front, at most `limit`."""
-        first = self.first()
+        first, members = self.first(), self._members
         yield first
         for entries in (self._back, self._fresh):
-            for entry in entries:
+            for _, stamp, sequence in entries:
                 if limit <= 1:
                     return
-                if self._is_live(entry) and entry[-1] is not first:
+                if sequence is not first and members.get(sequence) == stamp:
                     limit -= 1
-                    yield entry[-1]
+                    yield sequence
 
     def last_unbegun(self, look_at: int = 16) -> Sequence | None:
         """Among the last few to arrive, the last one whose request has never run."""

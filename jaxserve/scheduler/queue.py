@@ -310,7 +310,7 @@ class WaitingQueue:
         if rank.seen_in != self._num_looks:
             rank.seen_in = self._num_looks
             rank.in_sight.clear()
-        lines = rank.lines
+        lines, looks = rank.lines, self._num_looks
         if lines[top].num_passed >= MAX_PASSED:
             return lines[top].first()
         while True:
@@ -318,10 +318,15 @@ class WaitingQueue:
                 self._look_around(rank)
             longest, best = self._nearest_of(lines[top])
             for account in rank.in_sight:
-                num_cached, sequence = self._nearest_of(lines[account])
+                line = lines[account]
+                known = line.nearest
+                if known is None or known[0] != looks:
+                    num_cached, sequence = self._nearest_of(line)
+                else:
+                    num_cached, sequence = known[1]
                 if num_cached > longest:
                     longest, best = num_cached, sequence
-            if self._has_deficit(rank, _account(best)):
+            if best.account is top or self._has_deficit(rank, _account(best)):
                 return best
             rank.in_sight.clear()  # it was served since they were looked for
 
@@ -344,19 +349,18 @@ class WaitingQueue:
         Looked up once in a plan: pages become findable between plans, and what a plan evicts
         matters to the order only.
         """
-        if line.nearest is None or line.nearest[0] != self._num_looks:
-            front = (
-                (self._cached_of(sequence), sequence) for sequence in line.front(NUM_FRONT_SEEN)
-            )
-            line.nearest = self._num_looks, max(front, key=_cached)
-        return line.nearest[1]
-
-    def _cached_of(self, sequence: Sequence) -> int:
-        """Its cached tokens, as this look first found them."""
-        known = self._cached.get(sequence)
-        if known is None:
-            known = self._cached[sequence] = self._cached_tokens(sequence)
-        return known
+        if line.nearest is not None and line.nearest[0] == self._num_looks:
+            return line.nearest[1]
+        cached, longest, best = self._cached, -1, None
+        for sequence in line.front(NUM_FRONT_SEEN):
+            num_cached = cached.get(sequence)
+            if num_cached is None:
+                num_cached = cached[sequence] = self._cached_tokens(sequence)
+            if num_cached > longest:
+                longest, best = num_cached, sequence
+        assert best is not None, "nobody stands in the line"
+        line.nearest = self._num_looks, (longest, best)
+        return longest, best
 
     def _has_deficit(self, rank: _Rank, account: Account) -> bool:
         return account.counter < rank.mark + self._quantum / account.weight
@@ -370,10 +374,6 @@ class WaitingQueue:
             and sequence.level != AGED
             and due_ns == entry.since_ns + self._longest_wait_ns - sequence.waited_ns
         )
-
-
-def _cached(found: tuple[int, Sequence]) -> int:
-    return found[0]
 
 
 def _account(sequence: Sequence) -> Account:
