@@ -59,7 +59,7 @@ class Claims(HostAdapters):
     def __init__(self) -> None:
         self.may_load = threading.Event()
         self.users: Counter[str] = Counter()
-        super().__init__(self._read, largest_bytes=1, max_bytes=10)
+        super().__init__(self._read, lambda path: 1, largest_bytes=1, max_bytes=10)
 
     def _read(self, key: str, path: Path) -> Ready:
         assert self.may_load.wait(60)
