@@ -143,23 +143,31 @@ def test_a_worker_that_is_killed_ends_the_server():
         assert "HTTP worker" in process.stderr.read()
 
 
-def num_sockets(pid: int) -> int:
-    """Sockets that a process holds."""
-    return sum(os.readlink(fd).startswith("socket:") for fd in Path(f"/proc/{pid}/fd").iterdir())
+def sockets(pid: int) -> set[str]:
+    """Inodes of the sockets that a process holds."""
+    links = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+    return {link[8:-1] for link in links if link.startswith("socket:[")}
+
+
+def inode_of_peer(port: int) -> str:
+    """Of the socket that is connected to this port of ours."""
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    (inode,) = [row[9] for row in rows if row[2].endswith(f":{port:04X}")]
+    return inode
 
 
 def test_streams_of_the_other_workers_are_told_why_the_server_ends():
     with started("http.workers=2", "model.max_context=3000") as process:
         base = address_of(process)
         workers = [p for p in children(process.pid) if "http_worker" in command(p)]
-        before = {pid: num_sockets(pid) for pid in workers}
         with (
             httpx.Client(base_url=base, timeout=TIMEOUT_S) as client,
             client.stream("POST", "/v1/chat/completions", json=ENDLESS | {"n": 8}) as stream,
         ):
             documents = chunks(stream.iter_lines())
             next(documents)
-            (other,) = [pid for pid in workers if num_sockets(pid) == before[pid]]
+            _, port = stream.extensions["network_stream"].get_extra_info("client_addr")
+            (other,) = [pid for pid in workers if inode_of_peer(port) not in sockets(pid)]
             os.kill(other, signal.SIGKILL)
             last = list(documents)[-1]
         assert last["error"]["code"] == "engine_failure"
