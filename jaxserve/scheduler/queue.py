@@ -66,14 +66,6 @@ class _Rank:
     seen_in: int = -1
 
 
-@dataclass(slots=True)
-class _Entry:
-    """A waiting sequence: since when, in this wait, and with how many known tokens."""
-
-    since_ns: int
-    num_tokens: int
-
-
 class WaitingQueue:
     """One copy's waiting sequences; see the module.
 
@@ -105,7 +97,7 @@ class WaitingQueue:
         self._longest_wait_ns = round(config.longest_wait_s * 1e9)
         is_local = config.fairness == "locality"
         self._quantum = config.locality_quantum_tokens if is_local else 0
-        self._entries: dict[Sequence, _Entry] = {}
+        self._entries: dict[Sequence, int] = {}  # with how many known tokens each came
         self._ranks: dict[int, _Rank] = {}
         self._levels: list[int] = []  # of those that are not empty, best first
         self._ages: list[tuple[int, int, Sequence]] = []  # (when it has waited too long, …)
@@ -148,8 +140,8 @@ class WaitingQueue:
         if not since_ns:
             since_ns = now_ns if sequence.scheduled_ns else sequence.queued_ns or now_ns
         sequence.waits_since_ns = since_ns
-        entry = self._entries[sequence] = _Entry(since_ns, len(sequence.token_ids))
-        self.num_tokens += entry.num_tokens
+        num_tokens = self._entries[sequence] = len(sequence.token_ids)
+        self.num_tokens += num_tokens
         self._line_up(sequence, lift=lift)
         if self._longest_wait_ns and sequence.level != AGED:
             self._stamp += 1
@@ -182,8 +174,7 @@ class WaitingQueue:
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it stands."""
-        entry = self._entries.pop(sequence)
-        self.num_tokens -= entry.num_tokens
+        self.num_tokens -= self._entries.pop(sequence)
         self._step_out(sequence)
 
     def look_ahead(self) -> None:
@@ -368,11 +359,10 @@ class WaitingQueue:
     def _is_due(self, age: tuple[int, int, Sequence]) -> bool:
         """Whether an age is of a sequence that still waits the wait that it was noted for."""
         due_ns, _, sequence = age
-        entry = self._entries.get(sequence)
         return (
-            entry is not None
+            sequence in self._entries
             and sequence.level != AGED
-            and due_ns == entry.since_ns + self._longest_wait_ns - sequence.waited_ns
+            and due_ns == sequence.waits_since_ns + self._longest_wait_ns - sequence.waited_ns
         )
 
 
