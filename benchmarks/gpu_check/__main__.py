@@ -3,7 +3,8 @@
 Right first, then how near the limits of the same device in the same run, then ahead of
 transformers. Needs JAX, flax and, for the last part, torch and transformers; no network and no
 weights.
-Four parts, each a process of its own, so that none holds another's memory:
+Four parts, each in processes of its own, so that none holds another's memory, and so that a kernel
+that hangs or ends its process takes no other finding with it (see `parts`):
 
     kernels   attention, cache update and products with codes against their references; their
               shares of the limits
@@ -12,7 +13,7 @@ Four parts, each a process of its own, so that none holds another's memory:
     torch     the same shape in transformers
 
 A table on stdout and a JSON line behind it. Exit status: 0 where every target is met, 1 where one
-is missed or a part failed, 2 without a GPU. `--rehearse` runs small shapes on any device, to see
+is missed or a check failed, 2 without a GPU. `--rehearse` runs small shapes on any device, to see
 that the command itself works; its figures mean nothing.
 """
 
@@ -20,29 +21,36 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
-import os
-import subprocess
 import sys
 import time
-from typing import Any
+from collections.abc import Iterable
 
+from benchmarks.gpu_check.parts import Check, Result, perform, run, share_of
 from benchmarks.gpu_check.report import Finding
 
-#: Seconds that each part may take, and all of them together.
-_PATIENCE = {"kernels": 180, "products": 120, "engine": 210, "torch": 140}
+#: Seconds that one check of each part may take, and all of the part's.
+_PATIENCE = {"kernels": (60, 180), "products": (60, 120), "engine": (210, 210), "torch": (140, 140)}
 _ALL_PATIENCE = 535
 
 
 def main() -> int:
-    """Runs all parts, or one."""
+    """Runs all parts, or what was asked for."""
     parser = argparse.ArgumentParser(prog="scripts/gpu_check", description=__doc__)
     parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument("--part", choices=list(_PATIENCE), help="one part alone, as JSON")
+    parser.add_argument("--only", default=",".join(_PATIENCE), help="parts, by commas")
+    parser.add_argument("--part", choices=list(_PATIENCE), help=argparse.SUPPRESS)
+    parser.add_argument("--share", default="timed", help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.part:
-        print(json.dumps(_part(given.part, given.rehearse)))
+        perform(share_of(_checks(given.part, given.rehearse), given.share), given.first)
         return 0
+    parts = given.only.split(",")
+    unknown = sorted(set(parts) - set(_PATIENCE))
+    if unknown:
+        parser.error(f"--only {','.join(unknown)}: the parts are {', '.join(_PATIENCE)}")
     import jax
 
     device = jax.devices()[0]
@@ -50,17 +58,21 @@ def main() -> int:
         print(f"gpu_check: needs an NVIDIA GPU, and JAX has {device.platform}", file=sys.stderr)
         return 2
     started = time.monotonic()
-    results = {}
-    for part, patience in _PATIENCE.items():
-        left = _ALL_PATIENCE - (time.monotonic() - started)
-        results[part] = _run(part, given.rehearse, max(1.0, min(patience, left)))
-    findings = [Finding(**found) for result in results.values() for found in result["findings"]]
-    findings += _against_torch(results)
-    print("\n".join(finding.line() for finding in findings))
-    failed = {part: result["error"] for part, result in results.items() if result["error"]}
+    results: dict[str, Result] = {}
+    for part in parts:
+        patience, total = _PATIENCE[part]
+        left = max(1.0, _ALL_PATIENCE - (time.monotonic() - started))
+        words = [sys.executable, "-m", "benchmarks.gpu_check", "--part", part]
+        words += ["--rehearse"] if given.rehearse else []
+        shared = part in ("kernels", "products")
+        results[part] = run(words, patience, min(total, left), shared=shared)
+    findings = [finding for result in results.values() for finding in result.findings]
+    findings += _against_torch(findings)
+    failed = {name: why for result in results.values() for name, why in result.failed.items()}
     missed = [finding.name for finding in findings if not finding.is_met]
-    for part, error in failed.items():
-        print(f"{part} FAILED: {error}")
+    print("\n".join(finding.line() for finding in findings))
+    for name, why in failed.items():
+        print(f"{name} FAILED: {why}")
     print(f"missed: {'; '.join(missed) or 'nothing'}")
     record = {
         "benchmark": "gpu_check",
@@ -72,73 +84,53 @@ def main() -> int:
         "findings": [dataclasses.asdict(finding) for finding in findings],
         "missed": missed,
         "failed": failed,
+        "seconds_by_check": {part: result.seconds for part, result in results.items()},
     }
     print(json.dumps(record))
     return 1 if missed or failed else 0
 
 
-def _run(part: str, rehearse: bool, patience: float) -> dict[str, Any]:
-    """A part's findings, or why it has none."""
-    words = [sys.executable, "-m", "benchmarks.gpu_check", "--part", part]
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
-    try:
-        done = subprocess.run(
-            [*words, *(["--rehearse"] if rehearse else [])],
-            capture_output=True,
-            text=True,
-            timeout=patience,
-            env=environment,
-        )
-    except subprocess.TimeoutExpired:
-        return {"findings": [], "error": f"not done after {patience:.0f} s"}
-    try:
-        return {"error": "", **json.loads(done.stdout.splitlines()[-1])}
-    except (IndexError, ValueError):
-        lines = done.stderr.strip().splitlines() or ["no output"]
-        return {"findings": [], "error": " / ".join(lines[-3:])[:500]}
-
-
-def _part(part: str, rehearse: bool) -> dict[str, Any]:
+def _checks(part: str, rehearse: bool) -> Iterable[Check]:
+    """A part's checks; their modules and the limits are not needed before."""
     if part == "torch":
         from benchmarks.gpu_check import torch_peer
 
-        return torch_peer.measure(rehearse)
-    from benchmarks.gpu_check.limits import measure_limits
+        return [Check("transformers", functools.partial(torch_peer.measure, rehearse), timed=True)]
+    from benchmarks.gpu_check.limits import Limits, measure_limits
 
-    limits = measure_limits(1 << 20, 128) if rehearse else measure_limits()
+    @functools.cache
+    def limits() -> Limits:
+        return measure_limits(1 << 20, 128) if rehearse else measure_limits()
+
+    backend = "xla" if rehearse else "gpu"
     if part == "kernels":
         from benchmarks.gpu_check import codes, kernels
 
-        sizes = kernels.Sizes()
-        if rehearse:
-            sizes = kernels.Sizes(rows=2, context=64, prompt=64)
-        backend = "xla" if rehearse else "gpu"
-        found = list(kernels.check(backend, limits, sizes))
-        found += codes.check(backend, limits, *([((64, 256),), 1] if rehearse else []))
-        found.append(Finding("copy bandwidth, GB/s", limits.copy / 1e9))
-        found.append(Finding("matmul peak, TFLOP/s", limits.matmul / 1e12))
-        return {"findings": [dataclasses.asdict(finding) for finding in found]}
+        small = kernels.Sizes(rows=2, context=64, prompt=64)
+        sizes = small if rehearse else kernels.Sizes()
+        of_codes = (((64, 256),), 1) if rehearse else ()
+        return [
+            *kernels.checks(backend, limits, sizes),
+            *codes.checks(backend, limits, *of_codes),
+            Check("limits", lambda: limits().findings(), timed=True),
+        ]
     if part == "products":
         from benchmarks.gpu_check import products
 
-        sizes = products.SMALL if rehearse else products.Sizes()
-        found = products.check("xla" if rehearse else "gpu", limits, sizes)
-        return {"findings": [dataclasses.asdict(finding) for finding in found]}
+        return products.checks(backend, limits, products.SMALL if rehearse else products.Sizes())
     from benchmarks.gpu_check import engine
 
-    return engine.measure_engine(limits, rehearse)
+    whole = functools.partial(engine.measure_engine, limits, rehearse)
+    return [Check("whole model", whole, timed=True)]
 
 
-def _against_torch(results: dict[str, dict[str, Any]]) -> list[Finding]:
+def _against_torch(findings: list[Finding]) -> list[Finding]:
     """How many times as fast decode is, where both were measured."""
-    ours = results["engine"].get("tokens_per_s", {})
-    theirs = results["torch"].get("tokens_per_s", {})
+    values = {finding.name: finding.value for finding in findings}
     return [
-        Finding(
-            f"decode {rows}: times as fast as transformers", ours[rows] / theirs[rows], ">=", 1.0
-        )
-        for rows in ours
-        if rows in theirs
+        Finding(f"{name[:-10]}: times as fast as transformers", value / theirs, ">=", 1.0)
+        for name, value in values.items()
+        if name.endswith(": tokens/s") and (theirs := values.get(f"transformers, {name}"))
     ]
 
 

@@ -8,6 +8,7 @@ is ahead it is to become what models take (`pallas_kernels/quant_matmul/api.py`)
 
 from __future__ import annotations
 
+import itertools
 import secrets
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.gpu_check.limits import Limits, seconds_a_call
+from benchmarks.gpu_check.parts import Check
 from benchmarks.gpu_check.report import Finding
 from pallas_kernels.quant_matmul import GROUP, int4_matmul, int8_matmul, traffic
 
@@ -32,36 +34,44 @@ _PRODUCTS: dict[str, tuple[Callable[..., Any], Callable[[int, int], int]]] = {
 }
 
 
-def check(
+def checks(
     backend: str,
-    limits: Limits,
+    limits: Callable[[], Limits],
     sizes: tuple[tuple[int, int], ...] = SIZES,
     read_bytes: int = _READ_BYTES,
-) -> Iterator[Finding]:
-    """Every finding about them.
+) -> Iterator[Check]:
+    """Every check of them.
 
     Args:
         backend: ours, beside "xla".
         sizes: K and N.
         read_bytes: of the weights that one call multiplies by.
     """
-    for kind, (product, count_bytes) in _PRODUCTS.items():
-        for num_tokens in (1, 13, *TOKENS):
-            yield _correct(partial(product, backend=backend), kind, num_tokens)
-        for depth, columns in sizes:
-            num_bytes = count_bytes(depth, columns)
-            copies = -(-read_bytes // num_bytes)
-            weights = [_weight(kind, depth, columns, seed) for seed in range(copies)]
-            for num_tokens in TOKENS:
-                x = jnp.ones((num_tokens, depth), jnp.bfloat16)
-                ours, theirs = (
-                    _seconds(partial(product, backend=which), x, weights)
-                    for which in (backend, "xla")
-                )
-                what = f"{kind} product {depth}x{columns}, {num_tokens} tokens"
-                share = copies * num_bytes / limits.copy
-                yield Finding(f"{what}: share of copy bandwidth", share / ours)
-                yield Finding(f"{what}: XLA's share", share / theirs)
+    for kind, num_tokens in itertools.product(_PRODUCTS, (1, 13, *TOKENS)):
+        right = partial(_correct, backend, kind, num_tokens)
+        yield Check(f"{kind} product, {num_tokens} tokens", lambda right=right: [right()])
+    for kind, size in itertools.product(_PRODUCTS, sizes):
+        name = f"{kind} product {size[0]}x{size[1]}"
+        fast = partial(_shares, backend, limits, read_bytes, kind, *size)
+        yield Check(name, fast, timed=True)
+
+
+def _shares(
+    backend: str, limits: Callable[[], Limits], read_bytes: int, kind: str, depth: int, columns: int
+) -> Iterator[Finding]:
+    product, count_bytes = _PRODUCTS[kind]
+    num_bytes = count_bytes(depth, columns)
+    copies = -(-read_bytes // num_bytes)
+    weights = [_weight(kind, depth, columns, seed) for seed in range(copies)]
+    for num_tokens in TOKENS:
+        x = jnp.ones((num_tokens, depth), jnp.bfloat16)
+        ours, theirs = (
+            _seconds(partial(product, backend=which), x, weights) for which in (backend, "xla")
+        )
+        what = f"{kind} product {depth}x{columns}, {num_tokens} tokens"
+        share = copies * num_bytes / limits().copy
+        yield Finding(f"{what}: share of copy bandwidth", share / ours)
+        yield Finding(f"{what}: XLA's share", share / theirs)
 
 
 def _weight(kind: str, depth: int, columns: int, seed: int) -> tuple[jax.Array, ...]:
@@ -76,7 +86,7 @@ def _weight(kind: str, depth: int, columns: int, seed: int) -> tuple[jax.Array, 
     return codes, scale.astype(jnp.bfloat16), (-7.5 * scale).astype(jnp.bfloat16)
 
 
-def _correct(product: Callable[..., Any], kind: str, num_tokens: int) -> Finding:
+def _correct(backend: str, kind: str, num_tokens: int) -> Finding:
     depth, columns = 1024, 768
     codes, *scales = _weight(kind, depth, columns, secrets.randbits(31))
     x = jax.random.normal(jax.random.key(secrets.randbits(31)), (num_tokens, depth), jnp.bfloat16)
@@ -87,6 +97,7 @@ def _correct(product: Callable[..., Any], kind: str, num_tokens: int) -> Finding
         scale, minimum = (jnp.repeat(s.astype(jnp.float32), GROUP, 0) for s in scales)
         weight = weight * scale + minimum
     expected = jnp.dot(x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
+    product = partial(_PRODUCTS[kind][0], backend=backend)
     out = jax.jit(product)(x, codes, *scales).astype(jnp.float32)
     error = float(jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected))
     return Finding(f"{kind} product, {num_tokens} tokens: error", error, "<", TOLERANCE)

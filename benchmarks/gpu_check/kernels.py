@@ -8,8 +8,9 @@ deprecated paged kernel on the same decode batch beside it.
 
 from __future__ import annotations
 
+import itertools
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.gpu_check.limits import Limits, seconds_a_call
+from benchmarks.gpu_check.parts import Check
 from benchmarks.gpu_check.report import Finding
 from pallas_kernels.kv_update import kv_update
 from pallas_kernels.paged_attention import RaggedBatch, paged_attention, reference
@@ -48,21 +50,25 @@ class Sizes:
     page_size: int = 16
 
 
-def check(backend: str, limits: Limits, sizes: Sizes) -> Iterator[Finding]:
-    """Every finding about the kernels."""
-    for head_dim in (64, 80, 96, 128, 256):
-        for name, lens in (("decode", DECODE), ("mixed", MIXED)):
-            yield _correct(backend, f"{name} H={head_dim}", lens, head_dim=head_dim)
-    for name, lens in (("decode", DECODE), ("mixed", MIXED)):
+def checks(backend: str, limits: Callable[[], Limits], sizes: Sizes) -> Iterator[Check]:
+    """Every check of the kernels."""
+    kinds = ("decode", DECODE), ("mixed", MIXED)
+
+    def correct(name: str, lens: list[tuple[int, int]], **given: Any) -> Check:
+        return Check(f"attention {name}", lambda: [_correct(backend, name, lens, **given)])
+
+    for head_dim, (name, lens) in itertools.product((64, 80, 96, 128, 256), kinds):
+        yield correct(f"{name} H={head_dim}", lens, head_dim=head_dim)
+    for name, lens in kinds:
         options = {"window": 70, "soft_cap": 5.0}
-        yield _correct(backend, f"{name} window, cap, sinks", lens, sinks=True, **options)
-        yield _correct(backend, f"{name} one KV head", lens, num_heads=8, num_kv_heads=1)
-        yield _correct(backend, f"{name} pages of 128", lens, page_size=128)
+        yield correct(f"{name} window, cap, sinks", lens, sinks=True, **options)
+        yield correct(f"{name} one KV head", lens, num_heads=8, num_kv_heads=1)
+        yield correct(f"{name} pages of 128", lens, page_size=128)
         for dtype in ("int8", "float8_e4m3fn"):
-            yield _correct(backend, f"{name} pages of {dtype}", lens, page_size=32, dtype=dtype)
-    yield _update_is_right(backend)
-    yield from _decode(backend, limits, sizes)
-    yield _prefill(backend, limits, sizes)
+            yield correct(f"{name} pages of {dtype}", lens, page_size=32, dtype=dtype)
+    yield Check("cache update", lambda: [_update_is_right(backend)])
+    yield Check("decode attention", lambda: _decode(backend, limits(), sizes), timed=True)
+    yield Check("prefill attention", lambda: [_prefill(backend, limits(), sizes)], timed=True)
 
 
 def _batch(
@@ -112,7 +118,8 @@ def _correct(
     given = {"layer": 1, "batch": batch, "scale": head_dim**-0.5, **options}
     if sinks:
         given["sinks"] = jnp.asarray(rng.standard_normal(num_heads), jnp.float32)
-    expected = reference.paged_attention(q.astype(jnp.float32), pages, **given)
+    exact = jax.jit(lambda q, pages: reference.paged_attention(q, pages, **given))
+    expected = exact(q.astype(jnp.float32), pages)
     out = jax.jit(lambda q, pages: paged_attention(q, pages, backend=backend, **given))(q, pages)
     error = error_of(out[:num_tokens], expected[:num_tokens])
     padding = float(jnp.abs(out[num_tokens:].astype(jnp.float32)).sum())
@@ -155,7 +162,9 @@ def _decode(backend: str, limits: Limits, sizes: Sizes) -> Iterator[Finding]:
     batch, num_pages = _batch([(1, sizes.context)] * sizes.rows, sizes.page_size, rng)
     shape = (1, num_pages, sizes.num_kv_heads, sizes.page_size, 2 * sizes.head_dim)
     pages = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
-    q = jnp.ones((sizes.rows, sizes.num_heads, sizes.head_dim), jnp.bfloat16)
+    q = jax.random.normal(
+        jax.random.key(1), (sizes.rows, sizes.num_heads, sizes.head_dim), jnp.bfloat16
+    )
     attend = partial(paged_attention, layer=0, scale=sizes.head_dim**-0.5, backend=backend)
     run = jax.jit(lambda q, pages, batch: attend(q, pages, batch=batch))
     seconds = seconds_a_call(run, q, pages, batch)
@@ -191,7 +200,9 @@ def _prefill(backend: str, limits: Limits, sizes: Sizes) -> Finding:
     batch, num_pages = _batch([(sizes.prompt, sizes.prompt)], sizes.page_size, rng)
     shape = (1, num_pages, sizes.num_kv_heads, sizes.page_size, 2 * sizes.head_dim)
     pages = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
-    q = jnp.ones((sizes.prompt, sizes.num_heads, sizes.head_dim), jnp.bfloat16)
+    q = jax.random.normal(
+        jax.random.key(1), (sizes.prompt, sizes.num_heads, sizes.head_dim), jnp.bfloat16
+    )
     attend = partial(paged_attention, layer=0, scale=sizes.head_dim**-0.5, backend=backend)
     run = jax.jit(lambda q, pages, batch: attend(q, pages, batch=batch))
     seconds = seconds_a_call(run, q, pages, batch)

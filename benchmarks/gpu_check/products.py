@@ -9,8 +9,9 @@ limits. XLA's way, which is what runs unless the kernels are asked for, stands b
 
 from __future__ import annotations
 
+import itertools
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 
 from benchmarks.gpu_check.kernels import TOLERANCE, error_of
 from benchmarks.gpu_check.limits import Limits, seconds_a_call
+from benchmarks.gpu_check.parts import Check
 from benchmarks.gpu_check.report import Finding
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul.traffic import grouped_matmul_bytes, grouped_matmul_flops
@@ -92,15 +94,17 @@ SMALL = Sizes(
 )
 
 
-def check(backend: str, limits: Limits, sizes: Sizes) -> Iterator[Finding]:
-    """Every finding about them."""
-    for slots, site in ((slots, site) for slots in _SLOTS for site in _SITES):
-        yield _adapters_are_right(backend, slots, site)
+def checks(backend: str, limits: Callable[[], Limits], sizes: Sizes) -> Iterator[Check]:
+    """Every check of them."""
+    for slots, site in itertools.product(_SLOTS, _SITES):
+        right = partial(_adapters_are_right, backend, slots, site)
+        yield Check(f"adapters, {slots} tokens, {site}", lambda right=right: [right()])
     for case in _GROUPS:
-        yield _groups_are_right(backend, case)
-    yield from _adapters(backend, limits, sizes)
+        yield Check(f"experts, {case}", lambda case=case: [_groups_are_right(backend, case)])
+    yield Check("adapters", lambda: _adapters(backend, limits(), sizes), timed=True)
     for name, experts in sizes.experts:
-        yield from _experts(backend, limits, name, experts, sizes)
+        fast = partial(_experts, backend, limits, name, experts, sizes)
+        yield Check(f"experts, {name}", fast, timed=True)
 
 
 def _adapters_are_right(backend: str, case: str, site: str) -> Finding:
@@ -217,7 +221,7 @@ def _step(backend: str, sizes: Sizes) -> Any:
 
 
 def _experts(
-    backend: str, limits: Limits, name: str, experts: Experts, sizes: Sizes
+    backend: str, limits: Callable[[], Limits], name: str, experts: Experts, sizes: Sizes
 ) -> Iterator[Finding]:
     rng = np.random.default_rng(0)
     shape = experts.num_experts, experts.size, experts.wide
@@ -240,12 +244,12 @@ def _experts(
             num_bytes = grouped_matmul_bytes(
                 touched, num_rows, *shape[1:], weight_bytes=2, activation_bytes=2
             )
-            share = num_bytes / seconds[backend] / limits.copy
+            share = num_bytes / seconds[backend] / limits().copy
             yield Finding(f"{where}: share of copy bandwidth", share)
         else:
             flops = grouped_matmul_flops(num_rows, *shape[1:])
             yield Finding(
-                f"{where}: share of matmul peak", flops / seconds[backend] / limits.matmul
+                f"{where}: share of matmul peak", flops / seconds[backend] / limits().matmul
             )
         for which in ("xla", "ragged_dot"):
             yield Finding(f"{where}: times as fast as {which}", seconds[which] / seconds[backend])

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Any
+
+from benchmarks.gpu_check.report import Finding
 
 #: Decode steps, of which the first ones compile and are not counted.
 _STEPS, _FIRST = 40, 8
 _PROMPT = 128
 
 
-def measure(rehearse: bool) -> dict[str, Any]:
+def measure(rehearse: bool) -> Iterator[Finding]:
     """Tokens a second of decode, by rows."""
     import torch  # pyright: ignore[reportMissingImports]
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -33,8 +36,9 @@ def measure(rehearse: bool) -> dict[str, Any]:
     step = model.forward
     if not rehearse:
         step = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
-    rates = {str(rows): _rate(model, step, config, rows, device) for rows in (1, 8)}
-    return {"findings": [], "tokens_per_s": rates}
+    for rows in (1, 8):
+        rate = _rate(model, step, config, rows, device)
+        yield Finding(f"transformers, decode {rows}: tokens/s", rate)
 
 
 def _rate(model: Any, step: Any, config: Any, rows: int, device: str) -> float:
