@@ -18,8 +18,8 @@ Grid: two kernels, and a rows' kind decides which has it (drawn in the files):
     and then its values, into shared memory of its own.
 
 Traffic: decode reads a row's visible pages once, and where a context is split writes and reads a
-    partial result of each split in float32; chunks read them once for each tile and query head, of which the L2 cache takes all
-    but one a group. See traffic.py.
+    partial result of each split in float32; chunks read them once for each tile and query head, of
+    which the L2 cache takes all but one a group. See traffic.py.
 
 Numerics: products of bfloat16 with float32 accumulation, softmax in float32 with the hardware's
     exp2; weights are rounded to bfloat16 before they multiply the values. Codes are widened to
