@@ -1,19 +1,20 @@
 """Decode on Hopper: rows of one query, their context split over blocks of threads.
 
-Grid (split, KV head, row). A block of threads has one warpgroup that copies and COMPUTERS that
-compute, each on every COMPUTERS-th block of positions, with a softmax of its own:
+Grid (split, KV head, row). A block of threads has one warpgroup that copies and two that compute,
+each on every other block of positions, with a softmax of its own:
 
     pages --TMA--> | slot 0 | slot 1 | slot 2 | slot 3 |   a ring in shared memory
-                      warpgroup 0 | 1 | 0 | 1               each writes its partial result
+                      warpgroup 0 | 1 | 0 | 1
+                                  └ its softmax goes to warpgroup 0, through shared memory
 
-A partial result is a maximum, a sum and the weighted values, in float32; `merge` joins those of all
-splits and warpgroups.
+Where a context is one split, that is the result. Else each split writes a partial one: a maximum, a
+sum and the weighted values, in float32; `merge` joins those.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,23 @@ COMPUTERS = 2
 SPAN = 64
 #: Bytes of the ring; the rest of the 227 KiB is for queries and results.
 RING_BYTES = 128 * 1024
+#: Rows of a shared-memory tile.
+TILE = 8
+#: Parts that are added up in one expression each, which XLA makes one kernel of.
+UNROLLED_PARTS = 32
 
-Partial = tuple[Float[Array, "S R X G H"], Float[Array, "S R X G"], Float[Array, "S R X G"]]
+
+class Partial(NamedTuple):
+    """What each split has seen.
+
+    Attributes:
+        values: weighted, not yet divided by the sums.
+        tops, totals: maxima, in log2, and sums.
+    """
+
+    values: Float[Array, "S R X G H"]
+    tops: Float[Array, "S R X G"]
+    totals: Float[Array, "S R X G"]
 
 
 def num_splits(num_blocks: int, max_pages: int, page_size: int) -> int:
@@ -60,43 +76,54 @@ def decode(
     table: Int[Array, "R M"],
     begins: Int[Array, "R"],
     ends: Int[Array, "R"],
+    sinks: Float[Array, "X G"] | None,
     score: Score,
-    splits: int,
     cost: pl.CostEstimate,
     interpret: Any,
-) -> Partial:
-    """Weighted values, maxima (in log2) and sums, of each split and warpgroup.
+) -> Float[Array, "R X G H"]:
+    """Attention of one query a row, in q's dtype; zeros where it sees nothing.
 
     Args:
-        q_RXGH: X groups of G ≤ 64 query heads, G a multiple of 8; X a multiple of K.
+        q_RXGH: X groups of G ≤ 64 query heads; X a multiple of K.
         begins, ends: positions that a row's query sees; nothing where they are equal.
+        sinks: scores that count in the sum and have no value, in log2.
     """
-    num_rows, groups, size, head_dim = q_RXGH.shape
+    num_rows, groups, own, head_dim = q_RXGH.shape
     width, heads = pages.shape[4], pages.shape[2]
     kind, dtype = kind_of(pages), block.operand_dtype(pages)
+    splits = num_splits(num_rows * groups, table.shape[1], pages.shape[3])
+    is_whole = splits == 1 and sinks is None
+    size = -(-own // TILE) * TILE
+    q_RXGH = jnp.pad(q_RXGH, ((0, 0), (0, 0), (0, size - own), (0, 0)))
     # As many of codes as of their wide values, which take the rest of the room.
     slots = RING_BYTES // (SPAN * width * dtype.itemsize) // COMPUTERS * COMPUTERS
-    parts = splits * COMPUTERS
-    kernel = functools.partial(_kernel, score=score, splits=splits)
     weights = [hopper.swizzled((COMPUTERS, hopper.ROWS, SPAN), SPAN, dtype)]
     column = block.columns(head_dim)[0][1]
     copies = block.copies(pages.shape[3], SPAN, kind)
-    held = arrays_of(pages)
-    return plgpu.kernel(
-        functools.partial(kernel, kind=kind, per_head=groups // heads),
-        out_type=(
-            jax.ShapeDtypeStruct((parts, num_rows, groups, size, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((parts, num_rows, groups, size), jnp.float32),
-            jax.ShapeDtypeStruct((parts, num_rows, groups, size), jnp.float32),
+    held, parts = arrays_of(pages), (splits, num_rows, groups, size)
+    whole = jax.ShapeDtypeStruct((num_rows, groups, own, head_dim), dtype)
+    stats = jax.ShapeDtypeStruct(parts, jnp.float32)
+    partial = jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32), stats, stats
+    out = plgpu.kernel(
+        functools.partial(
+            _kernel,
+            score=score,
+            splits=splits,
+            kind=kind,
+            per_head=groups // heads,
+            is_whole=is_whole,
         ),
+        out_type=(whole,) if is_whole else partial,
         scratch_types=(
             hopper.swizzled((hopper.ROWS, head_dim), head_dim, dtype),
             hopper.swizzled((slots, SPAN, width), head_dim, held[0].dtype),
-            hopper.swizzled((COMPUTERS, hopper.ROWS, column), column, jnp.float32),
-            plgpu.SMEM((COMPUTERS, 2, hopper.ROWS), jnp.float32),
+            hopper.swizzled((hopper.ROWS, column), column, jnp.float32),
+            plgpu.SMEM((2, hopper.ROWS), jnp.float32),
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
             plgpu.Barrier(num_barriers=slots),
+            plgpu.Barrier(num_barriers=2),
+            *([plgpu.SMEM((hopper.ROWS, head_dim), dtype)] if is_whole else []),
             *block.code_scratch(kind, slots, SPAN, head_dim, COMPUTERS),
             *(weights if interpret is not None else ()),
         ),
@@ -108,14 +135,19 @@ def decode(
         interpret=interpret,
         **hopper.estimated(cost),
     )(q_RXGH, layer, table, begins, ends, *held)
+    if is_whole:
+        return out[0]
+    return merge(Partial(*(part[:, :, :, :own] for part in out)), sinks).astype(dtype)
 
 
 def _kernel(
     q, layer, table, begins, ends, pages, *refs,
-    score: Score, splits: int, kind: str, per_head: int,
+    score: Score, splits: int, kind: str, per_head: int, is_whole: bool,
 ) -> None:  # fmt: skip
     scales, refs = (refs[0], refs[1:]) if kind else (None, refs)
-    out, tops, totals, q_smem, ring, out_smem, stats_smem, q_ready, ready, free, *refs = refs
+    outs, refs = (refs[:1], refs[1:]) if is_whole else (refs[:3], refs[3:])
+    q_smem, ring, values_smem, stats_smem, q_ready, ready, free, handed, *refs = refs
+    result_smem, refs = (refs[0], refs[1:]) if is_whole else (None, refs)
     code_scratch, weights = (refs[:2], refs[2:]) if kind else ((), refs)
     row, group, split = lax.axis_index("row"), lax.axis_index("group"), lax.axis_index("split")
     warpgroup = lax.axis_index("warpgroup")
@@ -167,31 +199,110 @@ def _kernel(
 
     @pl.when(warpgroup < COMPUTERS)
     def _() -> None:
-        size = q.shape[2]
-
         @pl.when(warpgroup == 0)
         def _() -> None:
-            plgpu.copy_gmem_to_smem(q.at[row, group], q_smem.at[pl.ds(0, size)], q_ready)
+            plgpu.copy_gmem_to_smem(q.at[row, group], q_smem.at[pl.ds(0, q.shape[2])], q_ready)
 
         plgpu.barrier_wait(q_ready)
         mine = jnp.maximum(count - warpgroup + COMPUTERS - 1, 0) // COMPUTERS
         running = lax.fori_loop(0, mine, step, block.nothing(head_dim))
-        part = split * COMPUTERS + warpgroup
-        stats_smem[warpgroup, 0] = running.top
-        stats_smem[warpgroup, 1] = running.total
+        exchange = _Exchange(values_smem, stats_smem, *(handed.at[i] for i in range(2)))
+        pl.when(warpgroup == 1)(lambda: exchange.give(running))
+
+        @pl.when(warpgroup == 0)
+        def _() -> None:
+            if result_smem is not None:
+                exchange.finish(running, result_smem, outs[0].at[row, group])
+            else:
+                exchange.write(running, *(out.at[split, row, group] for out in outs))
+
+
+class _Exchange(NamedTuple):
+    """Shared memory through which warpgroup 1's softmax goes to warpgroup 0, which joins it to its
+    own and takes the result out.
+
+    Attributes:
+        values: [64, C], of one of `block.columns` after the other.
+        stats: [2, 64].
+        given, taken: barriers: something is there; room for the next.
+    """
+
+    values: Any
+    stats: Any
+    given: Any
+    taken: Any
+
+    def give(self, running: block.Running) -> None:
+        """Warpgroup 1's part."""
+        self.stats[0], self.stats[1] = running.top, running.total
+        for index, part in enumerate(running.parts):
+            if index:
+                plgpu.barrier_wait(self.taken)
+            self.values[:, pl.ds(0, part.shape[1])] = part
+            plgpu.barrier_arrive(self.given)
+
+    def finish(self, running: block.Running, result: Any, out: Any) -> None:
+        """Warpgroup 0's, where there are no other splits.
+
+        Args:
+            result: shared memory [64, H], in rows.
+            out: [G, H] in global memory.
+        """
+        plgpu.barrier_wait(self.given)
+        _, total, fades = self._join(running)
+        over = 1.0 / jnp.where(total > 0, total, 1.0)
+        for index, (first, wide) in enumerate(block.columns_of(running)):
+            values = self._values(running, index, fades)
+            values = values * lax.broadcast_in_dim(over, values.shape, [0])
+            result[:, pl.ds(first, wide)] = values.astype(result.dtype)
+            if index + 1 < len(running.parts):
+                plgpu.barrier_arrive(self.taken)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(result.at[pl.ds(0, out.shape[0])], out)
+        plgpu.wait_smem_to_gmem(0)
+
+    def write(self, running: block.Running, out: Any, tops: Any, totals: Any) -> None:
+        """Warpgroup 0's, where there are other splits.
+
+        Args:
+            out, tops, totals: [G, H] and [G] in global memory, G a multiple of TILE.
+        """
+        rows = pl.ds(0, out.shape[0])
+        plgpu.barrier_wait(self.given)
+        top, total, fades = self._join(running)
+        self.stats[0], self.stats[1] = top, total
         plgpu.commit_smem()
         for index, target in enumerate((tops, totals)):
-            stat = stats_smem.at[warpgroup, index, pl.ds(0, size)]
-            plgpu.copy_smem_to_gmem(stat, target.at[part, row, group])
-        for (column, wide), values in zip(block.columns(head_dim), running.parts, strict=True):
-            plgpu.wait_smem_to_gmem(0)
-            out_smem[warpgroup, :, pl.ds(0, wide)] = values
+            plgpu.copy_smem_to_gmem(self.stats.at[index, rows], target)
+        for index, (first, wide) in enumerate(block.columns_of(running)):
+            values = self._values(running, index, fades)
+            self.values[:, pl.ds(0, wide)] = values
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(
-                out_smem.at[warpgroup, pl.ds(0, size), pl.ds(0, wide)],
-                out.at[part, row, group, :, pl.ds(column, wide)],
-            )
-        plgpu.wait_smem_to_gmem(0)
+            source = self.values.at[rows, pl.ds(0, wide)]
+            plgpu.copy_smem_to_gmem(source, out.at[:, pl.ds(first, wide)])
+            plgpu.wait_smem_to_gmem(0)
+            if index + 1 < len(running.parts):
+                plgpu.barrier_arrive(self.taken)
+
+    def _join(self, running: block.Running) -> tuple[Array, Array, tuple[Array, Array]]:
+        """Maximum and sum of both, and what their values are to be multiplied by."""
+        layout = plgpu.Layout.WGMMA.reduce(1)
+        top, total = (plgpu.load(self.stats.at[i], layout=layout, optimized=False) for i in (0, 1))
+        most = jnp.maximum(running.top, top)
+        fades = jnp.exp2(running.top - most), jnp.exp2(top - most)
+        return most, running.total * fades[0] + total * fades[1], fades
+
+    def _values(
+        self, running: block.Running, index: int, fades: tuple[Array, Array]
+    ) -> Float[Array, "64 C"]:
+        """One of `block.columns`, of both."""
+        if index:
+            plgpu.barrier_wait(self.given)
+        own = running.parts[index]
+        place = self.values.at[:, pl.ds(0, own.shape[1])]
+        other = plgpu.load(place, layout=plgpu.Layout.WGMMA)
+        mine, others = (lax.broadcast_in_dim(fade, own.shape, [0]) for fade in fades)
+        return own * mine + other * others
 
 
 def merge(partial: Partial, sinks: Float[Array, "X G"] | None) -> Float[Array, "R X G H"]:
@@ -201,13 +312,19 @@ def merge(partial: Partial, sinks: Float[Array, "X G"] | None) -> Float[Array, "
         sinks: scores that count in the sum and have no value, in log2.
     """
     values, tops, totals = partial
-    top = jnp.max(tops, axis=0)
+    top = _over_parts(jnp.maximum, tops)
     if sinks is not None:
         top = jnp.maximum(top, sinks)
     weights = jnp.exp2(tops - top)
-    total = jnp.sum(totals * weights, axis=0)
+    total = _over_parts(jnp.add, totals * weights)
     if sinks is not None:
         total += jnp.exp2(sinks - top)
-    return (
-        jnp.sum(values * weights[..., None], axis=0) / jnp.where(total > 0, total, 1.0)[..., None]
-    )
+    values = _over_parts(jnp.add, values * weights[..., None])
+    return values / jnp.where(total > 0, total, 1.0)[..., None]
+
+
+def _over_parts(function: jnp.ufunc, parts: Float[Array, "S *B"]) -> Float[Array, "*B"]:
+    """As a reduction, which XLA would make a kernel each of, or element by element."""
+    if parts.shape[0] > UNROLLED_PARTS:
+        return function.reduce(parts, axis=0)
+    return functools.reduce(function, (parts[i] for i in range(parts.shape[0])))

@@ -16,11 +16,11 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import UnsupportedKernel
-from pallas_kernels.paged_attention import gpu, gpu_block, reference
+from pallas_kernels.paged_attention import gpu, gpu_block, gpu_decode, reference
 from pallas_kernels.paged_attention.gpu_chunks import TILE, tiles
 from pallas_kernels.paged_attention.gpu_decode import num_splits
 from pallas_kernels.ragged import RaggedBatch
-from tests.kernels.batches import Case, relative_error
+from tests.kernels.batches import ALIGNED, Case, relative_error
 
 TOLERANCE = 1e-2
 DECODE = [(1, 7), (1, 300), (0, 40), (1, 64)]
@@ -58,6 +58,28 @@ def narrow(head_dim: int, num_heads: int, num_kv_heads: int, **options: Any) -> 
 
 def test_decode() -> None:
     check(narrow(64, 4, 2, lens=DECODE, padding=2))
+
+
+def test_decode_as_programs_have_it() -> None:
+    check(narrow(64, 4, 2, lens=ALIGNED, padding=2, aligned=True))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "splits", "sinks"),
+    [(64, 3, True), pytest.param(256, 2, False, marks=pytest.mark.slow)],
+)
+def test_decode_of_contexts_that_are_split(
+    head_dim: int, splits: int, sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_decode, "num_splits", lambda *_: splits)
+    check(narrow(head_dim, 4, 2, lens=ALIGNED, padding=2, aligned=True, sinks=sinks))
+
+
+@pytest.mark.slow
+def test_more_parts_than_one_expression_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_decode, "num_splits", lambda *_: 3)
+    monkeypatch.setattr(gpu_decode, "UNROLLED_PARTS", 2)
+    check(narrow(64, 2, 1, lens=[(1, 300)]))
 
 
 @pytest.mark.slow
