@@ -164,6 +164,25 @@ def blank(v_smem: Any, head_dim: int, inside: Callable[[Array], Bool[Array, "X Y
     plgpu.commit_smem()
 
 
+def widen(tile: Any, staging: Any, kind: str) -> Any:
+    """A block's codes as wgmma takes them, in shared memory that no wgmma reads any more.
+
+    Args:
+        tile, staging: [B, H].
+    """
+    head_dim = tile.shape[1]
+    is_swizzled = head_dim % min(SWIZZLES) == 0
+    plgpu.commit_smem()
+    for first in range(0, tile.shape[0], ROWS):
+        for column, size in columns(head_dim):
+            part = pl.ds(first, ROWS), pl.ds(column, size)
+            layout = plgpu.Layout.WGMMA_UPCAST_2X
+            codes = plgpu.load(tile.at[part], layout=layout, optimized=is_swizzled)
+            staging[part] = plgpu.layout_cast(widened(codes, kind), plgpu.Layout.WGMMA)
+    plgpu.commit_smem()
+    return staging
+
+
 class Ring(NamedTuple):
     """Blocks of pages in shared memory, as one warpgroup computes them.
 
@@ -187,17 +206,7 @@ class Ring(NamedTuple):
         tile = self.pages.at[slot, :, pl.ds(which * head_dim, head_dim)]
         if not self.kind:
             return tile
-        staging, is_swizzled = self.staging.at[self.warpgroup], head_dim % min(SWIZZLES) == 0
-        plgpu.commit_smem()  # what lies there is not being multiplied any more
-        for first in range(0, tile.shape[0], ROWS):
-            for column, size in columns(head_dim):
-                part = pl.ds(first, ROWS), pl.ds(column, size)
-                layout = plgpu.Layout.WGMMA_UPCAST_2X
-                codes = plgpu.load(tile.at[part], layout=layout, optimized=is_swizzled)
-                wide = plgpu.layout_cast(widened(codes, self.kind), plgpu.Layout.WGMMA)
-                staging[part] = wide
-        plgpu.commit_smem()
-        return staging
+        return widen(tile, self.staging.at[self.warpgroup], self.kind)
 
     def scales_of(self, slot: Any, which: int) -> Float[Array, "64 B"] | None:
         """Of keys (0) or values (1), for each of ROWS queries; None of pages of numbers."""
@@ -230,34 +239,75 @@ class Pages(NamedTuple):
         """Positions that one copy moves."""
         return copied(self.pages.shape[3], self.block)
 
+    def at(self, position: Any) -> list[Any]:
+        """The pages that hold the block at a position, one a copy; the table's end repeats."""
+        page_size, last = self.pages.shape[3], self.table.shape[1] - 1
+        return [
+            self.table[self.row, jnp.minimum((position + offset) // page_size, last)]
+            for offset in range(0, self.block, self.span)
+        ]
+
     def copy(self, position: Any, ring: Ring, slot: Any, barrier: Any) -> None:
-        """Starts copying the block at a position, keys and values; the table's end repeats.
+        """Starts copying the block at a position, keys and values.
 
         Args:
             barrier: arrived at once a copy, `copies` times.
         """
-        page_size, last = self.pages.shape[3], self.table.shape[1] - 1
-        for offset in range(0, self.block, self.span):
-            place = position + offset
-            page = self.table[self.row, jnp.minimum(place // page_size, last)]
-            rows = pl.ds(lax.rem(place, jnp.int32(page_size)), self.span)
-            if self.span == page_size:
-                rows = pl.ds(0, page_size)
+        for index, page in enumerate(self.at(position)):
+            place = pl.ds(index * self.span, self.span)
+            rows = self._rows(position, index)
             plgpu.copy_gmem_to_smem(
                 self.pages.at[self.layer, page, self.head, rows],
-                ring.pages.at[slot, pl.ds(offset, self.span)],
+                ring.pages.at[slot, place],
                 barrier,
             )
-            if self.scales is None:
-                continue
-            for which in range(2):
-                middle = self.scales.shape[3] // 2
-                lanes = pl.ds(which * middle + rows.start, self.span)
-                plgpu.copy_gmem_to_smem(
-                    self.scales.at[self.layer, page, self.head, lanes],
-                    ring.scales.at[slot, which, pl.ds(offset, self.span)],
-                    barrier,
-                )
+            for which in range(2 if self.scales is not None else 0):
+                self._copy_scales(page, rows, which, ring.scales.at[slot, which, place], barrier)
+
+    def copy_half(
+        self, position: Any, index: int, page: Any, which: int, target: Any, barrier: Any
+    ) -> None:
+        """Starts one copy of a block at a position: its keys (0) or its values (1).
+
+        Args:
+            index: which copy.
+            page: of it, from `at`.
+            target: shared memory of the block.
+            barrier: arrived at once.
+        """
+        head_dim = self.pages.shape[4] // 2
+        half = pl.ds(which * head_dim, head_dim)
+        plgpu.copy_gmem_to_smem(
+            self.pages.at[self.layer, page, self.head, self._rows(position, index), half],
+            target.at[pl.ds(index * self.span, self.span)],
+            barrier,
+        )
+
+    def copy_scales(
+        self, position: Any, index: int, page: Any, which: int, target: Any, barrier: Any
+    ) -> None:
+        """As `copy_half`, of the scales of codes.
+
+        Args:
+            target: shared memory of the block's scales, of that half.
+        """
+        place = pl.ds(index * self.span, self.span)
+        rows = self._rows(position, index)
+        self._copy_scales(page, rows, which, target.at[place], barrier)
+
+    def _rows(self, position: Any, index: int) -> Any:
+        """Of a page, that a copy moves."""
+        page_size = self.pages.shape[3]
+        if self.span == page_size:
+            return pl.ds(0, page_size)
+        place = position + index * self.span
+        return pl.ds(lax.rem(place, jnp.int32(page_size)), self.span)
+
+    def _copy_scales(self, page: Any, rows: Any, which: int, target: Any, barrier: Any) -> None:
+        middle = self.scales.shape[3] // 2
+        lanes = pl.ds(which * middle + rows.start, self.span)
+        source = self.scales.at[self.layer, page, self.head, lanes]
+        plgpu.copy_gmem_to_smem(source, target, barrier)
 
 
 def await_pages(ready: Any, slot: Any) -> None:

@@ -4,8 +4,8 @@ Grid (query head, tile), head fastest, so that the heads of one group find its p
 cache; the tiles of late positions, which see most, come first. A block of threads has one warpgroup
 that copies pages into a ring and COMPUTERS that compute, each 64 tokens against every block:
 
-    tokens   |a a a a a|b b b|...padding|        pages --TMA--> | slot 0 | slot 1 |
-    tiles    [0   ][1 ] [2 ]  [3        ]        warpgroup 0: tokens 0…63, 1: tokens 64…127
+    tokens   |a a a a a|b b b|...padding|        keys   --TMA--> | slot 0 | slot 1 | slot 2 |
+    tiles    [0   ][1 ] [2 ]  [3        ]        values --TMA--> | slot 0 | slot 1 |
 
 A whole tile leaves by one copy; of a row's last tile, whose end is another row's beginning, each
 token by its own. Padding is one more row, that sees nothing: its result is zero.
@@ -14,6 +14,9 @@ token by its own. Padding is one more row, that sees nothing: its result is zero
 from __future__ import annotations
 
 import functools
+import itertools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,15 +28,28 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import hopper
 from pallas_kernels.paged_attention import gpu_block as block
-from pallas_kernels.paged_attention.score import LOWEST, Score
+from pallas_kernels.paged_attention import gpu_softmax as softmax
+from pallas_kernels.paged_attention.score import Score
 from pallas_kernels.quantized_pages import Pages, arrays_of, kind_of
 from pallas_kernels.ragged import RaggedBatch
 
 COMPUTERS = 2
 TILE = COMPUTERS * hopper.ROWS
-#: Bytes of one slot of the ring, at most, and how many there are.
-SLOT_BYTES = 64 * 1024
-SLOTS = 2
+#: Bytes of shared memory for the rings, the queries, the result and widened codes; the rest of the
+#: 227 KiB is for barriers and weights.
+BYTES = 224 * 1024
+#: Slots of the ring of keys, at most, and of the ring of values, which follow a block behind.
+KEY_SLOTS, VALUE_SLOTS = 3, 2
+#: What the address of a TMA copy is a multiple of, in shared memory.
+TMA_ALIGNMENT = 128
+#: Positions of a block, at most.
+SPAN = 128
+#: Registers of a thread that computes, and of one that copies.
+COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
+#: Whether the warpgroups take turns: one multiplies while the other computes its softmax.
+TAKES_TURNS = True
+#: How many warps of the copying warpgroup copy: 1, all together, or 4, each its pages.
+COPIERS = 1
 
 
 class Tiles(NamedTuple):
@@ -97,14 +113,12 @@ def chunks(
         sinks: in log2.
     """
     num_tokens, num_heads, head_dim = q.shape
-    width = pages.shape[4]
     kind, dtype, held = kind_of(pages), block.operand_dtype(pages), arrays_of(pages)
-    fits = SLOT_BYTES // (width * dtype.itemsize)
-    span = max(hopper.ROWS, min(2 * hopper.ROWS, fits // hopper.ROWS * hopper.ROWS))
-    copies = block.copies(pages.shape[3], span, kind)
+    span, key_slots = _rings(head_dim, dtype.itemsize, held[0].dtype.itemsize)
+    copies = block.copies(pages.shape[3], span, "")
     found = tiles(batch, num_tokens, score.window)
-    weights = [hopper.swizzled((COMPUTERS, hopper.ROWS, span), span, dtype)]
     per_head = num_heads // pages.shape[2]
+    slots = (key_slots, VALUE_SLOTS)
     return plgpu.kernel(
         functools.partial(
             _kernel,
@@ -112,17 +126,20 @@ def chunks(
             kind=kind,
             per_head=per_head,
             has_sinks=sinks is not None,
+            is_interpreted=interpret is not None,
         ),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=(
             hopper.swizzled((COMPUTERS, hopper.ROWS, head_dim), head_dim, dtype),
-            hopper.swizzled((SLOTS, span, width), head_dim, held[0].dtype),
             plgpu.SMEM((COMPUTERS, hopper.ROWS, block.columns(head_dim)[0][1]), dtype),
             plgpu.Barrier(num_barriers=COMPUTERS),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=SLOTS),
-            plgpu.Barrier(num_arrivals=COMPUTERS, num_barriers=SLOTS),
-            *block.code_scratch(kind, SLOTS, span, head_dim, COMPUTERS),
-            *(weights if interpret is not None else ()),
+            plgpu.Barrier(num_barriers=COMPUTERS),
+            *(hopper.swizzled((n, span, head_dim), head_dim, held[0].dtype) for n in slots),
+            plgpu.Barrier(num_arrivals=copies * (3 if kind else 1), num_barriers=key_slots),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=VALUE_SLOTS),
+            *(plgpu.Barrier(num_arrivals=COMPUTERS, num_barriers=n) for n in slots),
+            *softmax.scratch(kind, key_slots, span, head_dim, COMPUTERS),
+            *softmax.interpreted_scratch(interpret, span, head_dim, dtype, COMPUTERS),
         ),
         grid=(num_heads, found.row.shape[0]),
         grid_names=("head", "tile"),
@@ -141,32 +158,64 @@ def chunks(
     )
 
 
+def _rings(head_dim: int, itemsize: int, held_itemsize: int) -> tuple[int, int]:
+    """Positions of a block and slots of keys: the most that fit."""
+    columns = block.columns(head_dim)[0][1]
+    fixed = COMPUTERS * hopper.ROWS * (head_dim + columns) * itemsize
+    for span, slots in itertools.product((SPAN, hopper.ROWS), range(KEY_SLOTS, 1, -1)):
+        ring = (slots + VALUE_SLOTS) * span * head_dim * held_itemsize
+        wide = 2 * COMPUTERS * span * head_dim * itemsize if held_itemsize < itemsize else 0
+        if fixed + ring + wide <= BYTES:
+            return span, slots
+    raise AssertionError(f"no room for heads of {head_dim}")
+
+
 def _kernel(
     q, layer, table, tiles, sinks, pages, *refs,
-    score: Score, kind: str, per_head: int, has_sinks: bool,
+    score: Score, kind: str, per_head: int, has_sinks: bool, is_interpreted: bool,
 ) -> None:  # fmt: skip
     scales, refs = (refs[0], refs[1:]) if kind else (None, refs)
-    out, q_smem, ring, staging, q_ready, ready, free, *refs = refs
-    code_scratch, weights = (refs[:2], refs[2:]) if kind else ((), refs)
+    out, q_smem, staging, q_ready, turns, *refs = refs
+    key_tiles, value_tiles, keys_ready, values_ready, keys_free, values_free, *refs = refs
+    widened, refs = (refs[:3], refs[3:]) if kind else ((None,) * 3, refs)
     head, tile = lax.axis_index("head"), lax.axis_index("tile")
     warpgroup = lax.axis_index("warpgroup")
     own = Tiles(*(tiles[tile, field] for field in range(len(Tiles._fields))))
-    slots, span, head_dim = ring.shape[0], ring.shape[1], q_smem.shape[2]
-    blocks = block.Ring(ring, warpgroup, kind, *code_scratch)
+    span, head_dim = key_tiles.shape[1:]
+    keys = softmax.Ring(key_tiles, keys_ready, keys_free, kind, widened[0], warpgroup)
+    values = softmax.Ring(value_tiles, values_ready, values_free, kind, widened[1], warpgroup)
+    scales_smem = widened[2]
     first = own.begin // span
-    count = jnp.maximum(pl.cdiv(own.end, jnp.int32(span)) - first, 0)
+    last = jnp.maximum(pl.cdiv(own.end, jnp.int32(span)), first) - 1
+    count = last + 1 - first  # from the last block to the first
 
     @pl.when((warpgroup == COMPUTERS) & (own.size > 0))
     def _() -> None:
-        plgpu.set_max_registers(hopper.COPY_REGISTERS, action="decrease")
+        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
         source = block.Pages(pages, scales, table, layer[0], own.row, head // per_head, span)
 
-        def load(i: Any, slot: Any) -> None:
-            source.copy((first + i) * span, blocks, slot, ready.at[slot])
+        def copy_keys(position: Any, index: int, page: Any, slot: Any) -> None:
+            place = position, index, page
+            source.copy_half(*place, 0, key_tiles.at[slot], keys_ready.at[slot])
+            for which in range(2 if kind else 0):
+                target = scales_smem.at[slot, which]
+                source.copy_scales(*place, which, target, keys_ready.at[slot])
 
-        hopper.ahead(count, slots, free, load)
+        def copy_values(position: Any, index: int, page: Any, slot: Any) -> None:
+            target = value_tiles.at[slot]
+            source.copy_half(position, index, page, 1, target, values_ready.at[slot])
 
-    operand = functools.partial(block.operand, *weights, place=warpgroup)
+        def load(i: Any, found: list[Any]) -> list[Any]:
+            # The next block's pages are looked up while there is time.
+            following = source.at(jnp.maximum(last - i - 1, 0) * span)
+            for ring, copy in ((keys, copy_keys), (values, copy_values)):
+                slot = hopper.await_free(ring.free, i, ring.tiles.shape[0])
+                _each(functools.partial(copy, (last - i) * span, slot=slot), found)
+            return following
+
+        lax.fori_loop(0, count, load, source.at(jnp.maximum(last, 0) * span))
+        for ring in (keys, values):
+            hopper.drain(ring.free, count, ring.tiles.shape[0])
 
     # This warpgroup's tokens: the first, how many, and the positions that they see.
     token = own.token + warpgroup * hopper.ROWS
@@ -174,91 +223,102 @@ def _kernel(
     position = own.position + warpgroup * hopper.ROWS
     end = jnp.minimum(own.end, position + live)
 
-    def step(i: Any, running: block.Running, *, is_partial: bool) -> block.Running:
-        slot = lax.rem(i, jnp.int32(slots))
-        place = (first + i) * span
-        block.await_pages(ready, slot)
-        k, k_scales = blocks.half(slot, 0), blocks.scales_of(slot, 0)
-        s = block.scores(q_smem.at[warpgroup], k, score, k_scales)
-        v, v_scales = blocks.half(slot, 1), blocks.scales_of(slot, 1)
-        if is_partial:
-            query, key = position + block.iota(s.shape, 0), place + block.iota(s.shape, 1)
-            visible = (key <= query) & (key < end)
-            if score.window is not None:
-                visible = visible & (key > query - score.window)
-            s = jnp.where(visible, s, LOWEST)
+    def leave(parts: list[Any]) -> None:
+        """Writes the result's columns."""
+        for (column, size), part in zip(block.columns(head_dim), parts, strict=True):
+            plgpu.wait_smem_to_gmem(0)
+            staging[warpgroup, :, pl.ds(0, size)] = part
+            plgpu.commit_smem()
 
-            def inside(offset: Array) -> Array:
-                return (place + offset >= own.begin) & (place + offset < own.end)
-
-            if v_scales is not None:
-                v_scales = jnp.where(inside(block.iota(s.shape, 1)), v_scales, 0.0)
-            else:
-                pl.when((place < own.begin) | (place + span > own.end))(
-                    lambda: block.blank(v, head_dim, inside)
+            def send(first: Any, rows: int, column: int = column, size: int = size) -> None:
+                plgpu.copy_smem_to_gmem(
+                    staging.at[warpgroup, pl.ds(first, rows), pl.ds(0, size)],
+                    out.at[pl.ds(token + first, rows), head, pl.ds(column, size)],
                 )
 
-        def values(column: int, size: int) -> Any:
-            return v.at[:, pl.ds(column, size)]
+            _rows(live, _rows_of_a_copy(size * q_smem.dtype.itemsize), send)
+        plgpu.wait_smem_to_gmem(0)
 
-        running = block.accumulate(running, s, values, operand, q_smem.dtype, v_scales)
-        plgpu.barrier_arrive(free.at[slot])
-        return running
-
-    def skip(i: Any, _: None) -> None:
-        """A block that only the other warpgroup's tokens see."""
-        slot = lax.rem(i, jnp.int32(slots))
-        block.await_pages(ready, slot)
-        plgpu.barrier_arrive(free.at[slot])
+    def attend(*accumulators: Any) -> tuple[Any, ...]:
+        weighted = softmax.Weighted(accumulators, refs[1].at[warpgroup] if is_interpreted else None)
+        sink = sinks[head] if has_sinks else None
+        work = softmax.Softmax(
+            q_smem.at[warpgroup], keys, values, scales_smem, weighted, score,
+            turns if TAKES_TURNS else None, warpgroup, last,
+        )  # fmt: skip
+        masks = softmax.Mask(position, end, own.begin, own.end, score.window)
+        # Blocks that all see: behind every query, and in every query's window.
+        start = jnp.where(live > 0, last - (end - 1) // span, count - 1)
+        masked = jnp.clip(last + 1 - (position + 1) // span, start + 1, count)
+        whole = count
+        if score.window is not None:
+            oldest = jnp.maximum(position + live - score.window, 0)
+            whole = jnp.clip(last + 1 - pl.cdiv(oldest, jnp.int32(span)), masked, count)
+        whole = jnp.where(live > 0, whole, count)
+        masked = jnp.where(live > 0, masked, count)
+        work.begin()
+        lax.fori_loop(0, start, work.skip, None)
+        running = work.first(start, masks, sink)
+        edge = functools.partial(work.step, mask=masks)
+        running = lax.fori_loop(start + 1, masked, edge, running)
+        running = lax.fori_loop(masked, whole, work.step, running)
+        if score.window is not None:
+            running = lax.fori_loop(whole, count, edge, running)
+        total, parts = work.end(count - 1, running)
+        total = jnp.where(total > 0, total, 1.0)
+        return tuple(
+            (part / lax.broadcast_in_dim(total, part.shape, [0])).astype(q_smem.dtype)
+            for part in parts
+        )
 
     @pl.when((warpgroup < COMPUTERS) & (own.size > 0))
     def _() -> None:
-        plgpu.set_max_registers(hopper.COMPUTE_REGISTERS, action="increase")
-        for column, size in block.columns(head_dim):
-            whole_tile = staging.at[warpgroup, :, pl.ds(0, size)]
-            source = q.at[pl.ds(token, hopper.ROWS), head, pl.ds(column, size)]
-            plgpu.copy_gmem_to_smem(source, whole_tile, q_ready.at[warpgroup])
-            plgpu.barrier_wait(q_ready.at[warpgroup])
-            queries = plgpu.load(whole_tile, layout=plgpu.Layout.WGMMA)
-            q_smem[warpgroup, :, pl.ds(column, size)] = queries
-            plgpu.commit_smem()
-        # Blocks that all see: behind every query, and in every query's window.
-        seen = jnp.where(live > 0, jnp.clip(pl.cdiv(end, jnp.int32(span)) - first, 0, count), 0)
-        whole = jnp.clip((position + 1) // span - first, 0, seen)
-        partial = 0
-        if score.window is not None:
-            oldest = jnp.maximum(position + live - score.window, 0)
-            partial = jnp.clip(pl.cdiv(oldest, jnp.int32(span)) - first, 0, whole)
-        running = block.nothing(head_dim, sinks[head] if has_sinks else None)
-        edge = functools.partial(step, is_partial=True)
-        if score.window is not None:
-            running = lax.fori_loop(0, partial, edge, running)
-        inner = functools.partial(step, is_partial=False)
-        running = lax.fori_loop(partial, whole, inner, running)
-        running = lax.fori_loop(whole, seen, edge, running)
-        lax.fori_loop(seen, count, skip, None)
-        total = jnp.where(running.total > 0, running.total, 1.0)
-        results = [
-            (values / lax.broadcast_in_dim(total, values.shape, [0])).astype(q_smem.dtype)
-            for values in running.parts
-        ]
-        for (column, size), values in zip(block.columns(head_dim), results, strict=True):
-            plgpu.wait_smem_to_gmem(0)
-            staging[warpgroup, :, pl.ds(0, size)] = values
-            plgpu.commit_smem()
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
 
-            @pl.when(live == hopper.ROWS)
-            def _(column: int = column, size: int = size) -> None:
-                plgpu.copy_smem_to_gmem(
-                    staging.at[warpgroup, :, pl.ds(0, size)],
-                    out.at[pl.ds(token, hopper.ROWS), head, pl.ds(column, size)],
-                )
+        @pl.when(count > 0)
+        def _() -> None:
+            for column, size in block.columns(head_dim):
+                whole_tile = staging.at[warpgroup, :, pl.ds(0, size)]
+                source = q.at[pl.ds(token, hopper.ROWS), head, pl.ds(column, size)]
+                plgpu.copy_gmem_to_smem(source, whole_tile, q_ready.at[warpgroup])
+                plgpu.barrier_wait(q_ready.at[warpgroup])
+                queries = plgpu.load(whole_tile, layout=plgpu.Layout.WGMMA)
+                q_smem[warpgroup, :, pl.ds(column, size)] = queries
+                plgpu.commit_smem()
+            leave(softmax.with_accumulators(attend, head_dim, is_interpreted, refs, warpgroup))
 
-            def leave(i: Any, _: None, column: int = column, size: int = size) -> None:
-                plgpu.copy_smem_to_gmem(
-                    staging.at[warpgroup, pl.ds(i, 1), pl.ds(0, size)],
-                    out.at[pl.ds(token + i, 1), head, pl.ds(column, size)],
-                )
+        @pl.when(count == 0)
+        def _() -> None:
+            leave([softmax.zeros(size).astype(out.dtype) for _, size in block.columns(head_dim)])
 
-            lax.fori_loop(0, jnp.where(live < hopper.ROWS, live, 0), leave, None)
-        plgpu.wait_smem_to_gmem(0)
+
+def _each(copy: Callable[..., None], found: list[Any]) -> None:
+    """Starts the copies of a block's pages."""
+    if COPIERS == 1:
+        for index, page in enumerate(found):
+            copy(index, page)
+        return
+
+    @plgpu.warp_map
+    def _(warp: Any) -> None:
+        for copier in range(COPIERS):
+
+            @pl.when(warp == copier)
+            def _(copier: int = copier) -> None:
+                for index in range(copier, len(found), COPIERS):
+                    copy(index, found[index])
+
+
+def _rows_of_a_copy(row_bytes: int) -> int:
+    """Rows whose copies begin where TMA reads: at a multiple of 128 bytes of shared memory."""
+    return TMA_ALIGNMENT // math.gcd(TMA_ALIGNMENT, row_bytes)
+
+
+def _rows(live: Any, together: int, send: Callable[[Any, int], None]) -> None:
+    """Sends the first rows of a tile, all at once where all live, or `together` by `together`."""
+    pl.when(live == hopper.ROWS)(lambda: send(0, hopper.ROWS))
+    groups = jnp.where(live < hopper.ROWS, live // together, 0)
+    lax.fori_loop(0, groups, lambda i, _: send(i * together, together), None)
+    for rest in range(1, together):
+        is_rest = (live < hopper.ROWS) & (lax.rem(live, jnp.int32(together)) == rest)
+        pl.when(is_rest)(functools.partial(send, groups * together, rest))
