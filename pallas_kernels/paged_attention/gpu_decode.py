@@ -97,7 +97,7 @@ def decode(
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
             plgpu.Barrier(num_barriers=slots),
-            *block.code_scratch(kind, slots, SPAN, head_dim, COMPUTERS),
+            *block.code_scratch(kind, slots, SPAN, head_dim, COMPUTERS, pages.shape[3]),
             *(weights if interpret is not None else ()),
         ),
         grid=(splits, groups, num_rows),
@@ -116,7 +116,7 @@ def _kernel(
 ) -> None:  # fmt: skip
     scales, refs = (refs[0], refs[1:]) if kind else (None, refs)
     out, tops, totals, q_smem, ring, out_smem, stats_smem, q_ready, ready, free, *refs = refs
-    code_scratch, weights = (refs[:2], refs[2:]) if kind else ((), refs)
+    code_scratch, weights = (refs[:3], refs[3:]) if kind else ((), refs)
     row, group, split = lax.axis_index("row"), lax.axis_index("group"), lax.axis_index("split")
     warpgroup = lax.axis_index("warpgroup")
     begin, end = begins[row], ends[row]
