@@ -25,6 +25,8 @@ PROCESSORS = 132
 #: Registers of a thread, where two warpgroups compute and a third one only copies.
 COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
 SWIZZLES = (128, 64, 32)
+#: What the address of a TMA copy in shared memory is a multiple of.
+TMA_ALIGNMENT = 128
 #: What wgmma multiplies: float32 only rounded to tf32, which is not what it says.
 DTYPES = ("bfloat16", "float16")
 

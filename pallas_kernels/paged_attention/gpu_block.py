@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import quantized_pages
-from pallas_kernels.hopper import ROWS, SWIZZLES, accumulator, swizzled
+from pallas_kernels.hopper import ROWS, SWIZZLES, TMA_ALIGNMENT, accumulator, swizzled
 from pallas_kernels.paged_attention.score import LOWEST, Score
 from pallas_kernels.quantized_pages import kind_of, widened
 
@@ -183,6 +183,46 @@ def widen(tile: Any, staging: Any, kind: str) -> Any:
     return staging
 
 
+class Scales(NamedTuple):
+    """Scales of blocks of codes in shared memory.
+
+    Each copy's lie on their own where they are too few for the next copy to begin where TMA writes.
+
+    Attributes:
+        memory: [slots, 2, 1, block], of keys and of values, or [slots, 2, copies, scales and more].
+        packed: [warpgroups, 2, block], where each puts those of one block side by side.
+        warpgroup: which one.
+    """
+
+    memory: Any
+    packed: Any
+    warpgroup: Any
+
+    @property
+    def _each(self) -> int:
+        """Scales of one of several copies."""
+        return self.packed.shape[2] // self.memory.shape[2]
+
+    def target(self, slot: Any, which: int, index: int, size: int) -> Any:
+        """Where a block's copy of some scales goes, of keys (0) or of values (1)."""
+        if self.memory.shape[2] == 1:
+            return self.memory.at[slot, which, 0, pl.ds(index * size, size)]
+        return self.memory.at[slot, which, index, pl.ds(0, size)]
+
+    def row(self, slot: Any, which: int) -> Float[Array, "64 B"]:
+        """Of keys (0) or of values (1), for each of ROWS queries."""
+        layout = plgpu.Layout.WGMMA.reduce(0)
+        source, pieces = self.memory.at[slot, which, 0], self.memory.shape[2]
+        if pieces > 1:
+            source = self.packed.at[self.warpgroup, which]
+            for index in range(pieces):
+                piece = self.target(slot, which, index, self._each)
+                values = plgpu.load(piece, layout=layout, optimized=False)
+                source[pl.ds(index * self._each, self._each)] = values
+        row = plgpu.load(source, layout=layout, optimized=False)
+        return lax.broadcast_in_dim(row, (ROWS, row.shape[0]), [1])
+
+
 class Ring(NamedTuple):
     """Blocks of pages in shared memory, as one warpgroup computes them.
 
@@ -190,15 +230,21 @@ class Ring(NamedTuple):
         pages: [slots, block, W].
         warpgroup: which one.
         kind: what codes are; "" of pages that are numbers, which have no more than this.
-        scales: [slots, 2, block], of keys and of values.
         staging: [warpgroups, block, H], where each widens the keys, or the values, of one block.
+        memory, packed: of `Scales`.
     """
 
     pages: Any
     warpgroup: Any
     kind: str
     staging: Any = None
-    scales: Any = None
+    memory: Any = None
+    packed: Any = None
+
+    @property
+    def scales(self) -> Scales:
+        """Of codes."""
+        return Scales(self.memory, self.packed, self.warpgroup)
 
     def half(self, slot: Any, which: int) -> Any:
         """Keys (0) or values (1), as wgmma takes them: until the other half is asked for."""
@@ -210,11 +256,7 @@ class Ring(NamedTuple):
 
     def scales_of(self, slot: Any, which: int) -> Float[Array, "64 B"] | None:
         """Of keys (0) or values (1), for each of ROWS queries; None of pages of numbers."""
-        if not self.kind:
-            return None
-        layout = plgpu.Layout.WGMMA.reduce(0)
-        row = plgpu.load(self.scales.at[slot, which], layout=layout, optimized=False)
-        return lax.broadcast_in_dim(row, (ROWS, row.shape[0]), [1])
+        return self.scales.row(slot, which) if self.kind else None
 
 
 class Pages(NamedTuple):
@@ -254,15 +296,14 @@ class Pages(NamedTuple):
             barrier: arrived at once a copy, `copies` times.
         """
         for index, page in enumerate(self.at(position)):
-            place = pl.ds(index * self.span, self.span)
             rows = self._rows(position, index)
             plgpu.copy_gmem_to_smem(
                 self.pages.at[self.layer, page, self.head, rows],
-                ring.pages.at[slot, place],
+                ring.pages.at[slot, pl.ds(index * self.span, self.span)],
                 barrier,
             )
             for which in range(2 if self.scales is not None else 0):
-                self._copy_scales(page, rows, which, ring.scales.at[slot, which, place], barrier)
+                self.copy_scales(position, index, page, which, ring.scales, slot, barrier)
 
     def copy_half(
         self, position: Any, index: int, page: Any, which: int, target: Any, barrier: Any
@@ -284,16 +325,16 @@ class Pages(NamedTuple):
         )
 
     def copy_scales(
-        self, position: Any, index: int, page: Any, which: int, target: Any, barrier: Any
-    ) -> None:
-        """As `copy_half`, of the scales of codes.
-
-        Args:
-            target: shared memory of the block's scales, of that half.
-        """
-        place = pl.ds(index * self.span, self.span)
-        rows = self._rows(position, index)
-        self._copy_scales(page, rows, which, target.at[place], barrier)
+        self, position: Any, index: int, page: Any, which: int, scales: Scales, slot: Any,
+        barrier: Any,
+    ) -> None:  # fmt: skip
+        """As `copy_half`, of the scales of codes."""
+        lanes = self._rows(position, index).start + which * (self.scales.shape[3] // 2)
+        plgpu.copy_gmem_to_smem(
+            self.scales.at[self.layer, page, self.head, pl.ds(lanes, self.span)],
+            scales.target(slot, which, index, self.span),
+            barrier,
+        )
 
     def _rows(self, position: Any, index: int) -> Any:
         """Of a page, that a copy moves."""
@@ -302,12 +343,6 @@ class Pages(NamedTuple):
             return pl.ds(0, page_size)
         place = position + index * self.span
         return pl.ds(lax.rem(place, jnp.int32(page_size)), self.span)
-
-    def _copy_scales(self, page: Any, rows: Any, which: int, target: Any, barrier: Any) -> None:
-        middle = self.scales.shape[3] // 2
-        lanes = pl.ds(which * middle + rows.start, self.span)
-        source = self.scales.at[self.layer, page, self.head, lanes]
-        plgpu.copy_gmem_to_smem(source, target, barrier)
 
 
 def await_pages(ready: Any, slot: Any) -> None:
@@ -334,11 +369,21 @@ def operand_dtype(pages: quantized_pages.Pages) -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16) if kind_of(pages) else pages.dtype
 
 
-def code_scratch(kind: str, slots: int, span: int, head_dim: int, computers: int) -> list[Any]:
-    """Shared memory for scales and for widened codes; nothing for pages of numbers."""
+def code_scratch(
+    kind: str, slots: int, span: int, head_dim: int, computers: int, page_size: int
+) -> list[Any]:
+    """Shared memory for widened codes and for their scales; nothing for pages of numbers."""
     if not kind:
         return []
+    wide = swizzled((computers, span, head_dim), head_dim, jnp.bfloat16)
+    return [wide, *scales_scratch(slots, span, computers, page_size)]
+
+
+def scales_scratch(slots: int, span: int, computers: int, page_size: int) -> list[Any]:
+    """Shared memory of `Scales`."""
+    size, aligned = copied(page_size, span), TMA_ALIGNMENT // jnp.dtype(jnp.float32).itemsize
+    shape = (1, span) if size % aligned == 0 else (span // size, -(-size // aligned) * aligned)
     return [
-        swizzled((computers, span, head_dim), head_dim, jnp.bfloat16),
-        plgpu.SMEM((slots, 2, span), jnp.float32),
+        plgpu.SMEM((slots, 2, *shape), jnp.float32),
+        plgpu.SMEM((computers, 2, span), jnp.float32),
     ]

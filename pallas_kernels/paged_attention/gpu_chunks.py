@@ -40,8 +40,6 @@ TILE = COMPUTERS * hopper.ROWS
 BYTES = 224 * 1024
 #: Slots of the ring of keys, at most, and of the ring of values, which follow a block behind.
 KEY_SLOTS, VALUE_SLOTS = 3, 2
-#: What the address of a TMA copy is a multiple of, in shared memory.
-TMA_ALIGNMENT = 128
 #: Positions of a block, at most.
 SPAN = 128
 #: Registers of a thread that computes, and of one that copies.
@@ -138,7 +136,7 @@ def chunks(
             plgpu.Barrier(num_arrivals=copies * (3 if kind else 1), num_barriers=key_slots),
             plgpu.Barrier(num_arrivals=copies, num_barriers=VALUE_SLOTS),
             *(plgpu.Barrier(num_arrivals=COMPUTERS, num_barriers=n) for n in slots),
-            *softmax.scratch(kind, key_slots, span, head_dim, COMPUTERS),
+            *softmax.scratch(kind, key_slots, span, head_dim, COMPUTERS, pages.shape[3]),
             *softmax.interpreted_scratch(interpret, span, head_dim, dtype, COMPUTERS),
         ),
         grid=(num_heads, found.row.shape[0]),
@@ -177,14 +175,14 @@ def _kernel(
     scales, refs = (refs[0], refs[1:]) if kind else (None, refs)
     out, q_smem, staging, q_ready, turns, *refs = refs
     key_tiles, value_tiles, keys_ready, values_ready, keys_free, values_free, *refs = refs
-    widened, refs = (refs[:3], refs[3:]) if kind else ((None,) * 3, refs)
+    widened, refs = (refs[:4], refs[4:]) if kind else ((None,) * 4, refs)
     head, tile = lax.axis_index("head"), lax.axis_index("tile")
     warpgroup = lax.axis_index("warpgroup")
     own = Tiles(*(tiles[tile, field] for field in range(len(Tiles._fields))))
     span, head_dim = key_tiles.shape[1:]
     keys = softmax.Ring(key_tiles, keys_ready, keys_free, kind, widened[0], warpgroup)
     values = softmax.Ring(value_tiles, values_ready, values_free, kind, widened[1], warpgroup)
-    scales_smem = widened[2]
+    scales_smem = block.Scales(*widened[2:], warpgroup) if kind else None
     first = own.begin // span
     last = jnp.maximum(pl.cdiv(own.end, jnp.int32(span)), first) - 1
     count = last + 1 - first  # from the last block to the first
@@ -198,8 +196,7 @@ def _kernel(
             place = position, index, page
             source.copy_half(*place, 0, key_tiles.at[slot], keys_ready.at[slot])
             for which in range(2 if kind else 0):
-                target = scales_smem.at[slot, which]
-                source.copy_scales(*place, which, target, keys_ready.at[slot])
+                source.copy_scales(*place, which, scales_smem, slot, keys_ready.at[slot])
 
         def copy_values(position: Any, index: int, page: Any, slot: Any) -> None:
             target = value_tiles.at[slot]
@@ -311,7 +308,7 @@ def _each(copy: Callable[..., None], found: list[Any]) -> None:
 
 def _rows_of_a_copy(row_bytes: int) -> int:
     """Rows whose copies begin where TMA reads: at a multiple of 128 bytes of shared memory."""
-    return TMA_ALIGNMENT // math.gcd(TMA_ALIGNMENT, row_bytes)
+    return hopper.TMA_ALIGNMENT // math.gcd(hopper.TMA_ALIGNMENT, row_bytes)
 
 
 def _rows(live: Any, together: int, send: Callable[[Any, int], None]) -> None:

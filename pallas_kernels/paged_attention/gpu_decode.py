@@ -124,7 +124,7 @@ def decode(
             plgpu.Barrier(num_barriers=slots),
             plgpu.Barrier(num_barriers=2),
             *([plgpu.SMEM((hopper.ROWS, head_dim), dtype)] if is_whole else []),
-            *block.code_scratch(kind, slots, SPAN, head_dim, COMPUTERS),
+            *block.code_scratch(kind, slots, SPAN, head_dim, COMPUTERS, pages.shape[3]),
             *(weights if interpret is not None else ()),
         ),
         grid=(splits, groups, num_rows),
@@ -148,7 +148,7 @@ def _kernel(
     outs, refs = (refs[:1], refs[1:]) if is_whole else (refs[:3], refs[3:])
     q_smem, ring, values_smem, stats_smem, q_ready, ready, free, handed, *refs = refs
     result_smem, refs = (refs[0], refs[1:]) if is_whole else (None, refs)
-    code_scratch, weights = (refs[:2], refs[2:]) if kind else ((), refs)
+    code_scratch, weights = (refs[:3], refs[3:]) if kind else ((), refs)
     row, group, split = lax.axis_index("row"), lax.axis_index("group"), lax.axis_index("split")
     warpgroup = lax.axis_index("warpgroup")
     begin, end = begins[row], ends[row]

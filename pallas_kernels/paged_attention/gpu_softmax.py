@@ -152,7 +152,7 @@ class Softmax(NamedTuple):
 
     Attributes:
         queries: [64, H] in shared memory.
-        scales: [slots, 2, block], of keys and of values, in the slots of keys; None of numbers.
+        scales: of codes, in the slots of keys; None of numbers.
         turns: a barrier of each of two warpgroups; None where they take none.
         last: block of positions that i = 0 is.
     """
@@ -160,7 +160,7 @@ class Softmax(NamedTuple):
     queries: Any
     keys: Ring
     values: Ring
-    scales: Any
+    scales: block.Scales | None
     weighted: Weighted
     score: Score
     turns: Any
@@ -233,7 +233,8 @@ class Softmax(NamedTuple):
         """Weights of a block's scores; then the product that is under way is awaited."""
         place = (self.last - i) * self._span
         s = lax.optimization_barrier(s)
-        scales = [self._scales(i, which) for which in range(2 if self.scales is not None else 0)]
+        slot = self.keys.slot(i)
+        scales = [self.scales.row(slot, which) for which in range(2)] if self.scales else []
         self.keys.release(i)
         if scales:
             s = s * scales[0]
@@ -268,12 +269,6 @@ class Softmax(NamedTuple):
                 lambda: block.blank(v, v.shape[1], lambda offset: mask.inside(place + offset))
             )
         return Running(new, total, weights)
-
-    def _scales(self, i: Any, which: int) -> Float[Array, "64 B"]:
-        layout = plgpu.Layout.WGMMA.reduce(0)
-        scales = self.scales.at[self.keys.slot(i), which]
-        values = plgpu.load(scales, layout=layout, optimized=False)
-        return lax.broadcast_in_dim(values, (ROWS, values.shape[0]), [1])
 
     def _take_turn(self) -> None:
         if self.turns is not None:
@@ -312,12 +307,14 @@ def with_accumulators(
     return attend(*parts)
 
 
-def scratch(kind: str, slots: int, span: int, head_dim: int, computers: int) -> list[Any]:
+def scratch(
+    kind: str, slots: int, span: int, head_dim: int, computers: int, page_size: int
+) -> list[Any]:
     """Shared memory for widened keys, widened values and scales; nothing for numbers."""
     if not kind:
         return []
     wide = swizzled((computers, span, head_dim), head_dim, jnp.bfloat16)
-    return [wide, wide, plgpu.SMEM((slots, 2, span), jnp.float32)]
+    return [wide, wide, *block.scales_scratch(slots, span, computers, page_size)]
 
 
 def interpreted_scratch(

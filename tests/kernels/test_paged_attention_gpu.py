@@ -20,6 +20,7 @@ from pallas_kernels.paged_attention import gpu, gpu_block, gpu_decode, reference
 from pallas_kernels.paged_attention.gpu_chunks import TILE, tiles
 from pallas_kernels.paged_attention.gpu_decode import num_splits
 from pallas_kernels.ragged import RaggedBatch
+from tests.kernels.aligned_copies import aligned_copies
 from tests.kernels.batches import ALIGNED, Case, relative_error
 
 TOLERANCE = 1e-2
@@ -122,6 +123,16 @@ def test_chunks_with_window_cap_and_sinks() -> None:
 @pytest.mark.parametrize("head_dim", [80, 96, 256])
 def test_heads(head_dim: int) -> None:
     check(narrow(head_dim, 2, 1, lens=[(70, 200), (1, 200)], window=90))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(80, "bfloat16"), (96, "bfloat16"), (16, "bfloat16"), (64, "int8")]
+)
+def test_copies_begin_where_the_hardware_copies(
+    head_dim: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aligned_copies(monkeypatch)
+    check(narrow(head_dim, 2, 1, lens=[(71, 90), (1, 20)], dtype=dtype, padding=3))
 
 
 @pytest.mark.slow
