@@ -198,8 +198,10 @@ class Linear(nnx.Module):
     def _int4_backend(self, x: Float[Array, "T K"]) -> str:
         if self.options.matmul != "gpu":
             return "xla"
+        num_tokens, depth = x.shape
         columns = math.prod(self.out_dims)
-        return "xla" if quant_matmul.int4_unsupported(*x.shape, columns, x.dtype) else "gpu"
+        reason = quant_matmul.int4_unsupported(num_tokens, depth, columns, x.dtype)
+        return "gpu" if reason is None else "xla"
 
     def _multiply_packed(
         self,
