@@ -48,7 +48,7 @@ from pallas_kernels.paged_attention.gpu_block import LOG2_E, operand_dtype
 from pallas_kernels.paged_attention.gpu_chunks import chunks
 from pallas_kernels.paged_attention.gpu_decode import TILE, decode
 from pallas_kernels.paged_attention.score import Score
-from pallas_kernels.quantized_pages import Pages, arrays_of, is_quantized
+from pallas_kernels.quantized_pages import Pages, QuantizedPages, arrays_of, is_quantized
 from pallas_kernels.ragged import RaggedBatch
 
 DTYPES = ("bfloat16", "float16", "int8", "float8_e4m3fn")
@@ -89,6 +89,47 @@ def paged_attention(
     Args:
         interpret: `plgpu.InterpretGPUParams()` where there is no GPU.
     """
+    return _attend(q, None, pages, layer, batch, scale, window, soft_cap, sinks, interpret)[0]
+
+
+def writes(batch: RaggedBatch, pages: Pages, num_heads: int) -> bool:
+    """Whether `write_and_attend` takes such a batch and such pages."""
+    is_one_group = num_heads // pages.shape[2] <= ROWS
+    return batch.aligned and is_one_group and not isinstance(pages, QuantizedPages)
+
+
+def write_and_attend(
+    q: Float[Array, "T N H"],
+    k_new: Float[Array, "T K H"],
+    v_new: Float[Array, "T K H"],
+    pages: Pages,
+    layer: int | Int[Array, ""],
+    batch: RaggedBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    interpret: Any = None,
+) -> tuple[Float[Array, "T N H"], Pages]:
+    """See `api.write_and_attend`; for what `writes` says."""
+    new = jnp.stack([k_new, v_new], axis=2)
+    return _attend(q, new, pages, layer, batch, scale, window, soft_cap, sinks, interpret)
+
+
+def _attend(
+    q: Float[Array, "T N H"],
+    new_TKIH: Float[Array, "T K 2 H"] | None,
+    pages: Pages,
+    layer: int | Int[Array, ""],
+    batch: RaggedBatch,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: Float[Array, "N"] | None,
+    interpret: Any,
+) -> tuple[Float[Array, "T N H"], Pages]:
+    """Both: decoding rows' keys and values are written where they are given."""
     num_tokens, num_heads, head_dim = q.shape
     _, _, num_kv_heads, page_size, width = pages.shape
     if width != 2 * head_dim or page_size < TILE or page_size & (page_size - 1):
@@ -118,7 +159,7 @@ def paged_attention(
         queries = held if batch.aligned else held[first_tokens]
         ends = jnp.where(single, batch.context_lens, 0)
         begins = jnp.zeros_like(ends) if window is None else jnp.maximum(ends - window, 0)
-        decoded = decode(
+        decoded, pages = decode(
             _grouped(queries, num_kv_heads),
             pages,
             layer,
@@ -129,6 +170,7 @@ def paged_attention(
             score,
             cost(single.shape[0]),
             interpret,
+            None if new_TKIH is None else new_TKIH.astype(held.dtype),
         )
         decoded = _ungrouped(decoded, num_heads, num_kv_heads)
         if batch.aligned:
@@ -140,7 +182,7 @@ def paged_attention(
             out = chunks(held, pages, layer, batch, score, sinks, cost(num_tokens), interpret)
             targets = jnp.where(single, first_tokens, num_tokens)
             out = out.at[targets].set(decoded, mode="drop")
-        return out.astype(q.dtype)
+        return out.astype(q.dtype), pages
 
 
 def _grouped(x_RNH: Float[Array, "R N H"], num_kv_heads: int) -> Float[Array, "R X G H"]:
