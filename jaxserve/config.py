@@ -157,10 +157,8 @@ class KernelsConfig:
         layers: "auto", "unrolled" or "scanned": layers one after another in a step's program, or in
             a loop, which compiles faster. "auto" takes the loop where no layer's weights are copied
             for it: on TPUs, and on CPUs with the native matmul.
-        lora: what adapters add: "auto", "xla", "cpu" (native), "tpu" or "gpu" (Pallas); "auto" does
-            not take "gpu" yet.
-        experts: products of a mixture's experts: "auto", "xla", or "gpu" (Pallas), which "auto"
-            does not take yet.
+        lora: what adapters add: "auto", "xla", "cpu" (native), "tpu" or "gpu" (Pallas).
+        experts: products of a mixture's experts: "auto", "xla", or "gpu" (Pallas, NVIDIA Hopper).
     """
 
     attention: str = "auto"

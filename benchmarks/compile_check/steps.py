@@ -9,7 +9,6 @@ from benchmarks.compile_check import models
 from jaxserve.config import (
     CacheConfig,
     Config,
-    KernelsConfig,
     ModelConfig,
     ParallelConfig,
     SchedulerConfig,
@@ -35,14 +34,13 @@ class Served:
 
     Attributes:
         checkpoint: its config.json.
-        quantization, cache, experts: settings of weights, cache.dtype, and kernels.
+        quantization, cache: settings of weights, and cache.dtype.
         chips: that it is for, or slices of them.
     """
 
     checkpoint: dict[str, Any]
     quantization: str = "none"
     cache: str = "auto"
-    experts: str = "auto"
     chips: tuple[str, ...] = tuple(_SLICES)
 
 
@@ -55,9 +53,6 @@ _MODELS = {
     ),
     "llama-3-8b-int4": Served(checkpoint=models.LLAMA_3_8B, quantization="int4", chips=("h100:1",)),
     "qwen3-30b-a3b": Served(checkpoint=models.QWEN3_30B_A3B),
-    "qwen3-30b-a3b-grouped": Served(
-        checkpoint=models.QWEN3_30B_A3B, experts="gpu", chips=("h100",)
-    ),
     "llama-3-70b-int8": Served(checkpoint=models.LLAMA_3_70B, quantization="int8"),
 }
 #: What does not fit: model and slice, for every step.
@@ -115,7 +110,6 @@ class StepRow:
             model=ModelConfig(path=self.model, max_context=MAX_CONTEXT),
             weights=WeightsConfig(dtype="bfloat16", quantization=served.quantization),
             cache=CacheConfig(page_size=32, dtype=served.cache),
-            kernels=KernelsConfig(experts=served.experts),
             parallel=ParallelConfig(expert=expert),
             scheduler=SchedulerConfig(max_rows=ROWS, max_step_tokens=TOKENS),
         )

@@ -1,7 +1,6 @@
 """Where kernels for NVIDIA Hopper run, and whether a model has those for int4 and for experts.
 
-Those for adapters and experts are taken only where they are asked for: no figure says yet that they
-win. Kernels are imported only where they are taken: Pallas takes a quarter of a second.
+Kernels are imported only where they may be taken: Pallas takes a quarter of a second.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def with_experts_kernel(
     capability: str | None,
     parts: int = 1,
 ) -> ModelOptions:
-    """The options with the product of experts that was asked for, logged; XLA's for "auto".
+    """The options with the product of experts that was asked for, or the best that runs, logged.
 
     Args:
         platform, capability: as of `engine.machine.model_options`.
@@ -74,15 +73,17 @@ def with_experts_kernel(
     """
     if spec.moe is None:
         return options
-    if kernels.experts != "gpu":
-        logger.info("kernels.experts: xla")
-        return options
-    reason = no_hopper(platform, capability)
-    reason = reason or no_experts_kernel(options, spec, parts)
-    if reason is not None:
+    reason = None
+    if kernels.experts != "xla":
+        reason = no_hopper(platform, capability)
+        reason = reason or no_experts_kernel(options, spec, parts)
+    if kernels.experts == "gpu" and reason is not None:
         raise ConfigError(
             f"kernels.experts=gpu cannot run here: {reason}; kernels.experts=xla runs everywhere"
         )
+    if kernels.experts == "xla" or reason is not None:
+        logger.info("kernels.experts: xla%s", f" (gpu: {reason})" if reason else "")
+        return options
     logger.info("kernels.experts: gpu")
     return replace(options, experts="gpu")
 

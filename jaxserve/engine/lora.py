@@ -81,11 +81,8 @@ def with_lora_kernel(
         "cpu": _no_native(options, platform, mesh),
         "tpu": _no_mosaic(options, config, spec, mesh),
     }
-    # No figure says yet that this one wins: it is taken where it is asked for.
-    reasons["gpu"] = "it is not asked for"
-    if asked == "gpu":
-        capability = compute_capability(mesh.devices.flat[0])
-        reasons["gpu"] = no_hopper(platform, capability) or _no_hopper(options, config, spec, mesh)
+    reasons["gpu"] = no_hopper(platform, compute_capability(mesh.devices.flat[0]))
+    reasons["gpu"] = reasons["gpu"] or _no_hopper(options, config, spec, mesh)
     for kernel in ("cpu", "tpu"):
         if platform != kernel:
             reasons[kernel] = f"the platform is {platform}"

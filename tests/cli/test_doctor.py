@@ -146,7 +146,8 @@ def test_the_kernel_for_experts_on_chips_that_are_not_here(run: Run, tmp_path: P
     path.write_text(json.dumps(QWEN3_30B_A3B))
     words = ["doctor", "--model", path, "--set=weights.dtype=bfloat16", "--topology"]
     asked = "--set=kernels.experts=gpu"
-    for settings, experts in (([], "xla"), ([asked], "gpu")):
+    off = "--set=kernels.experts=xla"
+    for settings, experts in (([], "gpu"), ([asked], "gpu"), ([off], "xla")):
         ended = run(*words, "h100:1", *settings)
         assert (ended.status, ended.err) == (0, "")
         assert told(ended)["topology"]["experts"] == experts

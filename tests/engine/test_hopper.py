@@ -21,11 +21,13 @@ MOE = MoeSpec(num_experts=8, top_k=2, feed_forward=256, norm_topk_prob=True)
 ON_GPU = ("gpu", "9.0")
 
 
-def test_the_kernel_is_taken_where_it_is_asked_for() -> None:
+def test_the_kernel_is_taken_where_it_runs() -> None:
     spec = dataclasses.replace(load_tiny("llama3", ModelOptions()).spec, hidden_size=512)
     assert with_experts_kernel(OPTIONS, ASKED, spec, *ON_GPU) == OPTIONS, "a dense model has none"
     spec = dataclasses.replace(spec, moe=MOE)
-    assert with_experts_kernel(OPTIONS, KernelsConfig(), spec, *ON_GPU).experts == "xla"
+    assert with_experts_kernel(OPTIONS, KernelsConfig(), spec, *ON_GPU).experts == "gpu"
+    asked_off = KernelsConfig(experts="xla")
+    assert with_experts_kernel(OPTIONS, asked_off, spec, *ON_GPU).experts == "xla"
     assert with_experts_kernel(OPTIONS, ASKED, spec, *ON_GPU).experts == "gpu"
     assert with_experts_kernel(OPTIONS, ASKED, spec, *ON_GPU, 2).experts == "gpu"
     codes = dataclasses.replace(OPTIONS, quantization="int8")
@@ -36,6 +38,7 @@ def test_the_kernel_is_taken_where_it_is_asked_for() -> None:
     ):
         with pytest.raises(ConfigError, match=f"kernels.experts=gpu cannot run here: .*{said}"):
             with_experts_kernel(options, ASKED, spec, *ON_GPU, parts)
+        assert with_experts_kernel(options, KernelsConfig(), spec, *ON_GPU, parts) == options
     with pytest.raises(ConfigError, match="the platform is tpu; kernels.experts=xla runs every"):
         with_experts_kernel(OPTIONS, ASKED, spec, "tpu", None)
 

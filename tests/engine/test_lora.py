@@ -281,8 +281,8 @@ class OnGpu:
         self.devices = np.array([device])
 
 
-def test_the_hopper_kernel_is_taken_where_it_is_asked_for() -> None:
-    """And refused with the reason where it does not fit."""
+def test_the_hopper_kernel_is_taken_where_it_fits() -> None:
+    """And refused with the reason where it was asked for and does not."""
     spec = load_tiny(CASE, OPTIONS).spec
     sizes = dataclasses.replace(spec.attention, num_heads=8, num_kv_heads=4, head_dim=64)
     wide = dataclasses.replace(
@@ -292,10 +292,10 @@ def test_the_hopper_kernel_is_taken_where_it_is_asked_for() -> None:
     fitting = dataclasses.replace(config().lora, classes=("8x2", "128x1"))
     plain = dataclasses.replace(config(), lora=fitting)
     asked = dataclasses.replace(plain, kernels=KernelsConfig(lora="gpu"))
-    assert with_lora_kernel(options, plain, wide, OnGpu()).lora == "xla"
     for parts in (1, 2):
         split = dataclasses.replace(options, tensor_parallel=parts)
         assert with_lora_kernel(split, asked, wide, OnGpu()).lora == "gpu"
+        assert with_lora_kernel(split, plain, wide, OnGpu()).lora == "gpu"
     low = dataclasses.replace(asked, lora=config().lora)
     for given, model, on, said in (
         (options, wide, OnGpu("8.0"), "Hopper, compute capability 9.0, not 8.0"),
@@ -305,6 +305,7 @@ def test_the_hopper_kernel_is_taken_where_it_is_asked_for() -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             with_lora_kernel(given, asked, model, on)
+    assert with_lora_kernel(options, plain, spec, OnGpu()).lora == "xla"
     with pytest.raises(ConfigError, match="ranks of 4 "):
         with_lora_kernel(options, low, wide, OnGpu())
 
