@@ -12,7 +12,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "cache.isolation": ("tenant", "none"),
     "cache.preemption": ("auto", "swap", "recompute"),
     "kernels.attention": ("auto", "xla", "cpu", "tpu", "gpu"),
-    "kernels.matmul": ("auto", "xla", "cpu"),
+    "kernels.matmul": ("auto", "xla", "cpu", "gpu"),
     "kernels.layers": ("auto", "unrolled", "scanned"),
     "tools.parser": ("auto", "hermes", "llama3", "mistral", "pythonic", "json"),
     "tools.reasoning": ("auto", "think", "none"),

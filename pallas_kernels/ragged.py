@@ -30,12 +30,15 @@ class RaggedBatch:
         query_starts: ascending, first entry 0, last entry the number of live tokens.
         context_lens: KV length of each row, this step's tokens included.
         max_query_len: static upper bound of a row's number of tokens; 1 in decode programs.
+        aligned: static: there are as many tokens as rows, and token t is row t's, if it has one:
+            so in decode programs, whose empty rows are the last.
     """
 
     page_table: Int[Array, "R M"]
     query_starts: Int[Array, "R+1"]
     context_lens: Int[Array, "R"]
     max_query_len: int = field(metadata={"static": True})
+    aligned: bool = field(default=False, metadata={"static": True})
 
     @property
     def query_lens(self) -> Int[Array, "R"]:
@@ -45,7 +48,12 @@ class RaggedBatch:
     def token_rows(self, num_tokens: int) -> Int[Array, "T"]:
         """Row of each token; some row, for padding (see `live_tokens`)."""
         tokens = jnp.arange(num_tokens, dtype=jnp.int32)
-        rows = jnp.searchsorted(self.query_starts[1:], tokens, side="right").astype(jnp.int32)
+        if self.aligned:
+            return tokens
+        # All with all, in one pass: a binary search is a loop, and on a GPU many small kernels.
+        rows = jnp.searchsorted(
+            self.query_starts[1:], tokens, side="right", method="compare_all"
+        ).astype(jnp.int32)
         return jnp.minimum(rows, self.context_lens.shape[0] - 1)
 
     def live_tokens(self, num_tokens: int) -> Bool[Array, "T"]:

@@ -89,6 +89,7 @@ class KernelRow:
             query_starts=array((rows + 1,), jnp.int32),
             context_lens=array((rows,), jnp.int32),
             max_query_len=1 if tokens == rows else tokens,
+            aligned=tokens == rows,
         )
         q = array((tokens, shape.num_heads, shape.head_dim), values)
         arguments = (pages, q, batch)

@@ -36,7 +36,7 @@ class Served:
     Attributes:
         checkpoint: its config.json.
         quantization, cache, experts: settings of weights, cache.dtype, and kernels.
-        chips: that it is for.
+        chips: that it is for, or slices of them.
     """
 
     checkpoint: dict[str, Any]
@@ -53,6 +53,7 @@ _MODELS = {
     "llama-3-8b-int8-fp8-cache": Served(
         checkpoint=models.LLAMA_3_8B, quantization="int8", cache="fp8"
     ),
+    "llama-3-8b-int4": Served(checkpoint=models.LLAMA_3_8B, quantization="int4", chips=("h100:1",)),
     "qwen3-30b-a3b": Served(checkpoint=models.QWEN3_30B_A3B),
     "qwen3-30b-a3b-grouped": Served(
         checkpoint=models.QWEN3_30B_A3B, experts="gpu", chips=("h100",)
@@ -125,6 +126,6 @@ ROWS_OF_STEPS = tuple(
     for chip, slices in _SLICES.items()
     for slice in slices
     for model, served in _MODELS.items()
-    if chip in served.chips
+    if {chip, slice} & set(served.chips)
     for kind in ("decode", "prefill")
 )

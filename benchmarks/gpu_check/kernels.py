@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -160,6 +160,7 @@ def _update_is_right(backend: str) -> Finding:
 def _decode(backend: str, limits: Limits, sizes: Sizes) -> Iterator[Finding]:
     rng = np.random.default_rng(0)
     batch, num_pages = _batch([(1, sizes.context)] * sizes.rows, sizes.page_size, rng)
+    batch = replace(batch, aligned=True)
     shape = (1, num_pages, sizes.num_kv_heads, sizes.page_size, 2 * sizes.head_dim)
     pages = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
     q = jax.random.normal(

@@ -123,14 +123,16 @@ def _share(command: list[str], memory: float, patience: float, ends: float) -> R
             env={**os.environ, "XLA_PYTHON_CLIENT_MEM_FRACTION": str(memory)},
         )
         begun: list[tuple[str, int]] = []
+        lines = _reader(process)
         try:
-            is_through = _listen(process, patience, ends, begun, result)
+            is_through = _listen(lines, patience, ends, begun, result)
         except _ItStopped as why:
             name, _ = begun[-1] if begun else ("coming up", -1)
             result.failed[name] = str(why)
         finally:
             process.kill()
-            process.wait()
+            while lines.get():
+                pass
         if not begun or time.monotonic() >= ends:
             break
         first = begun[-1][1] + 1
@@ -142,7 +144,7 @@ class _ItStopped(Exception):
 
 
 def _listen(
-    process: subprocess.Popen[str],
+    lines: queue.SimpleQueue[str],
     patience: float,
     ends: float,
     begun: list[tuple[str, int]],
@@ -151,12 +153,13 @@ def _listen(
     """Hears a process out; whether it is through all its checks.
 
     Args:
+        lines: that it prints, and an empty one behind them.
         begun: gets the names and numbers of the checks that it began.
 
     Raises:
         _ItStopped: in the midst of the last of those, or in front of the first.
     """
-    lines, since = _reader(process), time.monotonic()
+    since = time.monotonic()
     while line := _next(lines, min(since + patience, ends)):
         told = _message(line)
         if "check" in told:
@@ -171,7 +174,8 @@ def _listen(
                 result.failed[name] = told["failed"]
                 return False
         since = time.monotonic()
-    raise _ItStopped(f"its process ended with {process.returncode}")
+    lines.put("")
+    raise _ItStopped("its process ended")
 
 
 def _message(line: str) -> dict[str, Any]:
@@ -192,8 +196,9 @@ def _reader(process: subprocess.Popen[str]) -> queue.SimpleQueue[str]:
 
     def read() -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            lines.put(line)
+        with process.stdout:
+            for line in process.stdout:
+                lines.put(line)
         process.wait()
         lines.put("")
 

@@ -11,9 +11,9 @@ from jaxserve.cli.remote import add_server, ask
 def add_load(command: argparse.ArgumentParser) -> None:
     """The arguments of `lora load`."""
     command.add_argument("name", help="by which requests ask for it")
-    command.add_argument("source", help="directory, hub id, gs:// or s3:// address on the server")
+    command.add_argument("source", help="the server's directory, gs:// or s3:// address")
     command.add_argument(
-        "--replace", action="store_true", help="where the name is taken by another adapter"
+        "--replace", action="store_true", help="replace the adapter of that name (load_inplace)"
     )
     add_server(command)
 

@@ -37,6 +37,7 @@ class Buckets:
         config: limits of a step.
         row_growth: from one decode program to the next, 2 or 4. Each program costs time and
             memory at start-up, padding costs time in each step: 4 where dead rows are nearly free.
+        least_rows: of the smallest decode programs, 1 or 2.
         batch_invariant: one program of each kind, all of the largest size: sums over a row's own
             numbers are then taken in the same order whatever stands in the other rows.
         adapters: whether there are any; with batch_invariant all steps are then of the twins.
@@ -49,6 +50,7 @@ class Buckets:
         self,
         config: SchedulerConfig,
         row_growth: int = 2,
+        least_rows: int = 1,
         *,
         batch_invariant: bool = False,
         adapters: bool = False,
@@ -58,7 +60,8 @@ class Buckets:
         if batch_invariant:
             programs = _one_of_each(config)
         else:
-            decode, several = _decode(config, row_growth), _several_steps(config, row_growth)
+            sizes = row_growth, min(least_rows, config.max_rows)
+            decode, several = _decode(config, *sizes), _several_steps(config, *sizes)
             programs = [*decode, *several, *_mixed(config), *_verify(config)]
         assert len(set(programs)) <= MAX_PROGRAMS
         if adapters:
@@ -117,18 +120,18 @@ def _one_of_each(config: SchedulerConfig) -> list[Program]:
     ]
 
 
-def _decode(config: SchedulerConfig, row_growth: int) -> list[Program]:
-    sizes, size = {config.max_rows}, 1
+def _decode(config: SchedulerConfig, row_growth: int, least_rows: int) -> list[Program]:
+    sizes, size = {config.max_rows}, least_rows
     while size < config.max_rows:
         sizes.add(size)
         size *= row_growth if size < _FINE_ROWS else 4
     return [Program(num_rows=rows, num_tokens=rows) for rows in sizes]
 
 
-def _several_steps(config: SchedulerConfig, row_growth: int) -> list[Program]:
+def _several_steps(config: SchedulerConfig, row_growth: int, least_rows: int) -> list[Program]:
     if config.decode_steps == 1:
         return []
-    sizes, size = {1, config.max_rows}, 4 * row_growth
+    sizes, size = {least_rows, config.max_rows}, 4 * row_growth
     # Far up a program for more than half of all rows is left out: it would save little.
     while size < config.max_rows and (size <= _FINE_ROWS or 2 * size < config.max_rows):
         sizes.add(size)

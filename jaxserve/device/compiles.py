@@ -23,10 +23,13 @@ type CompilerOptions = dict[str, str | bool | int | float]
 logger = logging.getLogger(__name__)
 
 _EVENT = "/jax/core/compile/backend_compile_duration"
-#: By JAX's name of the device. A TPU7x could lay 16-bit arrays out in tiles of 16 rows; XLA prefers
-#: that inside of a program, but takes arguments in tiles of 8, and copies all weights between.
+#: By the first word of JAX's name of the device. A TPU7x could lay 16-bit arrays out in tiles of 16
+#: rows; XLA prefers that inside of a program, but takes arguments in tiles of 8, and copies all
+#: weights between. On GPUs XLA takes each layer's write to the cache, done in place, for one more
+#: cache, finds that the step does not fit, and computes matrix products twice to make room.
 _OPTIONS: dict[str, CompilerOptions] = {
-    "TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": 0}
+    "TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": 0},
+    "NVIDIA": {"xla_disable_hlo_passes": "rematerialization"},
 }
 
 
@@ -57,7 +60,7 @@ def compile_counter() -> CompileCounter:
 
 def compiler_options(device_kind: str) -> CompilerOptions | None:
     """What XLA is told when it compiles for such a device, by JAX's name; None for nothing."""
-    return _OPTIONS.get(device_kind)
+    return _OPTIONS.get(device_kind.split(maxsplit=1)[0])
 
 
 def use_persistent_cache(directory: str) -> Path:

@@ -152,7 +152,7 @@ class _Run:
         self.deltas: StepDeltas | None = None
         if inputs.adapters is not None:
             batch = self._batches(inputs.context_lens)[0]
-            used = inputs.adapters[self._row_of_token(batch)]
+            used = inputs.adapters[batch.token_rows(layout.program.num_tokens)]
             live = batch.live_tokens(layout.program.num_tokens)
             self.deltas = StepDeltas.of(classes, jnp.where(live, used, NO_ADAPTER))
 
@@ -236,7 +236,7 @@ class _Run:
         batches = self._batches(context_lens)
         context = StepContext.build(batches, num_tokens, self.page_size)
         context = replace(context, deltas=self.deltas)
-        row_of_token = self._row_of_token(batches[0])
+        row_of_token = batches[0].token_rows(num_tokens)
         slot_of_token = inputs.rows[row_of_token]
         live = batches[0].live_tokens(num_tokens)
         token_ids = jnp.where(
@@ -258,16 +258,10 @@ class _Run:
                 query_starts=self.inputs.query_starts,
                 context_lens=context_lens,
                 max_query_len=self._max_query_len,
+                aligned=self.layout.program.is_decode,
             )
             for table in self.tables
         )
-
-    def _row_of_token(self, batch: RaggedBatch) -> Int[Array, "T"]:
-        """In a decode program token t is row t's, padding or not."""
-        num_tokens = self.layout.program.num_tokens
-        if self.layout.program.is_decode:
-            return jnp.arange(num_tokens, dtype=jnp.int32)
-        return batch.token_rows(num_tokens)
 
     @property
     def _max_query_len(self) -> int:

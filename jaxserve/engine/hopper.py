@@ -1,7 +1,7 @@
-"""Where kernels for NVIDIA Hopper run, and whether a mixture of experts has the one for experts.
+"""Where kernels for NVIDIA Hopper run, and whether a model has those for int4 and for experts.
 
 Those for adapters and experts are taken only where they are asked for: no figure says yet that they
-win. They are imported only then, too: Pallas takes a quarter of a second.
+win. Kernels are imported only where they are taken: Pallas takes a quarter of a second.
 """
 
 from __future__ import annotations
@@ -34,6 +34,25 @@ def no_hopper(platform: str, capability: str | None) -> str | None:
     if capability != _HOPPER:
         return f"it is made for NVIDIA Hopper, compute capability {_HOPPER}, not {capability}"
     return None
+
+
+def no_matmul_kernel(
+    platform: str, capability: str | None, quantization: str, dtype: str, num_devices: int
+) -> str | None:
+    """Why the kernel for int4 codes does not take a model's weights; None where it does.
+
+    Args:
+        platform, capability: as of `engine.machine.model_options`.
+        dtype: of what the weights are multiplied by.
+    """
+    reason = no_hopper(platform, capability)
+    if reason is None and num_devices > 1:
+        reason = "it runs on one device"
+    if reason is None and quantization != "int4":
+        reason = f"it reads int4 codes, and weights.quantization is {quantization}"
+    if reason is None and dtype != "bfloat16":
+        reason = f"it multiplies bfloat16, not {dtype}"
+    return reason
 
 
 def with_experts_kernel(

@@ -278,12 +278,14 @@ def buckets_for(config: Config, options: ModelOptions, platform: str) -> Buckets
     """The step programs: fewer where a padding row costs next to nothing.
 
     The native matmul skips dead rows, and an accelerator reads the weights for one row as for
-    many; XLA's matmuls on the CPU compute every row.
+    many; XLA's matmuls on the CPU compute every row. For a GPU XLA drops an axis of one row, and
+    makes three kernels of a norm, not one, and two of a write to the cache.
     """
     row_growth = 2 if platform == "cpu" and not options.packed else 4
     return Buckets(
         config.scheduler,
         row_growth,
+        2 if platform == "gpu" else 1,
         batch_invariant=config.engine.batch_invariant,
         adapters=config.lora.enabled,
     )

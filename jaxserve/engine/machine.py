@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from jaxserve.config import KernelsConfig, WeightsConfig
 from jaxserve.device.sharding import tensor_parallel
-from jaxserve.engine.hopper import no_hopper
+from jaxserve.engine.hopper import no_hopper, no_matmul_kernel
 from jaxserve.errors import ConfigError
 from jaxserve.models.moe import NO_PACKED_EXPERTS
 from jaxserve.models.options import PACKED_DTYPES, ModelOptions
@@ -67,7 +67,8 @@ def model_options(
         dtype = "float32" if platform == "cpu" else "bfloat16"
     elsewhere = f"the platform is {platform}"
     no_native = native.load().reason if platform == "cpu" else elsewhere
-    if mesh is not None and mesh.size > 1:
+    num_devices = 1 if mesh is None else mesh.size
+    if num_devices > 1:
         no_native = no_native or "it runs on one device"
     readable = weights.quantization != "none" or dtype in PACKED_DTYPES
     no_packing = None if readable else f"it does not read {dtype} weights"
@@ -78,7 +79,9 @@ def model_options(
     no_mosaic = None if platform == "tpu" else elsewhere
     kinds = {"cpu": no_native, "tpu": no_mosaic, "gpu": no_hopper(platform, capability)}
     attention = _choose("attention", kernels.attention, kinds)
-    matmul = _choose("matmul", kernels.matmul, {"cpu": no_native or no_packing})
+    no_codes = no_matmul_kernel(platform, capability, weights.quantization, dtype, num_devices)
+    kinds = {"cpu": no_native or no_packing, "gpu": no_codes}
+    matmul = _choose("matmul", kernels.matmul, kinds)
     layers = kernels.layers
     if layers == "auto":  # but for a TPU XLA copies each layer's weights out of the stack
         layers = "scanned" if platform == "tpu" or matmul == "cpu" else "unrolled"

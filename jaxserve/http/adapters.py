@@ -269,5 +269,5 @@ def _check_free(frontend: Frontend, model: ModelInfo, name: str) -> None:
 def _text(fields: Fields, name: str) -> str:
     value = fields.text(name)
     if not value:
-        raise fields.wrong(name, "a string", value)
+        raise fields.wrong(name, "a string that is not empty", value)
     return value

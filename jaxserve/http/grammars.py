@@ -4,8 +4,8 @@ Compiling what a client sends may take any time and memory. So it is done first 
 this worker's (`grammar_process`), with a limit for both; one that passes a limit is killed, and the
 next one is started. The engine compiles again only what has passed here.
 
-Invariants: requests whose grammars are known do not wait for those whose are not. A grammar's
-verdict is the same for everybody, and kept.
+Invariants: requests whose grammars are known do not wait for those whose are not, nor small
+grammars for more than one larger. A grammar's verdict is the same for everybody, and kept.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from typing import Any
 from jaxserve.config import StructuredConfig
 from jaxserve.errors import GrammarError, Overloaded
 from jaxserve.http.grammar_process import LENGTH, Setup
+from jaxserve.http.turns import Turns
 from jaxserve.types import Grammar, ModelInfo, Vocabulary
 
 #: How long a child may take until it can check: it starts an interpreter and builds a trie.
 START_TIMEOUT_S = 60.0
-#: A request waits for grammars before its own as long as so many may take to be refused.
+#: A request waits for other grammars as long as so many may take to be refused.
 _MAX_TURNS = 2
 
 
@@ -42,7 +43,7 @@ class GrammarChecker:
         self._vocabulary = vocabulary
         self._verdicts: OrderedDict[Grammar, str] = OrderedDict()
         self._running: dict[Grammar, asyncio.Task[str]] = {}
-        self._turn = asyncio.Lock()
+        self._turns = Turns()
         self._child: asyncio.subprocess.Process | None = None
 
     async def check(self, grammar: Grammar, model: ModelInfo, param: str) -> None:
@@ -88,7 +89,7 @@ class GrammarChecker:
         limit_s = self._config.check_timeout_s
         try:
             async with asyncio.timeout(_MAX_TURNS * limit_s + 1.0):
-                await self._turn.acquire()
+                await self._turns.acquire(len(grammar.text))
         except TimeoutError:
             raise Overloaded("too many grammars are being checked; try again") from None
         try:
@@ -109,7 +110,7 @@ class GrammarChecker:
             await self._kill()  # its next answer would be taken for another grammar's
             raise
         finally:
-            self._turn.release()
+            self._turns.release()
         self._verdicts[grammar] = verdict
         while len(self._verdicts) > self._config.cached_grammars:
             self._verdicts.popitem(last=False)

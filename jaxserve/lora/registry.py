@@ -157,7 +157,8 @@ class Registry:
         known = self.names().get(name)
         entry = known or self.find(name)
         try:
-            key = self.copy(entry.source, base)
+            with _blaming("model"):
+                key = self.copy(entry.source, base)
         except Missing as error:
             if known is None:
                 raise _not_below(name) from error
@@ -179,14 +180,15 @@ class Registry:
                 replaced), or as `materialise`.
         """
         check_name(name)
-        check_address(source)
         if name in self._taken:
             raise InvalidAdapter(
                 f"{name!r} is the name of a model served here: choose another", param="lora_name"
             )
         if not replace:
             self._check_free(name)
-        entry = Entry(source=source, key=self.copy(source, base))
+        with _blaming("lora_path"):
+            check_address(source)
+            entry = Entry(source=source, key=self.copy(source, base))
         with self._changing():
             if not replace:
                 self._check_free(name)
@@ -204,7 +206,7 @@ class Registry:
             entries = dict(self.names())
             entry = entries.pop(name, None)
             if entry is None:
-                raise AdapterNotFound(f"there is no adapter {name!r} here", param="lora_name")
+                raise AdapterNotFound(f"there is no adapter {name!r:.200} here", param="lora_name")
             if refuse_in_use and entry.key and self.disk.is_used(entry.key):
                 raise AdapterInUse(
                     f"requests run with the adapter {name!r}: try again later, or let the unload "
@@ -258,6 +260,16 @@ class Registry:
 
 def _not_below(name: str) -> AdapterNotFound:
     return AdapterNotFound(f"there is no adapter {name!r} under lora.root", param="model")
+
+
+@contextmanager
+def _blaming(param: str) -> Iterator[None]:
+    """Names the request's field that led to an adapter that cannot be used."""
+    try:
+        yield
+    except InvalidAdapter as error:
+        error.param = error.param or param
+        raise
 
 
 def _without_paths(check: Callable[[Path], None], source: str) -> Callable[[Path], None]:

@@ -38,7 +38,8 @@ def check_name(name: str) -> None:
     if len(name) > MAX_NAME or not _NAME.fullmatch(name):
         raise InvalidAdapter(
             f"adapter name {name[:MAX_NAME]!r} must be letters, digits, '.', '_', '-' and '/' "
-            f"between them, at most {MAX_NAME} characters"
+            f"between them, at most {MAX_NAME} characters",
+            param="lora_name",
         )
 
 
@@ -51,7 +52,9 @@ def check_address(address: str) -> None:
     scheme, separator, rest = address.partition("://")
     if separator and scheme not in PACKAGES:
         raise InvalidAdapter(f"{address!r:.200}: {scheme}:// is not supported; gs:// and s3:// are")
-    if ".." in PurePosixPath(rest if separator else address).parts or "\0" in address:
+    if "\0" in address:
+        raise InvalidAdapter(f"{address!r:.200} has a zero byte in it: no path has")
+    if ".." in PurePosixPath(rest if separator else address).parts:
         raise InvalidAdapter(f"{address!r:.200} has '..' in it: give the path itself")
     if not separator and not _local(address).is_absolute():
         raise InvalidAdapter(f"{address!r:.200} must be an absolute path, or gs:// or s3://")

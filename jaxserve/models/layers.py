@@ -23,8 +23,7 @@ from jaxserve.models.options import ModelOptions
 from jaxserve.models.parallel import over_heads
 from jaxserve.models.rotary import rotate
 from jaxserve.models.spec import LayerKind, ModelSpec
-from pallas_kernels.kv_update.api import kv_update
-from pallas_kernels.paged_attention.api import paged_attention
+from pallas_kernels.paged_attention.api import write_and_attend
 from pallas_kernels.ragged import RaggedBatch
 
 ACTIVATIONS = {
@@ -165,21 +164,14 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "T K G H"], GroupPages]:
         """The kernels, over some of the KV heads and their queries."""
         num_tokens, num_kv_heads, _, head_dim = qk_TKGH.shape
-        kv = kv_update(
-            pages.kv,
+        mixed_TNH, kv = write_and_attend(
+            qk_TKGH[:, :, :-1].reshape(num_tokens, -1, head_dim),
             qk_TKGH[:, :, -1],
             v_TKH,
-            inputs.index,
-            inputs.token_pages,
-            inputs.token_offsets,
-            num_rows=inputs.batch.context_lens.shape[0],
-            backend=self.options.attention,
-        )
-        mixed_TNH = paged_attention(
-            qk_TKGH[:, :, :-1].reshape(num_tokens, -1, head_dim),
-            kv,
+            pages.kv,
             inputs.index,
             inputs.batch,
+            (inputs.token_pages, inputs.token_offsets),
             scale=self.spec.scale,
             window=self.window,
             soft_cap=self.spec.soft_cap,

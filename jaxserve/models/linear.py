@@ -1,7 +1,8 @@
 """Matrices of a model: the linear layer and the embedding table.
 
 Held in one of two formats, chosen by `ModelOptions.matmul`. Dense: `[K, *out]`, contracted as it
-lies (a weight is never transposed inside a step). Packed: panels for the native CPU kernel, which
+lies (a weight is never transposed inside a step), by XLA; int4 codes on Hopper by a kernel where it
+takes the product, which is up to 64 tokens. Packed: panels for the native CPU kernel, which
 takes float32 activations, skips rows that are not live, and picks its layer out of a stack by
 itself. Either holds values in the model's dtype, or codes (`ModelOptions.quantization`, see
 `models.quantize`) with a `scale`, and for int4 a `minimum`, in parameters of their own.
@@ -191,7 +192,16 @@ class Linear(nnx.Module):
             return quant_matmul.fp8_matmul(x, weight, scale, self.sums)
         if self.minimum is None:
             return quant_matmul.int8_matmul(x, weight, scale, exactly, self.sums)
-        return quant_matmul.int4_matmul(x, weight, scale, self.minimum[...], exactly)
+        backend = self._int4_backend(x)
+        return quant_matmul.int4_matmul(x, weight, scale, self.minimum[...], exactly, backend)
+
+    def _int4_backend(self, x: Float[Array, "T K"]) -> str:
+        if self.options.matmul != "gpu":
+            return "xla"
+        num_tokens, depth = x.shape
+        columns = math.prod(self.out_dims)
+        reason = quant_matmul.int4_unsupported(num_tokens, depth, columns, x.dtype)
+        return "gpu" if reason is None else "xla"
 
     def _multiply_packed(
         self,

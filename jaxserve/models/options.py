@@ -12,7 +12,7 @@ from jaxserve.models.quantize import QUANTIZATIONS
 
 DTYPES = ("float32", "bfloat16", "float16")
 ATTENTION = ("xla", "cpu", "tpu", "gpu")
-MATMUL = ("xla", "cpu")
+MATMUL = ("xla", "cpu", "gpu")
 LAYERS = ("unrolled", "scanned")
 LORA = ("xla", "cpu", "tpu", "gpu")
 EXPERTS = ("xla", "gpu")
@@ -29,7 +29,8 @@ class ModelOptions:
             are float32 always.
         quantization: linear weights are held as codes, "int8", "int4" or "fp8", and tables as
             int8; "none" in `dtype`.
-        matmul: "xla", dense weights; or "cpu", packed weights and the native kernel.
+        matmul: "xla", dense weights; "cpu", packed weights and the native kernel; or "gpu", dense
+            int4 codes and the Hopper kernel where it takes the product.
         attention: backend of `paged_attention` and `kv_update`, one of ATTENTION.
         layers: "unrolled", or "scanned" over stacked weights: one layer to compile.
         tensor_parallel: devices that share each matrix and the heads.
@@ -37,7 +38,7 @@ class ModelOptions:
         experts: backend of `grouped_matmul`, one of EXPERTS.
 
     Raises:
-        ConfigError: an unknown value, or a dtype that the native matmul does not read.
+        ConfigError: an unknown value, or weights that the kernels do not read.
     """
 
     dtype: str = "float32"
@@ -63,9 +64,16 @@ class ModelOptions:
                 raise ConfigError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
-        if self.packed and self.tensor_parallel > 1:
+        if self.matmul != "xla" and self.tensor_parallel > 1:
             raise ConfigError(
-                "kernels.matmul=cpu runs on one device: set parallel.model=1, or kernels.matmul=xla"
+                f"kernels.matmul={self.matmul} runs on one device: set parallel.model=1, or "
+                "kernels.matmul=xla"
+            )
+        if self.matmul == "gpu" and (self.quantization, self.dtype) != ("int4", "bfloat16"):
+            raise ConfigError(
+                "kernels.matmul=gpu multiplies bfloat16 by int4 codes, not "
+                f"{self.dtype} by weights.quantization={self.quantization}: set "
+                "kernels.matmul=xla"
             )
         if self.packed and self.quantization == "fp8":
             raise ConfigError(

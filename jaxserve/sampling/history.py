@@ -34,15 +34,23 @@ def observe(
     flags = jnp.where(live, settings[:, Column.FLAGS], 0)
     is_prompt = positions < settings[:, Column.PROMPT_LEN]
     counted = (flags & int(Flag.PENALTIES)) != 0
-    counts = jax.lax.cond(
-        jnp.any(counted), _count, lambda counts, *_: counts,
-        state.counts, rows_of_tokens, token_ids, is_prompt, counted,
-    )  # fmt: skip
     remembered = (flags & int(Flag.BAD_WORDS)) != 0
-    recent = jax.lax.cond(
-        jnp.any(remembered), _remember, lambda recent, *_: recent,
-        state.recent, rows_of_tokens, token_ids, positions, remembered,
-    )  # fmt: skip
+
+    def take_note(counts: Array, recent: Array) -> tuple[Array, Array]:
+        counts = jax.lax.cond(
+            jnp.any(counted), _count, lambda counts, *_: counts,
+            counts, rows_of_tokens, token_ids, is_prompt, counted,
+        )  # fmt: skip
+        recent = jax.lax.cond(
+            jnp.any(remembered), _remember, lambda recent, *_: recent,
+            recent, rows_of_tokens, token_ids, positions, remembered,
+        )  # fmt: skip
+        return counts, recent
+
+    # One condition for all steps in which nobody looks back: on a GPU each is a wait of its own.
+    counts, recent = jax.lax.cond(
+        jnp.any(counted | remembered), take_note, lambda *kept: kept, state.counts, state.recent
+    )
     return replace(state, counts=counts, recent=recent)
 
 

@@ -8,6 +8,7 @@ sequence alone, as a `GrammarError`.
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -27,6 +28,11 @@ _KEYWORDS = {
     "circular references": "of $ref",
     "schema too large": "of allOf, anyOf or $ref, multiplied out",
 }
+#: What follows the library's message: its state, or lines of a grammar, which a client's parameter
+#: was made into and need not be the client's own.
+_REST = re.compile(r"\n(?:<state>|<non-verbose/>|\s*\d+ \| ).*", re.DOTALL)
+#: The library's word for an empty mask.
+_NOTHING = "NoExtensionBias"
 
 
 class Compiled:
@@ -156,6 +162,6 @@ def _named(message: str) -> str:
 
 
 def _first_line(matcher: LLMatcher) -> str:
-    """The library's message without its state, which would show the schema and the output."""
-    message = matcher.get_error().partition("\n<state>")[0]
+    """The library's message without what it shows of the grammar and the output."""
+    message = _REST.sub("", matcher.get_error()).replace(_NOTHING, "no token may come")
     return " ".join(message.split())[:_MAX_MESSAGE] or "no reason is known"

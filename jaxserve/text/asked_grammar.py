@@ -189,7 +189,7 @@ def _structural_tag(fields: Fields, tokenizer: Tokenizer) -> Grammar:
     if type(values) is not list or not 0 < len(values) <= MAX_TAGS:
         raise fields.wrong("structures", f"a list of 1 to {MAX_TAGS} objects", values)
     if type(triggers) is not list or not all(type(t) is str and t for t in triggers):
-        raise fields.wrong("triggers", "a list of strings", triggers)
+        raise fields.wrong("triggers", "a list of strings that are not empty", triggers)
     tags = []
     for index, value in enumerate(values):
         if not isinstance(value, Mapping):

@@ -122,7 +122,7 @@ def train_options(config: Config, platform: str) -> ModelOptions:
     """
     reasons = {
         "weights.quantization": (config.weights.quantization, "none", "codes have no gradient"),
-        "kernels.matmul": (config.kernels.matmul, "xla", "the native matmul has no gradient"),
+        "kernels.matmul": (config.kernels.matmul, "xla", "its products have no gradient"),
         "kernels.attention": (config.kernels.attention, "xla", "whole rows are not paged"),
         "parallel.model": (config.parallel.model, 1, "training runs on one device"),
         "parallel.data": (config.parallel.data, 1, "training runs on one device"),

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.errors import UnsupportedKernel
+from pallas_kernels.kv_update import kv_update
 from pallas_kernels.quantized_pages import Pages
 from pallas_kernels.ragged import RaggedBatch
 
@@ -55,6 +56,58 @@ def paged_attention(
         UnsupportedKernel: the backend cannot run here, or not with these shapes or dtypes.
         ValueError: shapes that contradict each other, or an unknown backend.
     """
+    _check(q, pages, window, sinks, backend)
+    return _module(backend).paged_attention(
+        q, pages, layer, batch, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
+    )
+
+
+def write_and_attend(
+    q: Float[Array, "T N H"],
+    k_new: Float[Array, "T K H"],
+    v_new: Float[Array, "T K H"],
+    pages: Pages,
+    layer: int | Int[Array, ""],
+    batch: RaggedBatch,
+    places: tuple[Int[Array, "T"], Int[Array, "T"]],
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    backend: str,
+) -> tuple[Float[Array, "T N H"], Pages]:
+    """`kv_update` and `paged_attention`; on a GPU one kernel in decode programs.
+
+    Args:
+        k_new, v_new: the tokens' own key and value.
+        places: page and offset of each token, of `RaggedBatch.token_places`.
+
+    Returns:
+        The attention's output, and the pages: the same buffers where the caller donated them.
+
+    Raises:
+        UnsupportedKernel, ValueError: as either of the two.
+    """
+    options = {"scale": scale, "window": window, "soft_cap": soft_cap, "sinks": sinks}
+    if backend == "gpu":
+        _check(q, pages, window, sinks, backend)
+        gpu = _module(backend)
+        if gpu.writes(batch, pages, q.shape[1]):
+            return gpu.write_and_attend(q, k_new, v_new, pages, layer, batch, **options)
+    num_rows = batch.context_lens.shape[0]
+    pages = kv_update(pages, k_new, v_new, layer, *places, num_rows=num_rows, backend=backend)
+    return paged_attention(q, pages, layer, batch, backend=backend, **options), pages
+
+
+def _check(
+    q: Float[Array, "T N H"],
+    pages: Pages,
+    window: int | None,
+    sinks: Float[Array, "N"] | None,
+    backend: str,
+) -> None:
+    """Raises what `paged_attention` raises."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: paged_attention has {', '.join(BACKENDS)}")
     if pages.shape[-1] % 2 or pages.shape[-1] < 2 * q.shape[-1]:
@@ -70,9 +123,6 @@ def paged_attention(
     reason = unsupported(backend, head_dim=q.shape[-1], dtype=pages.dtype)
     if reason is not None:
         raise UnsupportedKernel(f"paged_attention backend={backend!r}: {reason}")
-    return _module(backend).paged_attention(
-        q, pages, layer, batch, scale=scale, window=window, soft_cap=soft_cap, sinks=sinks
-    )
 
 
 def unsupported(backend: str, *, head_dim: int, dtype: DTypeLike) -> str | None:

@@ -17,9 +17,9 @@ Grid: two kernels, and a rows' kind decides which has it (drawn in the files):
     by two more copies a page, and are widened by the computing warpgroup, first the keys of a block
     and then its values, into shared memory of its own.
 
-Traffic: decode reads a row's visible pages once, and writes and reads 2 × splits partial results
-    in float32; chunks read them once for each tile and query head, of which the L2 cache takes all
-    but one a group. See traffic.py.
+Traffic: decode reads a row's visible pages once, and where a context is split writes and reads a
+    partial result of each split in float32; chunks read them once for each tile and query head, of
+    which the L2 cache takes all but one a group. See traffic.py.
 
 Numerics: products of bfloat16 with float32 accumulation, softmax in float32 with the hardware's
     exp2; weights are rounded to bfloat16 before they multiply the values. Codes are widened to
@@ -46,15 +46,13 @@ from pallas_kernels.errors import UnsupportedKernel
 from pallas_kernels.hopper import ROWS
 from pallas_kernels.paged_attention.gpu_block import LOG2_E, operand_dtype
 from pallas_kernels.paged_attention.gpu_chunks import chunks
-from pallas_kernels.paged_attention.gpu_decode import decode, merge, num_splits
+from pallas_kernels.paged_attention.gpu_decode import TILE, decode
 from pallas_kernels.paged_attention.score import Score
-from pallas_kernels.quantized_pages import Pages, arrays_of, is_quantized
+from pallas_kernels.quantized_pages import Pages, QuantizedPages, arrays_of, is_quantized
 from pallas_kernels.ragged import RaggedBatch
 
 DTYPES = ("bfloat16", "float16", "int8", "float8_e4m3fn")
 MAX_HEAD_DIM, MAX_HEAD_DIM_OF_CODES = 256, 128
-#: Rows of a shared-memory tile.
-_TILE = 8
 
 
 def unsupported(*, head_dim: int, dtype: DTypeLike) -> str | None:
@@ -91,12 +89,53 @@ def paged_attention(
     Args:
         interpret: `plgpu.InterpretGPUParams()` where there is no GPU.
     """
+    return _attend(q, None, pages, layer, batch, scale, window, soft_cap, sinks, interpret)[0]
+
+
+def writes(batch: RaggedBatch, pages: Pages, num_heads: int) -> bool:
+    """Whether `write_and_attend` takes such a batch and such pages."""
+    is_one_group = num_heads // pages.shape[2] <= ROWS
+    return batch.aligned and is_one_group and not isinstance(pages, QuantizedPages)
+
+
+def write_and_attend(
+    q: Float[Array, "T N H"],
+    k_new: Float[Array, "T K H"],
+    v_new: Float[Array, "T K H"],
+    pages: Pages,
+    layer: int | Int[Array, ""],
+    batch: RaggedBatch,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, "N"] | None = None,
+    interpret: Any = None,
+) -> tuple[Float[Array, "T N H"], Pages]:
+    """See `api.write_and_attend`; for what `writes` says."""
+    new = jnp.stack([k_new, v_new], axis=2)
+    return _attend(q, new, pages, layer, batch, scale, window, soft_cap, sinks, interpret)
+
+
+def _attend(
+    q: Float[Array, "T N H"],
+    new_TKIH: Float[Array, "T K 2 H"] | None,
+    pages: Pages,
+    layer: int | Int[Array, ""],
+    batch: RaggedBatch,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: Float[Array, "N"] | None,
+    interpret: Any,
+) -> tuple[Float[Array, "T N H"], Pages]:
+    """Both: decoding rows' keys and values are written where they are given."""
     num_tokens, num_heads, head_dim = q.shape
     _, _, num_kv_heads, page_size, width = pages.shape
-    if width != 2 * head_dim or page_size < _TILE or page_size & (page_size - 1):
+    if width != 2 * head_dim or page_size < TILE or page_size & (page_size - 1):
         raise UnsupportedKernel(
             f"paged_attention backend='gpu': pages {pages.shape} with heads of {head_dim}: a row "
-            f"must be twice a head, and the page size a power of two, at least {_TILE}"
+            f"must be twice a head, and the page size a power of two, at least {TILE}"
         )
     score = Score(scale, window, soft_cap)
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
@@ -117,51 +156,50 @@ def paged_attention(
     with jax.named_scope("paged_attention"):
         single = batch.query_lens == 1
         first_tokens = jnp.minimum(batch.query_starts[:-1], num_tokens - 1)
-        groups, size, place = _groups(num_heads, num_kv_heads)
-        grouped = jnp.zeros((single.shape[0], groups * size, head_dim), held.dtype)
-        grouped = grouped.at[:, place].set(held[first_tokens])
+        queries = held if batch.aligned else held[first_tokens]
         ends = jnp.where(single, batch.context_lens, 0)
         begins = jnp.zeros_like(ends) if window is None else jnp.maximum(ends - window, 0)
-        partial = decode(
-            grouped.reshape(-1, groups, size, head_dim),
+        decoded, pages = decode(
+            _grouped(queries, num_kv_heads),
             pages,
             layer,
             batch.page_table,
             begins,
             ends,
+            None if sinks is None else _grouped(sinks[None, :, None], num_kv_heads)[0, ..., 0],
             score,
-            num_splits(single.shape[0] * groups, max_pages, page_size),
             cost(single.shape[0]),
             interpret,
+            None if new_TKIH is None else new_TKIH.astype(held.dtype),
         )
-        if sinks is not None:
-            sinks_XG = jnp.zeros((groups * size,), jnp.float32).at[place].set(sinks)
-            merged = merge(partial, sinks_XG.reshape(groups, size))
-        else:
-            merged = merge(partial, None)
-        decoded = merged.reshape(-1, groups * size, head_dim)[:, place].astype(held.dtype)
-        if batch.max_query_len == 1:
+        decoded = _ungrouped(decoded, num_heads, num_kv_heads)
+        if batch.aligned:
+            out = decoded
+        elif batch.max_query_len == 1:
             live = batch.live_tokens(num_tokens)[:, None, None]
             out = jnp.where(live, decoded[batch.token_rows(num_tokens)], 0)
         else:
             out = chunks(held, pages, layer, batch, score, sinks, cost(num_tokens), interpret)
             targets = jnp.where(single, first_tokens, num_tokens)
             out = out.at[targets].set(decoded, mode="drop")
-        return out.astype(q.dtype)
+        return out.astype(q.dtype), pages
 
 
-def _groups(num_heads: int, num_kv_heads: int) -> tuple[int, int, Int[Array, "N"]]:
-    """How query heads fill the rows of wgmmas.
-
-    Returns:
-        Groups, a multiple of num_kv_heads; heads of each, with those that fill up to whole tiles;
-        and each head's place among them.
-    """
+def _grouped(x_RNH: Float[Array, "R N H"], num_kv_heads: int) -> Float[Array, "R X G H"]:
+    """Query heads as they fill the rows of wgmmas: each KV head's in one group or several."""
+    num_rows, num_heads, head_dim = x_RNH.shape
     per_kv = num_heads // num_kv_heads
     per_head = -(-per_kv // ROWS)
     own = -(-per_kv // per_head)
-    size = -(-own // _TILE) * _TILE
-    head = jnp.arange(num_heads, dtype=jnp.int32)
-    kv, query = head // per_kv, head % per_kv
-    place = (kv * per_head + query // own) * size + query % own
-    return num_kv_heads * per_head, size, place
+    x = x_RNH.reshape(num_rows, num_kv_heads, per_kv, head_dim)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, per_head * own - per_kv), (0, 0)))
+    return x.reshape(num_rows, num_kv_heads * per_head, own, head_dim)
+
+
+def _ungrouped(
+    x_RXGH: Float[Array, "R X G H"], num_heads: int, num_kv_heads: int
+) -> Float[Array, "R N H"]:
+    """The way back from `_grouped`."""
+    num_rows, head_dim = x_RXGH.shape[0], x_RXGH.shape[3]
+    x = x_RXGH.reshape(num_rows, num_kv_heads, -1, head_dim)[:, :, : num_heads // num_kv_heads]
+    return x.reshape(num_rows, num_heads, head_dim)

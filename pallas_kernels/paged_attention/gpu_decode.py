@@ -1,13 +1,18 @@
 """Decode on Hopper: rows of one query, their context split over blocks of threads.
 
-Grid (split, KV head, row). A block of threads has one warpgroup that copies and COMPUTERS that
-compute, each on every COMPUTERS-th block of positions, with a softmax of its own:
+Grid (split, KV head, row). A block of threads has one warpgroup that copies and two that compute,
+each on every other block of positions, with a softmax of its own:
 
     pages --TMA--> | slot 0 | slot 1 | slot 2 | slot 3 |   a ring in shared memory
-                      warpgroup 0 | 1 | 0 | 1               each writes its partial result
+                      warpgroup 0 | 1 | 0 | 1
+                                  └ its softmax goes to warpgroup 0, through shared memory
 
-A partial result is a maximum, a sum and the weighted values, in float32; `merge` joins those of all
-splits and warpgroups.
+Where a context is one split, that is the result. Else each split writes a partial one: a maximum, a
+sum and the weighted values, in float32; `merge` joins those.
+
+Given the rows' new keys and values, whichever block of threads reads a row's last position writes
+them to the page, and puts them in their place in the ring, where the copy of the page may or may
+not have brought them.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import hopper
 from pallas_kernels.paged_attention import gpu_block as block
+from pallas_kernels.paged_attention.gpu_merge import Exchange, Partial, merge
 from pallas_kernels.paged_attention.score import LOWEST, Score
 from pallas_kernels.quantized_pages import Pages, arrays_of, kind_of
 
@@ -32,25 +38,21 @@ COMPUTERS = 2
 SPAN = 64
 #: Bytes of the ring; the rest of the 227 KiB is for queries and results.
 RING_BYTES = 128 * 1024
-
-Partial = tuple[Float[Array, "S R X G H"], Float[Array, "S R X G"], Float[Array, "S R X G"]]
+#: Rows of a shared-memory tile.
+TILE = 8
+#: Blocks of threads that can draw the memory's whole bandwidth.
+READERS = 32
 
 
 def num_splits(num_blocks: int, max_pages: int, page_size: int) -> int:
-    """Splits of a context that leave the processors the least idle time.
+    """The fewest splits of a context with which half of the rows draw the memory's bandwidth.
 
     Args:
         num_blocks: rows times KV heads.
         max_pages: of one row.
     """
     most = max(1, max_pages * page_size // (4 * COMPUTERS * SPAN))
-
-    def rounds(splits: int) -> float:
-        # Each block of threads starts and ends once, which costs about as much as a sixteenth of
-        # a longest context.
-        return -(-num_blocks * splits // hopper.PROCESSORS) * (1 / splits + 1 / 16 / most)
-
-    return min(range(1, min(most, hopper.PROCESSORS) + 1), key=rounds)
+    return min(-(-2 * READERS // num_blocks), most)
 
 
 def decode(
@@ -60,43 +62,68 @@ def decode(
     table: Int[Array, "R M"],
     begins: Int[Array, "R"],
     ends: Int[Array, "R"],
+    sinks: Float[Array, "X G"] | None,
     score: Score,
-    splits: int,
     cost: pl.CostEstimate,
     interpret: Any,
-) -> Partial:
-    """Weighted values, maxima (in log2) and sums, of each split and warpgroup.
+    new_RKIH: Float[Array, "R K 2 H"] | None = None,
+) -> tuple[Float[Array, "R X G H"], Pages]:
+    """Attention of one query a row, in q's dtype; zeros where it sees nothing.
 
     Args:
-        q_RXGH: X groups of G ≤ 64 query heads, G a multiple of 8; X a multiple of K.
+        q_RXGH: X groups of G ≤ 64 query heads; X a multiple of K.
         begins, ends: positions that a row's query sees; nothing where they are equal.
+        sinks: scores that count in the sum and have no value, in log2.
+        new_RKIH: key and value of each row's last position, which are to be written; X is K then,
+            and the pages are no codes. None where all are in the pages.
+
+    Returns:
+        That, and the pages: the same buffer where the caller lets go of it.
     """
-    num_rows, groups, size, head_dim = q_RXGH.shape
+    num_rows, groups, own, head_dim = q_RXGH.shape
     width, heads = pages.shape[4], pages.shape[2]
     kind, dtype = kind_of(pages), block.operand_dtype(pages)
+    splits = num_splits(num_rows * groups, table.shape[1], pages.shape[3])
+    is_whole = splits == 1 and sinks is None
+    size = -(-own // TILE) * TILE
+    queries = jnp.pad(q_RXGH, ((0, 0), (0, 0), (0, size - own), (0, 0)))
+    writes, held = new_RKIH is not None, arrays_of(pages)
+    if writes:
+        # In one array with the queries, which XLA makes one kernel of; also in whole tiles.
+        new = jnp.pad(new_RKIH, ((0, 0), (0, 0), (0, TILE - 2), (0, 0)))
+        queries = jnp.concatenate([queries, new], axis=2)
+        held = [jax.new_ref(array) for array in held]
     # As many of codes as of their wide values, which take the rest of the room.
     slots = RING_BYTES // (SPAN * width * dtype.itemsize) // COMPUTERS * COMPUTERS
-    parts = splits * COMPUTERS
-    kernel = functools.partial(_kernel, score=score, splits=splits)
     weights = [hopper.swizzled((COMPUTERS, hopper.ROWS, SPAN), SPAN, dtype)]
     column = block.columns(head_dim)[0][1]
     copies = block.copies(pages.shape[3], SPAN, kind)
-    held = arrays_of(pages)
-    return plgpu.kernel(
-        functools.partial(kernel, kind=kind, per_head=groups // heads),
-        out_type=(
-            jax.ShapeDtypeStruct((parts, num_rows, groups, size, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((parts, num_rows, groups, size), jnp.float32),
-            jax.ShapeDtypeStruct((parts, num_rows, groups, size), jnp.float32),
+    parts = splits, num_rows, groups, size
+    whole = jax.ShapeDtypeStruct((num_rows, groups, own, head_dim), dtype)
+    stats = jax.ShapeDtypeStruct(parts, jnp.float32)
+    partial = jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32), stats, stats
+    out = plgpu.kernel(
+        functools.partial(
+            _kernel,
+            score=score,
+            splits=splits,
+            kind=kind,
+            per_head=groups // heads,
+            is_whole=is_whole,
+            size=size,
         ),
+        out_type=(whole,) if is_whole else partial,
         scratch_types=(
             hopper.swizzled((hopper.ROWS, head_dim), head_dim, dtype),
             hopper.swizzled((slots, SPAN, width), head_dim, held[0].dtype),
-            hopper.swizzled((COMPUTERS, hopper.ROWS, column), column, jnp.float32),
-            plgpu.SMEM((COMPUTERS, 2, hopper.ROWS), jnp.float32),
-            plgpu.Barrier(),
+            hopper.swizzled((hopper.ROWS, column), column, jnp.float32),
+            plgpu.SMEM((2, hopper.ROWS), jnp.float32),
+            plgpu.Barrier(num_arrivals=3 if writes else 1),
             plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
             plgpu.Barrier(num_barriers=slots),
+            plgpu.Barrier(num_barriers=2),
+            *([plgpu.SMEM((hopper.ROWS, head_dim), dtype)] if is_whole else []),
+            *([plgpu.SMEM((2, _aligned(head_dim)), dtype)] if writes else []),
             *block.code_scratch(kind, slots, SPAN, head_dim, COMPUTERS, pages.shape[3]),
             *(weights if interpret is not None else ()),
         ),
@@ -107,20 +134,29 @@ def decode(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
         interpret=interpret,
         **hopper.estimated(cost),
-    )(q_RXGH, layer, table, begins, ends, *held)
+    )(queries, layer, table, begins, ends, *held)
+    if writes:
+        (pages,) = map(jax.freeze, held)
+    if is_whole:
+        return out[0], pages
+    return merge(Partial(*(part[:, :, :, :own] for part in out)), sinks).astype(dtype), pages
 
 
 def _kernel(
     q, layer, table, begins, ends, pages, *refs,
-    score: Score, splits: int, kind: str, per_head: int,
+    score: Score, splits: int, kind: str, per_head: int, is_whole: bool, size: int,
 ) -> None:  # fmt: skip
+    writes = q.shape[2] > size
     scales, refs = (refs[0], refs[1:]) if kind else (None, refs)
-    out, tops, totals, q_smem, ring, out_smem, stats_smem, q_ready, ready, free, *refs = refs
+    outs, refs = (refs[:1], refs[1:]) if is_whole else (refs[:3], refs[3:])
+    q_smem, ring, values_smem, stats_smem, q_ready, ready, free, handed, *refs = refs
+    result_smem, refs = (refs[0], refs[1:]) if is_whole else (None, refs)
+    new_smem, refs = (refs[0], refs[1:]) if writes else (None, refs)
     code_scratch, weights = (refs[:3], refs[3:]) if kind else ((), refs)
     row, group, split = lax.axis_index("row"), lax.axis_index("group"), lax.axis_index("split")
     warpgroup = lax.axis_index("warpgroup")
     begin, end = begins[row], ends[row]
-    slots, head_dim = ring.shape[0], q_smem.shape[1]
+    slots, head_dim, page_size = ring.shape[0], q_smem.shape[1], pages.shape[3]
     blocks = block.Ring(ring, warpgroup, kind, *code_scratch)
     first, last = begin // SPAN, pl.cdiv(end, jnp.int32(SPAN))
     share = pl.cdiv(last - first, jnp.int32(splits))
@@ -147,6 +183,10 @@ def _kernel(
         def inside(offset: Array) -> Array:
             return (position + offset >= begin) & (position + offset < end)
 
+        if new_smem is not None:
+            pl.when(position + SPAN >= end)(
+                lambda: _put(ring.at[slot], new_smem, end - 1 - position)
+            )
         s = block.scores(q_smem, blocks.half(slot, 0), score, blocks.scales_of(slot, 0))
         is_inside = inside(block.iota(s.shape, 1))
         s = jnp.where(is_inside, s, LOWEST)
@@ -167,47 +207,62 @@ def _kernel(
 
     @pl.when(warpgroup < COMPUTERS)
     def _() -> None:
-        size = q.shape[2]
+        @pl.when(warpgroup == 0)
+        def _() -> None:
+            plgpu.copy_gmem_to_smem(
+                q.at[row, group, pl.ds(0, size)], q_smem.at[pl.ds(0, size)], q_ready
+            )
+            for index in range(2 if writes else 0):
+                target = new_smem.at[index, pl.ds(0, head_dim)]
+                plgpu.copy_gmem_to_smem(q.at[row, group, size + index], target, q_ready)
+
+        plgpu.barrier_wait(q_ready)
+        if writes:
+            has_last = (warpgroup == 0) & (count > 0) & (first + count == last)
+
+            @pl.when(has_last)
+            def _() -> None:
+                place = end - 1
+                page, offset = table[row, place // page_size], lax.rem(place, jnp.int32(page_size))
+                for index in range(2):
+                    half = pl.ds(index * head_dim, head_dim)
+                    plgpu.copy_smem_to_gmem(
+                        new_smem.at[index, pl.ds(0, head_dim)],
+                        pages.at[layer[0], page, group, offset, half],
+                    )
+
+        mine = jnp.maximum(count - warpgroup + COMPUTERS - 1, 0) // COMPUTERS
+        running = lax.fori_loop(0, mine, step, block.nothing(head_dim))
+        exchange = Exchange(values_smem, stats_smem, *(handed.at[i] for i in range(2)))
+        pl.when(warpgroup == 1)(lambda: exchange.give(running))
 
         @pl.when(warpgroup == 0)
         def _() -> None:
-            plgpu.copy_gmem_to_smem(q.at[row, group], q_smem.at[pl.ds(0, size)], q_ready)
-
-        plgpu.barrier_wait(q_ready)
-        mine = jnp.maximum(count - warpgroup + COMPUTERS - 1, 0) // COMPUTERS
-        running = lax.fori_loop(0, mine, step, block.nothing(head_dim))
-        part = split * COMPUTERS + warpgroup
-        stats_smem[warpgroup, 0] = running.top
-        stats_smem[warpgroup, 1] = running.total
-        plgpu.commit_smem()
-        for index, target in enumerate((tops, totals)):
-            stat = stats_smem.at[warpgroup, index, pl.ds(0, size)]
-            plgpu.copy_smem_to_gmem(stat, target.at[part, row, group])
-        for (column, wide), values in zip(block.columns(head_dim), running.parts, strict=True):
-            plgpu.wait_smem_to_gmem(0)
-            out_smem[warpgroup, :, pl.ds(0, wide)] = values
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(
-                out_smem.at[warpgroup, pl.ds(0, size), pl.ds(0, wide)],
-                out.at[part, row, group, :, pl.ds(column, wide)],
-            )
-        plgpu.wait_smem_to_gmem(0)
+            if result_smem is not None:
+                exchange.finish(running, result_smem, outs[0].at[row, group])
+            else:
+                exchange.write(running, *(out.at[split, row, group] for out in outs))
 
 
-def merge(partial: Partial, sinks: Float[Array, "X G"] | None) -> Float[Array, "R X G H"]:
-    """The softmax over all parts; zeros where nothing was seen.
+def _put(tile: Any, new: Any, offset: Any) -> None:
+    """A new key and value in their place in a block of the ring.
 
     Args:
-        sinks: scores that count in the sum and have no value, in log2.
+        tile: [SPAN, 2H].
+        new: [2, H and more], in rows.
     """
-    values, tops, totals = partial
-    top = jnp.max(tops, axis=0)
-    if sinks is not None:
-        top = jnp.maximum(top, sinks)
-    weights = jnp.exp2(tops - top)
-    total = jnp.sum(totals * weights, axis=0)
-    if sinks is not None:
-        total += jnp.exp2(sinks - top)
-    return (
-        jnp.sum(values * weights[..., None], axis=0) / jnp.where(total > 0, total, 1.0)[..., None]
-    )
+    head_dim = tile.shape[1] // 2
+    layout = plgpu.Layout.WGMMA.reduce(0)
+    for index in range(2):
+        for column, size in block.columns(head_dim):
+            part = tile.at[:, pl.ds(index * head_dim + column, size)]
+            old = plgpu.load(part, layout=plgpu.Layout.WGMMA)
+            row = plgpu.load(new.at[index, pl.ds(column, size)], layout=layout, optimized=False)
+            is_new = block.iota(old.shape, 0) == offset
+            part[...] = jnp.where(is_new, lax.broadcast_in_dim(row, old.shape, [1]), old)
+    plgpu.commit_smem()
+
+
+def _aligned(head_dim: int) -> int:
+    """Elements of 16 bits behind which the next row begins where TMA can read and write."""
+    return -(-head_dim // 64) * 64

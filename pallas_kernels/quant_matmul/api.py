@@ -5,11 +5,10 @@ int4, a scale and a minimum for each GROUP of rows: w[k, n] = code[k, n] * scale
 minimum[k / GROUP, n]. fp8 × fp8: weights as int8's, and the activations as codes too, one scale a
 token, both float8_e4m3fn, so that a Hopper GPU multiplies at twice the rate of bfloat16.
 
-Models take XLA's lowering (`xla`): compiled for TPU and for an H100, the int8 codes are widened
-inside the matmul and never written to memory (`tests/kernels/test_quant_matmul.py` compiles it and
-looks). On Hopper it writes int4's out, and there is a kernel for few tokens (`gpu`), which
-`scripts/gpu_check` measures beside it; it becomes a choice of models once that has told where it
-wins. The native CPU kernel reads packed codes instead, see `packed_matmul`.
+XLA's lowering (`xla`) runs everywhere: compiled for TPU and for an H100, 8-bit codes are widened
+inside the matmul and never written to memory. On Hopper it writes int4's products or weights out;
+there few tokens have a kernel of their own (`gpu`). The native CPU kernel reads packed codes
+instead, see `packed_matmul`.
 """
 
 from __future__ import annotations
@@ -33,25 +32,19 @@ def int8_matmul(
     scale: Float[Array, "*out"],
     precision: jax.lax.Precision = jax.lax.Precision.DEFAULT,
     sums: str = "float32",
-    backend: str = "xla",
 ) -> Float[Array, "T *out"]:
     """x @ (codes * scale), accumulated in float32, in x's dtype.
 
     Args:
         sums: dtype of the matmul's result before it is scaled. Where devices share K they exchange
-            that result: bfloat16 halves the bytes. Of XLA's only.
-        backend: "xla", or "gpu" for few tokens on a Hopper GPU.
+            that result: bfloat16 halves the bytes.
 
     Raises:
-        ValueError: shapes that contradict each other, or an unknown backend.
-        UnsupportedKernel: the backend cannot do this.
+        ValueError: shapes that contradict each other.
     """
-    _known(backend)
     if codes.shape[0] != x.shape[-1] or codes.shape[1:] != scale.shape:
         raise ValueError(f"x {x.shape}, codes {codes.shape}, scale {scale.shape}")
     with jax.named_scope("int8_matmul"):
-        if backend == "gpu":
-            return _gpu().int8_matmul(x, codes, scale)
         return xla.int8_matmul(x, codes, scale, precision, sums)
 
 
@@ -86,13 +79,14 @@ def int4_matmul(
     """x @ (codes * scale + minimum), accumulated in float32, in x's dtype.
 
     Args:
-        backend: as for `int8_matmul`.
+        backend: "xla", or "gpu" for few tokens on a Hopper GPU, see `int4_unsupported`.
 
     Raises:
         ValueError: shapes that contradict each other, or an unknown backend.
         UnsupportedKernel: the backend cannot do this.
     """
-    _known(backend)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: int4_matmul has {', '.join(BACKENDS)}")
     groups = (codes.shape[0] // GROUP, *codes.shape[1:])
     if codes.shape[0] != x.shape[-1] or scale.shape != groups or minimum.shape != groups:
         raise ValueError(
@@ -104,11 +98,15 @@ def int4_matmul(
         return xla.int4_matmul(x, codes, scale, minimum, precision)
 
 
+def int4_unsupported(num_tokens: int, depth: int, num_columns: int, dtype: Any) -> str | None:
+    """Why `int4_matmul` has no kernel for such a product on a Hopper GPU; None where it has.
+
+    Args:
+        dtype: of x.
+    """
+    return _gpu().unsupported(num_tokens, depth, num_columns, dtype)
+
+
 def _gpu() -> Any:
     """Its module, which brings Mosaic along."""
     return import_module("pallas_kernels.quant_matmul.gpu")
-
-
-def _known(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: quant_matmul has {', '.join(BACKENDS)}")

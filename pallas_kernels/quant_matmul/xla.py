@@ -7,7 +7,7 @@ matrix unit at GROUP of its depth, so the weight is written out in x's dtype fir
 so many tokens that this is the smaller cost.
 
 On an H100, 4-bit codes are no gain: XLA writes their products group by group to memory, or the
-whole weight.
+whole weight. See `gpu` for the kernel that few tokens take there.
 
 Numerics: codes are exact in bfloat16; sums and scaling in float32, but int8's and fp8's sums are
 handed from the matmul to the scaling in the dtype that is asked for. With many tokens an int4

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.gpu_check import parts
 from benchmarks.gpu_check.report import Finding
 
 ROOT = Path(__file__).parents[2]
@@ -30,10 +31,12 @@ def test_without_a_gpu_it_says_so_and_fails() -> None:
     assert done.stderr == "gpu_check: needs an NVIDIA GPU, and JAX has cpu\n"
 
 
-def findings(part: str) -> dict[str, Any]:
-    done = run("--part", part, "--rehearse")
-    assert done.returncode == 0, done.stderr[-2000:]
-    return {found["name"]: found for found in json.loads(done.stdout.splitlines()[-1])["findings"]}
+def findings(part: str) -> dict[str, dict[str, Any]]:
+    """Of a rehearsal of one part, by name."""
+    done = run("--only", part, "--rehearse")
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record["failed"] == {}, done.stderr[-2000:]
+    return {found["name"]: found for found in record["findings"]}
 
 
 @pytest.mark.slow
@@ -45,10 +48,20 @@ def test_a_rehearsal_of_the_kernels_finds_them_right() -> None:
     assert all(0 < finding["value"] < finding["target"] == 1e-2 for finding in errors.values())
     assert found["cache update: wrong elements"]["value"] == 0
     products = {name: f for name, f in found.items() if " product, " in name}
-    assert len(products) == 8
-    assert all(0 < finding["value"] < finding["target"] for finding in products.values())
+    assert sorted(products) == sorted(
+        f"{kind} product, {num_tokens} tokens: error"
+        for kind, tokens in (("int4", (1, 8, 13, 64)), ("fp8", (8, 2048)))
+        for num_tokens in tokens
+    )
+    targets = {"int4": 1e-2, "fp8": 0.06}
+    for name, product in products.items():
+        assert 0 < product["value"] < product["target"] == targets[name.split()[0]]
+    for of in ("int4 product 64x256, 8", "fp8 product 64x256, 8", "fp8 product 64x256, 2048"):
+        assert found[f"{of} tokens: times as fast as bfloat16"]["value"] > 0
+    assert found["int8 product 64x256, 64 tokens: XLA's share"]["value"] > 0
     assert found["int4 product 64x256, 8 tokens: XLA's share"]["value"] > 0
     assert found["prefill attention 64: share of matmul peak"]["target"] == 0.6
+    assert found["copy bandwidth, GB/s"]["value"] > 0
 
 
 @pytest.mark.slow
@@ -81,6 +94,48 @@ def test_a_rehearsal_of_the_engine_decodes_and_prefills() -> None:
     targets = {name: finding["target"] for name, finding in found.items()}
     assert targets["decode 1: MBU"] == 0.8 and targets["chunked prefill 64: MFU"] == 0.55
     assert targets["decode 4: device idle"] == 0.03
+
+
+#: A part whose checks are right, wrong, hang, end their process, and are right again.
+_PART = """
+import os, sys, time
+from benchmarks.gpu_check import parts
+from benchmarks.gpu_check.parts import Check, perform, share_of
+from benchmarks.gpu_check import parts
+from benchmarks.gpu_check.report import Finding
+
+memory = float(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"])
+
+def wrong():
+    raise ValueError("no such page")
+
+checks = [
+    Check("right", lambda: [Finding("a", 1.0)]),
+    Check("wrong", wrong),
+    Check("hangs", lambda: time.sleep(600)),
+    Check("ends", lambda: os._exit(3)),
+    Check("right again", lambda: [Finding("b", 2.0, "<", 1.0)]),
+    Check("fast", lambda: [Finding("c", memory)], timed=True),
+]
+parts.SHARES = 1
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+print("a library's own words")
+perform(share_of(checks, words["--share"]), int(words["--first"]))
+"""
+
+
+def test_one_check_takes_no_other_finding_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "SHARES", 1)  # the others are as many processes more
+    monkeypatch.chdir(ROOT)
+    command = [sys.executable, "-c", _PART]
+    result = parts.run(command, patience=3.0, total=60.0, shared=True)
+    assert [(f.name, f.value) for f in result.findings] == [("a", 1.0), ("b", 2.0), ("c", 0.92)]
+    assert result.failed.pop("hangs").startswith("not done after ")
+    assert result.failed == {
+        "wrong": "ValueError: no such page",
+        "ends": "its process ended",
+    }
+    assert set(result.seconds) == {"right", "wrong", "right again", "fast"}
 
 
 def test_a_bare_image_has_all_that_it_imports() -> None:

@@ -27,6 +27,8 @@ def test_adapters_of_a_server_are_loaded_listed_and_unloaded(run: Run, tmp_path:
         assert run("lora", "list", *server).out == line
         again = run("lora", "load", "mine", tmp_path / "none", *server)
         assert again.status == 1 and again.err.startswith("jaxserve: there is an adapter 'mine'")
+        assert run("lora", "load", "mine", tmp_path / "a", "--replace", *server).out == line
+        assert "absolute path" in run("lora", "load", "other", "hub/adapter", *server).err
         assert run("lora", "list", "--url", server[1]).err == (
             "jaxserve: no API key given; send the header Authorization: Bearer KEY\n"
         )

@@ -68,6 +68,13 @@ def test_a_step_over_pages_of_codes_updates_them_in_place() -> None:
 
 
 @needs("gpu")
+def test_a_step_of_int4_weights_on_a_hopper_gpu_writes_no_weight_out() -> None:
+    (result,) = compile_rows("llama-3-8b-int4/h100:1/decode")
+    widened = 4096 * 28_672 * 2  # of one layer, gate and up in bfloat16
+    assert result["weights_bytes"] < 5.5e9 and result["temp_bytes"] < 0.7 * widened
+
+
+@needs("gpu")
 def test_a_step_on_a_hopper_gpu_has_its_own_attention_and_copies_no_weights() -> None:
     (result,) = compile_rows("llama-3-8b/h100:1/decode")
     assert result["attention"] == "gpu"
@@ -129,7 +136,7 @@ def test_some_of_the_rows_that_the_last_day_s_commits_concern() -> None:
 
 def test_files_that_changed_name_the_rows_that_compile_them() -> None:
     assert patterns(["docs/kernels.md", "jaxserve/http/app.py"]) == []
-    assert patterns(["pallas_kernels/quant_matmul/xla.py"]) == ["-int8"]
+    assert patterns(["pallas_kernels/quant_matmul/xla.py"]) == ["-int8", "-int4"]
     assert patterns(["pallas_kernels/kv_update/tpu.py", "jaxserve/models/llama.py"]) == [
         *("kv_update/", "/decode", "/prefill")
     ]

@@ -64,19 +64,39 @@ def test_programs_where_padding_rows_are_nearly_free():
     ]
 
 
-@given(limits(), st.sampled_from([2, 4]))
-def test_there_are_few_and_no_name_twice(config, row_growth):
-    programs = Buckets(config, row_growth).programs
+def test_programs_where_one_row_costs_more_than_two():
+    programs = Buckets(SchedulerConfig(), row_growth=4, least_rows=2).programs
+    decode = [program.name for program in programs if program.is_decode]
+    assert decode == [
+        "decode_r2",
+        "decode_r2_k4",
+        "decode_r8",
+        "decode_r16_k4",
+        "decode_r32",
+        "decode_r64",
+        "decode_r64_k4",
+    ]
+    (only,) = {
+        program.num_rows for program in Buckets(SchedulerConfig(max_rows=1), least_rows=2).programs
+    }
+    assert only == 1
+
+
+@given(limits(), st.sampled_from([2, 4]), st.sampled_from([1, 2]))
+def test_there_are_few_and_no_name_twice(config, row_growth, least_rows):
+    programs = Buckets(config, row_growth, least_rows).programs
     assert len(programs) <= MAX_PROGRAMS
     assert len({program.name for program in programs}) == len(programs)
 
 
-@given(limits(), st.sampled_from([2, 4]), st.data())
-def test_every_decode_step_fits_with_at_most_four_times_the_rows(config, row_growth, data):
+@given(limits(), st.sampled_from([2, 4]), st.sampled_from([1, 2]), st.data())
+def test_every_decode_step_fits_with_at_most_four_times_the_rows(
+    config, row_growth, least_rows, data
+):
     rows = data.draw(st.integers(1, config.max_rows))
-    buckets = Buckets(config, row_growth)
+    buckets = Buckets(config, row_growth, least_rows)
     one = buckets.choose(rows, rows, 1, False)
-    assert one.is_decode and rows <= one.num_rows <= max(1, 4 * (rows - 1))
+    assert one.is_decode and rows <= one.num_rows <= max(least_rows, 4 * (rows - 1))
     several = buckets.choose(rows, rows, config.decode_steps, False)
     assert several.decode_steps == config.decode_steps and several.num_rows >= rows
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh
 
 from jaxserve.config import KernelsConfig, WeightsConfig
 from jaxserve.engine import machine
@@ -25,6 +26,7 @@ def pretend_native(monkeypatch: pytest.MonkeyPatch, reason: str | None) -> None:
 
 
 AUTO = WeightsConfig(), KernelsConfig()
+TWO = AbstractMesh((1, 1, 2), ("data", "expert", "model"))
 
 
 def test_auto_on_the_cpu_takes_the_native_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +50,7 @@ def test_auto_on_the_cpu_without_a_native_library_is_xla_and_says_why(
     assert [record.message for record in caplog.records] == [
         "kernels.attention: xla (cpu: no C++ compiler; tpu: the platform is cpu; "
         "gpu: the platform is cpu)",
-        "kernels.matmul: xla (cpu: no C++ compiler)",
+        "kernels.matmul: xla (cpu: no C++ compiler; gpu: the platform is cpu)",
     ]
 
 
@@ -73,6 +75,39 @@ def test_auto_on_a_gpu_is_the_hopper_kernel_on_a_hopper_only(
         model_options(WeightsConfig(), KernelsConfig(attention="gpu"), "cpu")
 
 
+def test_auto_multiplies_int4_by_the_hopper_kernel_where_it_can(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    int4 = WeightsConfig(quantization="int4")
+    with caplog.at_level(logging.INFO, "jaxserve"):
+        options = model_options(int4, KernelsConfig(), "gpu", capability="9.0")
+    assert (options.matmul, options.dtype, options.layers) == ("gpu", "bfloat16", "unrolled")
+    assert not options.packed
+    assert "kernels.matmul: gpu" in caplog.messages
+    plain = model_options(int4, KernelsConfig(matmul="xla"), "gpu", capability="9.0")
+    assert plain.matmul == "xla"
+    assert model_options(int4, KernelsConfig(), "gpu", TWO, "9.0").matmul == "xla"
+    with pytest.raises(ConfigError, match=r"kernels\.matmul=gpu .* it runs on one device"):
+        model_options(int4, KernelsConfig(matmul="gpu"), "gpu", TWO, "9.0")
+
+
+@pytest.mark.parametrize(
+    ("weights", "platform", "capability", "reason"),
+    [
+        ({"quantization": "int4"}, "cpu", None, "the platform is cpu"),
+        ({"quantization": "int4"}, "gpu", "8.0", "compute capability 9.0, not 8.0"),
+        ({"quantization": "int8"}, "gpu", "9.0", "it reads int4 codes, and .* is int8"),
+        ({"quantization": "int4", "dtype": "float16"}, "gpu", "9.0", "bfloat16, not float16"),
+    ],
+)
+def test_int4_products_that_the_hopper_kernel_cannot_compute(
+    weights: dict[str, str], platform: str, capability: str | None, reason: str
+) -> None:
+    asked = WeightsConfig(**weights), KernelsConfig(matmul="gpu")
+    with pytest.raises(ConfigError, match=rf"kernels\.matmul=gpu cannot run here: .*{reason}"):
+        model_options(*asked, platform, capability=capability)
+
+
 def test_weights_that_the_native_matmul_does_not_read(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -81,7 +116,8 @@ def test_weights_that_the_native_matmul_does_not_read(
     with caplog.at_level(logging.INFO, "jaxserve"):
         options = model_options(weights, KernelsConfig(), "cpu")
     assert (options.matmul, options.attention, options.layers) == ("xla", "cpu", "unrolled")
-    assert "kernels.matmul: xla (cpu: it does not read bfloat16 weights)" in caplog.messages
+    reasons = "cpu: it does not read bfloat16 weights; gpu: the platform is cpu"
+    assert f"kernels.matmul: xla ({reasons})" in caplog.messages
     with pytest.raises(ConfigError, match=r"kernels\.matmul=cpu cannot run here: .*bfloat16"):
         model_options(weights, KernelsConfig(matmul="cpu"), "cpu")
 
@@ -94,7 +130,7 @@ def test_a_mixture_of_experts_leaves_the_matmul_to_xla(
         options = model_options(*AUTO, "cpu", mixture=True)
     assert (options.matmul, options.attention, options.layers) == ("xla", "cpu", "unrolled")
     reason = "the native matmul has no product grouped by expert"
-    assert f"kernels.matmul: xla (cpu: {reason})" in caplog.messages
+    assert f"kernels.matmul: xla (cpu: {reason}; gpu: the platform is cpu)" in caplog.messages
     with pytest.raises(ConfigError, match=rf"kernels\.matmul=cpu cannot run here: {reason}"):
         model_options(WeightsConfig(), KernelsConfig(matmul="cpu"), "cpu", mixture=True)
 

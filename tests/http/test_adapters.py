@@ -156,6 +156,8 @@ def test_load_and_unload(served: Front, directory: Path) -> None:
     [
         ({"lora_path": "/does/not/exist"}, "no directory"),
         ({"lora_path": "/tmp/../etc"}, "'..'"),
+        ({"lora_path": "/tmp/a\0b"}, "zero byte"),
+        ({"lora_path": ""}, "not empty"),
         ({"lora_name": "../x"}, "adapter name"),
         ({"lora_name": "fake"}, "base model"),
         ({"lora_name": None}, "lora_name"),
@@ -164,11 +166,13 @@ def test_load_and_unload(served: Front, directory: Path) -> None:
     ],
 )
 def test_refused_loads(served: Front, directory: Path, fields: dict[str, Any], says: str) -> None:
-    """400, with what is wrong."""
+    """400, with what is wrong, and which field."""
     good = {"lora_name": "x", "lora_path": str(directory / "one")}
     response = served.post("/v1/load_lora_adapter", good | fields)
     assert response.status_code == 400
-    assert says in response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert says in error["message"]
+    assert error["param"] == next(iter(fields))
 
 
 def test_a_broken_adapter_is_a_400(served: Front, directory: Path) -> None:
@@ -177,9 +181,11 @@ def test_a_broken_adapter_is_a_400(served: Front, directory: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-1])
     response = served.post("/v1/completions", body("three"))
     assert response.status_code == 400
-    assert response.json()["error"]["code"] == "invalid_adapter"
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_adapter", "model")
     load = {"lora_name": "x", "lora_path": str(weights.parent)}
-    assert served.post("/v1/load_lora_adapter", load).status_code == 400
+    response = served.post("/v1/load_lora_adapter", load)
+    assert response.status_code == 400 and response.json()["error"]["param"] == "lora_path"
     assert tokens_of(served, "one") == answer(adapter_digest(directory / "one"))
 
 

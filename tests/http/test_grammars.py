@@ -116,10 +116,28 @@ def test_who_leaves_takes_the_check_from_nobody() -> None:
 def test_those_behind_too_many_others_are_told_to_come_back() -> None:
     async def run() -> None:
         async with checking(check_timeout_s=0.2) as checker:
-            await checker._turn.acquire()  # somebody else's turn, for too long
+            await checker._turns.acquire(1)  # somebody else's turn, for too long
             with pytest.raises(Overloaded):
                 await checker.check(GOOD, MODEL, "x")
-            checker._turn.release()
+            checker._turns.release()
             await checker.check(GOOD, MODEL, "x")
+
+    asyncio.run(run())
+
+
+def test_small_grammars_do_not_wait_for_many_large_ones() -> None:
+    """Which may take their whole time each, and together longer than anybody waits."""
+
+    async def run() -> None:
+        async with checking() as checker:
+            await checker._turns.acquire(1)  # somebody else's turn
+            large = [regex(f"a{index}" * 1000) for index in range(12)]
+            waiting = [*large, OTHER]
+            tasks = [asyncio.create_task(checker.check(own, MODEL, "x")) for own in waiting]
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # all wait
+            checker._turns.release()
+            await asyncio.gather(*tasks)
+            assert list(checker._verdicts) == [OTHER, *large]
 
     asyncio.run(run())

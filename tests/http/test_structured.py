@@ -166,6 +166,7 @@ def test_length_says_length(shared: Front) -> None:
         ({"guided_grammar": 'start[temperature=0.5]: "a"'}, "'temperature'", "guided_grammar"),
         ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "ignore_eos"),
         ({"response_format": TAGS | {"triggers": ["<x"]}}, "triggers", None),
+        ({"response_format": TAGS | {"triggers": [""]}}, "strings that are not empty", None),
     ],
 )
 def test_what_is_wrong_is_named(shared: Front, values: dict, said: str, param: str | None) -> None:

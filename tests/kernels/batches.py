@@ -12,6 +12,8 @@ from pallas_kernels.quantized_pages import QuantizedPages, is_quantized, quantiz
 from pallas_kernels.ragged import RaggedBatch
 
 DECODE = [(1, 7), (1, 1), (0, 0), (1, 130), (1, 16), (1, 17), (0, 40), (1, 300)]
+#: As decode programs have it: token t is row t's, empty rows come last.
+ALIGNED = [(1, 7), (1, 300), (1, 64), (0, 0), (0, 40)]
 MIXED = [(1, 33), (1, 257), (70, 70), (0, 0), (5, 130), (1, 1), (128, 200), (2, 2), (65, 300)]
 
 
@@ -29,6 +31,7 @@ class Case:
     soft_cap: float | None = None
     num_layers: int = 2
     max_query_len: int | None = None
+    aligned: bool = False  # padding must then be as many tokens as there are empty rows
     dtype: str = "float32"
     sinks: bool = False
     unused: int = 0  # lanes behind each key and each value
@@ -63,6 +66,7 @@ class Case:
             query_starts=jnp.asarray(starts),
             context_lens=jnp.asarray([c for _, c in self.lens], jnp.int32),
             max_query_len=self.max_query_len or max([n for n, _ in self.lens] + [1]),
+            aligned=self.aligned,
         )
         unused = np.full((*shape[:-1], self.unused), self.unused_value, np.float32)
         pages = jnp.asarray(np.concatenate([k, unused, v, unused], axis=-1))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.paged_attention import RaggedBatch, paged_attention, reference
-from tests.kernels.batches import DECODE, MIXED, Case, relative_error
+from tests.kernels.batches import ALIGNED, DECODE, MIXED, Case, relative_error
 
 TOLERANCE = 1e-5
 
@@ -36,6 +36,11 @@ def test_matches_reference(
     backend: str, lens: list[tuple[int, int]], window: int | None, soft_cap: float | None
 ) -> None:
     check(Case(lens=lens, window=window, soft_cap=soft_cap, padding=5), backend)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_decode_as_programs_have_it(backend: str, window: int | None) -> None:
+    check(Case(lens=ALIGNED, window=window, padding=2, aligned=True), backend)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])

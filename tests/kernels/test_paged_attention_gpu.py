@@ -16,12 +16,12 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import UnsupportedKernel
-from pallas_kernels.paged_attention import gpu, gpu_block, reference
+from pallas_kernels.paged_attention import gpu, gpu_block, gpu_decode, gpu_merge, reference
 from pallas_kernels.paged_attention.gpu_chunks import TILE, tiles
 from pallas_kernels.paged_attention.gpu_decode import num_splits
 from pallas_kernels.ragged import RaggedBatch
 from tests.kernels.aligned_copies import aligned_copies
-from tests.kernels.batches import Case, relative_error
+from tests.kernels.batches import ALIGNED, Case, relative_error
 
 TOLERANCE = 1e-2
 DECODE = [(1, 7), (1, 300), (0, 40), (1, 64)]
@@ -59,6 +59,71 @@ def narrow(head_dim: int, num_heads: int, num_kv_heads: int, **options: Any) -> 
 
 def test_decode() -> None:
     check(narrow(64, 4, 2, lens=DECODE, padding=2))
+
+
+def test_decode_as_programs_have_it() -> None:
+    check(narrow(64, 4, 2, lens=ALIGNED, padding=2, aligned=True))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "splits", "sinks"),
+    [(64, 3, True), pytest.param(256, 2, False, marks=pytest.mark.slow)],
+)
+def test_decode_of_contexts_that_are_split(
+    head_dim: int, splits: int, sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_decode, "num_splits", lambda *_: splits)
+    check(narrow(head_dim, 4, 2, lens=ALIGNED, padding=2, aligned=True, sinks=sinks))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "splits", "options"),
+    [
+        (64, 1, {}),
+        (64, 3, {"window": 40, "soft_cap": 5.0, "sinks": True}),
+        pytest.param(80, 1, {"page_size": 128}, marks=pytest.mark.slow),
+        pytest.param(256, 2, {}, marks=pytest.mark.slow),
+    ],
+)
+def test_decode_writes_the_new_keys_and_values(
+    head_dim: int, splits: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Page by page as `kv_update` would have written them, and nothing else; and attended to."""
+    monkeypatch.setattr(gpu_decode, "num_splits", lambda *_: splits)
+    lens = [(1, 7), (1, 300), (1, 64), (1, 129), (0, 0), (0, 40)]
+    case = narrow(head_dim, 4, 2, lens=lens, padding=2, aligned=True, **options)
+    arrays = case.arrays(secrets.randbits(32))
+    arrays["q"] = arrays["q"].astype(jnp.bfloat16)
+    batch, page_size = arrays["batch"], case.page_size
+    assert gpu.writes(batch, arrays["pages"], 4)
+    where = (1, *batch.token_places(len(lens), page_size))
+    page, offset = (np.asarray(part)[:4] for part in where[1:])
+    held = np.asarray(arrays["pages"], np.float32)
+    new = held[1, page, :, offset].astype(jnp.bfloat16)
+    before = held.copy()
+    before[1, page, :, offset] = np.nan
+    interpret = plgpu.InterpretGPUParams()
+    k_new, v_new = (
+        jnp.pad(half, ((0, 2), (0, 0), (0, 0)), constant_values=np.nan)
+        for half in np.split(new, 2, axis=-1)
+    )
+    given = {name: array for name, array in arrays.items() if name not in ("q", "pages")}
+    out, pages = gpu.write_and_attend(
+        arrays["q"], k_new, v_new, jnp.asarray(before, jnp.bfloat16), 1,
+        **given, **case.options, interpret=interpret,
+    )  # fmt: skip
+    np.testing.assert_array_equal(np.asarray(pages, np.float32), held)
+    exact = {**arrays, "q": arrays["q"].astype(jnp.float32)}
+    expected = reference.paged_attention(layer=1, **exact, **case.options)
+    out = np.asarray(out, np.float32)
+    assert not out[4:].any() and relative_error(out[:4], expected[:4]) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_more_parts_than_one_expression_joins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_decode, "num_splits", lambda *_: 3)
+    monkeypatch.setattr(gpu_merge, "UNROLLED_PARTS", 2)
+    check(narrow(64, 2, 1, lens=[(1, 300)]))
 
 
 @pytest.mark.slow
@@ -166,9 +231,9 @@ def test_every_token_is_in_one_tile() -> None:
 
 @pytest.mark.parametrize(
     ("num_blocks", "max_pages", "splits"),
-    [(64 * 8, 256, 1), (8, 4096, 33), (1, 8, 1), (132, 4096, 1)],
+    [(64 * 8, 256, 1), (8 * 8, 512, 1), (2 * 8, 512, 4), (8, 4096, 8), (1, 4096, 64), (1, 8, 1)],
 )
-def test_splits_fill_the_processors(num_blocks: int, max_pages: int, splits: int) -> None:
+def test_splits_fill_the_memory_bandwidth(num_blocks: int, max_pages: int, splits: int) -> None:
     assert num_splits(num_blocks, max_pages, 16) == splits
 
 

@@ -126,6 +126,7 @@ class Driver:
                     query_starts=jnp.asarray(starts),
                     context_lens=jnp.asarray(context_lens),
                     max_query_len=1 if num_rows == num_tokens else num_tokens,
+                    aligned=num_rows == num_tokens,
                 )
             )
         last = jnp.asarray(np.maximum(starts[1:] - 1, 0))

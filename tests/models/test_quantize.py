@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,11 +13,12 @@ from flax import nnx
 
 from jaxserve.errors import ConfigError, WeightsError
 from jaxserve.models.decoder import Decoder, layer_stacks
+from jaxserve.models.linear import Linear
 from jaxserve.models.options import ModelOptions
 from jaxserve.models.quantize import fp8_codes, int4_codes, int8_codes
 from jaxserve.models.spec import AttentionSpec
 from jaxserve.weights.load import load_model
-from pallas_kernels.quant_matmul import reference
+from pallas_kernels.quant_matmul import gpu, int4_matmul, reference
 from tests.models.driver import Driver
 from tests.models.loading import ORACLE, load_tiny, skip_without_native
 from tests.models.test_decoder import _spec
@@ -128,6 +130,38 @@ def test_every_way_of_holding_codes_computes_the_same(quantization: str) -> None
     for options in (replace(dense, layers="scanned"), packed, replace(packed, layers="scanned")):
         other = logits(held(model, options))
         np.testing.assert_allclose(other, expected, rtol=1e-4, atol=1e-4, err_msg=str(options))
+
+
+def test_int4_products_of_few_tokens_are_the_hopper_kernels(monkeypatch) -> None:
+    taken: list[tuple[int, ...]] = []
+
+    def kernel(x: Any, codes: Any, scale: Any, minimum: Any) -> Any:
+        taken.append((*x.shape, *codes.shape[1:]))
+        return int4_matmul(x, codes, scale, minimum)
+
+    monkeypatch.setattr(gpu, "int4_matmul", kernel)
+    options = ModelOptions(dtype="bfloat16", quantization="int4", matmul="gpu")
+    for depth, out in ((64, (2, 128)), (96, (256,)), (64, (128,))):
+        axes = ("embed", *[None] * len(out))
+        linear = Linear(depth, out, options, axes=axes, rngs=nnx.Rngs(0))
+        plain = Linear(depth, out, replace(options, matmul="xla"), axes=axes, rngs=nnx.Rngs(0))
+        for num_tokens in (1, 64, 65):
+            x = jnp.ones((num_tokens, depth), jnp.bfloat16)
+            np.testing.assert_array_equal(linear(x), plain(x))
+    assert taken == [(1, 64, 2, 128), (64, 64, 2, 128)]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"quantization": "int8", "dtype": "bfloat16"}, "bfloat16 by weights.quantization=int8"),
+        ({"quantization": "int4", "dtype": "float32"}, "float32 by weights.quantization=int4"),
+        ({"quantization": "int4", "dtype": "bfloat16", "tensor_parallel": 2}, "on one device"),
+    ],
+)
+def test_weights_that_the_hopper_kernel_does_not_read(options: dict, reason: str) -> None:
+    with pytest.raises(ConfigError, match=f"kernels.matmul=gpu .*{reason}"):
+        ModelOptions(matmul="gpu", **options)
 
 
 @pytest.mark.parametrize("case", ["llama3", "qwen2_tied", "gemma3"])

@@ -318,7 +318,7 @@ def test_what_does_not_fit_is_told_before_weights_are_loaded(
     ("setting", "sentence"),
     [
         ("weights.quantization=int8", "weights.quantization=int8: codes have no gradient"),
-        ("kernels.matmul=cpu", "kernels.matmul=cpu: the native matmul has no gradient"),
+        ("kernels.matmul=cpu", "kernels.matmul=cpu: its products have no gradient"),
         ("kernels.attention=cpu", "kernels.attention=cpu: whole rows are not paged"),
         ("parallel.data=2", "parallel.data=2: training runs on one device"),
         ("weights.dtype=float16", "gradients leave its range; use bfloat16"),

@@ -24,7 +24,7 @@ export class Models {
       required: true,
       autocomplete: "off",
       spellcheck: "false",
-      placeholder: "directory, hub id, gs:// or s3://",
+      placeholder: "/directory, gs:// or s3://",
     });
     this.replace = el("input", { id: "lora-replace", type: "checkbox" });
     this.load = el("button", { class: "primary", type: "submit" }, "Load");
