@@ -38,16 +38,16 @@ TILE = COMPUTERS * hopper.ROWS
 #: Bytes of shared memory for the rings, the queries, the result and widened codes; the rest of the
 #: 227 KiB is for barriers and weights.
 BYTES = 224 * 1024
-#: Slots of the ring of keys, at most, and of the ring of values, which follow a block behind.
-KEY_SLOTS, VALUE_SLOTS = 3, 2
+#: Slots of the ring of keys and of the ring of values, at most.
+SLOTS = 3
 #: Positions of a block, at most.
 SPAN = 128
 #: Registers of a thread that computes, and of one that copies.
 COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
 #: Whether the warpgroups take turns: one multiplies while the other computes its softmax.
 TAKES_TURNS = True
-#: How many warps of the copying warpgroup copy: 1, all together, or 4, each its pages.
-COPIERS = 1
+#: Warps of the copying warpgroup, which copy each its pages.
+COPIERS = 4
 
 
 class Tiles(NamedTuple):
@@ -112,11 +112,11 @@ def chunks(
     """
     num_tokens, num_heads, head_dim = q.shape
     kind, dtype, held = kind_of(pages), block.operand_dtype(pages), arrays_of(pages)
-    span, key_slots = _rings(head_dim, dtype.itemsize, held[0].dtype.itemsize)
+    span, slots = _rings(head_dim, dtype, held[0].dtype, pages.shape[3])
     copies = block.copies(pages.shape[3], span, "")
     found = tiles(batch, num_tokens, score.window)
     per_head = num_heads // pages.shape[2]
-    slots = (key_slots, VALUE_SLOTS)
+    rows = COMPUTERS, hopper.ROWS
     return plgpu.kernel(
         functools.partial(
             _kernel,
@@ -128,15 +128,18 @@ def chunks(
         ),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=(
-            hopper.swizzled((COMPUTERS, hopper.ROWS, head_dim), head_dim, dtype),
-            plgpu.SMEM((COMPUTERS, hopper.ROWS, block.columns(head_dim)[0][1]), dtype),
+            plgpu.RefUnion(
+                hopper.swizzled((*rows, head_dim), head_dim, dtype),
+                [plgpu.SMEM((*rows, size), dtype) for _, size in block.columns(head_dim)],
+            ),
+            plgpu.Barrier(num_arrivals=len(block.columns(head_dim)), num_barriers=COMPUTERS),
             plgpu.Barrier(num_barriers=COMPUTERS),
-            plgpu.Barrier(num_barriers=COMPUTERS),
-            *(hopper.swizzled((n, span, head_dim), head_dim, held[0].dtype) for n in slots),
-            plgpu.Barrier(num_arrivals=copies * (3 if kind else 1), num_barriers=key_slots),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=VALUE_SLOTS),
-            *(plgpu.Barrier(num_arrivals=COMPUTERS, num_barriers=n) for n in slots),
-            *softmax.scratch(kind, key_slots, span, head_dim, COMPUTERS, pages.shape[3]),
+            plgpu.Barrier(num_arrivals=COMPUTERS),
+            *[hopper.swizzled((slots, span, head_dim), head_dim, held[0].dtype)] * 2,
+            plgpu.Barrier(num_arrivals=copies * (3 if kind else 1), num_barriers=slots),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
+            *[plgpu.Barrier(num_arrivals=COMPUTERS, num_barriers=slots)] * 2,
+            *softmax.scratch(kind, slots, span, head_dim, COMPUTERS, pages.shape[3]),
             *softmax.interpreted_scratch(interpret, span, head_dim, dtype, COMPUTERS),
         ),
         grid=(num_heads, found.row.shape[0]),
@@ -156,14 +159,20 @@ def chunks(
     )
 
 
-def _rings(head_dim: int, itemsize: int, held_itemsize: int) -> tuple[int, int]:
-    """Positions of a block and slots of keys: the most that fit."""
-    columns = block.columns(head_dim)[0][1]
-    fixed = COMPUTERS * hopper.ROWS * (head_dim + columns) * itemsize
-    for span, slots in itertools.product((SPAN, hopper.ROWS), range(KEY_SLOTS, 1, -1)):
-        ring = (slots + VALUE_SLOTS) * span * head_dim * held_itemsize
-        wide = 2 * COMPUTERS * span * head_dim * itemsize if held_itemsize < itemsize else 0
-        if fixed + ring + wide <= BYTES:
+def _rings(head_dim: int, dtype: jnp.dtype, held: jnp.dtype, page_size: int) -> tuple[int, int]:
+    """Positions of a block, and slots of a ring: the most that fit.
+
+    Args:
+        dtype: of what is multiplied.
+        held: of pages.
+    """
+    for span, slots in itertools.product((SPAN, hopper.ROWS), range(SLOTS, 1, -1)):
+        queries = COMPUTERS * hopper.ROWS * head_dim * dtype.itemsize
+        rings = 2 * slots * span * head_dim * held.itemsize
+        wide = 2 * COMPUTERS * span * head_dim * dtype.itemsize
+        scales = block.scales_scratch(slots, span, COMPUTERS, page_size)
+        wide += sum(math.prod(x.shape) * x.dtype.itemsize for x in scales)
+        if queries + rings + (wide if held != dtype else 0) <= BYTES:
             return span, slots
     raise AssertionError(f"no room for heads of {head_dim}")
 
@@ -173,7 +182,7 @@ def _kernel(
     score: Score, kind: str, per_head: int, has_sinks: bool, is_interpreted: bool,
 ) -> None:  # fmt: skip
     scales, refs = (refs[0], refs[1:]) if kind else (None, refs)
-    out, q_smem, staging, q_ready, turns, *refs = refs
+    out, (q_smem, staging), q_ready, turns, together, *refs = refs
     key_tiles, value_tiles, keys_ready, values_ready, keys_free, values_free, *refs = refs
     widened, refs = (refs[:4], refs[4:]) if kind else ((None,) * 4, refs)
     head, tile = lax.axis_index("head"), lax.axis_index("tile")
@@ -220,17 +229,37 @@ def _kernel(
     position = own.position + warpgroup * hopper.ROWS
     end = jnp.minimum(own.end, position + live)
 
+    def meet() -> None:
+        """Waits for the other warpgroup, where its part of one memory is in ours of the other."""
+        if len(staging) > 1:
+            plgpu.barrier_arrive(together)
+            plgpu.barrier_wait(together)
+
+    def read_queries() -> None:
+        columns = list(zip(block.columns(head_dim), staging, strict=True))
+        for (column, size), part in columns:
+            source = q.at[pl.ds(token, hopper.ROWS), head, pl.ds(column, size)]
+            plgpu.copy_gmem_to_smem(source, part.at[warpgroup], q_ready.at[warpgroup])
+        plgpu.barrier_wait(q_ready.at[warpgroup])
+        layout = plgpu.Layout.WGMMA
+        queries = [plgpu.load(part.at[warpgroup], layout=layout) for part in staging]
+        meet()
+        for ((column, size), _), values in zip(columns, queries, strict=True):
+            q_smem[warpgroup, :, pl.ds(column, size)] = values
+        plgpu.commit_smem()
+
     def leave(parts: list[Any]) -> None:
         """Writes the result's columns."""
-        for (column, size), part in zip(block.columns(head_dim), parts, strict=True):
-            plgpu.wait_smem_to_gmem(0)
-            staging[warpgroup, :, pl.ds(0, size)] = part
-            plgpu.commit_smem()
+        meet()
+        for part, values in zip(staging, parts, strict=True):
+            part[warpgroup] = values
+        plgpu.commit_smem()
+        for (column, size), part in zip(block.columns(head_dim), staging, strict=True):
 
-            def send(first: Any, rows: int, column: int = column, size: int = size) -> None:
+            def send(first: Any, rows: int, part: Any = part, where: Any = (column, size)) -> None:
                 plgpu.copy_smem_to_gmem(
-                    staging.at[warpgroup, pl.ds(first, rows), pl.ds(0, size)],
-                    out.at[pl.ds(token + first, rows), head, pl.ds(column, size)],
+                    part.at[warpgroup, pl.ds(first, rows)],
+                    out.at[pl.ds(token + first, rows), head, pl.ds(*where)],
                 )
 
             _rows(live, _rows_of_a_copy(size * q_smem.dtype.itemsize), send)
@@ -274,14 +303,7 @@ def _kernel(
 
         @pl.when(count > 0)
         def _() -> None:
-            for column, size in block.columns(head_dim):
-                whole_tile = staging.at[warpgroup, :, pl.ds(0, size)]
-                source = q.at[pl.ds(token, hopper.ROWS), head, pl.ds(column, size)]
-                plgpu.copy_gmem_to_smem(source, whole_tile, q_ready.at[warpgroup])
-                plgpu.barrier_wait(q_ready.at[warpgroup])
-                queries = plgpu.load(whole_tile, layout=plgpu.Layout.WGMMA)
-                q_smem[warpgroup, :, pl.ds(column, size)] = queries
-                plgpu.commit_smem()
+            read_queries()
             leave(softmax.with_accumulators(attend, head_dim, is_interpreted, refs, warpgroup))
 
         @pl.when(count == 0)

@@ -85,10 +85,14 @@ class Mask(NamedTuple):
 
     def visible(self, place: Any, shape: tuple[int, ...]) -> Bool[Array, "64 B"]:
         """Which scores of a block at a place count."""
-        query = self.position + block.iota(shape, 0)
-        key = place + block.iota(shape, 1)
-        seen = (key <= query) & (key < self.end)
-        return seen if self.window is None else seen & (key > query - self.window)
+        rows = plgpu.broadcasted_iota(jnp.int32, shape[:1], 0, layout=plgpu.Layout.WGMMA.reduce(1))
+        newest = self.position - place + rows
+        key = block.iota(shape, 1)
+        last = jnp.minimum(newest, self.end - 1 - place)
+        seen = key <= lax.broadcast_in_dim(last, shape, [0])
+        if self.window is None:
+            return seen
+        return seen & (key > lax.broadcast_in_dim(newest - self.window, shape, [0]))
 
     def inside(self, place: Any) -> Bool[Array, "X Y"]:
         """Whether positions hold numbers."""
