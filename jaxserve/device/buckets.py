@@ -131,7 +131,7 @@ def _decode(config: SchedulerConfig, row_growth: int, least_rows: int) -> list[P
 def _several_steps(config: SchedulerConfig, row_growth: int, least_rows: int) -> list[Program]:
     if config.decode_steps == 1:
         return []
-    sizes, size = {least_rows, config.max_rows}, 4 * row_growth
+    sizes, size = {least_rows, config.max_rows}, 4 * row_growth // least_rows
     # Far up a program for more than half of all rows is left out: it would save little.
     while size < config.max_rows and (size <= _FINE_ROWS or 2 * size < config.max_rows):
         sizes.add(size)

@@ -33,8 +33,8 @@ from jaxserve.models.context import StepContext
 from jaxserve.models.decoder import Decoder
 from jaxserve.models.deltas import SlotClass, StepDeltas
 from jaxserve.sampling.history import observe
-from jaxserve.sampling.logprobs import Logprobs, logprobs_if, prompt_logprobs
-from jaxserve.sampling.sample import sample
+from jaxserve.sampling.logprobs import Logprobs, logprobs_if, no_logprobs, prompt_logprobs
+from jaxserve.sampling.sample import any_asks, sample, sample_plainly
 from jaxserve.sampling.spread import ONE_DEVICE, Spread
 from jaxserve.sampling.state import SamplingState
 from jaxserve.types import MAX_LOGPROBS
@@ -298,8 +298,17 @@ def sample_rows(
         masks: of tokens that may be taken, as `mask_logits` has them; all where None.
         places: slot, position of the sampled token, and whether one is wanted.
     """
-    sampled = _sample(logits, state, *places, spread=spread, masks=masks)
-    return sampled, _logprobs_if(wants_logprobs, logits, sampled, spread=spread)
+    slots, _, live = places
+
+    def as_asked() -> tuple[Int[Array, "N"], Logprobs]:
+        sampled = _sample(logits, state, *places, spread=spread, masks=masks)
+        return sampled, _logprobs_if(wants_logprobs, logits, sampled, spread=spread)
+
+    def plainly() -> tuple[Int[Array, "N"], Logprobs]:
+        return sample_plainly(logits, spread, masks), no_logprobs(logits.shape[0])
+
+    # What most steps take is behind one condition: on a GPU the host waits for each of them.
+    return jax.lax.cond(any_asks(state, slots, live, spread) | wants_logprobs, as_asked, plainly)
 
 
 def keep_last(

@@ -73,16 +73,20 @@ def logprobs_if(
     Args:
         wanted: the same in all copies of the model.
     """
-    num_rows = token_ids.shape[0]
     return jax.lax.cond(
         wanted,
         lambda: logprobs(logits, token_ids, spread),
-        lambda: Logprobs(
-            chosen=jnp.zeros(num_rows, jnp.float32),
-            rank=jnp.zeros(num_rows, jnp.int32),
-            top_ids=jnp.zeros((num_rows, MAX_LOGPROBS), jnp.int32),
-            top_values=jnp.zeros((num_rows, MAX_LOGPROBS), jnp.float32),
-        ),
+        lambda: no_logprobs(token_ids.shape[0]),
+    )
+
+
+def no_logprobs(num_rows: int) -> Logprobs:
+    """In place of those that nobody wants."""
+    return Logprobs(
+        chosen=jnp.zeros(num_rows, jnp.float32),
+        rank=jnp.zeros(num_rows, jnp.int32),
+        top_ids=jnp.zeros((num_rows, MAX_LOGPROBS), jnp.int32),
+        top_values=jnp.zeros((num_rows, MAX_LOGPROBS), jnp.float32),
     )
 
 

@@ -43,16 +43,35 @@ def sample(
         spread: how the logits lie on the devices.
         masks: of tokens that may be taken at all, as `mask_logits` has them.
     """
-    settings = read_settings(state, slots, live)
-    plain = greedy if not spread.axes else greedy_by_vocabulary
     choose, rows = _choose, (logits, slots, positions, live)
     if masks is not None:
         choose, rows = _choose_allowed, (*rows, masks)
     return jax.lax.cond(
-        spread.anywhere(settings.any_has(Flag.ADJUSTS | Flag.SAMPLES)),
+        any_asks(state, slots, live, spread),
         lambda: spread.over_rows(choose, rows, state),
-        lambda: plain(logits if masks is None else mask_logits(logits, masks)),
+        lambda: sample_plainly(logits, spread, masks),
     )
+
+
+def any_asks(
+    state: SamplingState,
+    slots: Int[Array, "B"],
+    live: Bool[Array, "B"],
+    spread: Spread = ONE_DEVICE,
+) -> Bool[Array, ""]:
+    """Whether any row wants more than the largest of its logits."""
+    settings = read_settings(state, slots, live)
+    return spread.anywhere(settings.any_has(Flag.ADJUSTS | Flag.SAMPLES))
+
+
+def sample_plainly(
+    logits: Float[Array, "B V"],
+    spread: Spread = ONE_DEVICE,
+    masks: UInt[Array, "B W"] | None = None,
+) -> Int[Array, "B"]:
+    """`sample` where no row asks for anything."""
+    plain = greedy if not spread.axes else greedy_by_vocabulary
+    return plain(logits if masks is None else mask_logits(logits, masks))
 
 
 def _choose_allowed(

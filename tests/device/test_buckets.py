@@ -71,8 +71,9 @@ def test_programs_where_one_row_costs_more_than_two():
         "decode_r2",
         "decode_r2_k4",
         "decode_r8",
-        "decode_r16_k4",
+        "decode_r8_k4",
         "decode_r32",
+        "decode_r32_k4",
         "decode_r64",
         "decode_r64_k4",
     ]
