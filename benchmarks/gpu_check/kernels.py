@@ -23,7 +23,12 @@ from benchmarks.gpu_check.limits import Limits, seconds_a_call
 from benchmarks.gpu_check.parts import Check
 from benchmarks.gpu_check.report import Finding
 from pallas_kernels.kv_update import kv_update
-from pallas_kernels.paged_attention import RaggedBatch, paged_attention, reference
+from pallas_kernels.paged_attention import (
+    RaggedBatch,
+    paged_attention,
+    reference,
+    write_and_attend,
+)
 from pallas_kernels.quantized_pages import QuantizedPages, is_quantized, quantize
 
 TOLERANCE = 1e-2
@@ -67,6 +72,9 @@ def checks(backend: str, limits: Callable[[], Limits], sizes: Sizes) -> Iterator
         for dtype in ("int8", "float8_e4m3fn"):
             yield correct(f"{name} pages of {dtype}", lens, page_size=32, dtype=dtype)
     yield Check("cache update", lambda: [_update_is_right(backend)])
+    for head_dim in (64, 96, 128):
+        writes = partial(_decode_writes, backend, head_dim)
+        yield Check(f"decode that writes H={head_dim}", lambda writes=writes: [writes()])
     yield Check("decode attention", lambda: _decode(backend, limits(), sizes), timed=True)
     yield Check("prefill attention", lambda: [_prefill(backend, limits(), sizes)], timed=True)
 
@@ -155,6 +163,33 @@ def _update_is_right(backend: str) -> Finding:
     want[1, page, :, offset] = np.concatenate([np.asarray(x, np.float32) for x in new], axis=-1)
     wrong = np.count_nonzero(got[:, 1:] != want[:, 1:])
     return Finding("cache update: wrong elements", float(wrong), "<", 1.0)
+
+
+def _decode_writes(backend: str, head_dim: int) -> Finding:
+    """A decode program's rows, some of them padding, whose last position is not in its page yet."""
+    rng = np.random.default_rng(secrets.randbits(32))
+    lens = [(1, 7), (1, 1), (1, 130), (1, 1300), (1, 64), (1, 65), (1, 16)]
+    batch, num_pages = _batch(lens, 16, rng)
+    batch = replace(batch, aligned=True)
+    shape = (2, num_pages, 2, 16, 2 * head_dim)
+    pages = rng.standard_normal(shape, np.float32)
+    places = batch.token_places(len(lens), 16)
+    page, offset = map(np.asarray, places)
+    pages[1, page, :, offset] = np.nan
+    pages = jnp.asarray(pages, jnp.bfloat16)
+    q = jnp.asarray(rng.standard_normal((len(lens), 8, head_dim)), jnp.bfloat16)
+    new = [jnp.asarray(rng.standard_normal((len(lens), 2, head_dim)), jnp.bfloat16) for _ in "kv"]
+    scale = head_dim**-0.5
+    want = pages.at[1, page, :, offset].set(jnp.concatenate(new, axis=-1))
+    exact = jax.jit(partial(reference.paged_attention, layer=1, batch=batch, scale=scale))
+    expected = exact(q.astype(jnp.float32), want)
+    call = partial(write_and_attend, layer=1, batch=batch, scale=scale, backend=backend)
+    run = jax.jit(lambda q, k, v, pages: call(q, k, v, pages, places=places), donate_argnums=3)
+    out, got = run(q, *new, pages)
+    wrong = int(jnp.count_nonzero(got[:, 1:] != want[:, 1:]))
+    error = error_of(out, expected)
+    name = f"decode that writes H={head_dim}: error"
+    return Finding(name, 1.0 if wrong else error, "<", TOLERANCE)
 
 
 def _decode(backend: str, limits: Limits, sizes: Sizes) -> Iterator[Finding]:
