@@ -154,6 +154,10 @@ def _attend(
         )
 
     with jax.named_scope("paged_attention"):
+        if batch.context_lens.shape[0] == 1 and batch.max_query_len > 1 and not batch.aligned:
+            # A prompt alone: what it may have of one token is a tile, not a kernel more.
+            out = chunks(held, pages, layer, batch, score, sinks, cost(num_tokens), interpret, 1)
+            return out.astype(q.dtype), pages
         single = batch.query_lens == 1
         first_tokens = jnp.minimum(batch.query_starts[:-1], num_tokens - 1)
         queries = held if batch.aligned else held[first_tokens]
