@@ -156,6 +156,18 @@ class PagePool:
         """The page of this content, held or kept."""
         return self._registered.get(digest)
 
+    def num_found(self, digests: Sequence[bytes], start: int, end: int) -> int:
+        """How many of these contents are there from `start` on without a gap, at most up to `end`.
+
+        Args:
+            digests: at least `end` of them.
+        """
+        registered = self._registered
+        for index in range(start, end):
+            if digests[index] not in registered:
+                return index - start
+        return max(end - start, 0)
+
     def register(self, page: int, digest: bytes) -> int:
         """Makes a held page findable, unless another has the same content.
 
