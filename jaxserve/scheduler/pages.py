@@ -239,6 +239,10 @@ class PageAllocator:
             pages[index] = target
         return copies
 
+    def at(self, table: PageTable, position: int) -> list[int]:
+        """The page of a position, of each group."""
+        return [pages[position // self.page_size] for pages in table.pages]
+
     def entries(self, table: PageTable, slot: int) -> list[tuple[int, int, int, int]]:
         """(group, slot, index, page) of all pages that a table holds."""
         entries: list[tuple[int, int, int, int]] = []

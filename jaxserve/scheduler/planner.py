@@ -84,11 +84,15 @@ class Planner:
         Returns:
             These rows.
         """
-        opening = self._rows.decoding.opening(plan.decode_steps)
-        entries = self._rows.pages.open_each(opening)
+        rows, ahead = self._rows, self._rows.ahead
+        opened = rows.decoding.opened_by(plan.decode_steps)
+        if plan.decode_steps == 1 and all(sequence in ahead for sequence in opened):
+            return opened
+        opening = rows.decoding.opening(plan.decode_steps)
+        entries = rows.pages.open_each(opening)
         if entries is not None:
             plan.page_entries += entries
-            return [sequence for sequence, _ in opening]
+            return opened
         for sequence, position in opening:
             while sequence.state is SequenceState.DECODING:
                 # What a window has passed is given back as of the call's first step: the pages
@@ -99,7 +103,7 @@ class Planner:
                     plan.enter(sequence.slot, entries)
                     break
                 self._make_room(None)
-        return [sequence for sequence, _ in opening]
+        return opened
 
     def _continue_prefills(self, plan: Plan, budget: int) -> int:
         """Chunks for sequences that hold a slot; returns the budget that is left."""
