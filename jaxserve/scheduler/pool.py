@@ -156,8 +156,8 @@ class PagePool:
         """The page of this content, held or kept."""
         return self._registered.get(digest)
 
-    def num_found(self, digests: Sequence[bytes], start: int, end: int) -> int:
-        """How many of these contents are there from `start` on without a gap, at most up to `end`.
+    def end_of_found(self, digests: Sequence[bytes], start: int, end: int) -> int:
+        """The first place from `start` on whose content is not there; `end` if all are.
 
         Args:
             digests: at least `end` of them.
@@ -165,8 +165,8 @@ class PagePool:
         registered = self._registered
         for index in range(start, end):
             if digests[index] not in registered:
-                return index - start
-        return max(end - start, 0)
+                return index
+        return end
 
     def register(self, page: int, digest: bytes) -> int:
         """Makes a held page findable, unless another has the same content.

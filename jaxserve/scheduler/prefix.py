@@ -248,12 +248,11 @@ class PrefixCache:
             if start >= len(digests):
                 self._extend(digests, root, token_ids, min(start + _BLOCK, limit))
             end = min(limit, len(digests))
-            num_found = min(
-                (pool.num_found(digests, start, end) for pool in self._pages.pools),
-                default=end - start,
-            )
-            if start + num_found < end:
-                return start + num_found
+            reached = end
+            for pool in self._pages.pools:
+                reached = pool.end_of_found(digests, start, reached)
+            if reached < end:
+                return reached
             start = end
         return start
 
