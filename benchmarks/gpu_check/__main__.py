@@ -108,10 +108,13 @@ def _checks(part: str, rehearse: bool) -> Iterable[Check]:
 
         small = kernels.Sizes(rows=2, context=64, prompt=64)
         sizes = small if rehearse else kernels.Sizes()
-        of_codes = (((64, 256),), 1) if rehearse else ()
         return [
             *kernels.checks(backend, limits, sizes),
-            *codes.checks(backend, limits, *of_codes),
+            *(
+                codes.checks(backend, limits, ((64, 256),), 1)
+                if rehearse
+                else codes.checks(backend, limits)
+            ),
             Check("limits", lambda: limits().findings(), timed=True),
         ]
     if part == "products":

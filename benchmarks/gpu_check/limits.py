@@ -56,7 +56,7 @@ def measure_limits(copy_bytes: int = 4 << 30, size: int = 8192) -> Limits:
         copy_bytes: of the array that is copied.
         size: rows and columns of the matrices.
     """
-    source = jax.random.normal(jax.random.key(0), copy_bytes // 2, jnp.bfloat16)
+    source = jax.random.normal(jax.random.key(0), (copy_bytes // 2,), jnp.bfloat16)
     copying = seconds_a_call(jax.jit(lambda x: x + 1), source)
     del source
     a, b = jax.random.normal(jax.random.key(1), (2, size, size), jnp.bfloat16)

@@ -188,7 +188,8 @@ def _kernel(
     score: Score, kind: str, per_head: int, has_sinks: bool, is_interpreted: bool,
 ) -> None:  # fmt: skip
     scales, refs = (refs[0], refs[1:]) if kind else (None, refs)
-    sinks, refs = (refs[0], refs[1:]) if has_sinks else (None, refs)
+    sink_of: Any = refs[0] if has_sinks else None
+    refs = refs[1:] if has_sinks else refs
     out, q_smem, staging, q_ready, *refs = refs
     key_tiles, value_tiles, keys_ready, values_ready, keys_free, values_free, *refs = refs
     widened, refs = (refs[:4], refs[4:]) if kind else ((None,) * 4, refs)
@@ -201,7 +202,7 @@ def _kernel(
     ]
     keys = softmax.Ring(key_tiles, keys_ready, keys_free, kind, widened[0], warpgroup)
     values = softmax.Ring(value_tiles, values_ready, values_free, kind, widened[1], warpgroup)
-    scales_smem = block.Scales(*widened[2:], warpgroup) if kind else None
+    scales_smem = block.Scales(widened[2], widened[3], warpgroup) if kind else None
     first = own.begin // span
     last = jnp.maximum(pl.cdiv(own.end, jnp.int32(span)), first) - 1
     count = last + 1 - first  # from the last block to the first
@@ -214,7 +215,8 @@ def _kernel(
         def copy_keys(position: Any, index: int, page: Any, slot: Any) -> None:
             place = position, index, page
             source.copy_half(*place, 0, key_tiles.at[slot], keys_ready.at[slot])
-            for which in range(2 if kind else 0):
+            for which in range(0 if scales_smem is None else 2):
+                assert scales_smem is not None
                 source.copy_scales(*place, which, scales_smem, slot, keys_ready.at[slot])
 
         def copy_values(position: Any, index: int, page: Any, slot: Any) -> None:
@@ -266,7 +268,7 @@ def _kernel(
 
     def attend(*accumulators: Any) -> tuple[Any, ...]:
         weighted = softmax.Weighted(accumulators, refs[1].at[warpgroup] if is_interpreted else None)
-        sink = sinks[head] if has_sinks else None
+        sink = None if sink_of is None else sink_of[head]
         work = softmax.Softmax(
             q_smem.at[warpgroup], keys, values, scales_smem, weighted, score, last
         )  # fmt: skip
