@@ -9,18 +9,25 @@ from pathlib import Path
 _ROOT = Path(__file__).parents[2]
 #: Beginnings of paths, and what the names of the rows that compile those files hold.
 _CONCERNED = {
-    "pallas_kernels/paged_attention/": ("paged_attention/", "/decode", "/prefill"),
+    "pallas_kernels/paged_attention/": (
+        "paged_attention/",
+        "write_and_attend/",
+        "/decode",
+        "/prefill",
+    ),
     "pallas_kernels/kv_update/": ("kv_update/", "/decode", "/prefill"),
     "pallas_kernels/quantized_pages.py": ("kv_update/", "paged_attention/", "fp8-cache"),
     "pallas_kernels/grouped_matmul/": ("grouped_matmul/", "qwen3-30b-a3b"),
     "pallas_kernels/quant_matmul/": ("-int8", "-int4"),
     "pallas_kernels/lora_matmul/": ("lora_matmul/",),
     "pallas_kernels/hopper.py": ("/h100:1",),
-    "pallas_kernels/ragged.py": ("paged_attention/", "kv_update/"),
+    "pallas_kernels/ragged.py": ("paged_attention/", "write_and_attend/", "kv_update/"),
     "jaxserve/device/": ("/decode", "/prefill"),
     "jaxserve/models/": ("/decode", "/prefill"),
     "jaxserve/sampling/": ("/decode", "/prefill"),
-    "benchmarks/compile_check/": ("/decode", "/prefill", "paged_attention/", "kv_update/"),
+    "benchmarks/compile_check/": (
+        *("/decode", "/prefill", "paged_attention/", "write_and_attend/", "kv_update/"),
+    ),
 }
 
 

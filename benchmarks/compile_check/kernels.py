@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels.kv_update import kv_update, page_width, scales_width
-from pallas_kernels.paged_attention import RaggedBatch, paged_attention
+from pallas_kernels.paged_attention import RaggedBatch, paged_attention, write_and_attend
 from pallas_kernels.paged_attention.shapes import SHAPES, Shape, refusal
 from pallas_kernels.quantized_pages import QuantizedPages, is_quantized
 
@@ -29,7 +29,7 @@ class KernelRow:
     """One shape of attention, or of the cache update before it, for one chip.
 
     Attributes:
-        op: "paged_attention" or "kv_update".
+        op: "paged_attention", "kv_update", or "write_and_attend", both in one.
         refusal: why the backend refuses it; None where it compiles.
     """
 
@@ -75,9 +75,9 @@ class KernelRow:
         pages = self._pages(array)
         values = jnp.bfloat16 if is_quantized(shape.dtype) else pages.dtype
         tokens, rows = shape.num_tokens, shape.num_rows
+        new = array((tokens, shape.num_kv_heads, shape.head_dim), values)
+        places = array((tokens,), jnp.int32)
         if self.op == "kv_update":
-            new = array((tokens, shape.num_kv_heads, shape.head_dim), values)
-            places = array((tokens,), jnp.int32)
 
             def write(pages: Any, *arrays: Any) -> Any:
                 k, v, *where = arrays
@@ -92,25 +92,32 @@ class KernelRow:
             aligned=tokens == rows,
         )
         q = array((tokens, shape.num_heads, shape.head_dim), values)
-        arguments = (pages, q, batch)
-        if shape.sinks:
-            arguments += (array((shape.num_heads,), jnp.float32),)
-        return partial(_attend, self), arguments
+        sinks = array((shape.num_heads,), jnp.float32) if shape.sinks else None
+        if self.op == "write_and_attend":
+            return partial(_write_and_attend, self), (pages, q, batch, sinks, new, new, places)
+        return partial(_attend, self), (pages, q, batch, sinks)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of both kinds of attention."""
+        shape = self.shape
+        return {
+            "scale": shape.head_dim**-0.5,
+            "window": shape.window,
+            "soft_cap": shape.soft_cap,
+            "backend": self.backend,
+        }
 
 
-def _attend(row: KernelRow, pages: Any, q: Any, batch: Any, sinks: Any = None) -> Any:
-    out = paged_attention(
-        q,
-        pages,
-        1,
-        batch,
-        scale=row.shape.head_dim**-0.5,
-        window=row.shape.window,
-        soft_cap=row.shape.soft_cap,
-        sinks=sinks,
-        backend=row.backend,
-    )
-    return pages, out
+def _attend(row: KernelRow, pages: Any, q: Any, batch: Any, sinks: Any) -> Any:
+    return pages, paged_attention(q, pages, 1, batch, sinks=sinks, **row.options)
+
+
+def _write_and_attend(
+    row: KernelRow, pages: Any, q: Any, batch: Any, sinks: Any, k: Any, v: Any, places: Any
+) -> Any:
+    where = places, places
+    return write_and_attend(q, k, v, pages, 1, batch, where, sinks=sinks, **row.options)
 
 
 def _rows(backend: str) -> Iterator[KernelRow]:
@@ -120,6 +127,9 @@ def _rows(backend: str) -> Iterator[KernelRow]:
         yield KernelRow(op="paged_attention", refusal=reason, **place)
         if reason is None:
             yield KernelRow(op="kv_update", refusal=None, **place)
+        is_decode = shape.num_tokens == shape.num_rows
+        if backend == "gpu" and reason is None and is_decode and not is_quantized(shape.dtype):
+            yield KernelRow(op="write_and_attend", refusal=None, **place)
 
 
 ROWS_OF_KERNELS = tuple(row for backend in CHIPS for row in _rows(backend))

@@ -27,8 +27,9 @@ Numerics: products of bfloat16 with float32 accumulation, softmax in float32 wit
     their values', in float32.
 
 Limits: bfloat16 or float16 queries and pages (Hopper multiplies float32 only rounded to tf32), or
-    codes; H a multiple of 16 up to 256, or 128 of codes; Z a power of two, at least 8. The
-    interpreter takes wgmma's operands from shared memory only, so there the weights take that way.
+    codes; H a multiple of 16 up to 128, of 64 up to 256, not beyond 128 of codes; Z a power of two,
+    at least 8. The interpreter takes wgmma's operands from shared memory only, so there the weights
+    take that way.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.errors import UnsupportedKernel
 from pallas_kernels.hopper import ROWS
-from pallas_kernels.paged_attention.gpu_block import LOG2_E, operand_dtype
+from pallas_kernels.paged_attention.gpu_block import COLUMNS, LOG2_E, operand_dtype
 from pallas_kernels.paged_attention.gpu_chunks import chunks
 from pallas_kernels.paged_attention.gpu_decode import TILE, decode
 from pallas_kernels.paged_attention.score import Score
@@ -53,6 +54,8 @@ from pallas_kernels.ragged import RaggedBatch
 
 DTYPES = ("bfloat16", "float16", "int8", "float8_e4m3fn")
 MAX_HEAD_DIM, MAX_HEAD_DIM_OF_CODES = 256, 128
+#: What heads of several blocks of columns are multiples of: a swizzled row of shared memory.
+_WIDE_MULTIPLE = 64
 
 
 def unsupported(*, head_dim: int, dtype: DTypeLike) -> str | None:
@@ -64,6 +67,8 @@ def unsupported(*, head_dim: int, dtype: DTypeLike) -> str | None:
         return f"pages are {name}, the kernel takes {', '.join(DTYPES)}"
     if head_dim % 16 or head_dim > MAX_HEAD_DIM:
         return f"head_dim {head_dim} is no multiple of 16 up to {MAX_HEAD_DIM}"
+    if head_dim > COLUMNS and head_dim % _WIDE_MULTIPLE:
+        return f"head_dim {head_dim}, beyond {COLUMNS}, is no multiple of {_WIDE_MULTIPLE}"
     if is_quantized(name) and head_dim > MAX_HEAD_DIM_OF_CODES:
         return (
             f"pages are {name} and head_dim is {head_dim}, beyond {MAX_HEAD_DIM_OF_CODES}: shared "

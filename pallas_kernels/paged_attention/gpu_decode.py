@@ -84,11 +84,13 @@ def decode(
     width, heads = pages.shape[4], pages.shape[2]
     kind, dtype = kind_of(pages), block.operand_dtype(pages)
     splits = num_splits(num_rows * groups, table.shape[1], pages.shape[3])
-    is_whole = splits == 1 and sinks is None
+    column = block.columns(head_dim)[0][1]
+    # Results leave through rows of one column block, which is to be filled.
+    is_whole = splits == 1 and sinks is None and head_dim % column == 0
     size = -(-own // TILE) * TILE
     queries = jnp.pad(q_RXGH, ((0, 0), (0, 0), (0, size - own), (0, 0)))
-    writes, held = new_RKIH is not None, arrays_of(pages)
-    if writes:
+    held: list[Any] = list(arrays_of(pages))
+    if new_RKIH is not None:
         # In one array with the queries, which XLA makes one kernel of; also in whole tiles.
         new = jnp.pad(new_RKIH, ((0, 0), (0, 0), (0, TILE - 2), (0, 0)))
         queries = jnp.concatenate([queries, new], axis=2)
@@ -96,7 +98,6 @@ def decode(
     # As many of codes as of their wide values, which take the rest of the room.
     slots = RING_BYTES // (SPAN * width * dtype.itemsize) // COMPUTERS * COMPUTERS
     weights = [hopper.swizzled((COMPUTERS, hopper.ROWS, SPAN), SPAN, dtype)]
-    column = block.columns(head_dim)[0][1]
     copies = block.copies(pages.shape[3], SPAN, kind)
     parts = splits, num_rows, groups, size
     whole = jax.ShapeDtypeStruct((num_rows, groups, own, head_dim), dtype)
@@ -118,12 +119,12 @@ def decode(
             hopper.swizzled((slots, SPAN, width), head_dim, held[0].dtype),
             hopper.swizzled((hopper.ROWS, column), column, jnp.float32),
             plgpu.SMEM((2, hopper.ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=3 if writes else 1),
+            plgpu.Barrier(num_arrivals=1 if new_RKIH is None else 3),
             plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
             plgpu.Barrier(num_barriers=slots),
             plgpu.Barrier(num_barriers=2),
-            *([plgpu.SMEM((hopper.ROWS, head_dim), dtype)] if is_whole else []),
-            *([plgpu.SMEM((2, _aligned(head_dim)), dtype)] if writes else []),
+            *([plgpu.SMEM((hopper.ROWS, column), dtype)] if is_whole else []),
+            *([plgpu.SMEM((2, _aligned(head_dim)), dtype)] if new_RKIH is not None else []),
             *block.code_scratch(kind, slots, SPAN, head_dim, COMPUTERS, pages.shape[3]),
             *(weights if interpret is not None else ()),
         ),
@@ -135,8 +136,8 @@ def decode(
         interpret=interpret,
         **hopper.estimated(cost),
     )(queries, layer, table, begins, ends, *held)
-    if writes:
-        (pages,) = map(jax.freeze, held)
+    if new_RKIH is not None:
+        pages = jax.freeze(held[0])
     if is_whole:
         return out[0], pages
     return merge(Partial(*(part[:, :, :, :own] for part in out)), sinks).astype(dtype), pages
@@ -146,12 +147,14 @@ def _kernel(
     q, layer, table, begins, ends, pages, *refs,
     score: Score, splits: int, kind: str, per_head: int, is_whole: bool, size: int,
 ) -> None:  # fmt: skip
-    writes = q.shape[2] > size
     scales, refs = (refs[0], refs[1:]) if kind else (None, refs)
     outs, refs = (refs[:1], refs[1:]) if is_whole else (refs[:3], refs[3:])
     q_smem, ring, values_smem, stats_smem, q_ready, ready, free, handed, *refs = refs
     result_smem, refs = (refs[0], refs[1:]) if is_whole else (None, refs)
-    new_smem, refs = (refs[0], refs[1:]) if writes else (None, refs)
+    new_halves = []
+    if q.shape[2] > size:
+        new_smem, *refs = refs
+        new_halves = [new_smem.at[i, pl.ds(0, q.shape[3])] for i in range(2)]
     code_scratch, weights = (refs[:3], refs[3:]) if kind else ((), refs)
     row, group, split = lax.axis_index("row"), lax.axis_index("group"), lax.axis_index("split")
     warpgroup = lax.axis_index("warpgroup")
@@ -183,9 +186,9 @@ def _kernel(
         def inside(offset: Array) -> Array:
             return (position + offset >= begin) & (position + offset < end)
 
-        if new_smem is not None:
+        if new_halves:
             pl.when(position + SPAN >= end)(
-                lambda: _put(ring.at[slot], new_smem, end - 1 - position)
+                lambda: _put(ring.at[slot], new_halves, end - 1 - position)
             )
         s = block.scores(q_smem, blocks.half(slot, 0), score, blocks.scales_of(slot, 0))
         is_inside = inside(block.iota(s.shape, 1))
@@ -212,24 +215,19 @@ def _kernel(
             plgpu.copy_gmem_to_smem(
                 q.at[row, group, pl.ds(0, size)], q_smem.at[pl.ds(0, size)], q_ready
             )
-            for index in range(2 if writes else 0):
-                target = new_smem.at[index, pl.ds(0, head_dim)]
-                plgpu.copy_gmem_to_smem(q.at[row, group, size + index], target, q_ready)
+            for index, half in enumerate(new_halves):
+                plgpu.copy_gmem_to_smem(q.at[row, group, size + index], half, q_ready)
 
         plgpu.barrier_wait(q_ready)
-        if writes:
-            has_last = (warpgroup == 0) & (count > 0) & (first + count == last)
 
-            @pl.when(has_last)
-            def _() -> None:
-                place = end - 1
-                page, offset = table[row, place // page_size], lax.rem(place, jnp.int32(page_size))
-                for index in range(2):
-                    half = pl.ds(index * head_dim, head_dim)
-                    plgpu.copy_smem_to_gmem(
-                        new_smem.at[index, pl.ds(0, head_dim)],
-                        pages.at[layer[0], page, group, offset, half],
-                    )
+        @pl.when((warpgroup == 0) & (count > 0) & (first + count == last))
+        def _() -> None:
+            place = end - 1
+            page, offset = table[row, place // page_size], lax.rem(place, jnp.int32(page_size))
+            for index, half in enumerate(new_halves):
+                lanes = pl.ds(index * head_dim, head_dim)
+                target = pages.at[layer[0], page, group, offset, lanes]
+                plgpu.copy_smem_to_gmem(half, target)
 
         mine = jnp.maximum(count - warpgroup + COMPUTERS - 1, 0) // COMPUTERS
         running = lax.fori_loop(0, mine, step, block.nothing(head_dim))
@@ -244,20 +242,19 @@ def _kernel(
                 exchange.write(running, *(out.at[split, row, group] for out in outs))
 
 
-def _put(tile: Any, new: Any, offset: Any) -> None:
+def _put(tile: Any, new_halves: list[Any], offset: Any) -> None:
     """A new key and value in their place in a block of the ring.
 
     Args:
         tile: [SPAN, 2H].
-        new: [2, H and more], in rows.
+        new_halves: [H] each.
     """
-    head_dim = tile.shape[1] // 2
-    layout = plgpu.Layout.WGMMA.reduce(0)
-    for index in range(2):
+    head_dim, layout = tile.shape[1] // 2, plgpu.Layout.WGMMA.reduce(0)
+    for index, half in enumerate(new_halves):
         for column, size in block.columns(head_dim):
             part = tile.at[:, pl.ds(index * head_dim + column, size)]
             old = plgpu.load(part, layout=plgpu.Layout.WGMMA)
-            row = plgpu.load(new.at[index, pl.ds(column, size)], layout=layout, optimized=False)
+            row = plgpu.load(half.at[pl.ds(column, size)], layout=layout, optimized=False)
             is_new = block.iota(old.shape, 0) == offset
             part[...] = jnp.where(is_new, lax.broadcast_in_dim(row, old.shape, [1]), old)
     plgpu.commit_smem()

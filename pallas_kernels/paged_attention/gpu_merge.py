@@ -63,7 +63,7 @@ class Exchange(NamedTuple):
         """Warpgroup 0's, where there are no other splits.
 
         Args:
-            result: shared memory [64, H], in rows.
+            result: shared memory [64, C], in rows.
             out: [G, H] in global memory.
         """
         plgpu.barrier_wait(self.given)
@@ -72,12 +72,13 @@ class Exchange(NamedTuple):
         for index, (first, wide) in enumerate(block.columns_of(running)):
             values = self._values(running, index, fades)
             values = values * lax.broadcast_in_dim(over, values.shape, [0])
-            result[:, pl.ds(first, wide)] = values.astype(result.dtype)
+            result[:, pl.ds(0, wide)] = values.astype(result.dtype)
             if index + 1 < len(running.parts):
                 plgpu.barrier_arrive(self.taken)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(result.at[pl.ds(0, out.shape[0])], out)
-        plgpu.wait_smem_to_gmem(0)
+            plgpu.commit_smem()
+            source = result.at[pl.ds(0, out.shape[0]), pl.ds(0, wide)]
+            plgpu.copy_smem_to_gmem(source, out.at[:, pl.ds(first, wide)])
+            plgpu.wait_smem_to_gmem(0)
 
     def write(self, running: block.Running, out: Any, tops: Any, totals: Any) -> None:
         """Warpgroup 0's, where there are other splits.
@@ -141,8 +142,12 @@ def merge(partial: Partial, sinks: Float[Array, "X G"] | None) -> Float[Array, "
     return values / jnp.where(total > 0, total, 1.0)[..., None]
 
 
-def _over_parts(function: jnp.ufunc, parts: Float[Array, "S *B"]) -> Float[Array, "*B"]:
-    """As a reduction, which XLA would make a kernel each of, or element by element."""
+def _over_parts(function: Any, parts: Float[Array, "S *B"]) -> Float[Array, "*B"]:
+    """As a reduction, which XLA makes a kernel of its own of, or element by element.
+
+    Args:
+        function: a ufunc of two.
+    """
     if parts.shape[0] > UNROLLED_PARTS:
         return function.reduce(parts, axis=0)
     return functools.reduce(function, (parts[i] for i in range(parts.shape[0])))

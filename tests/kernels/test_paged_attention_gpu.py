@@ -243,6 +243,9 @@ def test_what_does_not_fit_is_refused() -> None:
     assert reason is not None and "tf32" in reason
     reason = gpu.unsupported(head_dim=72, dtype="bfloat16")
     assert reason is not None and "72" in reason
+    assert gpu.unsupported(head_dim=192, dtype="bfloat16") is None
+    reason = gpu.unsupported(head_dim=144, dtype="bfloat16")
+    assert reason is not None and "no multiple of 64" in reason
     assert gpu.unsupported(head_dim=128, dtype="int8") is None
     reason = gpu.unsupported(head_dim=256, dtype="float8_e4m3fn")
     assert reason is not None and "beyond 128: shared memory" in reason
