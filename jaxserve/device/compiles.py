@@ -26,10 +26,17 @@ _EVENT = "/jax/core/compile/backend_compile_duration"
 #: By the first word of JAX's name of the device. A TPU7x could lay 16-bit arrays out in tiles of 16
 #: rows; XLA prefers that inside of a program, but takes arguments in tiles of 8, and copies all
 #: weights between. On GPUs XLA takes each layer's write to the cache, done in place, for one more
-#: cache, finds that the step does not fit, and computes matrix products twice to make room.
+#: cache, finds that the step does not fit, and computes matrix products twice to make room. And it
+#: leaves loops, and conditions with loops in them, out of CUDA graphs: the host then waits for the
+#: device at each of them, in the midst of a step.
 _OPTIONS: dict[str, CompilerOptions] = {
     "TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": 0},
-    "NVIDIA": {"xla_disable_hlo_passes": "rematerialization"},
+    "NVIDIA": {
+        "xla_disable_hlo_passes": "rematerialization",
+        "xla_gpu_enable_command_buffer": (
+            "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+        ),
+    },
 }
 
 

@@ -58,6 +58,8 @@ class Account:
     @property
     def counter(self) -> float:
         """Weighted service so far."""
+        if not self.tallies:
+            return self.settled
         pending = 0
         for meter, tally in self.tallies.items():
             pending += len(tally.decoding) * (meter.clock - tally.since)
@@ -238,20 +240,25 @@ class Meter:
         account = _account(sequence)
         if not sequence.is_charged:
             sequence.is_charged = True
-            self._accounts.longest_prompt = max(self._accounts.longest_prompt, sequence.prompt_len)
+            if sequence.prompt_len > self._accounts.longest_prompt:
+                self._accounts.longest_prompt = sequence.prompt_len
             sequence.num_charged = sequence.prompt_len - sequence.num_computed
             price = sequence.num_charged * self._accounts.input_price
-            from_credit = min(price, account.credit)
-            account.credit -= from_credit
-            self._charge(account, price - from_credit)
+            if account.credit:
+                from_credit = min(price, account.credit)
+                account.credit -= from_credit
+                price -= from_credit
+            self._charge(account, price)
         tally = self.tallies.get(account)
         if tally is None:
             tally = self.tallies[account] = account.tallies[self] = Tally(self.clock)
             self.watch()
         tally.running[sequence] = None
         self._num_running += 1
-        self._most_running = max(self._most_running, self._num_running)
-        self._least_weight = min(self._least_weight, account.weight)
+        if self._num_running > self._most_running:
+            self._most_running = self._num_running
+        if account.weight < self._least_weight:
+            self._least_weight = account.weight
         self._slack -= self._accounts.output_price / account.weight  # it grows faster from now on
 
     def found(self, sequence: Sequence, num_tokens: int) -> None:
@@ -311,8 +318,10 @@ class Meter:
             return []
         rows: list[Sequence] = []
         self._slack = math.inf
+        levels = {account.level.number for account in self.tallies}
+        least_of = {level: backlog.least(level) for level in levels}
         for account, tally in self.tallies.items():
-            least = backlog.least(account.level.number)
+            least = least_of[account.level.number]
             if least is None:
                 continue
             rate = len(tally.running) * price / account.weight

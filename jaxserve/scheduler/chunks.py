@@ -31,22 +31,22 @@ def chunk_of(sequence: Sequence, end: int, *, again: bool = False) -> Chunk:
     samples = end == len(known)
     prompt_len, reached = sequence.prompt_len, sequence.num_reached
     num_again = min(end, reached) - start if start < reached else 0
+    wanted = sequence.sampling.prompt_logprobs
     return Chunk(
         slot=sequence.slot,
         start=start,
         token_ids=known[start:end],
         samples=samples,
-        prompt_logprobs=_due_logprobs(sequence, end, again),
+        prompt_logprobs=None if wanted is None else _due_logprobs(sequence, wanted, end, again),
         next_token_id=None if samples else known[end],
         num_again=num_again,
         num_outputs=end - max(start + num_again, prompt_len) if end > prompt_len else 0,
     )
 
 
-def _due_logprobs(sequence: Sequence, end: int, again: bool) -> int | None:
+def _due_logprobs(sequence: Sequence, wanted: int, end: int, again: bool) -> int | None:
     """Wanted alternatives of the prompt tokens up to `end`; None where they are planned already."""
-    wanted = sequence.sampling.prompt_logprobs
-    if wanted is None or sequence.choice:
+    if sequence.choice:
         return None
     due, planned = min(end, sequence.prompt_len - 1), sequence.num_prompt_logprobs_planned
     sequence.num_prompt_logprobs_planned = max(due, planned)

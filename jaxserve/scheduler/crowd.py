@@ -28,7 +28,10 @@ class Crowd:
                 del self._buckets[before]
         if after:
             self._counts[account] = after
-            self._buckets.setdefault(after, {})[account] = None
+            bucket = self._buckets.get(after)
+            if bucket is None:
+                bucket = self._buckets[after] = {}
+            bucket[account] = None
         else:
             del self._counts[account]
         if after > self._most:

@@ -41,6 +41,9 @@ class DecodeSet:
     def __len__(self) -> int:
         return len(self._members)
 
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence in self._members
+
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._members)
 
@@ -97,6 +100,11 @@ class DecodeSet:
             for clock in range(self.clock, self.clock + num_steps)
             for sequence in self._opening[clock % self._page_size]
         ]
+
+    def opened_by(self, num_steps: int) -> list[Sequence]:
+        """The members of `opening`, without a look at them."""
+        size = self._page_size
+        return [s for n in range(num_steps) for s in self._opening[(self.clock + n) % size]]
 
     def tell(self, plan: Plan) -> None:
         """Moves who joined and left since the last plan into this one, and advances the clock."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Iterator
 
 from jaxserve.scheduler.sequence import Sequence
 
@@ -71,17 +70,17 @@ class Line:
             return fresh[0][-1]
         return back[0][-1]
 
-    def front(self, limit: int) -> Iterator[Sequence]:
+    def front(self, limit: int) -> list[Sequence]:
         """The first, and then others that are near the front, at most `limit`."""
         first, members = self.first(), self._members
-        yield first
-        for entries in (self._back, self._fresh):
+        found = [first]
+        for entries in (self._back, self._fresh) if self._back else (self._fresh,):
             for _, stamp, sequence in entries:
-                if limit <= 1:
-                    return
+                if len(found) == limit:
+                    return found
                 if sequence is not first and members.get(sequence) == stamp:
-                    limit -= 1
-                    yield sequence
+                    found.append(sequence)
+        return found
 
     def last_unbegun(self, look_at: int = 16) -> Sequence | None:
         """Among the last few to arrive, the last one whose request has never run."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from typing import Protocol
 
 from jaxserve.scheduler.pool import PagePool
@@ -124,12 +125,13 @@ class PageAllocator:
         Args:
             chunk_tokens: tokens that one step may bring; they all lie in a window group at once.
         """
-        for group, (pool, window) in enumerate(zip(self.pools, self.windows, strict=True)):
-            pages = self._num_pages(num_positions)
+        num_pages = -(-num_positions // self.page_size)
+        for group, pool in enumerate(self.pools):
+            window, wanted = self.windows[group], num_pages
             if window is not None:
-                pages = min(pages, self._num_pages(window + chunk_tokens) + 1)
+                wanted = min(wanted, self._num_pages(window + chunk_tokens) + 1)
             held = len(table.pages[group]) - table.num_behind[group]
-            if pages - held + reserve > pool.num_free:
+            if wanted - held + reserve > pool.num_free:
                 return False
         return True
 
@@ -176,10 +178,11 @@ class PageAllocator:
         if self._has_windows or any(pool.num_free < len(rows) for pool in self.pools):
             return None
         entries: list[tuple[int, int, int, int]] = []
+        page_size = self.page_size
         for group, pool in enumerate(self.pools):
             taken = pool.take_several(len(rows))
             for row, position in rows:
-                pages, index = row.table.pages[group], position // self.page_size
+                pages, index = row.table.pages[group], position // page_size
                 if len(pages) == index:
                     page = taken.pop()
                     pages.append(page)
@@ -236,13 +239,18 @@ class PageAllocator:
             pages[index] = target
         return copies
 
+    def at(self, table: PageTable, position: int) -> list[int]:
+        """The page of a position, of each group."""
+        return [pages[position // self.page_size] for pages in table.pages]
+
     def entries(self, table: PageTable, slot: int) -> list[tuple[int, int, int, int]]:
         """(group, slot, index, page) of all pages that a table holds."""
-        return [
-            (group, slot, index, page)
-            for group, (pages, behind) in enumerate(zip(table.pages, table.num_behind, strict=True))
-            for index, page in enumerate(pages[behind:] if behind else pages, behind)
-        ]
+        entries: list[tuple[int, int, int, int]] = []
+        for group, pages in enumerate(table.pages):
+            behind = table.num_behind[group]
+            held = pages[behind:] if behind else pages
+            entries += zip(repeat(group), repeat(slot), range(behind, len(pages)), held)
+        return entries
 
     def release(self, table: PageTable) -> None:
         """Gives all pages back; the table is empty then.

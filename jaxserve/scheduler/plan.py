@@ -6,7 +6,7 @@ rows that just go on are visited by nobody. On several hosts this is what would 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from jaxserve.types import SamplingParams
@@ -142,6 +142,14 @@ class Plan:
         """Adds page-table entries of a slot: (group, index, page)."""
         self.page_entries += [(group, slot, index, page) for group, index, page in entries]
 
-    def forget_entries(self, slot: int) -> None:
-        """Drops a slot's entries: it changes hands within the plan, which may name each once."""
-        self.page_entries = [entry for entry in self.page_entries if entry[1] != slot]
+    def forget_entries(self, since: Mapping[int, int]) -> None:
+        """Drops entries of slots that have changed hands within the plan: it may name each once.
+
+        Args:
+            since: by slot, how many entries the plan had when its new owner took it.
+        """
+        self.page_entries = [
+            entry
+            for place, entry in enumerate(self.page_entries)
+            if place >= since.get(entry[1], 0)
+        ]

@@ -14,7 +14,7 @@ from jaxserve.config import SchedulerConfig
 from jaxserve.scheduler.chunks import chunk_of, drafts_of, join_of
 from jaxserve.scheduler.drafting import Drafted
 from jaxserve.scheduler.pace import Pacer
-from jaxserve.scheduler.phases import Phase, chunk_end
+from jaxserve.scheduler.phases import Phase, chunk_end, phase_of
 from jaxserve.scheduler.plan import PageCopy, Plan
 from jaxserve.scheduler.room import Room
 from jaxserve.scheduler.rows import Rows
@@ -40,6 +40,7 @@ class Planner:
         self._room = Room(rows.pages, rows.choices, config.max_step_tokens)
         self._planned: set[Sequence] = set()  # have a chunk in the plan that is being made
         self._set_back_level: float = math.inf  # the best one set back in it
+        self._retaken: dict[int, int] = {}  # slots of those, as `Plan.forget_entries` has them
         self._phase = Phase.MIXED
 
     def fill(self, plan: Plan, phase: Phase) -> list[Sequence]:
@@ -53,6 +54,7 @@ class Planner:
         """
         self._planned.clear()
         self._set_back_level = math.inf
+        self._retaken.clear()
         self._phase = phase
         self._rows.unpark()
         for sequence in self._rows.meter.over_bound(self._rows.waiting):
@@ -72,6 +74,8 @@ class Planner:
         if not drafted:
             budget = self._continue_prefills(plan, budget)
             self._admit(plan, budget)
+        if self._retaken:
+            plan.forget_entries(self._retaken)
         return opened
 
     def _open_pages(self, plan: Plan) -> list[Sequence]:
@@ -80,11 +84,15 @@ class Planner:
         Returns:
             These rows.
         """
-        opening = self._rows.decoding.opening(plan.decode_steps)
-        entries = self._rows.pages.open_each(opening)
+        rows, ahead = self._rows, self._rows.ahead
+        opened = rows.decoding.opened_by(plan.decode_steps)
+        if plan.decode_steps == 1 and all(sequence in ahead for sequence in opened):
+            return opened
+        opening = rows.decoding.opening(plan.decode_steps)
+        entries = rows.pages.open_each(opening)
         if entries is not None:
             plan.page_entries += entries
-            return [sequence for sequence, _ in opening]
+            return opened
         for sequence, position in opening:
             while sequence.state is SequenceState.DECODING:
                 # What a window has passed is given back as of the call's first step: the pages
@@ -95,7 +103,7 @@ class Planner:
                     plan.enter(sequence.slot, entries)
                     break
                 self._make_room(None)
-        return [sequence for sequence, _ in opening]
+        return opened
 
     def _continue_prefills(self, plan: Plan, budget: int) -> int:
         """Chunks for sequences that hold a slot; returns the budget that is left."""
@@ -134,6 +142,7 @@ class Planner:
         """
         rows = self._rows
         waiting, slots, pages = rows.waiting, rows.slots, rows.pages
+        is_mixed = self._phase is Phase.MIXED
         while True:
             level = waiting.best_level
             # Who was preempted in this plan, and who stands behind it, would come right back.
@@ -150,9 +159,9 @@ class Planner:
                 continue
             if rows.prefix.find(sequence):
                 rows.choices.hold(sequence)
-            if chunk_end(self._phase, sequence, max(budget, 1)) == sequence.num_computed:
+            if not is_mixed and phase_of(sequence) is not self._phase:
                 return budget  # its turn comes with a step of another kind
-            if not slots.num_free or not self._room.is_for(sequence, rows.num_running):
+            if not slots.num_free or not self._room.is_for(sequence, slots.num_taken):
                 victims = self._room.victims(sequence, slots, self._planned)
                 gained = sum(victim.state is SequenceState.DECODING for victim in victims)
                 gained *= min(plan.decode_steps, 1)
@@ -161,7 +170,7 @@ class Planner:
                 for victim in victims:
                     self._preempt(victim)
                 budget += gained
-                if not self._room.is_for(sequence, rows.num_running):
+                if not self._room.is_for(sequence, slots.num_taken):
                     return budget
             if budget == 0:
                 return budget
@@ -171,7 +180,7 @@ class Planner:
                 pages.own(sequence.table, sequence.num_computed) if sequence.num_computed else []
             )
             if copies is None:
-                if not rows.num_running and rows.choices.reclaim(sequence):
+                if not slots.num_taken and rows.choices.reclaim(sequence):
                     continue
                 return budget
             if not pages.grow(sequence.table, sequence.num_computed, end):
@@ -222,7 +231,7 @@ class Planner:
         self._rows.adapters.join(sequence)
         self._rows.prefix.joined(sequence)
         if self._set_back_level < math.inf:
-            plan.forget_entries(sequence.slot)  # of whoever had the slot until now
+            self._retaken[sequence.slot] = len(plan.page_entries)
         sequence.state = SequenceState.PREFILLING
         sequence.has_begun = True
         sequence.scheduled_ns = sequence.scheduled_ns or self._clock_ns()

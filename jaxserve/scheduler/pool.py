@@ -156,6 +156,18 @@ class PagePool:
         """The page of this content, held or kept."""
         return self._registered.get(digest)
 
+    def end_of_found(self, digests: Sequence[bytes], start: int, end: int) -> int:
+        """The first place from `start` on whose content is not there; `end` if all are.
+
+        Args:
+            digests: at least `end` of them.
+        """
+        registered = self._registered
+        for index in range(start, end):
+            if digests[index] not in registered:
+                return index
+        return end
+
     def register(self, page: int, digest: bytes) -> int:
         """Makes a held page findable, unless another has the same content.
 

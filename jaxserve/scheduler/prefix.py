@@ -219,6 +219,8 @@ class PrefixCache:
         Args:
             on_host: counting those that would have to be loaded from there.
         """
+        if not (self._windowed or on_host):
+            return self._reach_all(digests, root, token_ids, start, limit)
         groups = list(zip(self._pages.pools, self._pages.windows, strict=True))
         runs = [start - behind for behind in table.num_behind]  # pages there without a gap, to here
         end = start
@@ -237,6 +239,22 @@ class PrefixCache:
             if all(runs[g] > index - self._pages.num_behind(g, query) for g in self._windowed):
                 end = index + 1
         return end
+
+    def _reach_all(
+        self, digests: list[bytes], root: bytes, token_ids: Seq[int], start: int, limit: int
+    ) -> int:
+        """As `_reach`, where every group sees all positions and only the device is asked."""
+        while start < limit:
+            if start >= len(digests):
+                self._extend(digests, root, token_ids, min(start + _BLOCK, limit))
+            end = min(limit, len(digests))
+            reached = end
+            for pool in self._pages.pools:
+                reached = pool.end_of_found(digests, start, reached)
+            if reached < end:
+                return reached
+            start = end
+        return start
 
     def _may_load(self, digests: list[bytes], on_device: int, start: int, end: int) -> bool:
         """Whether pages are free for what must be loaded to come to `end`, and it pays.

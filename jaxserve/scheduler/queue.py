@@ -36,6 +36,8 @@ MAX_AGED_A_PLAN = 256
 #: With locality: tenants, and sequences of each, whose cached prefixes are looked up.
 NUM_TENANTS_SEEN = 8
 NUM_FRONT_SEEN = 8
+#: With locality: sequences of each behind these that are looked up ahead of a plan, too.
+NUM_FOLLOWING = 4
 #: With locality: how often the first of a tenant may be passed over.
 MAX_PASSED = 64
 
@@ -179,10 +181,17 @@ class WaitingQueue:
 
     def look_ahead(self) -> None:
         """With locality: looks up the prefixes that the next plan asks for, while there is time."""
-        if self._quantum:
-            self._best = None
-            self._look_anew()
-            self.peek()
+        if not self._quantum:
+            return
+        self._best = None
+        self._look_anew()
+        if self.peek() is None:
+            return
+        rank = self._ranks[self._levels[0]]
+        for account in rank.in_sight:
+            # Some come near the front while the plan takes others from it.
+            for sequence in rank.lines[account].front(NUM_FRONT_SEEN + NUM_FOLLOWING):
+                self._num_cached(sequence)
 
     def refresh(self) -> None:
         """A plan begins: counters have grown, and some may have waited too long."""
@@ -253,13 +262,13 @@ class WaitingQueue:
     def _step_out(self, sequence: Sequence) -> None:
         account = _account(sequence)
         rank = self._ranks[sequence.level]
-        line = rank.lines[account]
+        line, level = rank.lines[account], account.level
         line.remove(sequence)
         rank.crowd.change(account, -1)
         account.num_waiting -= 1
-        account.level.num_waiting -= 1
+        level.num_waiting -= 1
         if not account.num_waiting:
-            account.level.last = account
+            level.last = account
         if not line:
             del rank.lines[account], rank.stamps[account]
             rank.in_sight.clear()
@@ -302,17 +311,17 @@ class WaitingQueue:
             rank.seen_in = self._num_looks
             rank.in_sight.clear()
         lines, looks = rank.lines, self._num_looks
-        if lines[top].num_passed >= MAX_PASSED:
-            return lines[top].first()
+        first = lines[top]
+        if first.num_passed >= MAX_PASSED:
+            return first.first()
         while True:
             if not rank.in_sight:
                 self._look_around(rank)
-            longest, best = self._nearest_of(lines[top])
+            longest, best = self._nearest_of(first)
             for account in rank.in_sight:
-                line = lines[account]
-                known = line.nearest
+                known = lines[account].nearest
                 if known is None or known[0] != looks:
-                    num_cached, sequence = self._nearest_of(line)
+                    num_cached, sequence = self._nearest_of(lines[account])
                 else:
                     num_cached, sequence = known[1]
                 if num_cached > longest:
@@ -346,12 +355,19 @@ class WaitingQueue:
         for sequence in line.front(NUM_FRONT_SEEN):
             num_cached = cached.get(sequence)
             if num_cached is None:
-                num_cached = cached[sequence] = self._cached_tokens(sequence)
+                num_cached = self._num_cached(sequence)
             if num_cached > longest:
                 longest, best = num_cached, sequence
         assert best is not None, "nobody stands in the line"
         line.nearest = self._num_looks, (longest, best)
         return longest, best
+
+    def _num_cached(self, sequence: Sequence) -> int:
+        """Its cached tokens as this look finds them."""
+        num_cached = self._cached.get(sequence)
+        if num_cached is None:
+            num_cached = self._cached[sequence] = self._cached_tokens(sequence)
+        return num_cached
 
     def _has_deficit(self, rank: _Rank, account: Account) -> bool:
         return account.counter < rank.mark + self._quantum / account.weight

@@ -21,6 +21,7 @@ from jaxserve.scheduler.adapters import AdapterTable
 from jaxserve.scheduler.choices import Choices
 from jaxserve.scheduler.decoding import DecodeSet
 from jaxserve.scheduler.drafting import DraftSet
+from jaxserve.scheduler.opening import OpenedAhead
 from jaxserve.scheduler.pages import PageAllocator
 from jaxserve.scheduler.prefix import PrefixCache
 from jaxserve.scheduler.queue import WaitingQueue
@@ -41,6 +42,7 @@ class Rows:
         choices: further choices of requests, that wait for the first one's prompt.
         prefilling: sequences with a slot, some of whose known tokens are not computed.
         decoding, drafting: those with all known tokens launched.
+        ahead: of those that decode, whose next page was taken ahead.
         slots: who holds which.
         adapters: in their own slots, and who is PARKED for one.
         num_preemptions: so far.
@@ -65,6 +67,7 @@ class Rows:
         self.choices = Choices(pages, waiting)
         self.prefilling: dict[Sequence, None] = {}
         self.decoding = DecodeSet(pages.page_size, meter)
+        self.ahead = OpenedAhead(self.decoding, pages)
         self.drafting = DraftSet(config, self.decoding, pages)
         self.slots = SlotTable(config.max_rows, meter)
         self.num_preemptions = 0

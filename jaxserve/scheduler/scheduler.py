@@ -19,8 +19,9 @@ opens its next one is read, so that nobody is visited for it.
 
 The device may wait for a plan, and works while the step before is read. So `commit` does all that
 need not be in a plan: it makes the pages of the launched chunks findable (`_settle`), lets go of
-rows whose last token is launched, has free pages ready for the next plan, and looks at who waits
-near whose front. Where no commit comes before it, a plan does this itself.
+rows whose last token is launched, takes the pages that the next step opens (`scheduler.opening`),
+has others free for the next plan, and looks at who waits near whose front. Where no commit comes
+before it, a plan does this itself.
 """
 
 from __future__ import annotations
@@ -273,6 +274,7 @@ class Scheduler:
         if not plan.chunks and not (plan.decode_steps and len(self._rows.decoding)):
             return None
         self._next_step_id += 1
+        self._rows.ahead.tell(plan)
         self._rows.decoding.tell(plan)
         self.prefix.tell(plan)
         self._spill.tell(plan)
@@ -320,6 +322,7 @@ class Scheduler:
                 known = min(len(sequence.token_ids), self._rows.decoding.position(sequence))
                 self.prefix.register(sequence, known)
         self._rows.retire()
+        self._rows.ahead.open()
         self.pages.stock()
         self._waiting.look_ahead()
         return commit
@@ -368,7 +371,7 @@ class Scheduler:
             return 1
         if self._rows.decoding.any_done_within(steps):
             return 1
-        num_opened = len(self._rows.decoding.opening(steps))
+        num_opened = len(self._rows.decoding.opening(steps)) - self._rows.ahead.num_decoding
         if any(pool.num_free < num_opened for pool in self.pages.pools):
             return 1
         return steps

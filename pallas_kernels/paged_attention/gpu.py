@@ -10,12 +10,12 @@ Grid: two kernels, and a rows' kind decides which has it (drawn in the files):
 
     gpu_decode   rows of one query: (split of the context, KV head, row). The G queries of a head
                  fill rows of one wgmma of 64, the rest of which is wasted and costs no bytes.
-    gpu_chunks   rows of more: (query head, tile of 128 tokens).
+    gpu_chunks   rows of more, or a row alone: (query head, tile of 128 tokens).
 
-    In both, one warpgroup keeps TMA copies of pages under way, one a page, key and value together,
-    and two compute; whole positions arrive swizzled as wgmma wants them. Codes bring their scales
-    by two more copies a page, and are widened by the computing warpgroup, first the keys of a block
-    and then its values, into shared memory of its own.
+    In both, one warpgroup keeps TMA copies of pages under way and two compute; positions arrive
+    swizzled as wgmma wants them. Decode copies a page's keys and values together, chunks each half
+    into a ring of its own. Codes bring their scales by two more copies a page, and are widened by
+    the computing warpgroup into shared memory of its own.
 
 Traffic: decode reads a row's visible pages once, and where a context is split writes and reads a
     partial result of each split in float32; chunks read them once for each tile and query head, of
@@ -27,9 +27,9 @@ Numerics: products of bfloat16 with float32 accumulation, softmax in float32 wit
     their values', in float32.
 
 Limits: bfloat16 or float16 queries and pages (Hopper multiplies float32 only rounded to tf32), or
-    codes; H a multiple of 16 up to 128, of 64 up to 256, not beyond 128 of codes; Z a power of two,
-    at least 8. The interpreter takes wgmma's operands from shared memory only, so there the weights
-    take that way.
+    codes; H a multiple of 16 up to 128, or 192 or 256 but of codes; Z a power of two, at least 8.
+    The interpreter takes wgmma's operands from shared memory only and stores to no accumulator, so
+    there the weights, and the sums of chunks, are in shared memory.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ from pallas_kernels.ragged import RaggedBatch
 
 DTYPES = ("bfloat16", "float16", "int8", "float8_e4m3fn")
 MAX_HEAD_DIM, MAX_HEAD_DIM_OF_CODES = 256, 128
-#: What heads of several blocks of columns are multiples of: a swizzled row of shared memory.
-_WIDE_MULTIPLE = 64
+#: bfloat16 columns that the widest swizzle keeps together.
+COLUMNS_OF_A_SWIZZLE = 64
 
 
 def unsupported(*, head_dim: int, dtype: DTypeLike) -> str | None:
@@ -67,8 +67,11 @@ def unsupported(*, head_dim: int, dtype: DTypeLike) -> str | None:
         return f"pages are {name}, the kernel takes {', '.join(DTYPES)}"
     if head_dim % 16 or head_dim > MAX_HEAD_DIM:
         return f"head_dim {head_dim} is no multiple of 16 up to {MAX_HEAD_DIM}"
-    if head_dim > COLUMNS and head_dim % _WIDE_MULTIPLE:
-        return f"head_dim {head_dim}, beyond {COLUMNS}, is no multiple of {_WIDE_MULTIPLE}"
+    if head_dim > COLUMNS and head_dim % COLUMNS_OF_A_SWIZZLE:
+        return (
+            f"head_dim {head_dim} is beyond {COLUMNS} and no multiple of {COLUMNS_OF_A_SWIZZLE}: "
+            "its second product would begin inside of a swizzled tile"
+        )
     if is_quantized(name) and head_dim > MAX_HEAD_DIM_OF_CODES:
         return (
             f"pages are {name} and head_dim is {head_dim}, beyond {MAX_HEAD_DIM_OF_CODES}: shared "
@@ -159,6 +162,10 @@ def _attend(
         )
 
     with jax.named_scope("paged_attention"):
+        if batch.context_lens.shape[0] == 1 and batch.max_query_len > 1 and not batch.aligned:
+            # A prompt alone: what it may have of one token is a tile, not a kernel more.
+            out = chunks(held, pages, layer, batch, score, sinks, cost(num_tokens), interpret, 1)
+            return out.astype(q.dtype), pages
         single = batch.query_lens == 1
         first_tokens = jnp.minimum(batch.query_starts[:-1], num_tokens - 1)
         queries = held if batch.aligned else held[first_tokens]

@@ -4,19 +4,19 @@ Grid (query head, tile), head fastest, so that the heads of one group find its p
 cache; the tiles of late positions, which see most, come first. A block of threads has one warpgroup
 that copies pages into a ring and COMPUTERS that compute, each 64 tokens against every block:
 
-    tokens   |a a a a a|b b b|...padding|        keys   --TMA--> | slot 0 | slot 1 | slot 2 |
+    tokens   |a a a a a|b b b|...padding|        keys   --TMA--> | slot 0 | slot 1 |
     tiles    [0   ][1 ] [2 ]  [3        ]        values --TMA--> | slot 0 | slot 1 |
 
-A whole tile leaves by one copy; of a row's last tile, whose end is another row's beginning, each
-token by its own. Padding is one more row, that sees nothing: its result is zero.
+A whole tile leaves by one copy; of a row's last tile, whose end is another row's beginning, as few
+tokens together as begin where TMA reads. Padding is one more row, that sees nothing: its result is
+zero.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,14 +38,12 @@ TILE = COMPUTERS * hopper.ROWS
 #: Bytes of shared memory for the rings, the queries, the result and widened codes; the rest of the
 #: 227 KiB is for barriers and weights.
 BYTES = 224 * 1024
-#: Slots of the ring of keys and of the ring of values, at most.
-SLOTS = 3
+#: Slots of the ring of keys and of the ring of values: more were no faster.
+SLOTS = 2
 #: Positions of a block, at most.
 SPAN = 128
 #: Registers of a thread that computes, and of one that copies.
 COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
-#: Whether the warpgroups take turns: one multiplies while the other computes its softmax.
-TAKES_TURNS = True
 #: Warps of the copying warpgroup, which copy each its pages.
 COPIERS = 4
 
@@ -69,17 +67,23 @@ class Tiles(NamedTuple):
     end: Int[Array, "I"]
 
 
-def tiles(batch: RaggedBatch, num_tokens: int, window: int | None) -> Tiles:
-    """Tiles of all rows of several queries, and of the padding behind them."""
+def tiles(batch: RaggedBatch, num_tokens: int, window: int | None, least: int) -> Tiles:
+    """Tiles of all rows of at least so many queries, and of the padding behind them.
+
+    Sums over comparisons, not the search and the running sum that they are: those are a dozen
+    kernels, each of which takes as long as a tile.
+    """
     num_rows = batch.context_lens.shape[0]
     padding = num_tokens - batch.query_starts[-1]
-    lens = jnp.append(jnp.where(batch.query_lens > 1, batch.query_lens, 0), padding)
+    lens = jnp.append(jnp.where(batch.query_lens >= least, batch.query_lens, 0), padding)
     counts = (lens + TILE - 1) // TILE
-    ends = jnp.cumsum(counts)
-    most = num_tokens // TILE + min(num_rows, num_tokens // 2) + 1
+    most = num_tokens // TILE + min(num_rows, num_tokens // least) + 1
     tile = jnp.arange(most, dtype=jnp.int32)[::-1]  # the longest first
-    row = jnp.minimum(jnp.searchsorted(ends, tile, side="right"), num_rows).astype(jnp.int32)
-    offset = (tile - (ends[row] - counts[row])) * TILE
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    ends = jnp.sum(jnp.where(rows <= rows[:, None], counts[:-1], 0), axis=1)
+    is_behind = ends <= tile[:, None]
+    row = jnp.sum(is_behind, axis=1, dtype=jnp.int32)
+    offset = (tile - jnp.sum(jnp.where(is_behind, counts[:-1], 0), axis=1)) * TILE
     size = jnp.clip(lens[row] - offset, 0, TILE)
     contexts = jnp.append(batch.context_lens, 0)
     position = contexts[row] - lens[row] + offset
@@ -104,19 +108,20 @@ def chunks(
     sinks: Float[Array, "N"] | None,
     cost: pl.CostEstimate,
     interpret: Any,
+    least: int = 2,
 ) -> Float[Array, "T N H"]:
-    """Of rows of several queries; zeros for padding, undefined for rows of one.
+    """Of rows of at least `least` queries; zeros for padding, undefined for rows of fewer.
 
     Args:
         sinks: in log2.
     """
     num_tokens, num_heads, head_dim = q.shape
     kind, dtype, held = kind_of(pages), block.operand_dtype(pages), arrays_of(pages)
-    span, slots = _rings(head_dim, dtype, held[0].dtype, pages.shape[3])
+    span = _span(head_dim, dtype, held[0].dtype, pages.shape[3])
     copies = block.copies(pages.shape[3], span, "")
-    found = tiles(batch, num_tokens, score.window)
+    found = tiles(batch, num_tokens, score.window, least)
     per_head = num_heads // pages.shape[2]
-    rows = COMPUTERS, hopper.ROWS
+    staged = (COMPUTERS, hopper.ROWS)
     return plgpu.kernel(
         functools.partial(
             _kernel,
@@ -128,18 +133,14 @@ def chunks(
         ),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=(
-            plgpu.RefUnion(
-                hopper.swizzled((*rows, head_dim), head_dim, dtype),
-                [plgpu.SMEM((*rows, size), dtype) for _, size in block.columns(head_dim)],
-            ),
-            plgpu.Barrier(num_arrivals=len(block.columns(head_dim)), num_barriers=COMPUTERS),
+            hopper.swizzled((*staged, head_dim), head_dim, dtype),
+            [plgpu.SMEM((*staged, size), dtype) for size in _sizes(head_dim)],
             plgpu.Barrier(num_barriers=COMPUTERS),
-            plgpu.Barrier(num_arrivals=COMPUTERS),
-            *[hopper.swizzled((slots, span, head_dim), head_dim, held[0].dtype)] * 2,
-            plgpu.Barrier(num_arrivals=copies * (3 if kind else 1), num_barriers=slots),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
-            *[plgpu.Barrier(num_arrivals=COMPUTERS, num_barriers=slots)] * 2,
-            *softmax.scratch(kind, slots, span, head_dim, COMPUTERS, pages.shape[3]),
+            *[hopper.swizzled((SLOTS, span, head_dim), head_dim, held[0].dtype)] * 2,
+            plgpu.Barrier(num_arrivals=copies * (3 if kind else 1), num_barriers=SLOTS),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=SLOTS),
+            *[plgpu.Barrier(num_arrivals=COMPUTERS, num_barriers=SLOTS)] * 2,
+            *softmax.scratch(kind, SLOTS, span, head_dim, COMPUTERS, pages.shape[3]),
             *softmax.interpreted_scratch(interpret, span, head_dim, dtype, COMPUTERS),
         ),
         grid=(num_heads, found.row.shape[0]),
@@ -154,41 +155,50 @@ def chunks(
         layer,
         batch.page_table,
         jnp.stack(found, axis=1),
-        jnp.zeros((num_heads,), jnp.float32) if sinks is None else sinks,
         *held,
+        *([] if sinks is None else [sinks]),
     )
 
 
-def _rings(head_dim: int, dtype: jnp.dtype, held: jnp.dtype, page_size: int) -> tuple[int, int]:
-    """Positions of a block, and slots of a ring: the most that fit.
+def _sizes(head_dim: int) -> list[int]:
+    """Columns of the results' parts, each number once: memory that several parts take in turn."""
+    return sorted({size for _, size in block.columns(head_dim)})
+
+
+def _span(head_dim: int, dtype: jnp.dtype, held: jnp.dtype, page_size: int) -> int:
+    """Positions of a block: as many as there is room for.
 
     Args:
         dtype: of what is multiplied.
         held: of pages.
     """
-    for span, slots in itertools.product((SPAN, hopper.ROWS), range(SLOTS, 1, -1)):
-        queries = COMPUTERS * hopper.ROWS * head_dim * dtype.itemsize
-        rings = 2 * slots * span * head_dim * held.itemsize
+    for span in (SPAN, hopper.ROWS):
+        tokens = COMPUTERS * hopper.ROWS * (head_dim + sum(_sizes(head_dim))) * dtype.itemsize
+        rings = 2 * SLOTS * span * head_dim * held.itemsize
         wide = 2 * COMPUTERS * span * head_dim * dtype.itemsize
-        scales = block.scales_scratch(slots, span, COMPUTERS, page_size)
+        scales = block.scales_scratch(SLOTS, span, COMPUTERS, page_size)
         wide += sum(math.prod(x.shape) * x.dtype.itemsize for x in scales)
-        if queries + rings + (wide if held != dtype else 0) <= BYTES:
-            return span, slots
+        if tokens + rings + (wide if held != dtype else 0) <= BYTES:
+            return span
     raise AssertionError(f"no room for heads of {head_dim}")
 
 
 def _kernel(
-    q, layer, table, tiles, sinks, pages, *refs,
+    q, layer, table, tiles, pages, *refs,
     score: Score, kind: str, per_head: int, has_sinks: bool, is_interpreted: bool,
 ) -> None:  # fmt: skip
     scales, refs = (refs[0], refs[1:]) if kind else (None, refs)
-    out, (q_smem, staging), q_ready, turns, together, *refs = refs
+    sinks, refs = (refs[0], refs[1:]) if has_sinks else (None, refs)
+    out, q_smem, staging, q_ready, *refs = refs
     key_tiles, value_tiles, keys_ready, values_ready, keys_free, values_free, *refs = refs
     widened, refs = (refs[:4], refs[4:]) if kind else ((None,) * 4, refs)
     head, tile = lax.axis_index("head"), lax.axis_index("tile")
     warpgroup = lax.axis_index("warpgroup")
     own = Tiles(*(tiles[tile, field] for field in range(len(Tiles._fields))))
     span, head_dim = key_tiles.shape[1:]
+    parts = [
+        (c, size, staging[_sizes(head_dim).index(size)]) for c, size in block.columns(head_dim)
+    ]
     keys = softmax.Ring(key_tiles, keys_ready, keys_free, kind, widened[0], warpgroup)
     values = softmax.Ring(value_tiles, values_ready, values_free, kind, widened[1], warpgroup)
     scales_smem = block.Scales(*widened[2:], warpgroup) if kind else None
@@ -229,32 +239,21 @@ def _kernel(
     position = own.position + warpgroup * hopper.ROWS
     end = jnp.minimum(own.end, position + live)
 
-    def meet() -> None:
-        """Waits for the other warpgroup, where its part of one memory is in ours of the other."""
-        if len(staging) > 1:
-            plgpu.barrier_arrive(together)
-            plgpu.barrier_wait(together)
-
     def read_queries() -> None:
-        columns = list(zip(block.columns(head_dim), staging, strict=True))
-        for (column, size), part in columns:
+        for column, size, part in parts:
             source = q.at[pl.ds(token, hopper.ROWS), head, pl.ds(column, size)]
             plgpu.copy_gmem_to_smem(source, part.at[warpgroup], q_ready.at[warpgroup])
-        plgpu.barrier_wait(q_ready.at[warpgroup])
-        layout = plgpu.Layout.WGMMA
-        queries = [plgpu.load(part.at[warpgroup], layout=layout) for part in staging]
-        meet()
-        for ((column, size), _), values in zip(columns, queries, strict=True):
-            q_smem[warpgroup, :, pl.ds(column, size)] = values
+            plgpu.barrier_wait(q_ready.at[warpgroup])
+            queries = plgpu.load(part.at[warpgroup], layout=plgpu.Layout.WGMMA)
+            q_smem[warpgroup, :, pl.ds(column, size)] = queries
         plgpu.commit_smem()
 
-    def leave(parts: list[Any]) -> None:
+    def leave(results: Sequence[Any]) -> None:
         """Writes the result's columns."""
-        meet()
-        for part, values in zip(staging, parts, strict=True):
+        for (column, size, part), values in zip(parts, results, strict=True):
+            plgpu.wait_smem_to_gmem(0)
             part[warpgroup] = values
-        plgpu.commit_smem()
-        for (column, size), part in zip(block.columns(head_dim), staging, strict=True):
+            plgpu.commit_smem()
 
             def send(first: Any, rows: int, part: Any = part, where: Any = (column, size)) -> None:
                 plgpu.copy_smem_to_gmem(
@@ -269,8 +268,7 @@ def _kernel(
         weighted = softmax.Weighted(accumulators, refs[1].at[warpgroup] if is_interpreted else None)
         sink = sinks[head] if has_sinks else None
         work = softmax.Softmax(
-            q_smem.at[warpgroup], keys, values, scales_smem, weighted, score,
-            turns if TAKES_TURNS else None, warpgroup, last,
+            q_smem.at[warpgroup], keys, values, scales_smem, weighted, score, last
         )  # fmt: skip
         masks = softmax.Mask(position, end, own.begin, own.end, score.window)
         # Blocks that all see: behind every query, and in every query's window.
@@ -282,7 +280,6 @@ def _kernel(
             whole = jnp.clip(last + 1 - pl.cdiv(oldest, jnp.int32(span)), masked, count)
         whole = jnp.where(live > 0, whole, count)
         masked = jnp.where(live > 0, masked, count)
-        work.begin()
         lax.fori_loop(0, start, work.skip, None)
         running = work.first(start, masks, sink)
         edge = functools.partial(work.step, mask=masks)
@@ -313,10 +310,6 @@ def _kernel(
 
 def _each(copy: Callable[..., None], found: list[Any]) -> None:
     """Starts the copies of a block's pages."""
-    if COPIERS == 1:
-        for index, page in enumerate(found):
-            copy(index, page)
-        return
 
     @plgpu.warp_map
     def _(warp: Any) -> None:

@@ -5,8 +5,9 @@ A block's scores are multiplied together with the weights and values of the bloc
     tensor cores   | q·k 0 |            | q·k 1, p·v 0 |            | q·k 2, p·v 1 | …
     registers              | softmax 0  |        | softmax 1        |        | softmax 2 …
 
-`Softmax.first` is the first block, `step` each one more, and `end` the last product. Where there
-are turns, the other warpgroup multiplies while this one computes.
+`Softmax.first` is the first block, `step` each one more, and `end` the last product. The other
+warpgroup does the same at its own pace: with turns, as FlashAttention-3 (arXiv 2407.08608) has
+them, it was slower.
 """
 
 from __future__ import annotations
@@ -157,7 +158,6 @@ class Softmax(NamedTuple):
     Attributes:
         queries: [64, H] in shared memory.
         scales: of codes, in the slots of keys; None of numbers.
-        turns: a barrier of each of two warpgroups; None where they take none.
         last: block of positions that i = 0 is.
     """
 
@@ -167,19 +167,10 @@ class Softmax(NamedTuple):
     scales: block.Scales | None
     weighted: Weighted
     score: Score
-    turns: Any
-    warpgroup: Any
     last: Any
-
-    def begin(self) -> None:
-        """The first warpgroup's turn."""
-        if self.turns is not None:
-            pl.when(self.warpgroup == 1)(lambda: plgpu.barrier_arrive(self.turns.at[0]))
 
     def skip(self, i: Any, _: None) -> None:
         """A block that only the other warpgroup's tokens see."""
-        self._take_turn()
-        self._give_turn()
         for ring in (self.keys, self.values):
             ring.wait(i)
             ring.release(i)
@@ -193,11 +184,9 @@ class Softmax(NamedTuple):
 
         def multiply(out: Any) -> Array:
             plgpu.wgmma(out, self.queries, self.keys.operand(i).transpose((1, 0)))
-            self._give_turn()
             return out[...]
 
         self.keys.wait(i)
-        self._take_turn()
         s = pl.run_scoped(multiply, accumulator(ROWS, self._span))
         top, total = row(_NOTHING if sink is None else sink), row(0.0 if sink is None else 1.0)
         return self._weights(i, s, top, total, mask, is_first=True)
@@ -212,11 +201,9 @@ class Softmax(NamedTuple):
         def multiply(out: Any) -> Array:
             plgpu.wgmma(out, self.queries, self.keys.operand(i).transpose((1, 0)))
             self.weighted.add(running.p, self.values.operand(i - 1))
-            self._give_turn()
             return plgpu.wgmma_accumulator_load(out, wait_n=len(self.weighted.parts))
 
         self.keys.wait(i)
-        self._take_turn()
         s = pl.run_scoped(multiply, accumulator(ROWS, self._span))
         return self._weights(i, s, running.top, running.total, mask)
 
@@ -273,14 +260,6 @@ class Softmax(NamedTuple):
                 lambda: block.blank(v, v.shape[1], lambda offset: mask.inside(place + offset))
             )
         return Running(new, total, weights)
-
-    def _take_turn(self) -> None:
-        if self.turns is not None:
-            plgpu.barrier_wait(self.turns.at[self.warpgroup])
-
-    def _give_turn(self) -> None:
-        if self.turns is not None:
-            plgpu.barrier_arrive(self.turns.at[1 - self.warpgroup])
 
 
 def row(value: Any) -> Float[Array, "64"]:

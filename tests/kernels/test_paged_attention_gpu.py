@@ -162,8 +162,13 @@ def test_chunks_with_window_cap_and_sinks() -> None:
     check(narrow(128, 2, 1, lens=lens, window=70, soft_cap=5.0, sinks=True, padding=5))
 
 
+@pytest.mark.parametrize("query_len", [1, 20])
+def test_a_row_alone(query_len: int) -> None:
+    check(narrow(64, 4, 2, lens=[(query_len, 70)], padding=3, max_query_len=20))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("head_dim", [80, 96, 256])
+@pytest.mark.parametrize("head_dim", [80, 96, 192, 256])
 def test_heads(head_dim: int) -> None:
     check(narrow(head_dim, 2, 1, lens=[(70, 200), (1, 200)], window=90))
 
@@ -213,7 +218,7 @@ def test_every_token_is_in_one_tile() -> None:
         context_lens=jnp.asarray([c for _, c in lens], jnp.int32),
         max_query_len=300,
     )
-    found = tiles(batch, num_tokens, window=50)
+    found = tiles(batch, num_tokens, window=50, least=2)
     holders = np.zeros(num_tokens, int)
     for row, token, count, position, begin, end in zip(*map(np.asarray, found), strict=True):
         assert 0 <= count <= TILE
@@ -244,8 +249,8 @@ def test_what_does_not_fit_is_refused() -> None:
     reason = gpu.unsupported(head_dim=72, dtype="bfloat16")
     assert reason is not None and "72" in reason
     assert gpu.unsupported(head_dim=192, dtype="bfloat16") is None
-    reason = gpu.unsupported(head_dim=144, dtype="bfloat16")
-    assert reason is not None and "no multiple of 64" in reason
+    reason = gpu.unsupported(head_dim=160, dtype="bfloat16")
+    assert reason is not None and "160 is beyond 128 and no multiple of 64" in reason
     assert gpu.unsupported(head_dim=128, dtype="int8") is None
     reason = gpu.unsupported(head_dim=256, dtype="float8_e4m3fn")
     assert reason is not None and "beyond 128: shared memory" in reason

@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from jaxserve.config import SchedulerConfig
 from jaxserve.scheduler.accounts import Accounts, Meter
 from jaxserve.scheduler.pages import PageTable
-from jaxserve.scheduler.queue import AGED, MAX_PASSED, WaitingQueue
+from jaxserve.scheduler.queue import (
+    AGED,
+    MAX_PASSED,
+    NUM_FOLLOWING,
+    NUM_FRONT_SEEN,
+    WaitingQueue,
+)
 from jaxserve.scheduler.sequence import Sequence
 from jaxserve.types import SamplingParams
 
@@ -298,6 +304,23 @@ def test_locality_looks_ahead_for_the_next_plan():
     world.cached[waiting[7]] = 16
     world.queue.refresh()  # a plan that nobody has looked ahead for
     assert world.serve() is waiting[7]
+
+
+def test_locality_looks_ahead_for_those_that_come_near_the_front_in_the_plan():
+    world = World(fairness="locality", locality_quantum_tokens=10**6)
+    looked: list[Sequence] = []
+    world.queue._cached_tokens = lambda s: (looked.append(s), world.cached.get(s, 0))[1]
+    waiting = [world.push(0, "tenant") for _ in range(20)]
+    world.cached[waiting[8]] = 16
+    world.queue.look_ahead()
+    assert looked == waiting[: NUM_FRONT_SEEN + NUM_FOLLOWING]
+    world.queue.refresh()
+    assert world.serve() is waiting[0]  # the ninth is not near the front yet
+    assert world.serve() is waiting[8]
+    assert [world.serve() for _ in range(2)] == waiting[1:3]
+    assert len(looked) == NUM_FRONT_SEEN + NUM_FOLLOWING
+    assert [world.serve() for _ in range(2)] == waiting[3:5]
+    assert looked[NUM_FRONT_SEEN + NUM_FOLLOWING :] == [waiting[12]]
 
 
 def test_locality_sees_a_tenant_that_begins_to_wait_in_a_plan():
