@@ -56,7 +56,10 @@ def children(pid: int) -> list[int]:
 
 def command(pid: int) -> str:
     """The command line of a process."""
-    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except (FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+        return ""
 
 
 def wait_gone(pidfd: int) -> None:
