@@ -39,13 +39,15 @@ class Turns:
             if row in self._waiting:
                 self._waiting.remove(row)
                 heapq.heapify(self._waiting)
-            else:  # it was given in the same moment
+            elif not turn.cancelled():  # it was given in the same moment
                 self.release()
             raise
 
     def release(self) -> None:
         """Lets the next one go."""
-        if self._waiting:
-            heapq.heappop(self._waiting)[2].set_result(None)
-        else:
-            self._taken = False
+        while self._waiting:
+            turn = heapq.heappop(self._waiting)[2]
+            if not turn.done():  # who is cancelled may not have heard of it yet
+                turn.set_result(None)
+                return
+        self._taken = False

@@ -54,3 +54,23 @@ def test_who_leaves_keeps_nobody_waiting(given: bool) -> None:
         await asyncio.wait_for(turns.acquire(1), 5)
 
     asyncio.run(run())
+
+
+def test_who_has_left_and_not_heard_of_it_is_passed_over() -> None:
+    async def run() -> None:
+        turns = Turns()
+        await turns.acquire(1)
+        leaver = asyncio.create_task(turns.acquire(1))
+        other = asyncio.create_task(turns.acquire(2))
+        await asyncio.sleep(0)
+        leaver.cancel()
+        turns.release()
+        await asyncio.wait_for(other, 5)
+        assert leaver.cancelled()
+        third = asyncio.create_task(turns.acquire(1))
+        await asyncio.sleep(0)
+        assert not third.done(), "one at a time"
+        turns.release()
+        await asyncio.wait_for(third, 5)
+
+    asyncio.run(run())
