@@ -152,10 +152,11 @@ def sockets(pid: int) -> set[str]:
     return {link[8:-1] for link in links if link.startswith("socket:[")}
 
 
-def inode_of_peer(port: int) -> str:
-    """Of the socket that is connected to this port of ours."""
+def inode_of_peer(ours: tuple[str, int], server: tuple[str, int]) -> str:
+    """Of the server's socket that this one of ours is connected to."""
+    ends = [f":{port:04X}" for _, port in (server, ours)]
     rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    (inode,) = [row[9] for row in rows if row[2].endswith(f":{port:04X}")]
+    (inode,) = [row[9] for row in rows if row[1].endswith(ends[0]) and row[2].endswith(ends[1])]
     return inode
 
 
@@ -169,8 +170,9 @@ def test_streams_of_the_other_workers_are_told_why_the_server_ends():
         ):
             documents = chunks(stream.iter_lines())
             next(documents)
-            _, port = stream.extensions["network_stream"].get_extra_info("client_addr")
-            (other,) = [pid for pid in workers if inode_of_peer(port) not in sockets(pid)]
+            network = stream.extensions["network_stream"]
+            peer = inode_of_peer(*map(network.get_extra_info, ("client_addr", "server_addr")))
+            (other,) = [pid for pid in workers if peer not in sockets(pid)]
             os.kill(other, signal.SIGKILL)
             last = list(documents)[-1]
         assert last["error"]["code"] == "engine_failure"

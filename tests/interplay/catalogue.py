@@ -144,6 +144,13 @@ def _were_embedded(trial: Trial) -> bool:
     return not trial.vectors
 
 
+def _was_set_back(trial: Trial, then: str) -> bool:
+    """And what became of it: a count of its record. A life that ends takes its records along."""
+    if len(trial.engines) > 1 and any(e.scheduler.num_preemptions for e in trial.engines):
+        return True
+    return any(record.preemptions and getattr(record, then) for record in trial.records)
+
+
 FEATURES = (
     Feature(
         name="adapters",
@@ -196,13 +203,13 @@ PREEMPTION = (
         settings=("cache.num_pages=31", "cache.preemption=recompute"),
         shape=_urgent,
         background=3,
-        acted=lambda trial: any(r.preemptions and r.recomputed_tokens for r in trial.records),
+        acted=lambda trial: _was_set_back(trial, "recomputed_tokens"),
     ),
     Feature(
         name="swap",
         settings=("cache.num_pages=31", "cache.preemption=swap", "cache.host_bytes=1000000"),
         shape=_urgent,
         background=3,
-        acted=lambda trial: any(r.preemptions and r.swapped_tokens for r in trial.records),
+        acted=lambda trial: _was_set_back(trial, "swapped_tokens"),
     ),
 )
