@@ -159,6 +159,8 @@ class KernelsConfig:
             for it: on TPUs, and on CPUs with the native matmul.
         lora: what adapters add: "auto", "xla", "cpu" (native), "tpu" or "gpu" (Pallas).
         experts: products of a mixture's experts: "auto", "xla", or "gpu" (Pallas, NVIDIA Hopper).
+        cuda_graphs: whether an NVIDIA GPU runs a step as one CUDA graph; false launches its kernels
+            one by one, which is slower and for finding faults.
     """
 
     attention: str = "auto"
@@ -166,6 +168,7 @@ class KernelsConfig:
     layers: str = "auto"
     lora: str = "auto"
     experts: str = "auto"
+    cuda_graphs: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,9 @@ _MODELS = {
     "llama-3-8b-int8-fp8-cache": Served(
         checkpoint=models.LLAMA_3_8B, quantization="int8", cache="fp8"
     ),
-    "llama-3-8b-int4": Served(checkpoint=models.LLAMA_3_8B, quantization="int4", chips=("h100:1",)),
+    "llama-3-8b-int4": Served(
+        checkpoint=models.LLAMA_3_8B, quantization="int4", chips=("h100:1", "h100:4", "v5e:2x2")
+    ),
     "qwen3-30b-a3b": Served(checkpoint=models.QWEN3_30B_A3B),
     "llama-3-70b-int8": Served(checkpoint=models.LLAMA_3_70B, quantization="int8"),
 }

@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from benchmarks.compile_check.models import LLAMA_3_8B
 from benchmarks.gpu_check.limits import Limits
 from benchmarks.gpu_check.report import Finding
-from jaxserve.bench.engine import Case, measure
-from jaxserve.config import Config, ModelConfig, SchedulerConfig
+from jaxserve.bench.engine import Case, EngineBench, measure
+from jaxserve.config import CacheConfig, Config, ModelConfig, SchedulerConfig
 from jaxserve.device.sharding import make_mesh
 from jaxserve.engine.hopper import compute_capability
 from jaxserve.engine.load import cache_dtype, parts_of
@@ -69,6 +70,30 @@ def measure_engine(limits: Callable[[], Limits], rehearse: bool) -> list[Finding
             Finding(f"decode {number}: device idle", 1 - case["device_busy"], "<", 0.03),
         ]
     return findings
+
+
+def compare_graphs(rehearse: bool) -> list[Finding]:
+    """Greedy tokens of two layers of Llama-3-8B, as one CUDA graph a step and kernel by kernel."""
+    checkpoint = _SMALL if rehearse else {**LLAMA_3_8B, "num_hidden_layers": 2}
+    rows = 1 if rehearse else 4
+    config = dataclasses.replace(
+        Config(),
+        model=ModelConfig(path="random", served_name="random", max_context=512),
+        scheduler=SchedulerConfig(max_rows=rows, max_step_tokens=16 * rows),
+        cache=CacheConfig(num_pages=256),
+    )
+    case = Case(kind="decode", rows=rows, context=100)
+    prompts = np.random.default_rng(0).integers(256, 512, (case.rows, case.context)).tolist()
+    outputs = []
+    for cuda_graphs in (True, False):
+        kernels = dataclasses.replace(config.kernels, cuda_graphs=cuda_graphs)
+        bench = EngineBench(
+            dataclasses.replace(config, kernels=kernels),
+            lambda config, progress: _random_parts(config, progress, checkpoint),
+        )
+        outputs.append(bench.run(case, 16 if rehearse else 64, prompts).outputs)
+    unlike = sum(one != other for one, other in zip(*outputs, strict=True))
+    return [Finding("tokens with CUDA graphs unlike those without", unlike, "<", 1)]
 
 
 def _random_parts(config: Config, progress: Progressing, checkpoint: dict[str, Any]) -> Parts:

@@ -65,9 +65,17 @@ def compile_counter() -> CompileCounter:
     return CompileCounter()
 
 
-def compiler_options(device_kind: str) -> CompilerOptions | None:
-    """What XLA is told when it compiles for such a device, by JAX's name; None for nothing."""
-    return _OPTIONS.get(device_kind.split(maxsplit=1)[0])
+def compiler_options(device_kind: str, *, cuda_graphs: bool = True) -> CompilerOptions | None:
+    """What XLA is told when it compiles for such a device, by JAX's name; None for nothing.
+
+    Args:
+        cuda_graphs: whether programs of a GPU may become graphs.
+    """
+    maker = device_kind.split(maxsplit=1)[0]
+    options = _OPTIONS.get(maker)
+    if options is None or maker != "NVIDIA" or cuda_graphs:
+        return options
+    return {**options, "xla_gpu_enable_command_buffer": ""}
 
 
 def use_persistent_cache(directory: str) -> Path:

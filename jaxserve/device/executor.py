@@ -80,6 +80,7 @@ class Executor:
             where there is no host store, nor on several hosts.
         clock: of the devices, where others launch calls on them too.
         adapters: slots of LoRA adapters; None where there are none.
+        cuda_graphs: whether steps on a GPU may be graphs.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Executor:
         host_pages: Sequence[int] = (),
         clock: DeviceClock | None = None,
         adapters: AdapterSlots | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         self._model = model
         self._params, self._structure = jax.tree.flatten(model)
@@ -100,6 +102,8 @@ class Executor:
         self._state = state
         self._page_size = page_size
         self._mesh = mesh
+        kind = mesh.devices.flat[0].device_kind
+        self._options = compiler_options(kind, cuda_graphs=cuda_graphs)
         self._hosts = hosts
         self._calls: list[Call] | None = None  # of the next step, where they are broadcast
         self._copies = mesh.shape["data"]
@@ -216,8 +220,7 @@ class Executor:
                 )
 
     def _compile(self, wanted: Wanted) -> Callable[..., Any]:
-        options = compiler_options(self._mesh.devices.flat[0].device_kind)
-        return self._lowering.lower(wanted).compile(compiler_options=options)
+        return self._lowering.lower(wanted).compile(compiler_options=self._options)
 
     def _run_empty(self) -> None:
         """Runs every program once, without effect: nothing is set up lazily later."""

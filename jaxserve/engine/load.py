@@ -151,6 +151,7 @@ def parts_of(
         *(model, state, buckets.programs, page_size, mesh, hosts, host_pages),
         clock=clock,
         adapters=slots,
+        cuda_graphs=config.kernels.cuda_graphs,
     )
     if embedding is not None:  # first: what is compiled after the executor's warm-up is counted
         embedding.embedder.warm_up(progress, config.engine.compile_threads)

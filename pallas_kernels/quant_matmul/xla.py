@@ -16,8 +16,6 @@ weight is rounded to x's dtype. fp8: a token's largest element becomes the large
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, UInt4
@@ -74,30 +72,30 @@ def int4_matmul(
     """See `api.int4_matmul`."""
     num_tokens, depth = x.shape
     num_groups, out_dims = scale.shape[0], codes.shape[1:]
-    columns = math.prod(out_dims)
-    code_GgN = codes.reshape(num_groups, -1, columns)
-    scale_GN = scale.reshape(num_groups, columns).astype(jnp.float32)
-    minimum_GN = minimum.reshape(num_groups, columns).astype(jnp.float32)
+    # Dimensions of the output stay apart: merged, they could no longer lie on several devices.
+    code_Gg = codes.reshape(num_groups, -1, *out_dims)
+    scale, minimum = scale.astype(jnp.float32), minimum.astype(jnp.float32)
     if num_tokens >= MANY_TOKENS:
-        w = code_GgN.astype(jnp.float32) * scale_GN[:, None] + minimum_GN[:, None]
-        y_TN = jnp.dot(
+        w = code_Gg.astype(jnp.float32) * scale[:, None] + minimum[:, None]
+        y = jax.lax.dot_general(
             x,
-            w.reshape(depth, columns).astype(x.dtype),
+            w.reshape(depth, *out_dims).astype(x.dtype),
+            (((1,), (0,)), ((), ())),
             precision=precision,
             preferred_element_type=jnp.float32,
         )
-        return y_TN.astype(x.dtype).reshape(num_tokens, *out_dims)
+        return y.astype(x.dtype)
     # From the middle of the codes, or two large sums would cancel each other.
-    middle_GN = minimum_GN + MIDDLE * scale_GN
+    middle = minimum + MIDDLE * scale
     x_TGg = x.reshape(num_tokens, num_groups, -1)
-    y_GTN = jnp.einsum(
-        "tgk,gkn->gtn",
+    y_GT = jax.lax.dot_general(
         x_TGg,
-        code_GgN.astype(x.dtype) - MIDDLE,
+        code_Gg.astype(x.dtype) - MIDDLE,
+        (((2,), (1,)), ((1,), (0,))),
         precision=precision,
         preferred_element_type=jnp.float32,
     )
     sums_TG = x_TGg.astype(jnp.float32).sum(-1)
-    y_TN = (y_GTN * scale_GN[:, None]).sum(0)
-    y_TN += jnp.dot(sums_TG, middle_GN, precision=jax.lax.Precision.HIGHEST)
-    return y_TN.astype(x.dtype).reshape(num_tokens, *out_dims)
+    y = (y_GT * scale[:, None]).sum(0)
+    y += jnp.tensordot(sums_TG, middle, 1, precision=jax.lax.Precision.HIGHEST)
+    return y.astype(x.dtype)

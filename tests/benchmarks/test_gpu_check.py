@@ -94,6 +94,7 @@ def test_a_rehearsal_of_the_engine_decodes_and_prefills() -> None:
     targets = {name: finding["target"] for name, finding in found.items()}
     assert targets["decode 1: MBU"] == 0.8 and targets["chunked prefill 64: MFU"] == 0.55
     assert targets["decode 4: device idle"] == 0.03
+    assert found["tokens with CUDA graphs unlike those without"]["value"] == 0
 
 
 #: A part whose checks are right, wrong, hang, end their process, and are right again.

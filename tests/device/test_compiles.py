@@ -126,5 +126,8 @@ def test_compilers_are_told_what_they_misjudge() -> None:
     assert options is not None and options["xla_disable_hlo_passes"] == "rematerialization"
     assert str(options["xla_gpu_enable_command_buffer"]).endswith("CONDITIONAL,WHILE")
     assert compiler_options("NVIDIA H200") == compiler_options("NVIDIA H100 80GB HBM3")
+    without = compiler_options("NVIDIA H100 80GB HBM3", cuda_graphs=False)
+    assert without == {**options, "xla_gpu_enable_command_buffer": ""}
+    assert compiler_options("TPU7x", cuda_graphs=False) == compiler_options("TPU7x")
     assert compiler_options("TPU7x") == {"xla_tpu_control_large_2nd_minor_layout_for_x16": 0}
     assert compiler_options("TPU v6 lite") is compiler_options(jax.devices()[0].device_kind) is None

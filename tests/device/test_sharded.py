@@ -66,6 +66,7 @@ def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
         "head_dim": 8,
+        "intermediate_size": 256,  # two groups of 4-bit codes a device
     }
     (directory / "config.json").write_text(json.dumps(config))
     kind = model_class(config)
@@ -92,8 +93,9 @@ def test_heads_that_the_mesh_divides(even: Path, mesh: tuple[int, int, int]) -> 
 
 
 @pytest.mark.in_turn("further")
-def test_quantized_weights(even: Path) -> None:
-    found = serve_on_both(even, (2, 1, 4), SCANNED, "weights.quantization=int8")
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantized_weights(even: Path, quantization: str) -> None:
+    found = serve_on_both(even, (2, 1, 4), SCANNED, f"weights.quantization={quantization}")
     assert_equal(found, 2e-5)
 
 

@@ -42,11 +42,11 @@ def values_of(base: str) -> dict[str, float]:
 
 
 def wait_for(base: str, condition) -> dict[str, float]:
-    """The metrics, once they are so."""
+    """The metrics, once they are so; an observer that is busy leaves its own out."""
     deadline_s = time.monotonic() + TIMEOUT_S
     while True:
         found = values_of(base)
-        if condition(found):
+        if "jaxserve_spans_waiting" in found and condition(found):
             return found
         assert time.monotonic() < deadline_s, found
 
