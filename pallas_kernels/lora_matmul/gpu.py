@@ -62,6 +62,7 @@ from pallas_kernels.lora_matmul.gpu_plan import (
     RANK_MULTIPLE,
     expand_adds_up,
     expand_plan,
+    padding,
     shrink_plan,
 )
 from pallas_kernels.lora_matmul.gpu_shrink import shrink
@@ -132,6 +133,8 @@ def lora_matmul(
         z = shrink(rows, own.a, tiles, layer, first, rank, interpret)
         if reduce is not None or not expand_adds_up(first, second, num_tiles, y.shape[1], *sizes):
             total = jnp.sum(z, axis=0)
-            z = (total if reduce is None else reduce(total)).astype(x.dtype)[None]
+            total = total if reduce is None else reduce(total)
+            # Of an odd number of eights no swizzle of 16 bits begins with every part.
+            z = (total if padding(rank) else total.astype(x.dtype))[None]
         expand(z, target, own.b, tiles, layer, cycle, second, interpret)
     return jax.freeze(target)

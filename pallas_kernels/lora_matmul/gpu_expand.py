@@ -45,7 +45,7 @@ def expand(
     """Adds to y, a reference to [T, N].
 
     Args:
-        z: as `shrink` has it, in float32 or in b's dtype.
+        z: as `shrink` has it, in float32; or, of ranks that are not filled up, in b's dtype.
     """
     (num_tiles, most), (num_tokens, num_columns) = tiles.present.shape, y.shape
     rank, itemsize, splits = b.shape[2], b.dtype.itemsize, z.shape[0]

@@ -82,14 +82,19 @@ def shrink_plan(num_tiles: int, depth: int, wide: int, most: int, itemsize: int 
         most: slots that a tile may have tokens of.
     """
     cuts = [n for n in _divisors(wide // RANK_MULTIPLE) if wide // n <= _WIDE]
-    *fewer, finest = _divisors(depth // DEPTH_MULTIPLE)
-    for splits in (*fewer, finest):
-        chunks = next((n for n in cuts if n * splits * num_tiles >= _ENOUGH), cuts[-1])
-        columns, part = wide // chunks, depth // splits
-        held = TILE * (part * itemsize + columns * 4 + 4) + _RING_BYTES
+    numbers = list(_divisors(depth // DEPTH_MULTIPLE))
+
+    def chunks_for(splits: int) -> int:
+        return next((n for n in cuts if n * splits * num_tiles >= _ENOUGH), cuts[-1])
+
+    def will_do(splits: int) -> bool:
+        held = TILE * (depth // splits * itemsize + wide // chunks_for(splits) * 4 + 4)
         enough = splits * cuts[-1] * num_tiles >= _FEW or splits >= _MOST_SPLITS
-        if held <= SHARED_BYTES and enough:
-            break
+        return enough and held + _RING_BYTES <= SHARED_BYTES
+
+    splits = next(filter(will_do, numbers), numbers[-1])
+    chunks = chunks_for(splits)
+    columns, part = wide // chunks, depth // splits
     together = max(1, min(most, _TOGETHER // columns))
     steps = next(
         n
@@ -113,12 +118,17 @@ def expand_plan(
     num_tiles: int, num_columns: int, rank: int, cycle: tuple[int, ...], itemsize: int = 2
 ) -> ExpandPlan:
     """For tiles of tokens, N = num_columns, and a cycle of parts that no block may straddle."""
-    fits = [own for own in _WIDTHS if all(width % own[0] == 0 for width in cycle)]
-    width, computers = next(
-        (own for own in fits if num_tiles * (num_columns // own[0]) >= _ENOUGH), fits[-1]
-    )
-    slots = max(2, _RING_BYTES // (operand_rank(rank) * width * itemsize))
-    return ExpandPlan(computers=computers, columns=width // computers, slots=min(_MAX_SLOTS, slots))
+    plans = []
+    for width, computers in _WIDTHS:
+        slots = max(2, _RING_BYTES // (operand_rank(rank) * width * itemsize))
+        plan = ExpandPlan(
+            computers=computers, columns=width // computers, slots=min(_MAX_SLOTS, slots)
+        )
+        held = expand_shared_bytes(plan, 1, rank, itemsize)
+        if held <= SHARED_BYTES and all(part % width == 0 for part in cycle):
+            plans.append(plan)
+    enough = (plan for plan in plans if num_tiles * (num_columns // plan.width) >= _ENOUGH)
+    return next(enough, plans[-1])
 
 
 def expand_adds_up(

@@ -24,7 +24,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import hopper
 from pallas_kernels.lora_matmul.blocks import TILE, TokenTiles
-from pallas_kernels.lora_matmul.gpu_plan import ShrinkPlan, padding, shrink_bytes
+from pallas_kernels.lora_matmul.gpu_plan import (
+    RANK_MULTIPLE,
+    ShrinkPlan,
+    padding,
+    shrink_bytes,
+)
 
 
 def shrink(
@@ -57,7 +62,8 @@ def shrink(
             hopper.swizzled((plan.steps, TILE, plan.step), DEPTH, x.dtype),
             hopper.swizzled((plan.slots, plan.together * plan.columns, plan.step), DEPTH, a.dtype),
             plgpu.SMEM((TILE,), jnp.int32),
-            plgpu.SMEM((TILE, plan.columns), jnp.float32),
+            # In swizzles that z, with what is behind its columns, is a whole number of.
+            hopper.swizzled((TILE, plan.columns), RANK_MULTIPLE, jnp.float32),
             plgpu.Barrier(num_arrivals=1),
             plgpu.Barrier(num_arrivals=1 + plan.together, num_barriers=plan.slots),
             plgpu.Barrier(num_barriers=plan.slots),

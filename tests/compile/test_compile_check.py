@@ -105,10 +105,12 @@ def test_the_hopper_products_change_what_they_are_given_in_place() -> None:
 
 @needs("gpu")
 def test_adapters_take_two_kernels_a_site_and_class_where_one_token_a_row_comes() -> None:
-    """And one more, which adds up, for the class of rank 128."""
+    """And one more, which adds up, for the class of rank 128; three for all in long steps."""
     sites = "qkv", "out", "gate_up", "down"
-    rows = compile_rows(*(f"lora_matmul/{site}/decode/h100:1" for site in sites))
-    assert [row["kernels"] for row in rows] == [2 + 2 + 3] * 4
+    names = [f"lora_matmul/{site}/decode/h100:1" for site in sites]
+    rows = compile_rows(*names, "lora_matmul/gate_up/prefill/h100:1")
+    found = {row["name"]: row["kernels"] for row in rows}
+    assert found == dict.fromkeys(names, 2 + 2 + 3) | {"lora_matmul/gate_up/prefill/h100:1": 9}
 
 
 @needs("tpu")
