@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.compile_check import targets
 from benchmarks.compile_check.grouped import GroupedRow
+from benchmarks.compile_check.hlo import collectives, kernels
 from benchmarks.compile_check.kernels import KernelRow
 from benchmarks.compile_check.lora import LoraRow
 from benchmarks.compile_check.steps import ROWS, StepRow
@@ -32,6 +33,7 @@ class Result:
         detail: why it was refused or failed.
         faults: what does not hold of a program that compiles.
         temp_bytes, argument_bytes: of one device.
+        kernels: of a site of adapters on a GPU.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Result:
     argument_bytes: int = 0
     in_layer: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
+    kernels: int = 0
     seconds: float = 0.0
 
     @property
@@ -100,13 +103,16 @@ def _kernel(row: KernelRow | LoraRow | GroupedRow) -> Result:
     except Exception as error:
         return _failed(result, error)
     _memory(result, compiled)
+    if isinstance(row, LoraRow) and row.num_kernels:
+        result.kernels = kernels(compiled.as_text(), "lora_matmul")
+        if result.kernels > row.num_kernels:
+            result.faults.append(f"{result.kernels} kernels, not {row.num_kernels}")
     return result
 
 
 def _step(row: StepRow) -> Result:
     import jax
 
-    from benchmarks.compile_check.hlo import collectives
     from jaxserve.device.chips import parse_slice
     from jaxserve.engine.ahead import ahead_of_time
     from jaxserve.errors import ConfigError

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels.lora_matmul import LoraWeights, block_tokens, lora_matmul
+from pallas_kernels.lora_matmul.blocks import TILE
+from pallas_kernels.lora_matmul.gpu_plan import expand_adds_up, expand_plan, shrink_plan
 
 #: Backend and the chips that it is compiled for.
 CHIPS = {"tpu": ("v5e:1x1", "v6e:1x1", "tpu7x:1x1x1"), "gpu": ("h100:1",)}
@@ -72,6 +74,20 @@ class LoraRow:
     def num_rows(self) -> int:
         """T."""
         return TOKENS[self.kind] * _EXPERTS.get(self.site, (1, 1))[1]
+
+    @property
+    def num_kernels(self) -> int:
+        """Of the site on a GPU: of each class two, and one more where XLA adds up; else 0."""
+        if self.backend != "gpu":
+            return 0
+        depth, columns, cycle = _SITES[self.site]
+        tiles, experts, found = -(-self.num_rows // TILE), _EXPERTS.get(self.site, (1, 1))[0], 0
+        for rank, slots in CLASSES[self.backend]:
+            most = min(slots * experts, TILE)
+            first = shrink_plan(tiles, depth, rank * len(cycle), most)
+            second = expand_plan(tiles, columns, rank, cycle)
+            found += 2 if expand_adds_up(first, second, tiles, columns, rank) else 3
+        return found
 
     def program(self, device: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """A function that donates its first argument, y, and what it takes."""

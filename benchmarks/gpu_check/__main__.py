@@ -32,7 +32,7 @@ from benchmarks.gpu_check.parts import Check, Result, perform, run, share_of
 from benchmarks.gpu_check.report import Finding
 
 #: Seconds that one check of each part may take, and all of the part's.
-_PATIENCE = {"kernels": (60, 180), "products": (60, 120), "engine": (210, 270), "torch": (140, 140)}
+_PATIENCE = {"kernels": (60, 180), "products": (60, 140), "engine": (210, 270), "torch": (140, 140)}
 _ALL_PATIENCE = 535
 
 

@@ -3,8 +3,9 @@
 Correct: ‖out − ref‖/‖ref‖ against the reference in float32, on fresh random inputs; what adapters
 add is added to zeros, and rows that nobody may look at are NaN. Fast: what adapters add to all four
 sites of Llama-3-8B's 32 layers, in milliseconds a step and in bytes of the adapters that are used a
-second; one product of an expert layer of Qwen3-30B-A3B and of Mixtral, as shares of the measured
-limits. XLA's way, which is what runs unless the kernels are asked for, stands beside each.
+second, kernel by kernel and in one CUDA graph as the engine runs them; one product of an expert
+layer of Qwen3-30B-A3B and of Mixtral, as shares of the measured limits. XLA's way, which is what
+runs unless the kernels are asked for, stands beside each.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from benchmarks.gpu_check.kernels import TOLERANCE, error_of
 from benchmarks.gpu_check.limits import Limits, seconds_a_call
 from benchmarks.gpu_check.parts import Check
 from benchmarks.gpu_check.report import Finding
+from jaxserve.device.compiles import CompilerOptions, compiler_options
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.grouped_matmul.traffic import grouped_matmul_bytes, grouped_matmul_flops
 from pallas_kernels.lora_matmul import LoraWeights, block_tokens, lora_matmul
@@ -102,6 +104,7 @@ def checks(backend: str, limits: Callable[[], Limits], sizes: Sizes) -> Iterator
     for case in _GROUPS:
         yield Check(f"experts, {case}", lambda case=case: [_groups_are_right(backend, case)])
     yield Check("adapters", lambda: _adapters(backend, limits(), sizes), timed=True)
+    yield Check("adapters in one graph", lambda: _in_one_graph(backend, sizes), timed=True)
     for name, experts in sizes.experts:
         fast = partial(_experts, backend, limits, name, experts, sizes)
         yield Check(f"experts, {name}", fast, timed=True)
@@ -160,23 +163,10 @@ def _groups_are_right(backend: str, case: str) -> Finding:
 
 
 def _adapters(backend: str, limits: Limits, sizes: Sizes) -> Iterator[Finding]:
-    weights = []
-    for depth, cycle, repeats in sizes.sites:
-        shape = sizes.layers, sizes.adapters, sizes.rank * len(cycle), depth
-        columns = sum(cycle) * repeats
-        weights.append(
-            LoraWeights(
-                a=jnp.full(shape, 0.01, jnp.bfloat16),
-                b=jnp.full((*shape[:2], sizes.rank, columns), 0.01, jnp.bfloat16),
-            )
-        )
-    mixed = np.arange(sizes.rows) % sizes.adapters
-    cases = {
-        f"{sizes.rows} rows, {sizes.adapters} adapters": (mixed, sizes.adapters),
-        f"{sizes.rows} rows, none": (np.full(sizes.rows, NONE), 0),
-        f"a chunk of {sizes.prompt}, one adapter": (np.zeros(sizes.prompt, np.int64), 1),
-    }
-    for name, (slots, used) in cases.items():
+    weights, cases = _weights(sizes), _decoding(sizes)
+    cases[f"a chunk of {sizes.prompt}, one adapter"] = np.zeros(sizes.prompt, np.int64)
+    for name, slots in cases.items():
+        used = len({*slots.tolist()} - {NONE})
         slots = jnp.asarray(slots, jnp.int32)
         seconds = {
             which: seconds_a_call(_step(which, sizes), slots, weights) for which in (backend, "xla")
@@ -197,8 +187,42 @@ def _adapters(backend: str, limits: Limits, sizes: Sizes) -> Iterator[Finding]:
         yield Finding(f"adapters, {name}: share of copy bandwidth", share)
 
 
-def _step(backend: str, sizes: Sizes) -> Any:
-    """All sites of all layers, as a step has them: tokens grouped once, layers scanned."""
+def _in_one_graph(backend: str, sizes: Sizes) -> Iterator[Finding]:
+    weights = _weights(sizes)
+    options = compiler_options(jax.devices()[0].device_kind)
+    step = _step(backend, sizes, unrolled=True, options=options)
+    for name, slots in _decoding(sizes).items():
+        seconds = seconds_a_call(step, jnp.asarray(slots, jnp.int32), weights)
+        yield Finding(f"adapters, {name}, in one graph: ms a step", 1e3 * seconds)
+
+
+def _decoding(sizes: Sizes) -> dict[str, np.ndarray]:
+    """Slots of the rows, by what is said of them."""
+    return {
+        f"{sizes.rows} rows, {sizes.adapters} adapters": np.arange(sizes.rows) % sizes.adapters,
+        f"{sizes.rows} rows, none": np.full(sizes.rows, NONE),
+    }
+
+
+def _weights(sizes: Sizes) -> list[LoraWeights]:
+    """Of each site."""
+    found = []
+    for depth, cycle, repeats in sizes.sites:
+        shape = sizes.layers, sizes.adapters, sizes.rank * len(cycle), depth
+        columns = sum(cycle) * repeats
+        found.append(
+            LoraWeights(
+                a=jnp.full(shape, 0.01, jnp.bfloat16),
+                b=jnp.full((*shape[:2], sizes.rank, columns), 0.01, jnp.bfloat16),
+            )
+        )
+    return found
+
+
+def _step(
+    backend: str, sizes: Sizes, *, unrolled: bool = False, options: CompilerOptions | None = None
+) -> Any:
+    """All sites of all layers, as a step has them: tokens grouped once, layers scanned or not."""
 
     def step(slots: jax.Array, weights: list[LoraWeights]) -> list[jax.Array]:
         blocks = [block_tokens(slots, sizes.adapters)]
@@ -209,15 +233,20 @@ def _step(backend: str, sizes: Sizes) -> Any:
             for _, cycle, repeats in sizes.sites
         ]
 
+        @jax.jit  # traced once for all layers
         def layer(ys: list[jax.Array], index: jax.Array) -> tuple[list[jax.Array], None]:
             return [
                 lora_matmul(x, y, [own], blocks, index, cycle=cycle, backend=backend)
                 for x, y, own, (_, cycle, _) in zip(xs, ys, weights, sizes.sites, strict=True)
             ], None
 
-        return jax.lax.scan(layer, ys, jnp.arange(sizes.layers))[0]
+        if not unrolled:
+            return jax.lax.scan(layer, ys, jnp.arange(sizes.layers))[0]
+        for index in range(sizes.layers):
+            ys, _ = layer(ys, jnp.int32(index))
+        return ys
 
-    return jax.jit(step)
+    return jax.jit(step, compiler_options=options)
 
 
 def _experts(

@@ -8,19 +8,30 @@ Math: see `api`. A product on Hopper has 64 rows whatever is in them, so nothing
 Shapes: x [T, K]; a [L, S, P R, K], b [L, S, R, N]; y [T, N], changed in place. Tiles as
     `blocks.TokenTiles` lists them, once a step.
 
-Grid: two kernels, and between them XLA adds up the first one's parts.
+Grid: two kernels a class, and nothing between them in a decode step.
 
     gpu_shrink   (part of K, columns of z, tile): z of a tile, of one part of K, in float32
-    gpu_expand   (columns of y, tile): adds to a tile of y in place
+    gpu_expand   (columns of y, tile): adds the parts up, rounds them, adds to a tile of y in place
 
-    In both, one warpgroup keeps TMA copies of the slots' matrices under way in a ring and one
-    multiplies; a tile's tokens come once, whatever the number of its slots. Drawn in the files. A
-    tile in which no token has an adapter of the class ends at once and leaves y as it is: nothing
-    is decided on the host, which `lax.cond` on a GPU would wait for.
+    In both, one warpgroup keeps TMA copies of the slots' matrices under way in a ring and the
+    others multiply; a tile's tokens come once, whatever the number of its slots. Drawn in the
+    files. A tile in which no token has an adapter of the class ends at once and leaves y as it is:
+    nothing is decided on the host, which `lax.cond` on a GPU would wait for.
+
+    XLA adds up the parts where devices share K (`reduce`), and where every block of columns would
+    read more of them than one kernel is worth (`gpu_plan.expand_adds_up`): in long steps, and of
+    some sites of high ranks.
 
 Traffic: a and b of each adapter, once for each tile that it has tokens in (all but the first from
-    the L2 cache), x once for every 128 columns of z, y in and out of tiles with adapters; the parts
-    of z in and out, splits × T × P R of float32. See `gpu_plan.shrink_bytes`, `expand_bytes`.
+    the L2 cache); x once for each chunk of columns of z and z once for each block of columns of y,
+    from there too; y in and out of tiles with adapters. See `gpu_plan.shrink_bytes` and
+    `expand_bytes`. Of 64 tokens over 8 adapters of rank 16, at Llama 3 8B's sites, in MB:
+
+                 a      b     y    x, chunks   z, blocks   parts of z   written once
+        qkv      3.1    1.6   1.6   3.1   6     3.1   96      8          0.10
+        out      1.0    1.0   1.0   1.0   2     4.2   64     16          0.07
+        gate_up  2.1    7.3   7.3   2.1   4     3.7  112      8          0.07
+        down     3.7    1.0   1.0   3.7   2     3.7   64     14          0.06
 
 Numerics: products accumulated in float32, first within a part of K, then over the parts in order;
     z is rounded to x's dtype; y is added in float32 and rounded once. A token's bits depend on
@@ -49,7 +60,10 @@ from pallas_kernels.lora_matmul.gpu_plan import (
     DEPTH_MULTIPLE,
     MAX_RANK,
     RANK_MULTIPLE,
-    operand_rank,
+    expand_adds_up,
+    expand_plan,
+    padding,
+    shrink_plan,
 )
 from pallas_kernels.lora_matmul.gpu_shrink import shrink
 
@@ -106,18 +120,21 @@ def lora_matmul(
     if reason is not None:
         raise UnsupportedKernel(f"lora_matmul backend='gpu': {reason}")
     # Rows of eight: what a tile of shared memory has.
-    rows = jnp.pad(x, ((0, -x.shape[0] % 8), (0, 0)))
+    missing = -x.shape[0] % 8
+    rows = jnp.pad(x, ((0, missing), (0, 0))) if missing else x
     layer = layer.reshape(1)
     # Each class adds to the same y, which is a reference meanwhile, so that no copy is made.
     target = jax.new_ref(y)
     for own, grouped in zip(weights, blocks, strict=True):
-        parts, rank = len(cycle), own.b.shape[2]
-        tiles = grouped.tiles
-        z = jnp.sum(shrink(rows, own.a, tiles, layer, interpret), axis=0)
-        z = (z if reduce is None else reduce(z)).astype(x.dtype)
-        # A product's depth is a multiple of 16: what is added is zeros on both sides.
-        z = jnp.pad(
-            z.reshape(-1, parts, rank), ((0, 0), (0, 0), (0, operand_rank(rank) - rank))
-        ).reshape(z.shape[0], -1)
-        expand(z, target, own.b, tiles, layer, cycle, interpret)
+        tiles, rank = grouped.tiles, own.b.shape[2]
+        (num_tiles, most), sizes = tiles.present.shape, (rank, x.dtype.itemsize)
+        first = shrink_plan(num_tiles, x.shape[1], own.a.shape[2], most, x.dtype.itemsize)
+        second = expand_plan(num_tiles, y.shape[1], rank, cycle, x.dtype.itemsize)
+        z = shrink(rows, own.a, tiles, layer, first, rank, interpret)
+        if reduce is not None or not expand_adds_up(first, second, num_tiles, y.shape[1], *sizes):
+            total = jnp.sum(z, axis=0)
+            total = total if reduce is None else reduce(total)
+            # Of an odd number of eights no swizzle of 16 bits begins with every part.
+            z = (total if padding(rank) else total.astype(x.dtype))[None]
+        expand(z, target, own.b, tiles, layer, cycle, second, interpret)
     return jax.freeze(target)

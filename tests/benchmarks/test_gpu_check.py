@@ -79,6 +79,8 @@ def test_a_rehearsal_of_the_products_finds_them_right() -> None:
         "adapters, 4 rows, 2 adapters: share of copy bandwidth",
         "adapters, 4 rows, none: ms a step",
         "adapters, 4 rows, none: ms a step, XLA",
+        "adapters, 4 rows, 2 adapters, in one graph: ms a step",
+        "adapters, 4 rows, none, in one graph: ms a step",
         "experts, small, 4 tokens: share of copy bandwidth",
         "experts, small, 4 tokens: times as fast as xla",
         "experts, small, 4 tokens: times as fast as ragged_dot",

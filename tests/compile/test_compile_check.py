@@ -17,7 +17,7 @@ import pytest
 from benchmarks.compile_check import targets
 from benchmarks.compile_check.changed import patterns
 from benchmarks.compile_check.check import Result
-from benchmarks.compile_check.hlo import Collective, collectives
+from benchmarks.compile_check.hlo import Collective, collectives, kernels
 from benchmarks.compile_check.table import missing_steps, write_table
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +103,16 @@ def test_the_hopper_products_change_what_they_are_given_in_place() -> None:
     assert rows[2]["argument_bytes"] > matrices and rows[2]["temp_bytes"] < matrices / 100
 
 
+@needs("gpu")
+def test_adapters_take_two_kernels_a_site_and_class_where_one_token_a_row_comes() -> None:
+    """And one more, which adds up, for the class of rank 128; three for all in long steps."""
+    sites = "qkv", "out", "gate_up", "down"
+    names = [f"lora_matmul/{site}/decode/h100:1" for site in sites]
+    rows = compile_rows(*names, "lora_matmul/gate_up/prefill/h100:1")
+    found = {row["name"]: row["kernels"] for row in rows}
+    assert found == dict.fromkeys(names, 2 + 2 + 3) | {"lora_matmul/gate_up/prefill/h100:1": 9}
+
+
 @needs("tpu")
 def test_what_does_not_fit_is_refused_with_its_bytes() -> None:
     rows = compile_rows("llama-3-8b/v5e:1x1", "llama-3-70b-int8/v5e:2x2")
@@ -154,6 +164,26 @@ def test_exchanges_are_read_from_a_program_s_text() -> None:
         Collective("all-gather", False, 4 * 8 * 4),
         Collective("all-to-all", False, 0),
     ]
+
+
+def test_kernels_are_counted_in_a_program_s_text() -> None:
+    """Those of the scope and of none, outside of the fusions' own instructions."""
+    text = """
+%fused_pad (p: s32[8]) -> s32[64] {
+  ROOT %pad.1 = s32[64]{0} pad(%p, %c), metadata={op_name="jit(f)/lora_matmul/pad"}
+}
+
+ENTRY %main.1 (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0), metadata={op_name="x"}
+  %sort.1 = (pred[8]{0}, s32[8]{0}) sort(%x, %y), metadata={op_name="jit(f)/argsort/sort"}
+  %bitcast.1 = f32[2,4]{1,0} bitcast(%x)
+  %call.1 = (f32[8]{0}, s8[4]{0}) custom-call(%x), metadata={op_name="jit(f)/lora_matmul/mpmd_map"}
+  %sum.1 = f32[8]{0} fusion(%call.1), kind=kInput, metadata={op_name="jit(f)/lora_matmul/sum"}
+  ROOT %copy.1 = f32[8]{0} copy(%sum.1)
+}
+"""
+    assert kernels(text, "lora_matmul") == 3
+    assert kernels(text, "argsort") == 2
 
 
 def test_the_table_keeps_rows_that_were_not_run(tmp_path: Path) -> None:

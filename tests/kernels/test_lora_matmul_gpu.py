@@ -15,14 +15,19 @@ from pallas_kernels.errors import UnsupportedKernel
 from pallas_kernels.lora_matmul import LoraWeights, block_tokens, gpu, lora_matmul
 from pallas_kernels.lora_matmul.blocks import TILE
 from pallas_kernels.lora_matmul.gpu_plan import (
+    SHARED_BYTES,
+    expand_adds_up,
     expand_bytes,
     expand_plan,
+    expand_shared_bytes,
     operand_rank,
     part_bounds,
+    parts_bytes,
     shrink_bytes,
     shrink_plan,
 )
 from pallas_kernels.lora_matmul.traffic import lora_matmul_bytes
+from tests.kernels.aligned_copies import aligned_copies
 from tests.kernels.batches import relative_error
 from tests.kernels.late_copies import late_copies
 
@@ -31,6 +36,15 @@ NONE = -1
 CLASSES = ((8, 3), (16, 2))
 FEW = [2, NONE, 0, 4, 2, 2, NONE, 3, 4, 0, 2]
 #: Tiles of one slot, of many, of none, and one that is not full; with tokens to spare for a class.
+#: More slots than one product of `shrink` has, so that the ring is walked twice.
+CROWD = [*range(12), NONE, 11, 3]
+#: Llama 3 8B's: K, N, and the widths of the parts.
+SITES = {
+    "qkv": (4096, 6144, (512, 128, 128)),
+    "out": (4096, 4096, (4096,)),
+    "gate_up": (4096, 28672, (14336, 14336)),
+    "down": (14336, 4096, (4096,)),
+}
 MANY = [1] * 70 + [NONE, 4, 0, 2, 3] * 8 + [NONE] * 90 + [3] * 9 + [0]
 
 
@@ -59,13 +73,18 @@ def call(
         first += count
     exact, layer = jax.lax.Precision.HIGHEST, jnp.asarray(1, jnp.int32)
     rest = tuple(weights), tuple(blocks), layer, cycle, exact, reduce
-    interpret = plgpu.InterpretGPUParams(detect_races=True)
-    got = jax.jit(lambda x, y: gpu.lora_matmul(x, y, *rest, interpret=interpret))(x, y)
+    got = run(x, y, *rest)
     assert got.dtype == dtype and got.shape == y.shape
     expected = lora_matmul(
         x, y, weights, blocks, 1, cycle=cycle, precision=exact, reduce=reduce, backend="reference"
     )
     return np.asarray(y, np.float32), np.asarray(got, np.float32), np.asarray(expected, np.float32)
+
+
+def run(x: jax.Array, y: jax.Array, *rest: Any) -> jax.Array:
+    """The kernels, interpreted."""
+    interpret = plgpu.InterpretGPUParams(detect_races=True)
+    return jax.jit(lambda x, y: gpu.lora_matmul(x, y, *rest, interpret=interpret))(x, y)
 
 
 def check(slots: list[int], *args: Any, **options: Any) -> None:
@@ -102,6 +121,75 @@ def test_nobody_has_an_adapter() -> None:
     np.testing.assert_array_equal(got, y)
 
 
+@pytest.mark.parametrize(
+    ("slots", "rank"),
+    [
+        (CROWD, 16),
+        pytest.param(CROWD, 24, marks=pytest.mark.slow),
+        pytest.param([2, 0, 1] * 11, 64, marks=pytest.mark.slow),
+        pytest.param([0, NONE, 2, 2] * 25, 8, marks=pytest.mark.slow),  # y goes row by row of four
+    ],
+)
+def test_ranks_and_crowds(monkeypatch: pytest.MonkeyPatch, slots: list[int], rank: int) -> None:
+    """With copies that a GPU takes, several parts of K, and numbers of tokens of any kind."""
+    aligned_copies(monkeypatch)
+    assert shrink_plan(1, 256, 3 * rank, max(slots) + 1).splits > 1
+    check(slots, 256, (128, 64, 64), classes=((rank, max(slots) + 1),))
+
+
+def test_bits_depend_on_neither_company_nor_place() -> None:
+    """A token among others of its adapter and of others, and alone at another place."""
+    rng = np.random.default_rng()
+
+    def draw(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    x, y = draw(9, 256), draw(9, 64)
+    a, b = draw(1, 10, 8, 256), draw(1, 10, 8, 64)
+    weights = (LoraWeights(a=jnp.asarray(a, jnp.bfloat16), b=jnp.asarray(b, jnp.bfloat16)),)
+
+    def added(slots: list[int], x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        blocks = (block_tokens(jnp.asarray(slots), 10),)
+        rest = blocks, jnp.asarray(0, jnp.int32), (64,), jax.lax.Precision.HIGHEST, None
+        return np.asarray(
+            run(jnp.asarray(x, "bfloat16"), jnp.asarray(y, "bfloat16"), weights, *rest)
+        )
+
+    together = added([0, 1, 2, 3, 4, 9, 6, 7, 9], x, y)
+    x[[0, 5]], y[[0, 5]] = x[[5, 0]], y[[5, 0]]
+    alone = added([9] + [NONE] * 8, x, y)
+    np.testing.assert_array_equal(alone[0], together[5])
+    assert (alone[0] != np.asarray(jnp.asarray(y[0], jnp.bfloat16))).any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("broken", ["x", "a", "b"])
+def test_what_is_not_a_number_stays_in_its_own_row(broken: str) -> None:
+    """A token's, and what a slot's matrices do to its tokens; of a rank that is filled up."""
+    slots, rng = [0, 1, NONE, 0, 2, 1, 3], np.random.default_rng()
+    arrays = {
+        "x": rng.normal(size=(7, 64)),
+        "y": rng.normal(size=(7, 64)),
+        "a": rng.normal(size=(1, 4, 8, 64)),
+        "b": rng.normal(size=(1, 4, 8, 64)),
+    }
+    whole = {name: jnp.asarray(array, jnp.bfloat16) for name, array in arrays.items()}
+    arrays[broken][1 if broken == "x" else (0, 1)] = np.nan
+    ours = [1] if broken == "x" else [1, 5]
+
+    def result(arrays: dict[str, jax.Array]) -> np.ndarray:
+        weights = (LoraWeights(a=arrays["a"], b=arrays["b"]),)
+        rest = (block_tokens(jnp.asarray(slots), 4),), jnp.asarray(0, jnp.int32), (64,)
+        exact = jax.lax.Precision.HIGHEST, None
+        return np.asarray(run(arrays["x"], arrays["y"], weights, *rest, *exact), np.float32)
+
+    given = {name: jnp.asarray(array, jnp.bfloat16) for name, array in arrays.items()}
+    got, expected = result(given), result(whole)
+    others = [t for t in range(7) if t not in ours]
+    assert np.isnan(got[ours]).all()
+    np.testing.assert_array_equal(got[others], expected[others])
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # products of what is not there
 def test_a_missing_wait_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The simulation is worth something: without the waits for matrices the result is wrong."""
@@ -123,37 +211,71 @@ def test_tiles_list_the_slots_of_their_tokens() -> None:
     assert many.present.shape == (4, TILE), "a tile has no more slots than tokens"
 
 
-@pytest.mark.parametrize("num_tiles", [1, 32])
+@pytest.mark.parametrize("num_tiles", [1, 4, 32])
 @pytest.mark.parametrize("depth", [64, 576, 4096, 14336])
 @pytest.mark.parametrize("wide", [8, 24, 48, 128, 256, 384])
-def test_shrink_plans_cover_the_product_and_fit(num_tiles: int, depth: int, wide: int) -> None:
-    plan = shrink_plan(num_tiles, depth, wide)
+@pytest.mark.parametrize("most", [1, 8, 64])
+def test_shrink_plans_cover_the_product_and_fit(
+    num_tiles: int, depth: int, wide: int, most: int
+) -> None:
+    plan = shrink_plan(num_tiles, depth, wide, most)
     assert plan.splits * plan.steps * plan.step == depth and plan.step % 64 == 0
     assert plan.chunks * plan.columns == wide and plan.columns % 8 == 0 and plan.columns <= 128
-    held = TILE * plan.steps * plan.step * 2 + plan.slots * plan.columns * plan.step * 2
-    assert held + TILE * plan.columns * 4 + TILE * 4 < 200 << 10
+    assert 1 <= plan.together <= most and plan.together * plan.columns <= 128
+    ring = plan.slots * plan.together * plan.columns * plan.step * 2
+    held = TILE * plan.steps * plan.step * 2 + ring + TILE * plan.columns * 4 + TILE * 4
+    assert held <= SHARED_BYTES
     assert plan.slots >= 2
+    assert plan.splits <= 16, "each block of expand reads them all"
 
 
-def test_few_tokens_use_the_whole_device() -> None:
-    """Of Llama 3 8B's sites at rank 16."""
-    for depth, parts in ((4096, 3), (4096, 1), (4096, 2), (14336, 1)):
-        plan = shrink_plan(1, depth, 16 * parts)
-        assert plan.splits * plan.chunks >= 64
-    assert expand_plan(1, 6144, 16, (512, 128, 128)).columns == 64
-    assert expand_plan(1, 28672, 16, (14336, 14336)).columns == 128
-    assert expand_plan(32, 4096, 16, (4096,)).columns == 128
-    assert expand_plan(32, 576, 16, (192, 64, 64)).columns == 64, "parts are not straddled"
+def test_few_tokens_use_the_device_with_few_parts_of_k() -> None:
+    """At rank 16."""
+    blocks = {}
+    for site, (depth, columns, cycle) in SITES.items():
+        first = shrink_plan(1, depth, 16 * len(cycle), 8)
+        second = expand_plan(1, columns, 16, cycle)
+        blocks[site] = first.splits, first.splits * first.chunks, columns // second.width
+    assert blocks == {
+        "qkv": (8, 48, 96),
+        "out": (16, 32, 64),
+        "gate_up": (8, 32, 112),
+        "down": (14, 28, 64),
+    }
+    assert expand_plan(32, 4096, 16, (4096,)).width == 256
+    assert expand_plan(32, 576, 16, (192, 64, 64)).width == 64, "parts are not straddled"
 
 
-@pytest.mark.parametrize("rank", [8, 16, 24, 64, 128])
-def test_expand_plans_fit(rank: int) -> None:
-    plan = expand_plan(32, 4096, rank, (4096,))
+@pytest.mark.parametrize("num_tiles", [1, 32])
+@pytest.mark.parametrize("rank", [8, 16, 24, 64, 120, 128])
+def test_expand_plans_fit(num_tiles: int, rank: int) -> None:
     deep = operand_rank(rank)
     assert rank <= deep < rank + 16 and deep % 16 == 0
-    assert plan.slots >= 2
-    held = TILE * deep * 2 + plan.slots * deep * plan.columns * 2 + TILE * plan.columns * 2
-    assert held + TILE * 4 < 200 << 10
+    for depth, columns, cycle in SITES.values():
+        first = shrink_plan(num_tiles, depth, rank * len(cycle), 8)
+        plan = expand_plan(num_tiles, columns, rank, cycle)
+        assert plan.slots >= 2 and all(width % plan.width == 0 for width in cycle)
+        adds_up = expand_adds_up(first, plan, num_tiles, columns, rank)
+        assert adds_up or first.splits > 1
+        # The sum is in float32 where the rank is filled up.
+        parts = first.splits if adds_up else int(deep > rank)
+        assert expand_shared_bytes(plan, parts, rank) <= SHARED_BYTES
+
+
+def test_a_decode_step_adds_up_where_it_is_multiplied() -> None:
+    """Of the ranks that are served by default; long steps by a kernel of XLA's."""
+
+    def adds_up(num_tiles: int, rank: int, most: int) -> dict[str, bool]:
+        found = {}
+        for site, (depth, columns, cycle) in SITES.items():
+            first = shrink_plan(num_tiles, depth, rank * len(cycle), most)
+            second = expand_plan(num_tiles, columns, rank, cycle)
+            found[site] = expand_adds_up(first, second, num_tiles, columns, rank)
+        return found
+
+    assert adds_up(1, 16, 8) == adds_up(1, 8, 4) == dict.fromkeys(SITES, True)
+    assert adds_up(1, 64, 2) == dict.fromkeys(SITES, True) | {"down": False}
+    assert adds_up(32, 16, 8) == dict.fromkeys(SITES, False)
 
 
 def test_parts_begin_where_the_cycle_says() -> None:
@@ -161,14 +283,25 @@ def test_parts_begin_where_the_cycle_says() -> None:
     assert part_bounds((64,)) == []
 
 
-def test_bytes_are_near_the_least_for_few_tokens() -> None:
+def test_bytes_by_hand() -> None:
     """Of 8 adapters of rank 16 in a batch of 64, for q, k and v of Llama 3 8B."""
-    depth, columns, parts = 4096, 6144, 3
-    least = lora_matmul_bytes(8, 64, 16, parts, depth, columns, weight_bytes=2, activation_bytes=2)
-    first = shrink_plan(1, depth, 16 * parts)
-    second = expand_plan(1, columns, 16, (512, 128, 128))
-    moved = shrink_bytes(first, 1, 8, depth) + expand_bytes(second, 1, 8, columns, 16)
-    assert least < moved < 1.2 * least
+    depth, columns, cycle = SITES["qkv"]
+    first, second = shrink_plan(1, depth, 48, 8), expand_plan(1, columns, 16, cycle)
+    assert parts_bytes(first, 1) == 8 * 64 * 48 * 4
+    matrices = 8 * 48 * depth * 2
+    assert shrink_bytes(first, 1, 8, depth) == 6 * 64 * depth * 2 + matrices + 8 * 64 * 48 * 4
+    z, b, y = 96 * 64 * 16, 8 * 16 * columns * 2, 2 * 64 * columns * 2
+    assert expand_bytes(second, first.splits, 1, 8, columns, 16) == z * 8 * 4 + b + y
+    assert expand_bytes(second, 0, 1, 8, columns, 16) == z * 2 + b + y
+    least = lora_matmul_bytes(8, 64, 16, 3, depth, columns, weight_bytes=2, activation_bytes=2)
+    # What is beyond comes from the L2 cache: x once a chunk, z once a block.
+    assert least == matrices + b + y + 64 * depth * 2
+
+
+def test_long_steps_read_x_once() -> None:
+    """At ranks up to 32: a chunk of z has all its columns."""
+    for depth, _, cycle in SITES.values():
+        assert shrink_plan(32, depth, 32 * len(cycle), 8).chunks == 1
 
 
 def test_what_does_not_fit_is_refused() -> None:
