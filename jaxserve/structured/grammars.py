@@ -20,7 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxserve.errors import InvalidRequest
+from jaxserve.config import StructuredConfig
+from jaxserve.errors import GrammarError, InvalidRequest
 from jaxserve.types import Grammar
 
 #: A rule of llama.cpp's and vLLM's EBNF: `root ::= …`.
@@ -112,6 +113,20 @@ def from_words(words: Mapping[str, Any]) -> Grammar:
     if not right:
         raise InvalidRequest(f"grammar.{name} has a wrong type", param="grammar")
     return make(value)
+
+
+def check_size(grammar: Grammar, config: StructuredConfig) -> None:
+    """Refuses what is not even looked at.
+
+    Raises:
+        GrammarError: it is too large.
+    """
+    num_bytes = len(grammar.text.encode("utf-8", "surrogatepass"))
+    if num_bytes > config.max_grammar_bytes:
+        raise GrammarError(
+            f"the grammar has {num_bytes} bytes, the limit is {config.max_grammar_bytes}; send "
+            "less, or raise structured.max_grammar_bytes"
+        )
 
 
 def tagged(

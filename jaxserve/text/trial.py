@@ -49,7 +49,7 @@ class Trial:
             self._compiler = Compiler(self._config, self._model)
             self._compiler.use(self._vocabulary())
         try:
-            scrutinise(wanted.grammar)
+            scrutinise(wanted.grammar, self._config.max_properties)
             self._compiler.start(wanted.grammar).result()
         except GrammarError as error:
             message = f"{wanted.param}: {error.message}"
