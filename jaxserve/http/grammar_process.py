@@ -36,6 +36,7 @@ from jaxserve.errors import GrammarError
 from jaxserve.http.grammar_child import ANSWER, LENGTH, Question, Setup
 from jaxserve.protocol.parent import follow_parent
 from jaxserve.structured.matcher import compile_grammar
+from jaxserve.structured.probe import probe
 from jaxserve.structured.scrutiny import scrutinise
 from jaxserve.structured.table import token_table
 from jaxserve.types import Grammar
@@ -173,7 +174,8 @@ class _Child:
 def _verdict(grammar: Grammar, table: LLTokenizer, setup: Setup) -> str:
     try:
         scrutinise(grammar, setup.config.max_properties)
-        compile_grammar(grammar, table, setup.config, setup.vocab_size)
+        compiled = compile_grammar(grammar, table, setup.config, setup.vocab_size)
+        probe(compiled, setup.vocab_size)
     except GrammarError as error:
         return error.message or "it is wrong"
     return ""

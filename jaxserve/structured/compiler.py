@@ -115,6 +115,13 @@ class Compiler:
             self._builds.popitem(last=False)
         return build
 
+    def forget(self, grammar: Grammar) -> None:
+        """The next one that asks has the grammar compiled anew.
+
+        Its outputs share a lexer, which stays at the limit that one of them has passed.
+        """
+        self._builds.pop(grammar, None)
+
 
 def _run(work: _Work) -> None:
     """What a thread does; it knows no compiler, so that one that nobody needs any more goes."""

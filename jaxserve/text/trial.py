@@ -42,6 +42,7 @@ class Trial:
         """
         try:  # the library, once it is needed
             from jaxserve.structured.compiler import Compiler
+            from jaxserve.structured.probe import probe
             from jaxserve.structured.scrutiny import scrutinise
         except ImportError as error:
             raise ConfigError(f"structured output needs llguidance: {error}") from error
@@ -50,7 +51,7 @@ class Trial:
             self._compiler.use(self._vocabulary())
         try:
             scrutinise(wanted.grammar, self._config.max_properties)
-            self._compiler.start(wanted.grammar).result()
+            probe(self._compiler.start(wanted.grammar).result(), self._model.vocab_size)
         except GrammarError as error:
             message = f"{wanted.param}: {error.message}"
             raise GrammarError(message, param=wanted.param) from None

@@ -147,6 +147,8 @@ def test_length_says_length(shared: Front) -> None:
         ({"guided_json": False}, "", "guided_json"),
         ({"guided_json": {"type": "integer", "minimum": 3, "maximum": 1}}, "minimum", None),
         ({"guided_regex": "("}, "regex", "guided_regex"),
+        ({"guided_regex": "(a|aa|aaa){200}"}, "too many expressions", "guided_regex"),
+        ({"guided_regex": "[a-z](a|aa|aaa){200}"}, "too complex", "guided_regex"),
         ({"guided_grammar": "start: nothing"}, "nothing", "guided_grammar"),
         ({"guided_grammar": "root ::= ("}, "EBNF", "guided_grammar"),
         ({"guided_grammar": "start: X\nX: /a/ & /b/"}, "admits no output", "guided_grammar"),
