@@ -28,6 +28,11 @@ from jaxserve.types import Grammar
 _EBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 
 
+#: What may stand between JSON's tokens: blanks, or a line's end and the next one's indentation.
+#: Without a bound a model can go on with white space until its tokens end.
+WHITESPACE = r"[ \t]{1,8}|\r?\n[ \t]{0,64}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tag:
     """A stretch of output with a form of its own.
@@ -57,14 +62,14 @@ def json_schema(
     """JSON that the schema admits, all of its keywords held to.
 
     Args:
-        whitespace: whether any may stand between JSON's tokens.
+        whitespace: whether any (WHITESPACE) may stand between JSON's tokens.
         whitespace_pattern: a regular expression of what may, instead.
     """
     options: dict[str, Any] = {"lenient": False, "coerce_one_of": False}
-    if not whitespace:
+    if whitespace or whitespace_pattern:
+        options["whitespace_pattern"] = whitespace_pattern or WHITESPACE
+    else:
         options["whitespace_flexible"] = False
-    if whitespace_pattern:
-        options["whitespace_pattern"] = whitespace_pattern
     if not isinstance(schema, Mapping):
         schema = {"anyOf": [{}]} if schema else {"anyOf": [False]}
     # The library reads its options from here: a client's own would switch keywords off.
