@@ -238,8 +238,9 @@ class StructuredConfig:
 
     Attributes:
         max_grammar_bytes: larger schemas, patterns and grammars are refused.
+        max_properties: schemas with more properties are refused, nested ones counted too.
         check_timeout_s: a grammar that takes longer to compile is refused; the process that
-            compiles it first is ended.
+            compiles it first is ended. It waits for others about as long at most.
         check_memory_bytes: likewise for one that needs more memory.
         cached_grammars: compiled grammars that the engine keeps, and verdicts that a front end
             keeps.
@@ -248,6 +249,7 @@ class StructuredConfig:
     """
 
     max_grammar_bytes: int = 1024 * 1024
+    max_properties: int = 5000
     check_timeout_s: float = 2.0
     check_memory_bytes: int = 2 * 1024 * 1024 * 1024
     cached_grammars: int = 256

@@ -79,6 +79,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "limits.low_priority_max_tokens": (1, 2**31 - 1),
     "http.restart_wait_s": (0, 86400),
     "structured.max_grammar_bytes": (1, 2**31),
+    "structured.max_properties": (1, 1_000_000),
     "structured.check_timeout_s": (0.05, 600),
     "structured.check_memory_bytes": (2**28, 2**44),
     "structured.cached_grammars": (1, 1_000_000),

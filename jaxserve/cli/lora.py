@@ -23,7 +23,7 @@ _ABOUT = {
     "row_tokens": "length of a row, which short examples share; a multiple of 64",
     "accumulate": "forward passes of one update",
     "learning_rate": "at its peak",
-    "warmup_steps": "in which the rate rises",
+    "warmup_steps": "in which the rate rises; fewer where --steps is",
     "weight_decay": "AdamW's",
     "max_gradient_norm": "longer gradients are cut to it",
     "eval_share": "share of the examples that is held out to evaluate on",
@@ -78,7 +78,7 @@ def add_train(command: argparse.ArgumentParser) -> None:
         recipe.add_argument(
             option(name),
             type=type(value),
-            default=value,
+            default=None if name == "warmup_steps" else value,
             metavar="N" if isinstance(value, int) else "X",
             help=f"{about} (default: {value:g})",
         )
@@ -98,6 +98,8 @@ def train_adapter(config: Config, arguments: argparse.Namespace) -> int:
 
     targets = arguments.targets
     given: dict[str, Any] = {name: getattr(arguments, name) for name in _ABOUT}
+    if given["warmup_steps"] is None:
+        given["warmup_steps"] = min(Recipe.warmup_steps, arguments.steps - 1)
     recipe = Recipe(
         **given,
         rslora=arguments.rslora,

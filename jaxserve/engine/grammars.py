@@ -140,6 +140,7 @@ class Grammars:
                 )
             except GrammarError as error:
                 failed.append((sequence, error))
+                self._forget(grammar)
         return failed
 
     def _build(self, grammar: Grammar) -> Build:
@@ -149,6 +150,11 @@ class Grammars:
         if self._compiler is None:
             raise GrammarError("the client has sent no vocabulary to hold the output to a grammar")
         return self._compiler.start(grammar)
+
+    def _forget(self, grammar: Grammar) -> None:
+        """An output could not be held to it any further."""
+        if self._compiler is not None:
+            self._compiler.forget(grammar)
 
     # ------------------------------------------------------------------ in a step
 
@@ -179,5 +185,7 @@ class Grammars:
                 sequences.append(sequence)
             of_copy, wrong = self._maker.make(rows, own.program.num_places)
             masks.append(of_copy)
+            for index, _ in wrong:
+                self._forget(rows[index].constraint.grammar)
             failed += [(sequences[index], error) for index, error in wrong]
         return masks, failed

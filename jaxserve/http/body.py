@@ -6,6 +6,7 @@ checked value or an `InvalidRequest` that names field, value and limit.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import math
@@ -16,12 +17,17 @@ import msgspec
 from jaxserve.errors import InvalidRequest, PayloadTooLarge, UnsupportedMediaType
 from jaxserve.text.fields import MAX_DEPTH, Fields, show
 
+#: Smaller bodies take well under a millisecond to parse.
+_INLINE_BYTES = 1 << 16
 
-async def read_object(scope: Any, receive: Any, max_bytes: int) -> Fields:
+
+async def read_object(scope: Any, receive: Any, max_bytes: int, one_large: asyncio.Lock) -> Fields:
     """The body as the fields of one JSON object.
 
     Args:
         max_bytes: `http.max_body_bytes`.
+        one_large: held while a large one is parsed, in a thread: however many come at once, streams
+            go on between them.
 
     Raises:
         UnsupportedMediaType: it is not declared as JSON, or is compressed.
@@ -40,7 +46,11 @@ async def read_object(scope: Any, receive: Any, max_bytes: int) -> Fields:
     announced = headers.get(b"content-length", b"")
     if announced.isdigit() and int(announced[:20]) > max_bytes:
         raise _too_large(int(announced[:20]), max_bytes)
-    return Fields(parse_object(await _read_body(receive, max_bytes)))
+    body = await _read_body(receive, max_bytes)
+    if len(body) <= _INLINE_BYTES:
+        return Fields(parse_object(body))
+    async with one_large:
+        return Fields(await asyncio.to_thread(parse_object, body))
 
 
 async def _read_body(receive: Any, max_bytes: int) -> bytes:
@@ -80,13 +90,14 @@ def parse_object(body: bytes) -> dict[str, Any]:
 def _check_depth(value: dict[str, Any]) -> None:
     level: list[Any] = [value]
     for _ in range(MAX_DEPTH):
-        inner: list[Any] = []
-        for container in level:
-            items = container.values() if type(container) is dict else container
-            inner += [item for item in items if type(item) is dict or type(item) is list]
-        if not inner:
+        level = [
+            item
+            for container in level
+            for item in (container.values() if type(container) is dict else container)
+            if type(item) is dict or type(item) is list
+        ]
+        if not level:
             return
-        level = inner
     raise _too_deep()
 
 

@@ -72,7 +72,8 @@ async def read_completion(
     if not all(prompts):
         raise InvalidRequest("prompt is empty; it needs at least one token", param="prompt")
     if options.wanted is not None:
-        await frontend.check_grammar(options.wanted, model)
+        async with frontend.checking_grammars(model):
+            await frontend.grammars.check(options.wanted.grammar, model, options.wanted.param)
     with_candidates_ranked(options)
     samplings = plan_outputs(
         options,

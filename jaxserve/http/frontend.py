@@ -7,6 +7,8 @@ into tokens without stopping the event loop, and counts the requests that drain 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +25,6 @@ from jaxserve.http.observer.reporter import NoReporter, Reporter
 from jaxserve.http.settling import Settling
 from jaxserve.protocol.client import EngineClient
 from jaxserve.protocol.streams import RESTARTING
-from jaxserve.text.asked_grammar import Wanted
 from jaxserve.text.dialect import Dialect
 from jaxserve.text.embedding import EmbeddingText
 from jaxserve.text.fields import Fields
@@ -80,6 +81,7 @@ class Frontend:
     num_requests: int = 0
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
     _reading: set[asyncio.Timeout] = field(default_factory=set)
+    _one_large: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def model(self) -> ModelInfo:
         """The model, if a request may begin now.
@@ -137,7 +139,8 @@ class Frontend:
         try:
             async with deadline:
                 self._reading.add(deadline)
-                return await read_object(scope, receive, self.config.max_body_bytes)
+                most = self.config.max_body_bytes
+                return await read_object(scope, receive, most, self._one_large)
         except TimeoutError:
             if self.draining:
                 raise self._shutting_down() from None
@@ -179,15 +182,25 @@ class Frontend:
             return self.dialect.render(self.template, messages, **kwargs)
         return await asyncio.to_thread(self.dialect.render, self.template, messages, **kwargs)
 
-    async def check_grammar(self, wanted: Wanted, model: ModelInfo) -> None:
-        """Returns where a request's grammar is right.
+    @asynccontextmanager
+    async def checking_grammars(self, model: ModelInfo) -> AsyncIterator[None]:
+        """For the time in which a request's grammars are checked, all of them together.
 
         Raises:
-            GrammarError: it is wrong, or takes too much to compile.
-            Overloaded: others are being checked for too long.
+            Overloaded: others are being checked for too long, or these take too long together.
         """
         try:
-            await self.grammars.check(wanted.grammar, model, wanted.param)
+            await self.grammars.ready(model)
+            limit = asyncio.timeout(self.grammars.patience_s)
+            try:
+                async with limit:
+                    yield
+            except TimeoutError:
+                if not limit.expired():
+                    raise
+                raise Overloaded(
+                    "the request's grammars are not checked yet; try again, or send fewer"
+                ) from None
         except Overloaded:
             self.metrics.shed("grammar_checks")
             raise

@@ -23,6 +23,7 @@ async def plan_message(
     Raises:
         GrammarError: what the output is to match cannot be held to.
         InvalidRequest: tools do not go with another grammar of the request.
+        Overloaded: it takes too long to find out.
     """
     dialect = frontend.dialect
     options.reader = dialect.reader(toolbox, prompt)
@@ -35,17 +36,25 @@ async def plan_message(
         return holding.next(error) if inline else await asyncio.to_thread(holding.next, error)
 
     step = await go_on()
-    while isinstance(step, Check):
-        error = None
-        waiting = asyncio.timeout(step.limit_s)
-        try:
-            async with waiting:
-                await frontend.check_grammar(step.wanted, model)
-        except GrammarError as wrong:
-            error = wrong
-        except TimeoutError as late:
-            if not waiting.expired():
-                raise
-            error = late
-        step = await go_on(error)
+    if isinstance(step, Check):
+        async with frontend.checking_grammars(model):
+            while isinstance(step, Check):
+                step = await go_on(await _fault(frontend, model, step))
     options.wanted = step.wanted
+
+
+async def _fault(
+    frontend: Frontend, model: ModelInfo, asked: Check
+) -> GrammarError | TimeoutError | None:
+    """What is wrong with a grammar."""
+    wanted, waiting = asked.wanted, asyncio.timeout(asked.limit_s)
+    try:
+        async with waiting:
+            await frontend.grammars.check(wanted.grammar, model, wanted.param)
+    except GrammarError as wrong:
+        return wrong
+    except TimeoutError as late:
+        if not waiting.expired():
+            raise
+        return late
+    return None

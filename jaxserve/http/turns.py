@@ -1,9 +1,9 @@
-"""A lock that the smallest of those who wait gets next.
+"""Places to work in, which the smallest of those who wait get next.
 
-Where one who holds it may take long, and larger work tends to take longer, many who bring large
-work do not keep out those who bring little.
+Where one who works may take long, and larger work tends to take longer, many who bring large work
+do not keep out those who bring little: these go first, and one place is theirs alone.
 
-Invariant: nobody waits while nobody has it. Owned by the event loop.
+Invariant: nobody waits while there is a place for him. Owned by the event loop.
 """
 
 from __future__ import annotations
@@ -14,10 +14,17 @@ import itertools
 
 
 class Turns:
-    """See the module; of equals the first to come is the first to go."""
+    """See the module; of equals the first to come is the first to go.
 
-    def __init__(self) -> None:
-        self._taken = False
+    Args:
+        places: how many work at once.
+        small: of more than one place, one is left to work of at most this size.
+    """
+
+    def __init__(self, places: int = 1, small: int = 0) -> None:
+        self._free = places
+        self._small = small
+        self._kept = 1 if places > 1 else 0
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
         self._arrivals = itertools.count()
 
@@ -27,8 +34,8 @@ class Turns:
         Args:
             size: of the caller's work, in any unit that all callers use.
         """
-        if not self._taken:
-            self._taken = True
+        if self._has_place(size):
+            self._free -= 1
             return
         turn = asyncio.get_running_loop().create_future()
         row = (size, next(self._arrivals), turn)
@@ -45,9 +52,12 @@ class Turns:
 
     def release(self) -> None:
         """Lets the next one go."""
-        while self._waiting:
+        self._free += 1
+        while self._waiting and self._has_place(self._waiting[0][0]):
             turn = heapq.heappop(self._waiting)[2]
             if not turn.done():  # who is cancelled may not have heard of it yet
+                self._free -= 1
                 turn.set_result(None)
-                return
-        self._taken = False
+
+    def _has_place(self, size: int) -> bool:
+        return self._free > (self._kept if size > self._small else 0)

@@ -18,6 +18,7 @@ from llguidance import LLTokenizer
 
 from jaxserve.config import StructuredConfig
 from jaxserve.errors import GrammarError, JaxserveError
+from jaxserve.structured.grammars import check_size
 from jaxserve.structured.matcher import Compiled, compile_grammar
 from jaxserve.structured.table import token_table
 from jaxserve.types import Grammar, ModelInfo, Vocabulary
@@ -114,6 +115,13 @@ class Compiler:
             self._builds.popitem(last=False)
         return build
 
+    def forget(self, grammar: Grammar) -> None:
+        """The next one that asks has the grammar compiled anew.
+
+        Its outputs share a lexer, which stays at the limit that one of them has passed.
+        """
+        self._builds.pop(grammar, None)
+
 
 def _run(work: _Work) -> None:
     """What a thread does; it knows no compiler, so that one that nobody needs any more goes."""
@@ -126,20 +134,6 @@ def _end(work: _Work) -> None:
     """The compiler is gone: its threads end."""
     for _ in range(_NUM_THREADS):
         work.put(None)
-
-
-def check_size(grammar: Grammar, config: StructuredConfig) -> None:
-    """Refuses what is not even looked at.
-
-    Raises:
-        GrammarError: it is too large.
-    """
-    num_bytes = len(grammar.text.encode("utf-8", "surrogatepass"))
-    if num_bytes > config.max_grammar_bytes:
-        raise GrammarError(
-            f"the grammar has {num_bytes} bytes, the limit is {config.max_grammar_bytes}; send "
-            "less, or raise structured.max_grammar_bytes"
-        )
 
 
 class _Table:

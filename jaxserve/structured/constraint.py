@@ -31,6 +31,7 @@ class Constraint:
         prompt_len: how many of them are no output.
 
     Attributes:
+        grammar: what it is held to.
         refines: whether masks need `refine`.
 
     Raises:
@@ -45,6 +46,7 @@ class Constraint:
         prompt_len: int,
         model: ModelInfo,
     ) -> None:
+        self.grammar = compiled.grammar
         self.matcher = compiled.matcher()
         self._sampling = sampling
         self._tokens = token_ids

@@ -20,11 +20,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxserve.errors import InvalidRequest
+from jaxserve.config import StructuredConfig
+from jaxserve.errors import GrammarError, InvalidRequest
 from jaxserve.types import Grammar
 
 #: A rule of llama.cpp's and vLLM's EBNF: `root ::= …`.
 _EBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
+
+
+#: What may stand between JSON's tokens: blanks, or a line's end and the next one's indentation.
+#: Without a bound a model can go on with white space until its tokens end.
+WHITESPACE = r"[ \t]{1,8}|\r?\n[ \t]{0,64}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,14 +62,14 @@ def json_schema(
     """JSON that the schema admits, all of its keywords held to.
 
     Args:
-        whitespace: whether any may stand between JSON's tokens.
+        whitespace: whether any (WHITESPACE) may stand between JSON's tokens.
         whitespace_pattern: a regular expression of what may, instead.
     """
     options: dict[str, Any] = {"lenient": False, "coerce_one_of": False}
-    if not whitespace:
+    if whitespace or whitespace_pattern:
+        options["whitespace_pattern"] = whitespace_pattern or WHITESPACE
+    else:
         options["whitespace_flexible"] = False
-    if whitespace_pattern:
-        options["whitespace_pattern"] = whitespace_pattern
     if not isinstance(schema, Mapping):
         schema = {"anyOf": [{}]} if schema else {"anyOf": [False]}
     # The library reads its options from here: a client's own would switch keywords off.
@@ -112,6 +118,20 @@ def from_words(words: Mapping[str, Any]) -> Grammar:
     if not right:
         raise InvalidRequest(f"grammar.{name} has a wrong type", param="grammar")
     return make(value)
+
+
+def check_size(grammar: Grammar, config: StructuredConfig) -> None:
+    """Refuses what is not even looked at.
+
+    Raises:
+        GrammarError: it is too large.
+    """
+    num_bytes = len(grammar.text.encode("utf-8", "surrogatepass"))
+    if num_bytes > config.max_grammar_bytes:
+        raise GrammarError(
+            f"the grammar has {num_bytes} bytes, the limit is {config.max_grammar_bytes}; send "
+            "less, or raise structured.max_grammar_bytes"
+        )
 
 
 def tagged(

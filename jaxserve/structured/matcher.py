@@ -92,9 +92,11 @@ class Matcher:
 
     def error(self) -> GrammarError:
         """Why it cannot go on."""
-        return GrammarError(
-            f"the output cannot be held to its grammar any further: {_first_line(self.ll)}"
-        )
+        return GrammarError(f"the output cannot be held to its grammar any further: {self.fault()}")
+
+    def fault(self) -> str:
+        """The reason, in the library's words."""
+        return _first_line(self.ll)
 
 
 def compile_grammar(
@@ -117,11 +119,12 @@ def compile_grammar(
     if matcher.is_error():
         raise GrammarError(_named(_first_line(matcher)))
     mask = np.zeros(-(-vocab_size // 32), np.uint32)
-    trial = matcher.deep_copy()
-    trial.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-    if trial.is_error() or not mask.any():
-        reason = _first_line(trial) if trial.is_error() else "no token may come first"
-        raise GrammarError(f"the grammar admits no output: {reason}")
+    for _ in range(2):  # copies share a lexer: what it cannot do is only said to the second one
+        trial = matcher.deep_copy()
+        trial.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if trial.is_error() or not mask.any():
+            reason = _first_line(trial) if trial.is_error() else "no token may come first"
+            raise GrammarError(f"the grammar admits no output: {reason}")
     return Compiled(grammar, matcher)
 
 

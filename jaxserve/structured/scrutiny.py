@@ -1,6 +1,7 @@
 """What compiles and is refused all the same: it would not do what it says.
 
 - A schema that nothing finite matches (`endless`), by itself or as `%json` in a grammar.
+- A schema of more properties than may be: the library takes the square of their number.
 - Attributes of a grammar's rules that have no effect here: `start[temperature=0.5]: …`.
 
 Takes time that grows with the grammar, so the front end does it where it compiles (in a process
@@ -12,9 +13,11 @@ from __future__ import annotations
 import json
 import re
 
+from jaxserve.config import StructuredConfig
 from jaxserve.errors import GrammarError
 from jaxserve.structured.endless import endless_reference
 from jaxserve.structured.matcher import lark_of
+from jaxserve.structured.properties import check_properties, may_have_more
 from jaxserve.types import Grammar
 
 #: Attributes of rules that the library takes and that change nothing here, and why.
@@ -40,30 +43,40 @@ _LEXEMES = re.compile(
 _DECODER = json.JSONDecoder()
 
 
-def scrutinise(grammar: Grammar) -> None:
+def scrutinise(grammar: Grammar, max_properties: int = StructuredConfig.max_properties) -> None:
     """Returns where a grammar does what it says; it may still be wrong.
+
+    Args:
+        max_properties: of one schema (`structured.max_properties`).
 
     Raises:
         GrammarError: it does not.
     """
     match grammar.kind:
         case "json_schema":
-            _check_ends(grammar.text)
+            _check_text(grammar.text, max_properties)
         case "lark" | "ebnf":
-            _check_lark(lark_of(grammar))
+            _check_lark(lark_of(grammar), max_properties)
 
 
-def _check_ends(text: str) -> None:
-    if '"$ref"' not in text:
+def _check_text(text: str, max_properties: int) -> None:
+    if '"$ref"' not in text and not may_have_more(text, max_properties):
         return
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError):
         return  # the library says what is wrong
-    _check_schema(text, schema)
+    _check_schema(text, schema, max_properties)
 
 
-def _check_schema(text: str, schema: object) -> None:
+def _check_schema(text: str, schema: object, max_properties: int) -> None:
+    """Refuses a large one, and an endless one."""
+    check_properties(schema, max_properties)
+    if '"$ref"' in text:
+        _check_ends(text, schema)
+
+
+def _check_ends(text: str, schema: object) -> None:
     """Refuses an endless one; one whose references do not all start at its root is not judged."""
     own = isinstance(schema, dict) and "$id" in schema
     if text.count('"$id"') > own:
@@ -76,14 +89,15 @@ def _check_schema(text: str, schema: object) -> None:
         )
 
 
-def _check_lark(text: str) -> None:
+def _check_lark(text: str, max_properties: int) -> None:
     place = 0
     heads: list[str] = []  # the names and signs since a rule may have begun
     while (found := _LEXEMES.search(text, place)) is not None:
         place = found.end()
         match found.lastgroup:
             case "json":
-                place = _check_embedded(text, place, json_schema=found.group() == "%json")
+                most = max_properties if found.group() == "%json" else None
+                place = _check_embedded(text, place, most)
             case "sign" if found.group() == ":":
                 _check_head(heads)
                 heads = []
@@ -93,15 +107,15 @@ def _check_lark(text: str) -> None:
                 heads.append("")
 
 
-def _check_embedded(text: str, place: int, *, json_schema: bool) -> int:
-    """The end of the JSON that follows."""
+def _check_embedded(text: str, place: int, max_properties: int | None) -> int:
+    """The end of the JSON that follows, which is a schema where it has a limit."""
     start = place + len(text[place : place + 1000]) - len(text[place : place + 1000].lstrip())
     try:
         schema, end = _DECODER.raw_decode(text, start)
     except (ValueError, RecursionError):
         return len(text)  # the library says what is wrong
-    if json_schema and '"$ref"' in text[start:end]:
-        _check_schema(text[start:end], schema)
+    if max_properties is not None:
+        _check_schema(text[start:end], schema, max_properties)
     return end
 
 

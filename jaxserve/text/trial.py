@@ -42,6 +42,7 @@ class Trial:
         """
         try:  # the library, once it is needed
             from jaxserve.structured.compiler import Compiler
+            from jaxserve.structured.probe import probe
             from jaxserve.structured.scrutiny import scrutinise
         except ImportError as error:
             raise ConfigError(f"structured output needs llguidance: {error}") from error
@@ -49,8 +50,8 @@ class Trial:
             self._compiler = Compiler(self._config, self._model)
             self._compiler.use(self._vocabulary())
         try:
-            scrutinise(wanted.grammar)
-            self._compiler.start(wanted.grammar).result()
+            scrutinise(wanted.grammar, self._config.max_properties)
+            probe(self._compiler.start(wanted.grammar).result(), self._model.vocab_size)
         except GrammarError as error:
             message = f"{wanted.param}: {error.message}"
             raise GrammarError(message, param=wanted.param) from None

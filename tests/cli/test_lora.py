@@ -39,6 +39,33 @@ def test_an_adapter_is_trained(run: Run, words: tuple[object, ...], tmp_path: Pa
     assert run(*words, "--targets", "all", "--rslora", "--alpha", 4, "--resume").status == 0
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (10, 9), (11, 10)])
+def test_few_steps_shorten_the_warm_up(
+    run: Run,
+    words: tuple[object, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+    warmup: int,
+) -> None:
+    """Where no other is asked for: the default may be more than all steps."""
+    from jaxserve.training import run as run_module
+
+    recipes = []
+    monkeypatch.setattr(run_module, "train", lambda _, recipe, __: recipes.append(recipe))
+    place = words.index("--warmup-steps")
+    ended = run(*words[:place], *words[place + 2 :], "--steps", steps)
+    assert ended.status == 0, ended.err
+    assert [(recipe.steps, recipe.warmup_steps) for recipe in recipes] == [(steps, warmup)]
+
+
+def test_a_run_of_one_step(run: Run, words: tuple[object, ...], tmp_path: Path) -> None:
+    place = words.index("--warmup-steps")
+    ended = run(*words[:place], *words[place + 2 :], "--steps", 1)
+    assert (ended.status, ended.out) == (0, f"{tmp_path / 'out'}\n"), ended.err
+    assert "step 1 of 1: loss" in ended.err
+    assert read_adapter(tmp_path / "out", max_rank=2).modules
+
+
 def test_ctrl_c_is_130_and_leaves_a_checkpoint(
     run: Run, words: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

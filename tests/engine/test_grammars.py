@@ -21,6 +21,8 @@ from tests.fakes.executor import ECHO, FakeExecutor
 from tests.fakes.grammar import text_of, vocabulary
 
 DIGITS = grammars.regex("[0-9]{3,6}")
+#: Soon needs more than a little of `structured.step_fuel`.
+HUNGRY = "x([a-z]{1,40}[0-9]){1,40}(.*foo.*){5}(a|b|ab|ba)*y"
 OBJECT = grammars.json_schema(
     {
         "type": "object",
@@ -157,12 +159,29 @@ def test_what_waits_for_its_grammar_can_be_withdrawn(server):
 def test_fuel_that_is_used_up_ends_the_row_alone(server):
     structured = StructuredConfig(step_fuel=1000)
     engine = make(server, dataclasses.replace(CONFIG, structured=structured))
-    hungry = grammars.regex("x([a-z]{1,40}[0-9]){1,40}(.*foo.*){5}(a|b|ab|ba)*y")
-    turn(engine, "a", ask([1], hungry), ask([2], grammars.regex("[01]{9}")))
+    turn(engine, "a", ask([1], grammars.regex(HUNGRY)), ask([2], grammars.regex("[01]{9}")))
     run(engine, server, 2)
     by_id = {end.sequence_id: end for end in server.ends("a")}
     assert by_id[1].error_code == "invalid_grammar"
     assert len(server.tokens("a", 2)) == 9
+
+
+def test_a_limit_that_an_output_has_passed_is_not_the_next_request_s(server):
+    """Though the library's lexer, which outputs of a grammar share, stays broken."""
+    structured = StructuredConfig(step_fuel=1000)
+    engine = make(server, dataclasses.replace(CONFIG, structured=structured))
+    either = grammars.regex(f"[0-9]{{5}}|{HUNGRY}")
+    first = {}  # by the output's first character, a prompt that leads there
+    for token in range(50):
+        output = oracle([5, token], ask([1], either, max_tokens=1).sampling)
+        first.setdefault(text_of(output), (5, token))
+    hungry, other = first.pop("x"), first.popitem()[1]
+    turn(engine, "a", ask([1], either, hungry))
+    run(engine, server, 1)
+    assert "too many expressions" in server.ends("a")[0].error
+    turn(engine, "a", ask([2], either, other))
+    run(engine, server, 2)
+    assert re.fullmatch("[0-9]{5}", text_of(server.tokens("a", 2)))
 
 
 def test_end_tokens_come_where_the_grammar_may_end(server):

@@ -34,7 +34,8 @@ def read(parts: list[bytes], *, ends: bool = True, headers: tuple = (), limit: i
             part = waiting.pop(0)
             return {"type": "http.request", "body": part, "more_body": bool(waiting) or not ends}
 
-        return await read_object({"headers": [*SCOPE["headers"], *headers]}, receive, limit)
+        scope = {"headers": [*SCOPE["headers"], *headers]}
+        return await read_object(scope, receive, limit, asyncio.Lock())
 
     return asyncio.run(main())
 
@@ -101,3 +102,27 @@ def test_what_no_field_may_hold_is_named(body: bytes, param: str) -> None:
     ) as refused:
         read([body])
     assert refused.value.param == param
+
+
+def test_large_bodies_are_parsed_one_after_another() -> None:
+    """And small ones do not wait for them."""
+
+    async def read(size: int, one_large: asyncio.Lock) -> int:
+        body = json.dumps({"text": "x" * size}).encode()
+
+        async def receive() -> dict:
+            return {"type": "http.request", "body": body}
+
+        fields = await read_object(SCOPE, receive, 10**6, one_large)
+        return len(fields.text("text"))
+
+    async def run() -> None:
+        one_large = asyncio.Lock()
+        async with one_large:
+            large = [asyncio.create_task(read(100_000, one_large)) for _ in range(2)]
+            assert await asyncio.wait_for(read(1000, one_large), 20) == 1000
+            await asyncio.sleep(0)
+            assert not any(task.done() for task in large)
+        assert await asyncio.wait_for(asyncio.gather(*large), 20) == [100_000] * 2
+
+    asyncio.run(run())

@@ -22,6 +22,7 @@ PERSON = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+HTTP = replace(CONFIG.http, max_body_bytes=12_000_000)
 #: No finite JSON matches it.
 ENDLESS = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
 NAMED = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
@@ -36,8 +37,7 @@ TAGS = {
 @pytest.fixture(scope="module")
 def shared():
     """One application: its child that checks grammars takes a second to start."""
-    http = replace(CONFIG.http, max_body_bytes=12_000_000)
-    with front(http, structured=StructuredConfig(check_timeout_s=2.0)) as made:
+    with front(HTTP, structured=StructuredConfig(check_timeout_s=2.0)) as made:
         yield made
 
 
@@ -147,6 +147,8 @@ def test_length_says_length(shared: Front) -> None:
         ({"guided_json": False}, "", "guided_json"),
         ({"guided_json": {"type": "integer", "minimum": 3, "maximum": 1}}, "minimum", None),
         ({"guided_regex": "("}, "regex", "guided_regex"),
+        ({"guided_regex": "(a|aa|aaa){200}"}, "too many expressions", "guided_regex"),
+        ({"guided_regex": "[a-z](a|aa|aaa){200}"}, "too complex", "guided_regex"),
         ({"guided_grammar": "start: nothing"}, "nothing", "guided_grammar"),
         ({"guided_grammar": "root ::= ("}, "EBNF", "guided_grammar"),
         ({"guided_grammar": "start: X\nX: /a/ & /b/"}, "admits no output", "guided_grammar"),
@@ -256,34 +258,58 @@ def test_the_child_that_dies_is_started_again(shared: Front) -> None:
     chat(shared, guided_regex="[ab]{3}")
     child = shared.app.frontend.grammars._child
     assert child is not None
-    child.kill()
+    os.kill(child.pid, signal.SIGKILL)
     response = shared.post("/v1/chat/completions", CHAT | {"guided_regex": "[abc]{3}"})
     assert response.status_code in (200, 400)  # it may have died while it checked this one
     assert chat(shared, guided_regex="[abcd]{3}") != ""
 
 
-def test_streams_go_on_while_a_grammar_is_checked(shared: Front) -> None:
-    """Free ones, and those whose grammars are known."""
-    known = CHAT | {"guided_regex": "[ab]{9}", "stream": True}
-    before = shared.post("/v1/chat/completions", known | {"seed": 1}).text
-    child = shared.app.frontend.grammars._child
-    assert child is not None
-    os.kill(child.pid, signal.SIGSTOP)  # as one that takes for ever
+def test_streams_go_on_while_a_grammar_is_checked() -> None:
+    """Free ones, those whose grammars are known, and new small ones."""
+    path = "/v1/chat/completions"
+    known = CHAT | {"guided_regex": "[ab]{9}", "stream": True, "seed": 1}
 
-    async def both() -> None:
-        path, new = "/v1/chat/completions", CHAT | {"guided_regex": "[ab]{10}"}
-        checked = asyncio.create_task(shared.http.post(path, json=new))
+    async def both(own: Front) -> None:
+        checked = asyncio.create_task(own.http.post(path, json=CHAT | large_schema(0, 9_000)))
         await asyncio.sleep(0)
-        streamed = await shared.http.post(path, json=known | {"seed": 1})
-        free = await shared.http.post(path, json=CHAT | {"seed": 2})
+        streamed = await own.http.post(path, json=known)
+        free = await own.http.post(path, json=CHAT | {"seed": 2})
+        new = await own.http.post(path, json=CHAT | {"guided_regex": "[ab]{10}"})
         assert not checked.done()
-        assert free.status_code == 200
+        assert free.status_code == new.status_code == 200
         assert _contents(streamed.text) == _contents(before) != ""
         refused = await checked
         assert refused.status_code == 400 and "longer than" in refused.text
 
-    shared.run(both())
-    assert chat(shared, guided_regex="[abc]{3}") != ""
+    with front(HTTP, structured=StructuredConfig(max_properties=100_000)) as own:
+        before = own.post(path, known).text
+        own.run(both(own))
+
+
+def test_many_large_schemas_are_refused_at_once(shared: Front) -> None:
+    """However they come: none is compiled."""
+
+    async def ask(number: int) -> str:
+        body = CHAT | large_schema(number, 12_000)
+        response = await shared.http.post("/v1/chat/completions", json=body)
+        assert response.status_code == 400
+        return response.json()["error"]["message"]
+
+    async def all_of_them() -> set[str]:
+        return set(await asyncio.gather(*map(ask, range(12))))
+
+    chat(shared, guided_regex="[ab]{3}")  # the child is there
+    begun_s = time.monotonic()
+    assert shared.run(all_of_them()) == {
+        "guided_json: the schema has 12000 properties, the limit is 5000; send fewer, or raise "
+        "structured.max_properties"
+    }
+    assert time.monotonic() - begun_s < 5.0
+
+
+def large_schema(name: int, size: int) -> dict:
+    """Takes seconds to compile, by the square of its size."""
+    return {"guided_json": {"properties": {f"p{name}_{index}": {} for index in range(size)}}}
 
 
 def _contents(events: str) -> str:

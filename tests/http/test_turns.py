@@ -74,3 +74,26 @@ def test_who_has_left_and_not_heard_of_it_is_passed_over() -> None:
         await asyncio.wait_for(third, 5)
 
     asyncio.run(run())
+
+
+def test_one_place_of_several_is_left_to_small_work() -> None:
+    async def run() -> None:
+        turns = Turns(places=2, small=5)
+        await turns.acquire(9)
+        large = asyncio.create_task(turns.acquire(6))
+        await asyncio.sleep(0)
+        assert not large.done(), "the last place is not for it"
+        await asyncio.wait_for(turns.acquire(5), 5)
+        small = asyncio.create_task(turns.acquire(5))
+        await asyncio.sleep(0)
+        assert not small.done(), "there is none"
+        turns.release()
+        await asyncio.wait_for(small, 5)
+        assert not large.done()
+        turns.release()
+        await asyncio.sleep(0)
+        assert not large.done(), "one other large one still works"
+        turns.release()
+        await asyncio.wait_for(large, 5)
+
+    asyncio.run(run())

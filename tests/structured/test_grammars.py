@@ -50,6 +50,38 @@ def test_what_grammars_admit(grammar: Grammar, good: str, bad: str) -> None:
     assert admits(grammar, good) and not admits(grammar, bad)
 
 
+PRETTY = {"a": [1, {"b": []}], "c": 2}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(PRETTY, separators=(",", ":")),
+        json.dumps(PRETTY),
+        json.dumps(PRETTY, indent=4),
+        json.dumps(PRETTY, indent="\t"),
+        json.dumps(PRETTY, indent=2).replace("\n", "\r\n"),
+        "{" + " " * 8 + '"a"\t: 1}',
+        "{\n" + " " * 64 + '"a": 1}',
+    ],
+)
+def test_json_may_be_laid_out(text: str) -> None:
+    assert admits(grammars.json_object(), text)
+
+
+@pytest.mark.parametrize(
+    "space", [" " * 9, "\n\n", "\n" + " " * 65, " \n", "\r", "\u00a0", "\n \n"]
+)
+def test_white_space_has_an_end(space: str) -> None:
+    """Or a model could go on with it until its tokens end."""
+    place = '{%s"a":%s[1%s,2]}'
+    for index in range(3):
+        text = place % tuple(space if index == other else "" for other in range(3))
+        assert not admits(grammars.json_object(), text)
+        plain = grammars.json_schema({"type": "object"}, whitespace_pattern=r"\s+")
+        assert admits(plain, text), "where a client asks for it"
+
+
 def test_false_admits_nothing() -> None:
     with pytest.raises(GrammarError):
         admits(grammars.json_schema(False), "")

@@ -40,3 +40,11 @@ def test_a_pattern_s_fault_is_shown_where_it_is() -> None:
     assert refusal(grammars.regex("a(")).endswith("regex parse error: a( ^ error: unclosed group")
     message = refusal(Grammar(kind="lark", text='start: "a" b\nb: c\n'))
     assert message == 'at 2(4): unknown name: "c"'
+
+
+def test_what_the_library_says_only_to_the_second_output_is_said_at_once() -> None:
+    """Its first mask is made, though its lexer can do no more."""
+    message = refusal(grammars.regex("(a|aa|aaa){200}"))
+    assert message == (
+        "the grammar admits no output: lexer error: too many expressions constructed"
+    )

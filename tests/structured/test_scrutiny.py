@@ -91,3 +91,22 @@ def test_takes_time_in_proportion() -> None:
         scrutinise(Grammar(kind="lark", text="/" + piece * (200_000 // len(piece))))
         scrutinise(Grammar(kind="lark", text='"' + piece * (200_000 // len(piece))))
         assert time.thread_time() - start_s < 3, piece
+
+
+@pytest.mark.parametrize(
+    ("num", "schema"),
+    [
+        (31, {"properties": {f"p{i}": {} for i in range(31)}}),
+        (32, {"properties": {f"p{i}": {"properties": {"a": {}}} for i in range(16)}}),
+        (31, {"anyOf": [{"items": {"properties": {f"p{i}": {} for i in range(31)}}}]}),
+    ],
+)
+def test_schemas_of_too_many_properties(num: int, schema: dict) -> None:
+    grammar = grammars.json_schema(schema)
+    tag = tagged([Tag(begin="<a>", schema=schema, end="</a>")])
+    said = f"the schema has {num} properties, the limit is 30; .* structured.max_properties"
+    for own in (grammar, tag):
+        with pytest.raises(GrammarError, match=said):
+            scrutinise(own, max_properties=30)
+        scrutinise(own, max_properties=num)
+        scrutinise(own)

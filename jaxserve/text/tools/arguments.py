@@ -10,7 +10,7 @@ from jaxserve.errors import GrammarError
 from jaxserve.structured.grammars import json_schema
 from jaxserve.text.tools.tool import Tool
 
-_SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_SEPARATORS = {"item_separator": ", ", "key_separator": ": "}
 #: What a schema may say beside its properties, and still be keyword arguments.
 _KEYWORDS = frozenset(
     {
@@ -25,7 +25,7 @@ _ANY_NAME = r"/[a-z_][a-z0-9_]{0,31}/"
 
 def json_rule(schema: Mapping[str, object] | bool) -> str:
     """A schema's values, with white space as templates write it: with more it may never end."""
-    document = json.loads(json_schema(schema).text)
+    document = json.loads(json_schema(schema, whitespace=False).text)
     document["x-guidance"] |= _SEPARATORS
     return "%json " + json.dumps(document, ensure_ascii=False)
 
