@@ -114,8 +114,9 @@ def _programs(config: Config) -> Iterator[tuple[str, str]]:
     product = " × ".join(f"{len(values)} {name}" for name, values in axes.items())
     whole = math.prod(map(len, axes.values()))
     most = MAX_PROGRAMS * (1 + config.lora.enabled)
-    yield "compiled", f"{len(programs)} of at most {most} (the full product, {product},"
-    yield "", f"would be {whole})"
+    yield "compiled", f"{len(programs)} of at most {most} step programs (the full product,"
+    yield "", f"{product}, would be {whole})"
+    yield "beside them", "those with grammars, and small ones that change what is on the device"
 
 
 def _model(config: Config) -> Iterator[tuple[str, str]]:
