@@ -10,9 +10,11 @@ from benchmarks.compile_check import targets
 from benchmarks.compile_check.grouped import GroupedRow
 from benchmarks.compile_check.kernels import KernelRow
 from benchmarks.compile_check.lora import LoraRow
+from benchmarks.compile_check.quant import QuantRow
 from benchmarks.compile_check.steps import ROWS, StepRow
 
-Row = StepRow | KernelRow | LoraRow | GroupedRow
+KernelRows = KernelRow | LoraRow | GroupedRow | QuantRow
+Row = StepRow | KernelRows
 
 #: A prefill step's temporary memory, as a share of its cache: a hidden copy would be all of it.
 MOST_TEMP = 0.1
@@ -76,7 +78,7 @@ def _compile(lowered: Any, device: Any) -> Any:
     return lowered.compile(compiler_options=options)
 
 
-def _kernel(row: KernelRow | LoraRow | GroupedRow) -> Result:
+def _kernel(row: KernelRows) -> Result:
     import jax
 
     from jaxserve.device.chips import parse_slice
