@@ -21,6 +21,9 @@ _CONCERNED = {
     "pallas_kernels/quant_matmul/": ("quant_matmul/", "-int8", "-int4"),
     "pallas_kernels/lora_matmul/": ("lora_matmul/",),
     "pallas_kernels/hopper.py": ("/h100:1",),
+    "pallas_kernels/tuning.py": (
+        *("paged_attention/", "write_and_attend/", "grouped_matmul/", "quant_matmul/"),
+    ),
     "pallas_kernels/ragged.py": ("paged_attention/", "write_and_attend/", "kv_update/"),
     "jaxserve/device/": ("/decode", "/prefill"),
     "jaxserve/models/": ("/decode", "/prefill"),
