@@ -68,7 +68,8 @@ def check(row: Row) -> Result:
     return result
 
 
-def _compile(lowered: Any, device: Any) -> Any:
+def compile_for(lowered: Any, device: Any) -> Any:
+    """An executable for a device that may not be here."""
     from jaxserve.device.compiles import compiler_options
 
     options = compiler_options(device.device_kind) or {}
@@ -93,7 +94,7 @@ def _kernel(row: KernelRows) -> Result:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             traced = jax.jit(function, donate_argnums=0).trace(*arguments)
             lowered = traced.lower(lowering_platforms=targets.platforms(slice))
-        compiled = _compile(lowered, mesh.devices.flat[0])
+        compiled = compile_for(lowered, mesh.devices.flat[0])
     except UnsupportedKernel as error:
         result.verdict, result.detail = "refused", str(error)
         if row.refusal is not None and row.refusal not in result.detail:
@@ -129,7 +130,7 @@ def _step(row: StepRow) -> Result:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             executor = ahead.executor(row.program, num_pages)
             lowered = executor.lower(row.program, targets.platforms(slice))
-        compiled = _compile(lowered, mesh.devices.flat[0])
+        compiled = compile_for(lowered, mesh.devices.flat[0])
     except Exception as error:
         return _failed(result, error)
     _memory(result, compiled, MOST_TEMP * result.cache_bytes if row.kind == "prefill" else 0)

@@ -129,8 +129,9 @@ def _rows(backend: str) -> Iterator[KernelRow]:
         is_decode = shape.num_tokens == shape.num_rows
         if backend == "gpu" and reason is None and is_decode and not is_quantized(shape.dtype):
             yield KernelRow(op="write_and_attend", refusal=None, **place)
-    for slice, shape in itertools.product(CHIPS[backend], SHAPES_OF_UPDATES):
-        yield KernelRow(op="kv_update", refusal=None, shape=shape, backend=backend, slice=slice)
+    for slice in CHIPS[backend]:
+        for shape in SHAPES_OF_UPDATES:
+            yield KernelRow(op="kv_update", refusal=None, shape=shape, backend=backend, slice=slice)
 
 
 ROWS_OF_KERNELS = tuple(row for backend in CHIPS for row in _rows(backend))

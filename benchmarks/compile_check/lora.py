@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -78,5 +77,6 @@ def _add(row: LoraRow, y: Any, x: Any, weights: Any, slots: Any, layer: Any) -> 
 ROWS_OF_LORA = tuple(
     LoraRow(shape=shape, backend=backend, slice=slice)
     for backend, slices in CHIPS.items()
-    for slice, shape in itertools.product(slices, SHAPES)
+    for slice in slices
+    for shape in SHAPES
 )
