@@ -36,12 +36,13 @@ def main() -> int:
     from benchmarks.compile_check.grouped import ROWS_OF_GROUPED
     from benchmarks.compile_check.kernels import ROWS_OF_KERNELS
     from benchmarks.compile_check.lora import ROWS_OF_LORA
+    from benchmarks.compile_check.quant import ROWS_OF_QUANT
     from benchmarks.compile_check.steps import ROWS_OF_STEPS
     from benchmarks.compile_check.table import missing_steps, write_table
     from jaxserve.device.chips import parse_slice
 
     first, parts = map(int, given.part.split("/"))
-    kernels = *ROWS_OF_KERNELS, *ROWS_OF_LORA, *ROWS_OF_GROUPED
+    kernels = *ROWS_OF_KERNELS, *ROWS_OF_LORA, *ROWS_OF_GROUPED, *ROWS_OF_QUANT
     rows = _named([*kernels, *ROWS_OF_STEPS], given.patterns)
     if given.changed is not None:
         concerned = patterns(files_changed(given.changed))

@@ -18,15 +18,19 @@ _CONCERNED = {
     "pallas_kernels/kv_update/": ("kv_update/", "/decode", "/prefill"),
     "pallas_kernels/quantized_pages.py": ("kv_update/", "paged_attention/", "fp8-cache"),
     "pallas_kernels/grouped_matmul/": ("grouped_matmul/", "qwen3-30b-a3b"),
-    "pallas_kernels/quant_matmul/": ("-int8", "-int4"),
+    "pallas_kernels/quant_matmul/": ("quant_matmul/", "-int8", "-int4"),
     "pallas_kernels/lora_matmul/": ("lora_matmul/",),
     "pallas_kernels/hopper.py": ("/h100:1",),
+    "pallas_kernels/tuning.py": (
+        *("paged_attention/", "write_and_attend/", "grouped_matmul/", "quant_matmul/"),
+    ),
     "pallas_kernels/ragged.py": ("paged_attention/", "write_and_attend/", "kv_update/"),
     "jaxserve/device/": ("/decode", "/prefill"),
     "jaxserve/models/": ("/decode", "/prefill"),
     "jaxserve/sampling/": ("/decode", "/prefill"),
     "benchmarks/compile_check/": (
         *("/decode", "/prefill", "paged_attention/", "write_and_attend/", "kv_update/"),
+        *("lora_matmul/", "grouped_matmul/", "quant_matmul/"),
     ),
 }
 

@@ -11,9 +11,11 @@ from benchmarks.compile_check.grouped import GroupedRow
 from benchmarks.compile_check.hlo import collectives, kernels
 from benchmarks.compile_check.kernels import KernelRow
 from benchmarks.compile_check.lora import LoraRow
+from benchmarks.compile_check.quant import QuantRow
 from benchmarks.compile_check.steps import ROWS, StepRow
 
-Row = StepRow | KernelRow | LoraRow | GroupedRow
+KernelRows = KernelRow | LoraRow | GroupedRow | QuantRow
+Row = StepRow | KernelRows
 
 #: A prefill step's temporary memory, as a share of its cache: a hidden copy would be all of it.
 MOST_TEMP = 0.1
@@ -69,7 +71,8 @@ def check(row: Row) -> Result:
     return result
 
 
-def _compile(lowered: Any, device: Any) -> Any:
+def compile_for(lowered: Any, device: Any) -> Any:
+    """An executable for a device that may not be here."""
     from jaxserve.device.compiles import compiler_options
 
     options = compiler_options(device.device_kind) or {}
@@ -79,7 +82,7 @@ def _compile(lowered: Any, device: Any) -> Any:
     return lowered.compile(compiler_options=options)
 
 
-def _kernel(row: KernelRow | LoraRow | GroupedRow) -> Result:
+def _kernel(row: KernelRows) -> Result:
     import jax
 
     from jaxserve.device.chips import parse_slice
@@ -94,7 +97,7 @@ def _kernel(row: KernelRow | LoraRow | GroupedRow) -> Result:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             traced = jax.jit(function, donate_argnums=0).trace(*arguments)
             lowered = traced.lower(lowering_platforms=targets.platforms(slice))
-        compiled = _compile(lowered, mesh.devices.flat[0])
+        compiled = compile_for(lowered, mesh.devices.flat[0])
     except UnsupportedKernel as error:
         result.verdict, result.detail = "refused", str(error)
         if row.refusal is not None and row.refusal not in result.detail:
@@ -133,7 +136,7 @@ def _step(row: StepRow) -> Result:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             executor = ahead.executor(row.program, num_pages)
             lowered = executor.lower(row.program, targets.platforms(slice))
-        compiled = _compile(lowered, mesh.devices.flat[0])
+        compiled = compile_for(lowered, mesh.devices.flat[0])
     except Exception as error:
         return _failed(result, error)
     _memory(result, compiled, MOST_TEMP * result.cache_bytes if row.kind == "prefill" else 0)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels.kv_update import kv_update, page_width, scales_width
+from pallas_kernels.kv_update.shapes import SHAPES as SHAPES_OF_UPDATES
 from pallas_kernels.paged_attention import RaggedBatch, paged_attention, write_and_attend
 from pallas_kernels.paged_attention.shapes import SHAPES, Shape, refusal
 from pallas_kernels.quantized_pages import QuantizedPages, is_quantized
@@ -125,11 +126,12 @@ def _rows(backend: str) -> Iterator[KernelRow]:
         reason = refusal(backend, shape)
         place = {"shape": shape, "backend": backend, "slice": slice}
         yield KernelRow(op="paged_attention", refusal=reason, **place)
-        if reason is None:
-            yield KernelRow(op="kv_update", refusal=None, **place)
         is_decode = shape.num_tokens == shape.num_rows
         if backend == "gpu" and reason is None and is_decode and not is_quantized(shape.dtype):
             yield KernelRow(op="write_and_attend", refusal=None, **place)
+    for slice in CHIPS[backend]:
+        for shape in SHAPES_OF_UPDATES:
+            yield KernelRow(op="kv_update", refusal=None, shape=shape, backend=backend, slice=slice)
 
 
 ROWS_OF_KERNELS = tuple(row for backend in CHIPS for row in _rows(backend))

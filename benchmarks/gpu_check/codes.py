@@ -48,7 +48,7 @@ def checks(
         read_bytes: of the weights that one call multiplies by.
     """
     for num_tokens in (1, 13, *TOKENS):
-        right = partial(_int4_error, backend, num_tokens)
+        right = partial(int4_error, backend, num_tokens)
         yield Check(f"int4 product, {num_tokens} tokens", lambda right=right: [right()])
     for num_tokens in FP8_TOKENS:
         right = partial(_fp8_error, num_tokens, *sizes[0])
@@ -57,10 +57,10 @@ def checks(
     @cache
     def plain(num_tokens: int) -> float:
         """Seconds of a product with bfloat16 weights."""
-        return _seconds(jnp.dot, num_tokens, _weights("bfloat16", *sizes[0], read_bytes))
+        return _seconds(jnp.dot, num_tokens, weights_of("bfloat16", *sizes[0], read_bytes))
 
     def int4(depth: int, columns: int) -> Iterator[Finding]:
-        weights = _weights("int4", depth, columns, read_bytes)
+        weights = weights_of("int4", depth, columns, read_bytes)
         least = traffic.int4_bytes(depth, columns) / limits().copy
         name = f"int4 product {depth}x{columns}"
         for num_tokens in TOKENS:
@@ -73,7 +73,7 @@ def checks(
                 yield Finding(f"{name}, {num_tokens} tokens: XLA's share", least / theirs)
 
     def int8(depth: int, columns: int) -> Iterator[Finding]:
-        weights = _weights("int8", depth, columns, read_bytes)
+        weights = weights_of("int8", depth, columns, read_bytes)
         least = traffic.int8_bytes(depth, columns) / limits().copy
         for num_tokens in TOKENS:
             theirs = _seconds(int8_matmul, num_tokens, weights)
@@ -81,7 +81,7 @@ def checks(
             yield Finding(name, least / theirs)
 
     def fp8(depth: int, columns: int) -> Iterator[Finding]:
-        weights = _weights("fp8", depth, columns, read_bytes)
+        weights = weights_of("fp8", depth, columns, read_bytes)
         for num_tokens in FP8_TOKENS:
             ratio = plain(num_tokens) / _seconds(fp8_matmul, num_tokens, weights)
             name = f"fp8 product {depth}x{columns}, {num_tokens} tokens: times as fast as bfloat16"
@@ -95,7 +95,9 @@ def checks(
         yield Check(name, lambda fast=fast: fast(*sizes[0]), timed=True)
 
 
-def _weights(kind: str, depth: int, columns: int, read_bytes: int) -> list[tuple[jax.Array, ...]]:
+def weights_of(
+    kind: str, depth: int, columns: int, read_bytes: int = _READ_BYTES
+) -> list[tuple[jax.Array, ...]]:
     """As many as a call is to read, at least one."""
     first = _weight(0, kind, depth, columns)
     copies = -(-read_bytes // sum(_num_bytes(part) for part in first))
@@ -124,17 +126,19 @@ def _weight(seed: int, kind: str, depth: int, columns: int) -> tuple[jax.Array, 
     return (bits & 15).astype(jnp.uint4), scale, minimum
 
 
-def _rows(num_tokens: int, depth: int) -> jax.Array:
+def rows_of(num_tokens: int, depth: int) -> jax.Array:
+    """Random activations."""
     key = jax.random.key(secrets.randbits(31))
     return jax.random.normal(key, (num_tokens, depth), jnp.bfloat16)
 
 
-def _int4_error(backend: str, num_tokens: int) -> Finding:
+def int4_error(backend: str, num_tokens: int) -> Finding:
+    """Against the weight that fresh codes stand for."""
     codes, scale, minimum = _weight(secrets.randbits(31), "int4", 1024, 768)
     wide_scale, wide_minimum = (
         jnp.repeat(values.astype(jnp.float32), GROUP, 0) for values in (scale, minimum)
     )
-    x = _rows(num_tokens, 1024)
+    x = rows_of(num_tokens, 1024)
     out = jax.jit(partial(int4_matmul, backend=backend))(x, codes, scale, minimum)
     error = _error(x, out, codes.astype(jnp.float32) * wide_scale + wide_minimum)
     return Finding(f"int4 product, {num_tokens} tokens: error", error, "<", TOLERANCE)
@@ -142,7 +146,7 @@ def _int4_error(backend: str, num_tokens: int) -> Finding:
 
 def _fp8_error(num_tokens: int, depth: int, columns: int) -> Finding:
     codes, scale = _weight(secrets.randbits(31), "fp8", depth, columns)
-    x = _rows(num_tokens, depth)
+    x = rows_of(num_tokens, depth)
     error = _error(x, jax.jit(fp8_matmul)(x, codes, scale), codes.astype(jnp.float32) * scale)
     return Finding(f"fp8 product, {num_tokens} tokens: error", error, "<", FP8_TOLERANCE)
 
@@ -160,5 +164,5 @@ def _error(x: jax.Array, out: jax.Array, weight: jax.Array) -> float:
 def _seconds(product: Callable[..., Any], num_tokens: int, weights: list[Any]) -> float:
     """Of multiplying by one of the weights, of which a call takes all."""
     run = jax.jit(lambda x, weights: [product(x, *weight) for weight in weights])
-    x = _rows(num_tokens, weights[0][0].shape[0])
+    x = rows_of(num_tokens, weights[0][0].shape[0])
     return seconds_a_call(run, x, weights, calls=5) / len(weights)

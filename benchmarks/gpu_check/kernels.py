@@ -60,7 +60,11 @@ def checks(backend: str, limits: Callable[[], Limits], sizes: Sizes) -> Iterator
     kinds = ("decode", DECODE), ("mixed", MIXED)
 
     def correct(name: str, lens: list[tuple[int, int]], **given: Any) -> Check:
-        return Check(f"attention {name}", lambda: [_correct(backend, name, lens, **given)])
+        def find() -> list[Finding]:
+            error = attention_error(backend, lens, **given)
+            return [Finding(f"attention {name}: error", error, "<", TOLERANCE)]
+
+        return Check(f"attention {name}", find)
 
     for head_dim, (name, lens) in itertools.product((64, 80, 96, 128, 256), kinds):
         yield correct(f"{name} H={head_dim}", lens, head_dim=head_dim)
@@ -97,9 +101,8 @@ def _batch(
     return batch, sum(counts) + 1
 
 
-def _correct(
+def attention_error(
     backend: str,
-    name: str,
     lens: list[tuple[int, int]],
     *,
     num_heads: int = 8,
@@ -109,7 +112,13 @@ def _correct(
     dtype: str = "bfloat16",
     sinks: bool = False,
     **options: Any,
-) -> Finding:
+) -> float:
+    """Against the reference in float32, on fresh inputs; 1 where padding is not zero.
+
+    Args:
+        lens: query and context lengths of the rows.
+        options: of attention.
+    """
     rng = np.random.default_rng(secrets.randbits(32))
     batch, num_pages = _batch(lens, page_size, rng)
     num_tokens = sum(n for n, _ in lens)
@@ -131,7 +140,7 @@ def _correct(
     out = jax.jit(lambda q, pages: paged_attention(q, pages, backend=backend, **given))(q, pages)
     error = error_of(out[:num_tokens], expected[:num_tokens])
     padding = float(jnp.abs(out[num_tokens:].astype(jnp.float32)).sum())
-    return Finding(f"attention {name}: error", error if padding == 0 else 1.0, "<", TOLERANCE)
+    return error if padding == 0 else 1.0
 
 
 def _codes(values: np.ndarray, dtype: str) -> QuantizedPages:
@@ -192,15 +201,19 @@ def _decode_writes(backend: str, head_dim: int) -> Finding:
     return Finding(name, 1.0 if wrong else error, "<", TOLERANCE)
 
 
-def _decode(backend: str, limits: Limits, sizes: Sizes) -> Iterator[Finding]:
-    rng = np.random.default_rng(0)
-    batch, num_pages = _batch([(1, sizes.context)] * sizes.rows, sizes.page_size, rng)
-    batch = replace(batch, aligned=True)
+def attention_inputs(sizes: Sizes, lens: list[tuple[int, int]]) -> tuple[Any, Any, RaggedBatch]:
+    """Queries, pages of one layer, and a batch as programs have it: aligned where all decode."""
+    batch, num_pages = _batch(lens, sizes.page_size, np.random.default_rng(0))
+    batch = replace(batch, aligned=batch.max_query_len == 1)
     shape = (1, num_pages, sizes.num_kv_heads, sizes.page_size, 2 * sizes.head_dim)
     pages = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
-    q = jax.random.normal(
-        jax.random.key(1), (sizes.rows, sizes.num_heads, sizes.head_dim), jnp.bfloat16
-    )
+    num_tokens = sum(n for n, _ in lens)
+    shape = (num_tokens, sizes.num_heads, sizes.head_dim)
+    return jax.random.normal(jax.random.key(1), shape, jnp.bfloat16), pages, batch
+
+
+def _decode(backend: str, limits: Limits, sizes: Sizes) -> Iterator[Finding]:
+    q, pages, batch = attention_inputs(sizes, [(1, sizes.context)] * sizes.rows)
     attend = partial(paged_attention, layer=0, scale=sizes.head_dim**-0.5, backend=backend)
     run = jax.jit(lambda q, pages, batch: attend(q, pages, batch=batch))
     seconds = seconds_a_call(run, q, pages, batch)
@@ -232,13 +245,7 @@ def _jax_s(sizes: Sizes, batch: RaggedBatch) -> float:
 
 
 def _prefill(backend: str, limits: Limits, sizes: Sizes) -> Finding:
-    rng = np.random.default_rng(0)
-    batch, num_pages = _batch([(sizes.prompt, sizes.prompt)], sizes.page_size, rng)
-    shape = (1, num_pages, sizes.num_kv_heads, sizes.page_size, 2 * sizes.head_dim)
-    pages = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
-    q = jax.random.normal(
-        jax.random.key(1), (sizes.prompt, sizes.num_heads, sizes.head_dim), jnp.bfloat16
-    )
+    q, pages, batch = attention_inputs(sizes, [(sizes.prompt, sizes.prompt)])
     attend = partial(paged_attention, layer=0, scale=sizes.head_dim**-0.5, backend=backend)
     run = jax.jit(lambda q, pages, batch: attend(q, pages, batch=batch))
     seconds = seconds_a_call(run, q, pages, batch)

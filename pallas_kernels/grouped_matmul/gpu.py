@@ -7,7 +7,7 @@ Shapes: x [T, K], w [W, K, N] in place, whole stacks of layers too; y [T, N]. Ti
     lists them, by a few operations of XLA's that products with the same sizes share.
 
 Grid: PROCESSORS blocks of threads, each of which goes through (tile, block of columns) pairs, every
-    PROCESSORS-th, in bands of 8 tiles, so that the tiles of a group find its columns in the L2
+    PROCESSORS-th, in bands of a few tiles, so that the tiles of a group find its columns in the L2
     cache, and the blocks of columns the tiles' rows. There are only as many pairs as rows need: a
     group without rows costs nothing, and nothing is asked of the host, as a loop of XLA's would.
     One warpgroup copies, through all pairs without a pause; two multiply:
@@ -47,7 +47,6 @@ from pallas_kernels import hopper
 from pallas_kernels.errors import UnsupportedKernel
 from pallas_kernels.grouped_matmul.gpu_plan import (
     ALIGNED,
-    BAND,
     COLUMN_MULTIPLE,
     COMPUTERS,
     STAGED,
@@ -153,9 +152,10 @@ def _kernel(
     def pair(turn: Any) -> tuple[Tiles, Any, Any]:
         """The tile of a turn, its first column, and how many steps it takes."""
         index = processor + turn * hopper.PROCESSORS
-        band, within = index // (BAND * num_blocks), lax.rem(index, jnp.int32(BAND * num_blocks))
-        height = jnp.minimum(num_tiles - band * BAND, BAND)
-        tile = band * BAND + lax.rem(within, height)
+        whole = plan.band * num_blocks
+        band, within = index // whole, lax.rem(index, jnp.int32(whole))
+        height = jnp.minimum(num_tiles - band * plan.band, plan.band)
+        tile = band * plan.band + lax.rem(within, height)
         found = Tiles(*(tiles[tile, field] for field in range(len(Tiles._fields))))
         return (
             found,

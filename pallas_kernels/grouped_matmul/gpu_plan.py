@@ -19,7 +19,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from pallas_kernels.grouped_matmul.tunables import GpuGrouped
 from pallas_kernels.hopper import PROCESSORS, ROWS
+from pallas_kernels.tuning import tuned
 
 #: Rows that a tile's beginning is a multiple of.
 ALIGNED = 8
@@ -29,10 +31,6 @@ STEP = 64
 COMPUTERS = 2
 #: N is a multiple of this: columns of one warpgroup are multiples of 64.
 COLUMN_MULTIPLE = 128
-#: Tiles whose blocks of columns are computed together, so that the L2 cache has both operands.
-BAND = 8
-_WIDEST = 256
-_RING_BYTES = 192 << 10
 #: Columns that leave together.
 STAGED = 64
 
@@ -45,11 +43,13 @@ class Plan:
         rows: of a tile, 64 or 128.
         columns: of a block of threads.
         slots: of the ring; each holds `rows` + `columns` times STEP.
+        band: tiles whose blocks of columns are computed together.
     """
 
     rows: int
     columns: int
     slots: int
+    band: int
 
 
 class Tiles(NamedTuple):
@@ -69,6 +69,7 @@ class Tiles(NamedTuple):
 
 def make_plan(num_rows: int, num_groups: int, num_columns: int) -> Plan:
     """By the average number of a group's rows, and by what fills the processors."""
+    chosen = tuned(GpuGrouped)
     rows = tile_rows(num_rows, num_groups)
     tiles = min(num_groups, num_rows) + num_rows // rows
 
@@ -76,9 +77,10 @@ def make_plan(num_rows: int, num_groups: int, num_columns: int) -> Plan:
         rounds = -(-tiles * (num_columns // columns) // PROCESSORS)
         return rounds * (columns + rows)
 
-    fitting = [n for n in (_WIDEST, COLUMN_MULTIPLE) if num_columns % n == 0]
+    fitting = [n for n in (chosen.widest, COLUMN_MULTIPLE) if num_columns % n == 0]
     columns = min(fitting, key=cost)
-    return Plan(rows=rows, columns=columns, slots=_RING_BYTES // ((rows + columns) * STEP * 2))
+    slots = chosen.ring_bytes // ((rows + columns) * STEP * 2)
+    return Plan(rows=rows, columns=columns, slots=slots, band=chosen.band)
 
 
 def tile_rows(num_rows: int, num_groups: int) -> int:

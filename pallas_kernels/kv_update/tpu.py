@@ -18,7 +18,7 @@ Grid: one step a tile. Tokens whose places follow each other within a tile are a
 
 Traffic: each run's tile is read and written, K × SUBLANES × W elements, and the new rows once more
     than that, since XLA lays them out as tiles first; so are scales, K × C a run, read and written
-    once a page.
+    once a page. See traffic.py for the least.
 
 Numerics: a cast to the pages' dtype, or codes, by `quantize`.
 

@@ -15,6 +15,7 @@ zero.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -30,22 +31,16 @@ from pallas_kernels import hopper
 from pallas_kernels.paged_attention import gpu_block as block
 from pallas_kernels.paged_attention import gpu_softmax as softmax
 from pallas_kernels.paged_attention.score import Score
+from pallas_kernels.paged_attention.tunables import GpuChunks
 from pallas_kernels.quantized_pages import Pages, arrays_of, kind_of
 from pallas_kernels.ragged import RaggedBatch
+from pallas_kernels.tuning import tuned
 
 COMPUTERS = 2
 TILE = COMPUTERS * hopper.ROWS
 #: Bytes of shared memory for the rings, the queries, the result and widened codes; the rest of the
 #: 227 KiB is for barriers and weights.
 BYTES = 224 * 1024
-#: Slots of the ring of keys and of the ring of values: more were no faster.
-SLOTS = 2
-#: Positions of a block, at most.
-SPAN = 128
-#: Registers of a thread that computes, and of one that copies.
-COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
-#: Warps of the copying warpgroup, which copy each its pages.
-COPIERS = 4
 
 
 class Tiles(NamedTuple):
@@ -117,7 +112,8 @@ def chunks(
     """
     num_tokens, num_heads, head_dim = q.shape
     kind, dtype, held = kind_of(pages), block.operand_dtype(pages), arrays_of(pages)
-    span = _span(head_dim, dtype, held[0].dtype, pages.shape[3])
+    chosen = tuned(GpuChunks)
+    slots, span = _ring(chosen, head_dim, dtype, held[0].dtype, pages.shape[3])
     copies = block.copies(pages.shape[3], span, "")
     found = tiles(batch, num_tokens, score.window, least)
     per_head = num_heads // pages.shape[2]
@@ -129,6 +125,7 @@ def chunks(
             kind=kind,
             per_head=per_head,
             has_sinks=sinks is not None,
+            chosen=chosen,
             is_interpreted=interpret is not None,
         ),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -136,11 +133,11 @@ def chunks(
             hopper.swizzled((*staged, head_dim), head_dim, dtype),
             [plgpu.SMEM((*staged, size), dtype) for size in _sizes(head_dim)],
             plgpu.Barrier(num_barriers=COMPUTERS),
-            *[hopper.swizzled((SLOTS, span, head_dim), head_dim, held[0].dtype)] * 2,
-            plgpu.Barrier(num_arrivals=copies * (3 if kind else 1), num_barriers=SLOTS),
-            plgpu.Barrier(num_arrivals=copies, num_barriers=SLOTS),
-            *[plgpu.Barrier(num_arrivals=COMPUTERS, num_barriers=SLOTS)] * 2,
-            *softmax.scratch(kind, SLOTS, span, head_dim, COMPUTERS, pages.shape[3]),
+            *[hopper.swizzled((slots, span, head_dim), head_dim, held[0].dtype)] * 2,
+            plgpu.Barrier(num_arrivals=copies * (3 if kind else 1), num_barriers=slots),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
+            *[plgpu.Barrier(num_arrivals=COMPUTERS, num_barriers=slots)] * 2,
+            *softmax.scratch(kind, slots, span, head_dim, COMPUTERS, pages.shape[3]),
             *softmax.interpreted_scratch(interpret, span, head_dim, dtype, COMPUTERS),
         ),
         grid=(num_heads, found.row.shape[0]),
@@ -165,27 +162,30 @@ def _sizes(head_dim: int) -> list[int]:
     return sorted({size for _, size in block.columns(head_dim)})
 
 
-def _span(head_dim: int, dtype: jnp.dtype, held: jnp.dtype, page_size: int) -> int:
-    """Positions of a block: as many as there is room for.
+def _ring(
+    chosen: GpuChunks, head_dim: int, dtype: jnp.dtype, held: jnp.dtype, page_size: int
+) -> tuple[int, int]:
+    """Slots of the rings, and positions of a block: as many as there is room for.
 
     Args:
         dtype: of what is multiplied.
         held: of pages.
     """
-    for span in (SPAN, hopper.ROWS):
+    for slots, span in itertools.product(range(chosen.slots, 1, -1), (chosen.span, hopper.ROWS)):
         tokens = COMPUTERS * hopper.ROWS * (head_dim + sum(_sizes(head_dim))) * dtype.itemsize
-        rings = 2 * SLOTS * span * head_dim * held.itemsize
+        rings = 2 * slots * span * head_dim * held.itemsize
         wide = 2 * COMPUTERS * span * head_dim * dtype.itemsize
-        scales = block.scales_scratch(SLOTS, span, COMPUTERS, page_size)
+        scales = block.scales_scratch(slots, span, COMPUTERS, page_size)
         wide += sum(math.prod(x.shape) * x.dtype.itemsize for x in scales)
         if tokens + rings + (wide if held != dtype else 0) <= BYTES:
-            return span
+            return slots, span
     raise AssertionError(f"no room for heads of {head_dim}")
 
 
 def _kernel(
     q, layer, table, tiles, pages, *refs,
-    score: Score, kind: str, per_head: int, has_sinks: bool, is_interpreted: bool,
+    score: Score, kind: str, per_head: int, has_sinks: bool, chosen: GpuChunks,
+    is_interpreted: bool,
 ) -> None:  # fmt: skip
     scales, refs = (refs[0], refs[1:]) if kind else (None, refs)
     sink_of: Any = refs[0] if has_sinks else None
@@ -209,7 +209,7 @@ def _kernel(
 
     @pl.when((warpgroup == COMPUTERS) & (own.size > 0))
     def _() -> None:
-        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+        plgpu.set_max_registers(chosen.copy_registers, action="decrease")
         source = block.Pages(pages, scales, table, layer[0], own.row, head // per_head, span)
 
         def copy_keys(position: Any, index: int, page: Any, slot: Any) -> None:
@@ -228,7 +228,7 @@ def _kernel(
             following = source.at(jnp.maximum(last - i - 1, 0) * span)
             for ring, copy in ((keys, copy_keys), (values, copy_values)):
                 slot = hopper.await_free(ring.free, i, ring.tiles.shape[0])
-                _each(functools.partial(copy, (last - i) * span, slot=slot), found)
+                _each(functools.partial(copy, (last - i) * span, slot=slot), found, chosen.copiers)
             return following
 
         lax.fori_loop(0, count, load, source.at(jnp.maximum(last, 0) * span))
@@ -298,7 +298,7 @@ def _kernel(
 
     @pl.when((warpgroup < COMPUTERS) & (own.size > 0))
     def _() -> None:
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(chosen.compute_registers, action="increase")
 
         @pl.when(count > 0)
         def _() -> None:
@@ -310,16 +310,16 @@ def _kernel(
             leave([softmax.zeros(size).astype(out.dtype) for _, size in block.columns(head_dim)])
 
 
-def _each(copy: Callable[..., None], found: list[Any]) -> None:
-    """Starts the copies of a block's pages."""
+def _each(copy: Callable[..., None], found: list[Any], copiers: int) -> None:
+    """Starts the copies of a block's pages, by so many warps of the copying warpgroup."""
 
     @plgpu.warp_map
     def _(warp: Any) -> None:
-        for copier in range(COPIERS):
+        for copier in range(copiers):
 
             @pl.when(warp == copier)
             def _(copier: int = copier) -> None:
-                for index in range(copier, len(found), COPIERS):
+                for index in range(copier, len(found), copiers):
                     copy(index, found[index])
 
 

@@ -31,27 +31,40 @@ from pallas_kernels import hopper
 from pallas_kernels.paged_attention import gpu_block as block
 from pallas_kernels.paged_attention.gpu_merge import Exchange, Partial, merge
 from pallas_kernels.paged_attention.score import LOWEST, Score
+from pallas_kernels.paged_attention.tunables import GpuDecode
 from pallas_kernels.quantized_pages import Pages, arrays_of, kind_of
+from pallas_kernels.tuning import tuned
 
 COMPUTERS = 2
-#: Positions that one warpgroup computes at once.
-SPAN = 64
-#: Bytes of the ring; the rest of the 227 KiB is for queries and results.
-RING_BYTES = 128 * 1024
 #: Rows of a shared-memory tile.
 TILE = 8
 #: Blocks of threads that can draw the memory's whole bandwidth.
 READERS = 32
 
 
-def num_splits(num_blocks: int, max_pages: int, page_size: int) -> int:
+def ring_shape(chosen: GpuDecode, width: int, itemsize: int, kind: str) -> tuple[int, int]:
+    """Blocks of the ring, and positions of one: at least a block for each warpgroup.
+
+    Args:
+        width, itemsize: W, and bytes of an element of what is multiplied.
+        kind: what codes are, whose wide values take the rest of the room; "" of numbers.
+    """
+    row_bytes = width * itemsize
+    fits = COMPUTERS * chosen.span * row_bytes <= chosen.ring_bytes and not kind
+    span = chosen.span if fits else hopper.ROWS
+    slots = chosen.ring_bytes // (span * row_bytes) // COMPUTERS * COMPUTERS
+    return max(slots, COMPUTERS), span
+
+
+def num_splits(num_blocks: int, max_pages: int, page_size: int, span: int = hopper.ROWS) -> int:
     """The fewest splits of a context with which half of the rows draw the memory's bandwidth.
 
     Args:
         num_blocks: rows times KV heads.
         max_pages: of one row.
+        span: positions that a warpgroup computes at once.
     """
-    most = max(1, max_pages * page_size // (4 * COMPUTERS * SPAN))
+    most = max(1, max_pages * page_size // (4 * COMPUTERS * span))
     return min(-(-2 * READERS // num_blocks), most)
 
 
@@ -83,7 +96,9 @@ def decode(
     num_rows, groups, own, head_dim = q_RXGH.shape
     width, heads = pages.shape[4], pages.shape[2]
     kind, dtype = kind_of(pages), block.operand_dtype(pages)
-    splits = num_splits(num_rows * groups, table.shape[1], pages.shape[3])
+    # Of codes as many as of their wide values.
+    slots, span = ring_shape(tuned(GpuDecode), width, dtype.itemsize, kind)
+    splits = num_splits(num_rows * groups, table.shape[1], pages.shape[3], span)
     column = block.columns(head_dim)[0][1]
     # Results leave through rows of one column block, which is to be filled.
     is_whole = splits == 1 and sinks is None and head_dim % column == 0
@@ -95,10 +110,8 @@ def decode(
         new = jnp.pad(new_RKIH, ((0, 0), (0, 0), (0, TILE - 2), (0, 0)))
         queries = jnp.concatenate([queries, new], axis=2)
         held = [jax.new_ref(array) for array in held]
-    # As many of codes as of their wide values, which take the rest of the room.
-    slots = RING_BYTES // (SPAN * width * dtype.itemsize) // COMPUTERS * COMPUTERS
-    weights = [hopper.swizzled((COMPUTERS, hopper.ROWS, SPAN), SPAN, dtype)]
-    copies = block.copies(pages.shape[3], SPAN, kind)
+    weights = [hopper.swizzled((COMPUTERS, hopper.ROWS, span), span, dtype)]
+    copies = block.copies(pages.shape[3], span, kind)
     parts = splits, num_rows, groups, size
     whole = jax.ShapeDtypeStruct((num_rows, groups, own, head_dim), dtype)
     stats = jax.ShapeDtypeStruct(parts, jnp.float32)
@@ -116,7 +129,7 @@ def decode(
         out_type=(whole,) if is_whole else partial,
         scratch_types=(
             hopper.swizzled((hopper.ROWS, head_dim), head_dim, dtype),
-            hopper.swizzled((slots, SPAN, width), head_dim, held[0].dtype),
+            hopper.swizzled((slots, span, width), head_dim, held[0].dtype),
             hopper.swizzled((hopper.ROWS, column), column, jnp.float32),
             plgpu.SMEM((2, hopper.ROWS), jnp.float32),
             plgpu.Barrier(num_arrivals=1 if new_RKIH is None else 3),
@@ -125,7 +138,7 @@ def decode(
             plgpu.Barrier(num_barriers=2),
             *([plgpu.SMEM((hopper.ROWS, column), dtype)] if is_whole else []),
             *([plgpu.SMEM((2, _aligned(head_dim)), dtype)] if new_RKIH is not None else []),
-            *block.code_scratch(kind, slots, SPAN, head_dim, COMPUTERS, pages.shape[3]),
+            *block.code_scratch(kind, slots, span, head_dim, COMPUTERS, pages.shape[3]),
             *(weights if interpret is not None else ()),
         ),
         grid=(splits, groups, num_rows),
@@ -159,19 +172,19 @@ def _kernel(
     row, group, split = lax.axis_index("row"), lax.axis_index("group"), lax.axis_index("split")
     warpgroup = lax.axis_index("warpgroup")
     begin, end = begins[row], ends[row]
-    slots, head_dim, page_size = ring.shape[0], q_smem.shape[1], pages.shape[3]
+    (slots, span, _), head_dim, page_size = ring.shape, q_smem.shape[1], pages.shape[3]
     blocks = block.Ring(ring, warpgroup, kind, *code_scratch)
-    first, last = begin // SPAN, pl.cdiv(end, jnp.int32(SPAN))
+    first, last = begin // span, pl.cdiv(end, jnp.int32(span))
     share = pl.cdiv(last - first, jnp.int32(splits))
     first = first + split * share
     count = jnp.maximum(jnp.minimum(share, last - first), 0)
 
     @pl.when(warpgroup == COMPUTERS)
     def _() -> None:
-        source = block.Pages(pages, scales, table, layer[0], row, group // per_head, SPAN)
+        source = block.Pages(pages, scales, table, layer[0], row, group // per_head, span)
 
         def load(i: Any, slot: Any) -> None:
-            source.copy((first + i) * SPAN, blocks, slot, ready.at[slot])
+            source.copy((first + i) * span, blocks, slot, ready.at[slot])
 
         hopper.ahead(count, slots, free, load)
 
@@ -180,14 +193,14 @@ def _kernel(
     def step(index: Any, running: block.Running) -> block.Running:
         i = index * COMPUTERS + warpgroup
         slot = lax.rem(i, jnp.int32(slots))
-        position = (first + i) * SPAN
+        position = (first + i) * span
         block.await_pages(ready, slot)
 
         def inside(offset: Array) -> Array:
             return (position + offset >= begin) & (position + offset < end)
 
         if new_halves:
-            pl.when(position + SPAN >= end)(
+            pl.when(position + span >= end)(
                 lambda: _put(ring.at[slot], new_halves, end - 1 - position)
             )
         s = block.scores(q_smem, blocks.half(slot, 0), score, blocks.scales_of(slot, 0))
@@ -197,7 +210,7 @@ def _kernel(
         if v_scales is not None:
             v_scales = jnp.where(is_inside, v_scales, 0.0)
         else:
-            pl.when((position < begin) | (position + SPAN > end))(
+            pl.when((position < begin) | (position + span > end))(
                 lambda: block.blank(v, head_dim, inside)
             )
 
@@ -246,7 +259,7 @@ def _put(tile: Any, new_halves: list[Any], offset: Any) -> None:
     """A new key and value in their place in a block of the ring.
 
     Args:
-        tile: [SPAN, 2H].
+        tile: [block, 2H].
         new_halves: [H] each.
     """
     head_dim, layout = tile.shape[1] // 2, plgpu.Layout.WGMMA.reduce(0)

@@ -11,14 +11,16 @@ Shapes: q [T, N, H]; pages [L, P, K, Z, W] in HBM, a key in the first half of a 
 
 Grid: two calls; rows of one query (decode) and rows of more (chunks) each skip the other's.
 
-    decode    one row a grid step, blocks of DECODE_POSITIONS; the next block's pages, of this row
-              or of the next live one, are on their way while a block is computed:
+    decode    one row a grid step, blocks of positions; the next block's pages, of this row or of
+              the next live one, are on their way while a block is computed:
 
         HBM pages --one copy a page, K heads of Z keys and values--> buffer 0 | buffer 1 (VMEM)
                                             compute  q [K, G] · block      ^ being filled
 
-    chunks    QUERY_BLOCK tokens a grid step, for each row that has some of them, blocks of
-              PREFILL_POSITIONS, double-buffered within the row.
+    chunks    a block of tokens a grid step, for each row that has some of them, blocks of
+              positions, double-buffered within the row.
+
+    How many of each is in `tunables`.
 
 Traffic: a row's visible pages once (decode), once a query block (chunks); see traffic.py.
 

@@ -21,12 +21,10 @@ from pallas_kernels.paged_attention.tpu_block import (
     scratch,
     weighted,
 )
+from pallas_kernels.paged_attention.tunables import TpuChunks
 from pallas_kernels.quantized_pages import Pages, arrays_of, kind_of
 from pallas_kernels.ragged import RaggedBatch
-
-#: Positions of a block of pages, where there is room for them, and tokens of one of queries.
-PREFILL_POSITIONS = 512
-QUERY_BLOCK = 64
+from pallas_kernels.tuning import tuned
 
 
 def chunks(
@@ -40,17 +38,19 @@ def chunks(
 ) -> Float[Array, "T K G W"]:
     """Rows of more than one query; other tokens give zeros."""
     num_tokens, heads, groups, width = q_TKGW.shape
-    num_blocks = -(-num_tokens // QUERY_BLOCK)
-    size = QUERY_BLOCK * groups
-    q_KXW = jnp.pad(q_TKGW, ((0, num_blocks * QUERY_BLOCK - num_tokens), *((0, 0),) * 3))
+    chosen = tuned(TpuChunks)
+    query_block = chosen.query_block
+    num_blocks = -(-num_tokens // query_block)
+    size = query_block * groups
+    q_KXW = jnp.pad(q_TKGW, ((0, num_blocks * query_block - num_tokens), *((0, 0),) * 3))
     q_KXW = q_KXW.transpose(1, 0, 2, 3).reshape(heads, num_blocks * size, width)
-    first_tokens = jnp.arange(num_blocks, dtype=jnp.int32) * QUERY_BLOCK
+    first_tokens = jnp.arange(num_blocks, dtype=jnp.int32) * query_block
     first_rows = jnp.searchsorted(batch.query_starts[1:], first_tokens, side="right")
     block = pl.BlockSpec((heads, size, width), lambda i, *_: (0, i, 0))
     held = arrays_of(pages)
     tops, top_specs = [], []
     if sinks is not None:
-        tops = [jnp.tile(sinks, (1, QUERY_BLOCK))[..., None]]
+        tops = [jnp.tile(sinks, (1, query_block))[..., None]]
         top_specs = [pl.BlockSpec(tops[0].shape, lambda *_: (0, 0, 0))]
     out = pl.pallas_call(
         functools.partial(
@@ -62,7 +62,7 @@ def chunks(
             in_specs=[block, (pl.BlockSpec(memory_space=pl.ANY),) * len(held), *top_specs],
             out_specs=block,
             scratch_shapes=[
-                *scratch(pages, pages_of_block(pages, PREFILL_POSITIONS)),
+                *scratch(pages, pages_of_block(pages, chosen.positions)),
                 pltpu.VMEM((heads, size, 1), jnp.float32),
                 pltpu.VMEM((heads, size, 1), jnp.float32),
             ],
@@ -96,7 +96,8 @@ def _kernel(
     block = Block(held, table, layer[0], buffers, semaphores, kind)
     _, size, width = q_ref.shape
     num_rows = lens.shape[0]
-    first_token, end_token = index * QUERY_BLOCK, (index + 1) * QUERY_BLOCK
+    query_block = size // groups
+    first_token, end_token = index * query_block, (index + 1) * query_block
     m_ref[...] = tops[0][...] if tops else jnp.full(m_ref.shape, LOWEST, jnp.float32)
     total_ref[...] = jnp.full(total_ref.shape, float(has_sinks), jnp.float32)
     out_ref[...] = jnp.zeros(out_ref.shape, jnp.float32)

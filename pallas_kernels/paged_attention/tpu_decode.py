@@ -21,11 +21,10 @@ from pallas_kernels.paged_attention.tpu_block import (
     scratch,
     weighted,
 )
+from pallas_kernels.paged_attention.tunables import TpuDecode
 from pallas_kernels.quantized_pages import Pages, arrays_of, kind_of
 from pallas_kernels.ragged import RaggedBatch
-
-#: Positions of a block, where there is room for them.
-DECODE_POSITIONS = 256
+from pallas_kernels.tuning import tuned
 
 
 def decode(
@@ -45,7 +44,7 @@ def decode(
     if sinks is None:
         sinks = jnp.full((heads, groups), LOWEST, jnp.float32)
     first_tops = jnp.pad(sinks, ((0, 0), (0, padded - groups)))[..., None]
-    num_pages = pages_of_block(pages, DECODE_POSITIONS)
+    num_pages = pages_of_block(pages, tuned(TpuDecode).positions)
     held = arrays_of(pages)
     shape = (1, heads, padded, width)
     row_block = pl.BlockSpec(shape, lambda row, *_: (row, 0, 0, 0))

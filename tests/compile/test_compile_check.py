@@ -146,7 +146,7 @@ def test_some_of_the_rows_that_the_last_day_s_commits_concern() -> None:
 
 def test_files_that_changed_name_the_rows_that_compile_them() -> None:
     assert patterns(["docs/kernels.md", "jaxserve/http/app.py"]) == []
-    assert patterns(["pallas_kernels/quant_matmul/xla.py"]) == ["-int8", "-int4"]
+    assert patterns(["pallas_kernels/quant_matmul/xla.py"]) == ["quant_matmul/", "-int8", "-int4"]
     assert patterns(["pallas_kernels/kv_update/tpu.py", "jaxserve/models/llama.py"]) == [
         *("kv_update/", "/decode", "/prefill")
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pallas_kernels.kv_update import traffic as update
 from pallas_kernels.packed_matmul import traffic as matmul
 from pallas_kernels.paged_attention import traffic as attention
 
@@ -34,3 +35,11 @@ def test_one_decode_row_by_hand() -> None:
 def test_matmul_by_hand() -> None:
     assert matmul.matmul_flops(2, 3, 5) == 60
     assert matmul.matmul_bytes(2, 3, 5, weight_bytes=2) == 30 + 4 * 2 * 8
+
+
+def test_an_update_by_hand() -> None:
+    size = {"num_kv_heads": 3, "head_dim": 64}
+    moved = update.kv_update_bytes(5, **size, page_bytes=2, activation_bytes=2)
+    assert moved == 5 * 2 * 3 * 64 * (2 + 2)
+    codes = update.kv_update_bytes(5, **size, page_bytes=1, scale_bytes=4, activation_bytes=2)
+    assert codes == 5 * 2 * 3 * (64 * (2 + 1) + 4)

@@ -1,0 +1,1 @@
+"""Measures the numbers of kernels that only the chip can decide; see `__main__`."""
