@@ -81,7 +81,7 @@ def test_int4(
     done = subprocess.run([sys.executable, "-c", _SHARE, words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    is_kernels = num_tokens == 8 and part is not None
-    assert found["taken"] == ([[num_tokens, *part]] if is_kernels else [])
+    by_kernel = [[num_tokens, *part]] if num_tokens == 8 and part is not None else []
+    assert found["taken"] == by_kernel
     assert found["exchanged"] == exchanged
     np.testing.assert_allclose(found["shared"], found["alone"], rtol=0.02, atol=0.02)
