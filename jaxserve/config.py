@@ -153,7 +153,7 @@ class KernelsConfig:
     Attributes:
         attention: "auto", "xla", "cpu" (native), "tpu" or "gpu" (Pallas).
         matmul: "auto", "xla", "cpu" (native, packed weights), or "gpu" (Pallas): int4 weights on
-            one NVIDIA Hopper GPU, in steps of up to 64 tokens; longer ones are XLA's.
+            NVIDIA Hopper GPUs, in steps of up to 64 tokens; longer ones are XLA's.
         layers: "auto", "unrolled" or "scanned": layers one after another in a step's program, or in
             a loop, which compiles faster. "auto" takes the loop where no layer's weights are copied
             for it: on TPUs, and on CPUs with the native matmul.

@@ -23,22 +23,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from jaxserve.config import ParallelConfig
 from jaxserve.errors import ConfigError
-from jaxserve.models.parallel import TENSOR_AXES
+from jaxserve.models.parallel import RULES, TENSOR_AXES
 
 MESH_AXES = ("data", "expert", "model")
-
-#: Logical axis of a parameter → mesh axes. An unknown name is an error.
-RULES: dict[str, str | tuple[str, ...] | None] = {
-    "vocab": TENSOR_AXES,
-    "heads": TENSOR_AXES,
-    "kv_heads": TENSOR_AXES,
-    "mlp": TENSOR_AXES,
-    "experts": "expert",
-    "expert_mlp": "model",
-    "embed": None,
-    "layers": None,
-}
-
 
 ONE_COPY = ParallelConfig()
 

@@ -36,7 +36,7 @@ def no_hopper(platform: str, capability: str | None) -> str | None:
 
 
 def no_matmul_kernel(
-    platform: str, capability: str | None, quantization: str, dtype: str, num_devices: int
+    platform: str, capability: str | None, quantization: str, dtype: str
 ) -> str | None:
     """Why the kernel for int4 codes does not take a model's weights; None where it does.
 
@@ -45,8 +45,6 @@ def no_matmul_kernel(
         dtype: of what the weights are multiplied by.
     """
     reason = no_hopper(platform, capability)
-    if reason is None and num_devices > 1:
-        reason = "it runs on one device"
     if reason is None and quantization != "int4":
         reason = f"it reads int4 codes, and weights.quantization is {quantization}"
     if reason is None and dtype != "bfloat16":

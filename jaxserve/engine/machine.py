@@ -79,7 +79,7 @@ def model_options(
     no_mosaic = None if platform == "tpu" else elsewhere
     kinds = {"cpu": no_native, "tpu": no_mosaic, "gpu": no_hopper(platform, capability)}
     attention = _choose("attention", kernels.attention, kinds)
-    no_codes = no_matmul_kernel(platform, capability, weights.quantization, dtype, num_devices)
+    no_codes = no_matmul_kernel(platform, capability, weights.quantization, dtype)
     kinds = {"cpu": no_native or no_packing, "gpu": no_codes}
     matmul = _choose("matmul", kernels.matmul, kinds)
     layers = kernels.layers

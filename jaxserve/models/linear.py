@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve.errors import ConfigError
 from jaxserve.models.options import ModelOptions
+from jaxserve.models.parallel import over_shares, split_axes
 from jaxserve.models.quantize import fp8_codes, int4_codes, int8_codes
 from pallas_kernels import packed_matmul as packing
 from pallas_kernels import quant_matmul
@@ -158,6 +160,7 @@ class Linear(nnx.Module):
             axes: logical names of the input axis and of each of `out_dims`.
         """
         self.out_dims = out_dims
+        self.axes = axes
         self.options = options
         summed = options.tensor_parallel > 1 and axes[0] in SPLIT_INPUTS
         self.sums = options.activations if summed else "float32"
@@ -192,16 +195,20 @@ class Linear(nnx.Module):
             return quant_matmul.fp8_matmul(x, weight, scale, self.sums)
         if self.minimum is None:
             return quant_matmul.int8_matmul(x, weight, scale, exactly, self.sums)
-        backend = self._int4_backend(x)
-        return quant_matmul.int4_matmul(x, weight, scale, self.minimum[...], exactly, backend)
+        # Codes of a group stay together, so that its scale is where they are.
+        split = split_axes(self.axes, scale.shape, self.options)
+        multiply = partial(self._multiply_int4, exactly)
+        return over_shares(multiply, split)(x, weight, scale, self.minimum[...])
 
-    def _int4_backend(self, x: Float[Array, "T K"]) -> str:
-        if self.options.matmul != "gpu":
-            return "xla"
-        num_tokens, depth = x.shape
-        columns = math.prod(self.out_dims)
-        reason = quant_matmul.int4_unsupported(num_tokens, depth, columns, x.dtype)
-        return "gpu" if reason is None else "xla"
+    def _multiply_int4(
+        self, exactly: jax.lax.Precision, x: Array, codes: Array, scale: Array, minimum: Array
+    ) -> Float[Array, "T *out"]:
+        backend = "xla"
+        if self.options.matmul == "gpu":
+            columns = math.prod(codes.shape[1:])
+            reason = quant_matmul.int4_unsupported(x.shape[0], x.shape[1], columns, x.dtype)
+            backend = "gpu" if reason is None else "xla"
+        return quant_matmul.int4_matmul(x, codes, scale, minimum, exactly, backend)
 
     def _multiply_packed(
         self,

@@ -64,7 +64,7 @@ class ModelOptions:
                 raise ConfigError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
-        if self.matmul != "xla" and self.tensor_parallel > 1:
+        if self.packed and self.tensor_parallel > 1:
             raise ConfigError(
                 f"kernels.matmul={self.matmul} runs on one device: set parallel.model=1, or "
                 "kernels.matmul=xla"

@@ -1,14 +1,15 @@
 """What a model says about the mesh that its step runs on, beside the axes of its parameters.
 
 Matrices are left to XLA's partitioner: from the shardings of the parameters it works out one
-all-reduce behind each attention and each MLP. Three things it cannot know are said here: kernels
-run on each device's own heads, each device's experts take their own tokens, and how the arrays of
-the output head lie. Without tensor parallelism nothing here does anything.
+all-reduce behind each attention and each MLP. What it cannot know is said here: kernels run on each
+device's own heads, and on its own part of a matrix of 4-bit codes; each device's experts take their
+own tokens; and how the arrays of the output head lie. Without tensor parallelism nothing here does
+anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,18 @@ from jaxserve.models.spec import MoeSpec
 
 #: Mesh axes that a matrix, the heads and the vocabulary are split over, together.
 TENSOR_AXES = ("expert", "model")
+
+#: Logical axis of a parameter → mesh axes. An unknown name is an error.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "vocab": TENSOR_AXES,
+    "heads": TENSOR_AXES,
+    "kv_heads": TENSOR_AXES,
+    "mlp": TENSOR_AXES,
+    "experts": "expert",
+    "expert_mlp": "model",
+    "embed": None,
+    "layers": None,
+}
 
 
 def over_heads(attend: Callable[..., Any], options: ModelOptions) -> Callable[..., Any]:
@@ -108,6 +121,44 @@ def over_experts(
         )(x, experts_TA, weights_TA, matrices, layer, deltas)
 
     return run
+
+
+def split_axes(
+    axes: Sequence[str | None], shape: Sequence[int], options: ModelOptions
+) -> tuple[bool, ...]:
+    """Which axes of a dense matrix, not of experts, the devices share: as RULES say and divides."""
+    parts = options.tensor_parallel
+    return tuple(
+        axis is not None and RULES[axis] == TENSOR_AXES and size % parts == 0 and parts > 1
+        for axis, size in zip(axes, shape, strict=True)
+    )
+
+
+def over_shares(
+    multiply: Callable[..., Float[Array, "T *out"]], split: tuple[bool, ...]
+) -> Callable[..., Float[Array, "T *out"]]:
+    """A product with a matrix of codes on each device's own part of it.
+
+    Args:
+        multiply: of tokens [T, K], and codes, scales and minima, all with the matrix's axes.
+        split: which of those axes the devices share. Where K is one they exchange their sums, in
+            the dtype of the product.
+    """
+    if not any(split):
+        return multiply
+    matrix = PartitionSpec(*(TENSOR_AXES if axis else None for axis in split))
+
+    def own(x: Array, *arrays: Array) -> Array:
+        y = multiply(x, *arrays)
+        return jax.lax.psum(y, TENSOR_AXES) if split[0] else y
+
+    return jax.shard_map(
+        own,
+        in_specs=(PartitionSpec(None, matrix[0]), matrix, matrix, matrix),
+        out_specs=PartitionSpec(None, *matrix[1:]),
+        axis_names=set(TENSOR_AXES),
+        check_vma=False,
+    )
 
 
 def by_vocabulary(logits: Float[Array, "B V"], options: ModelOptions) -> Float[Array, "B V"]:

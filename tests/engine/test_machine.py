@@ -86,9 +86,8 @@ def test_auto_multiplies_int4_by_the_hopper_kernel_where_it_can(
     assert "kernels.matmul: gpu" in caplog.messages
     plain = model_options(int4, KernelsConfig(matmul="xla"), "gpu", capability="9.0")
     assert plain.matmul == "xla"
-    assert model_options(int4, KernelsConfig(), "gpu", TWO, "9.0").matmul == "xla"
-    with pytest.raises(ConfigError, match=r"kernels\.matmul=gpu .* it runs on one device"):
-        model_options(int4, KernelsConfig(matmul="gpu"), "gpu", TWO, "9.0")
+    shared = model_options(int4, KernelsConfig(), "gpu", TWO, "9.0")
+    assert (shared.matmul, shared.tensor_parallel) == ("gpu", 2)
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,6 @@ def test_int4_products_of_few_tokens_are_the_hopper_kernels(monkeypatch) -> None
     [
         ({"quantization": "int8", "dtype": "bfloat16"}, "bfloat16 by weights.quantization=int8"),
         ({"quantization": "int4", "dtype": "float32"}, "float32 by weights.quantization=int4"),
-        ({"quantization": "int4", "dtype": "bfloat16", "tensor_parallel": 2}, "on one device"),
     ],
 )
 def test_weights_that_the_hopper_kernel_does_not_read(options: dict, reason: str) -> None:
