@@ -204,8 +204,12 @@ def test_a_missing_wait_is_seen(
     case = narrow(64, 2, 1, lens=lens)
     check(case)
     monkeypatch.setattr(gpu_block, "await_pages", lambda ready, slot: None)
-    out, expected = attend(case)
-    assert not relative_error(out.astype(jnp.float32), expected) < TOLERANCE
+
+    def is_wrong() -> bool:
+        out, expected = attend(case)
+        return not relative_error(out.astype(jnp.float32), expected) < TOLERANCE
+
+    assert any(is_wrong() for _ in range(10))  # now and then every page comes in time all the same
 
 
 def test_every_token_is_in_one_tile() -> None:
