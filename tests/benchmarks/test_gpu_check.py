@@ -6,17 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.gpu_check import parts
 from benchmarks.gpu_check.report import Finding
-
-ROOT = Path(__file__).parents[2]
-#: What the bare accelerator image lacks.
-_MISSING = ("starlette", "opentelemetry", "msgspec", "zmq", "uvicorn", "prometheus_client")
+from tests.benchmarks.bare import ROOT, run_bare
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -142,19 +138,11 @@ def test_one_check_takes_no_other_finding_with_it(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_bare_image_has_all_that_it_imports() -> None:
-    blocked = (
-        "import sys\n"
-        "class Missing:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.split('.')[0] in {_MISSING!r}:\n"
-        "            raise ImportError(name)\n"
-        "sys.meta_path.insert(0, Missing())\n"
+    run_bare(
         "import benchmarks.gpu_check.__main__, benchmarks.gpu_check.engine\n"
         "import benchmarks.gpu_check.codes, benchmarks.gpu_check.kernels\n"
         "import benchmarks.gpu_check.products\n"
     )
-    done = subprocess.run([sys.executable, "-c", blocked], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

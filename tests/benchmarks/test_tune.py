@@ -22,10 +22,8 @@ from pallas_kernels import UnsupportedKernel, tuning
 from pallas_kernels.paged_attention import gpu, reference
 from pallas_kernels.paged_attention.tunables import GpuChunks, GpuDecode
 from pallas_kernels.tuning import tuned
+from tests.benchmarks.bare import ROOT, run_bare
 
-ROOT = Path(__file__).parents[2]
-#: What the bare accelerator image lacks.
-_MISSING = ("starlette", "opentelemetry", "msgspec", "zmq", "uvicorn", "prometheus_client")
 _KIB = 1 << 10
 DEFAULT, WRONG = GpuDecode(), GpuDecode(span=128)
 SMALL, ROOMLESS = GpuDecode(ring_bytes=64 * _KIB), GpuDecode(ring_bytes=96 * _KIB)
@@ -158,20 +156,12 @@ def test_every_kernel_with_numbers_has_a_case() -> None:
 
 
 def test_a_bare_image_has_all_that_it_imports() -> None:
-    blocked = (
-        "import sys\n"
-        "class Missing:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.split('.')[0] in {_MISSING!r}:\n"
-        "            raise ImportError(name)\n"
-        "sys.meta_path.insert(0, Missing())\n"
+    said = run_bare(
         "import benchmarks.tune.__main__ as main\n"
         "import benchmarks.tune.cases, jaxserve.device.chips\n"
         "print(main._file('paged_attention', 'NVIDIA H100 80GB HBM3')[0].name)\n"
         "print(main._file('paged_attention', 'NVIDIA H100 PCIe'))\n"
     )
-    done = subprocess.run([sys.executable, "-c", blocked], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    known, other = done.stdout.splitlines()
+    known, other = said.splitlines()
     assert known == "h100.json"
     assert "nvidia-h100-pcie.json'), ['NVIDIA H100 PCIe'])" in other
