@@ -4,8 +4,12 @@
 // with other programs delays nobody. Results must not depend on who does which item.
 //
 // A decode step is hundreds of loops of some tens of microseconds, and waking a sleeping thread
-// takes as long as half of one. So a task that finds no more items lingers for kLingerNs, watching
+// takes as long as half of one. So a task that finds no more items lingers for kLinger, watching
 // for the next loop, before it goes back to the pool.
+//
+// A program may start in a thread outside of the pool. The task that it wakes can then be put behind
+// it on the same core, for the 3 ms of a scheduler's slice, while the other core sleeps. So a caller
+// that is still alone after kAlone asks for another task, which the idle core takes.
 
 #ifndef PALLAS_KERNELS_PARALLEL_H_
 #define PALLAS_KERNELS_PARALLEL_H_
@@ -25,26 +29,31 @@
 
 namespace jaxserve {
 
-constexpr int64_t kLingerNs = 50'000;
+using Clock = std::chrono::steady_clock;
+
+constexpr std::chrono::nanoseconds kLinger{50'000};
+constexpr std::chrono::nanoseconds kAlone{100'000};
 
 // One loop. Whoever claims an item below num_items may touch `work`: the caller waits for it.
 struct Loop {
   void (*run)(const void* work, int64_t item);
   const void* work;
   int64_t num_items;
+  int64_t max_tasks;  // beside the caller
   std::atomic<int64_t> next{0};
+  std::atomic<bool> alone{true};  // no task has come yet
   alignas(64) std::atomic<int64_t> done{0};
 
-  Loop(void (*run)(const void*, int64_t), const void* work, int64_t num_items)
-      : run(run), work(work), num_items(num_items) {}
+  Loop(void (*run)(const void*, int64_t), const void* work, int64_t num_items, int64_t max_tasks)
+      : run(run), work(work), num_items(num_items), max_tasks(max_tasks) {}
 
-  void drain() {
-    for (;;) {
-      const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
-      if (i >= num_items) return;
-      run(work, i);
-      done.fetch_add(1, std::memory_order_release);
-    }
+  // Does one item; false if none is left.
+  bool advance() {
+    const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
+    if (i >= num_items) return false;
+    run(work, i);
+    done.fetch_add(1, std::memory_order_release);
+    return true;
   }
 };
 
@@ -66,21 +75,26 @@ class Board {
     return lingering_.load(std::memory_order_acquire);
   }
 
-  // Drains `loop` and those shown after it, until none has come for kLingerNs.
+  // Works on `loop` and those shown after it, until none has come for kLinger.
   void serve(std::shared_ptr<Loop> loop) {
     while (loop != nullptr) {
       const uint64_t seen = version_.load(std::memory_order_acquire);
-      loop->drain();
-      loop = await_next(seen);
+      loop->alone.store(false, std::memory_order_relaxed);
+      while (loop->advance()) {
+      }
+      loop = await_next(seen, loop->max_tasks);
     }
   }
 
  private:
-  std::shared_ptr<Loop> await_next(uint64_t seen) {
-    using Clock = std::chrono::steady_clock;
-    const auto limit = Clock::now() + std::chrono::nanoseconds(kLingerNs);
-    lingering_.fetch_add(1, std::memory_order_acq_rel);
+  // The next loop, if one comes soon and no more tasks wait for it than such a loop wants.
+  std::shared_ptr<Loop> await_next(uint64_t seen, int64_t max_tasks) {
     std::shared_ptr<Loop> next;
+    if (lingering_.fetch_add(1, std::memory_order_acq_rel) >= max_tasks) {
+      lingering_.fetch_sub(1, std::memory_order_acq_rel);
+      return next;
+    }
+    const auto limit = Clock::now() + kLinger;
     do {
       for (int spins = 0; spins < 32 && next == nullptr; ++spins) {
         if (version_.load(std::memory_order_acquire) != seen) {
@@ -112,12 +126,17 @@ void parallel_for(xla::ffi::ThreadPool& pool, int64_t num_items, int64_t max_wor
   // Shared, since a task may start after the loop has ended; it then claims nothing.
   auto loop = std::make_shared<Loop>(
       [](const void* work, int64_t item) { (*static_cast<const Work*>(work))(item); }, &work,
-      num_items);
+      num_items, workers - 1);
+  const auto add_task = [&] { pool.Schedule([loop] { Board::of_process().serve(loop); }); };
+  const auto begun = Clock::now();
   const int64_t lingering = Board::of_process().show(loop);
-  for (int64_t i = 1 + lingering; i < workers; ++i) {
-    pool.Schedule([loop] { Board::of_process().serve(loop); });
+  for (int64_t i = 1 + lingering; i < workers; ++i) add_task();
+  for (bool asked = false; loop->advance();) {
+    if (!asked && loop->alone.load(std::memory_order_relaxed) && Clock::now() > begun + kAlone) {
+      asked = true;
+      add_task();
+    }
   }
-  loop->drain();
   for (int spins = 0; loop->done.load(std::memory_order_acquire) < num_items; ++spins) {
     if (spins < 4096) {
       _mm_pause();
