@@ -244,7 +244,8 @@ class StructuredConfig:
         check_memory_bytes: likewise for one that needs more memory.
         cached_grammars: compiled grammars that the engine keeps, and verdicts that a front end
             keeps.
-        mask_threads: threads that make the masks of a step's rows; 0 takes the cores.
+        mask_threads: threads that make the masks of a step's rows; 0 takes the cores, and one where
+            the model runs on them too.
         step_fuel: what one mask may cost, in llguidance's units, before its row is ended.
     """
 

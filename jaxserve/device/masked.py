@@ -7,8 +7,8 @@ the tokens of the step before and makes the masks; so their cost hides behind th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +24,11 @@ from jaxserve.models.deltas import StepDeltas
 from jaxserve.sampling.spread import ONE_DEVICE, Spread
 from jaxserve.sampling.state import num_mask_words
 
-#: Rows of `MaskedInputs.places` that every sampling has.
+#: Rows of `_Inputs.places` that every sampling has.
 _NUM_FIELDS = 4
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class MaskedInputs:
+class _Inputs(NamedTuple):
     """What the host gives: N places, of R rows.
 
     Attributes:
@@ -42,11 +40,11 @@ class MaskedInputs:
         masks: as `mask_logits` takes them.
     """
 
-    scalars: Int[np.ndarray | Array, "2"]
-    places: Int[np.ndarray | Array, "F N"]
-    query_starts: Int[np.ndarray | Array, "R+1"]
-    samples: Int[np.ndarray | Array, "R"]
-    masks: UInt[np.ndarray | Array, "N W"]
+    scalars: Int[Array, "2"]
+    places: Int[Array, "F N"]
+    query_starts: Int[Array, "R+1"]
+    samples: Int[Array, "R"]
+    masks: UInt[Array, "N W"]
 
 
 def make_sampling(
@@ -54,7 +52,7 @@ def make_sampling(
     head: Sequence[int],
     sampling: MaskedSampling,
     spread: Spread = ONE_DEVICE,
-) -> Callable[[Any, DeviceState, MaskedInputs], tuple[DeviceState, StepResults]]:
+) -> Callable[[Any, DeviceState, Array], tuple[DeviceState, StepResults]]:
     """The program; its results are those that the step left out.
 
     Its first argument is the leaves of the model's output head; where adapters have heads, these
@@ -67,8 +65,9 @@ def make_sampling(
     """
 
     def choose(
-        params: Any, state: DeviceState, inputs: MaskedInputs
+        params: Any, state: DeviceState, packed: UInt[Array, "K+N W"]
     ) -> tuple[DeviceState, StepResults]:
+        inputs = _unpack(packed, sampling)
         deltas = used = None
         if sampling.adapters:
             params, classes = params
@@ -82,13 +81,12 @@ def make_sampling(
         num_live, wants_logprobs = inputs.scalars
         with jax.named_scope("sampling"):
             logits = model.logits(state.hidden[: sampling.num_places], num_live, deltas, used)
-            masks = jnp.asarray(inputs.masks)
             places = slots, positions, live != 0
             sampled, logprobs = sample_rows(
-                logits, masks, state.sampling, places, wants_logprobs != 0, spread
+                logits, inputs.masks, state.sampling, places, wants_logprobs != 0, spread
             )
             beside = pack_logprobs(logprobs)
-            samples, starts = inputs.samples != 0, jnp.asarray(inputs.query_starts)
+            samples, starts = inputs.samples != 0, inputs.query_starts
             if sampling.draft_tokens:
                 accepted = accept(sampled, token_ids, starts, sampling.draft_tokens)
                 rows = slots[jnp.minimum(starts[:-1], sampling.num_places - 1)]
@@ -112,8 +110,8 @@ def masked_inputs(
     masks: UInt[np.ndarray, "N W"],
     *,
     logprobs: bool,
-) -> MaskedInputs:
-    """What goes with a step's masks.
+) -> UInt[np.ndarray, "K+N W"]:
+    """A step's masks, and what goes with them: one array, since each costs a transfer.
 
     Args:
         sampling: that follows the step.
@@ -141,13 +139,39 @@ def masked_inputs(
         places[:3] = inputs.rows, inputs.context_lens, inputs.samples
         if adapters is not None:
             places[_NUM_FIELDS] = adapters
-    return MaskedInputs(
-        scalars=np.array([num_live, logprobs], np.int32),
-        places=places,
-        query_starts=inputs.query_starts.astype(np.int32),
-        samples=inputs.samples.astype(np.int32),
-        masks=masks,
+    small = (
+        np.array([num_live, logprobs], np.int32),
+        places,
+        inputs.query_starts.astype(np.int32),
+        inputs.samples.astype(np.int32),
     )
+    num_words = masks.shape[1]
+    packed = np.empty((_num_small(sampling, num_words) + sampling.num_places, num_words), np.uint32)
+    packed[-sampling.num_places :] = masks
+    flat = np.concatenate([part.ravel() for part in small])
+    packed.reshape(-1)[: flat.size] = flat.view(np.uint32)
+    return packed
+
+
+def _unpack(packed: UInt[Array, "K+N W"], sampling: MaskedSampling) -> _Inputs:
+    """The parts of `masked_inputs`, on the device."""
+    num_small = _num_small(sampling, packed.shape[1])
+    flat = jax.lax.bitcast_convert_type(packed[:num_small].reshape(-1), jnp.int32)
+    *small, _ = jnp.split(flat, np.cumsum(_small_sizes(sampling)))
+    scalars, places, query_starts, samples = small
+    places = places.reshape(-1, sampling.num_places)
+    return _Inputs(scalars, places, query_starts, samples, packed[num_small:])
+
+
+def _small_sizes(sampling: MaskedSampling) -> tuple[int, ...]:
+    """Numbers in each of the parts but the masks."""
+    num_rows, num_fields = sampling.num_rows, _NUM_FIELDS + sampling.adapters
+    return 2, num_fields * sampling.num_places, num_rows + 1, num_rows
+
+
+def _num_small(sampling: MaskedSampling, num_words: int) -> int:
+    """Rows of the packed array that those take, before the masks."""
+    return -(-sum(_small_sizes(sampling)) // num_words)
 
 
 def padding_masks(sampling: MaskedSampling, vocab_size: int) -> UInt[np.ndarray, "N W"]:

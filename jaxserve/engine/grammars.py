@@ -12,6 +12,7 @@ accelerator image has none, and serves what is free of grammars.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Hashable
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
@@ -41,11 +42,16 @@ class Grammars:
 
     Args:
         model: its vocabulary's size and end tokens.
+        spares_cores: whether the model runs on this machine's cores: then masks are made by one
+            thread where nothing else is configured.
     """
 
-    def __init__(self, config: StructuredConfig, model: ModelInfo) -> None:
+    def __init__(
+        self, config: StructuredConfig, model: ModelInfo, *, spares_cores: bool = False
+    ) -> None:
         self._config = config
         self._model = model
+        self._mask_threads = config.mask_threads or (1 if spares_cores else os.cpu_count() or 1)
         self._held: HeldRequests[Submit] = HeldRequests("grammar")
         self._pending: dict[Grammar, Build] = {}
         self._compiler: Compiler | None = None
@@ -71,7 +77,7 @@ class Grammars:
             raise ConfigError(f"structured output needs llguidance: {error}") from error
         self._compiler = Compiler(self._config, self._model)
         self._compiler.use(vocabulary)
-        self._maker = MaskMaker(self._config.mask_threads, self._model.vocab_size)
+        self._maker = MaskMaker(self._mask_threads, self._model.vocab_size)
 
     # ------------------------------------------------------------------ before the scheduler
 

@@ -194,12 +194,13 @@ def build_engine(
     attribution = None
     if config.telemetry.enabled:
         attribution = Attribution(parts.work, config.scheduler.max_rows, parts.copies)
+    on_cpu = parts.device is not None and parts.device.kind == "cpu"
     return Engine(
         *(parts.model, scheduler, parts.batch, parts.executor, server),
         recorder=recorder,
         probation=probation,
         adapters=parts.adapters,
-        grammars=Grammars(config.structured, parts.model),
+        grammars=Grammars(config.structured, parts.model, spares_cores=on_cpu),
         embedding=Embedding(parts.embedding, config.embeddings, config.scheduler, recorder),
         attribution=attribution,
         collector=collector,

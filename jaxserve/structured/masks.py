@@ -1,12 +1,12 @@
 """The masks of a step: for each row that has a grammar, which tokens may come next.
 
-Made by llguidance in threads of its own, without the interpreter, while the device runs the step's
-model. A row whose grammar fails (its fuel is used up, nothing is left) fails alone.
+Made by llguidance without the interpreter, while the device runs the step's model: in threads of its
+own, or in the caller's where one is wanted. A row whose grammar fails (its fuel is used up, nothing is
+left) fails alone.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,12 +35,12 @@ class MaskMaker:
     """Makes masks.
 
     Args:
-        threads: 0 takes the cores.
+        threads: 1 is the caller's own.
         vocab_size: of the model's logits.
     """
 
     def __init__(self, threads: int, vocab_size: int) -> None:
-        self._threads = threads or os.cpu_count() or 1
+        self._threads = threads
         self._num_words = -(-vocab_size // 32)
         self._executor: LLExecutor | None = None  # has threads: made once there is work
 
@@ -76,10 +76,15 @@ class MaskMaker:
         return masks, failed
 
     def _fill(self, masks: UInt[np.ndarray, "N W"], rows: Sequence[MaskedRow]) -> None:
+        at, size, num_places = masks.ctypes.data, masks.strides[0], masks.shape[0]
+        plain = [(row.constraint.matcher.ll, row.place) for row in rows if not row.draft]
+        if self._threads == 1 and len(plain) == len(rows):
+            for matcher, place in plain:
+                matcher.unsafe_compute_mask_ptr(at + place * size, size)
+            return
         if self._executor is None:
             self._executor = LLExecutor(self._threads)
-        where = masks.ctypes.data, masks.strides[0], masks.shape[0]
-        plain = [(row.constraint.matcher.ll, row.place) for row in rows if not row.draft]
+        where = at, size, num_places
         if plain:
             self._executor.unsafe_compute_mask_ptr(plain, *where)
         drafted = [(row.constraint.matcher.ll, row.place, row.draft) for row in rows if row.draft]
