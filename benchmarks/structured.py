@@ -2,11 +2,10 @@
 
 Method: one loaded model under engines whose step loops this process turns in its own thread.
 
-*Step time.* A pair is one batch of rows that decode free text and one whose rows all (or of which
-half) match JSON schemas that do not end, one after the other, in turns. The time a token is that
-between the first common step and the last, over the steps; the ratio has its bootstrap interval
-over the pairs, beside it that of CPU time. Free rows run `scheduler.decode_steps` steps in one
-call, as they are served.
+*Step time.* A batch of rows that decode free text, and one whose rows all (or of which half) match
+JSON schemas that do not end, run eight steps each in turns (`windows`). The ratio of their times is
+the median over those pairs, with its bootstrap interval, beside it that of CPU time. Free rows run
+`scheduler.decode_steps` steps in one call, as they are served.
 
 *Masks.* Real-world schemas (tests/data/maskbench.jsonl): each valid instance is walked token by
 token, and the mask of every place is made by one thread and timed.
@@ -20,7 +19,7 @@ for the opening of a tool's call (`tool_choice: auto`).
 Targets: at 32 rows, all constrained, at most 1.02 times the time a token (the high end); 500 µs
 for 99 of 100 masks.
 
-    python benchmarks/structured.py [--pairs 30] [--tokens 48] [--plot docs/structured.svg]
+    python benchmarks/structured.py [--batches 20] [--tokens 48] [--plot docs/structured.svg]
 
 Ends in one JSON line.
 """
@@ -43,11 +42,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no ins
 from benchmarks.decoded import Completed, complete, decode
 from benchmarks.no_device import MODEL, AllowedTokens
 from benchmarks.turned import Turned
+from benchmarks.windows import WINDOW, compare
 from jaxserve.bench.plot import grouped_bars
 from jaxserve.bench.stats import (
     environment,
     json_line,
     median,
+    pair_ratio_interval,
     ratio_interval,
     summary,
     table,
@@ -98,7 +99,7 @@ def people(index: int) -> Grammar:
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--batches", type=int, default=20, help="of each size")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.5])
@@ -121,14 +122,14 @@ def main() -> None:
         record["host"] = host(config, tokenizer, prompt, arguments.tokens)
     if {"steps", "forced"} & set(wanted):
         parts = load_parts(config, lambda *_: None)
-        arms = {
-            name: arm(config, parts, tokenizer, name == "drafts") for name in ("plain", "drafts")
-        }
+        plain = arm(config, parts, tokenizer, drafts=False)
         if "forced" in wanted:
-            record["forced"] = forced(arms, prompt, max(arguments.pairs // 3, 3))
+            arms = {"plain": plain, "drafts": arm(config, parts, tokenizer, drafts=True)}
+            record["forced"] = forced(arms, prompt, max(arguments.batches // 2, 3))
         if "steps" in wanted:
+            other = arm(config, load_parts(config, lambda *_: None), tokenizer, drafts=False)
             record["steps"] = [
-                steps(arms["plain"], prompt, rows, share, arguments.pairs, arguments.tokens)
+                steps((plain, other), prompt, rows, share, arguments.batches, arguments.tokens)
                 for rows in arguments.rows
                 for share in arguments.shares
                 if rows * share >= 1
@@ -137,8 +138,8 @@ def main() -> None:
     print(json_line({"benchmark": "structured", **environment(), "config": config, **record}))
 
 
-def arm(config: Config, parts: Parts, tokenizer: Tokenizer, drafts: bool) -> Turned:
-    """An engine over the common model, which drafts or does not."""
+def arm(config: Config, parts: Parts, tokenizer: Tokenizer, *, drafts: bool) -> Turned:
+    """An engine that drafts or does not."""
     if not drafts:
         scheduler = dataclasses.replace(config.scheduler, draft_tokens=0)
         config = dataclasses.replace(config, scheduler=scheduler)
@@ -152,35 +153,44 @@ def turned(config: Config, parts: Parts, tokenizer: Tokenizer) -> Turned:
 
 
 def steps(
-    engine: Turned, prompt: list[int], num_rows: int, share: float, num_pairs: int, num_tokens: int
+    engines: tuple[Turned, Turned],
+    prompt: list[int],
+    num_rows: int,
+    share: float,
+    num_batches: int,
+    num_tokens: int,
 ) -> dict[str, Any]:
-    """Pairs of one size of batch, of whose rows this share is constrained."""
-    on, off = [], []
-    for number in range(-1, num_pairs):  # the first warms up
-        for constrained in (True, False) if number % 2 else (False, True):
-            samplings = [
-                SamplingParams(
-                    max_tokens=num_tokens,
-                    seed=row,
-                    temperature=0.7,
-                    ignore_eos=not (held := constrained and row < share * num_rows),
-                    grammar=people(row) if held else None,
-                )
-                for row in range(num_rows)
-            ]
-            decoded = decode(engine, [prompt] * num_rows, samplings)
-            if number >= 0:
-                (on if constrained else off).append(decoded)
-    time_ratio = ratio_interval([d.step_ns for d in on], [d.step_ns for d in off])
+    """Windows of one size of batch, of whose rows this share is constrained."""
+    on, off = compare(
+        engines,
+        prompt,
+        (_rows(num_rows, share, num_tokens), _rows(num_rows, 0, num_tokens)),
+        num_batches=num_batches,
+        num_windows=num_tokens // WINDOW,
+    )
     return {
         "rows": num_rows,
         "constrained": share,
-        "pairs": num_pairs,
+        "windows": len(on),
         "step_ms": median([d.step_ns for d in on]) / 1e6,
         "step_ms_free": median([d.step_ns for d in off]) / 1e6,
-        "ratio": time_ratio,
-        "cpu_ratio": ratio_interval([d.cpu_ns for d in on], [d.cpu_ns for d in off]),
+        "ratio": pair_ratio_interval([d.step_ns for d in on], [d.step_ns for d in off]),
+        "cpu_ratio": pair_ratio_interval([d.cpu_ns for d in on], [d.cpu_ns for d in off]),
     }
+
+
+def _rows(num_rows: int, share: float, num_tokens: int) -> list[SamplingParams]:
+    """Rows of which this share is constrained, and which go on beyond so many tokens."""
+    return [
+        SamplingParams(
+            max_tokens=num_tokens + 5 * WINDOW,  # begun before the first window
+            seed=row,
+            temperature=0.7,
+            ignore_eos=not (held := row < share * num_rows),
+            grammar=people(row) if held else None,
+        )
+        for row in range(num_rows)
+    ]
 
 
 def masks(tokenizer: Tokenizer, config: Config) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from jaxserve.engine.batches import Batches
 from jaxserve.engine.loop import Engine
 from jaxserve.engine.parts import Parts
 from jaxserve.engine.process import build_engine
+from jaxserve.engine.turn import InFlight
 from jaxserve.protocol.messages import (
     Cancel,
     ClientMessage,
@@ -68,6 +69,12 @@ class Turned:
         self._engine.step()
         messages, self._server.outbox = self._server.outbox, []
         return messages
+
+    def settle(self) -> None:
+        """Waits until the device is done with what was launched; reads nothing."""
+        step = self._engine.in_flight
+        if isinstance(step, InFlight):
+            step.launched.token_ids()
 
     def finish(self, *ids: int) -> None:
         """Cancels these, and turns until nothing runs."""

@@ -1,8 +1,8 @@
 """The masks of a step: for each row that has a grammar, which tokens may come next.
 
-Made by llguidance without the interpreter, while the device runs the step's model: in threads of its
-own, or in the caller's where one is wanted. A row whose grammar fails (its fuel is used up, nothing is
-left) fails alone.
+Made by llguidance without the interpreter, while the device runs the step's model: in threads of
+its own, or in the caller's where one is wanted. A row whose grammar fails (its fuel is used up,
+nothing is left) fails alone.
 """
 
 from __future__ import annotations
