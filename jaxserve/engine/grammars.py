@@ -31,8 +31,10 @@ from jaxserve.types import FinishReason, Grammar, ModelInfo, Vocabulary
 
 if TYPE_CHECKING:
     from jaxserve.structured.compiler import Build, Compiler
-    from jaxserve.structured.masks import MaskMaker
+    from jaxserve.structured.masks import MaskedRow, MaskMaker
 
+#: What a step may take to compile grammars anew for rows that another has spoiled theirs for.
+_RENEWING_S = 0.05
 #: Of each copy of the model, and whose rows cannot go on.
 Masks = tuple[list[UInt[np.ndarray, "N W"]], list[tuple[Sequence, GrammarError]]]
 
@@ -174,7 +176,7 @@ class Grammars:
         assert self._maker is not None
         from jaxserve.structured.masks import MaskedRow
 
-        masks, failed = [], []
+        masks, failed, renewing_s = [], [], _RENEWING_S
         for copy, own in enumerate(inputs):
             rows, sequences = [], []
             by_slot = owners(copy) if own.num_live_rows else []
@@ -191,7 +193,25 @@ class Grammars:
                 sequences.append(sequence)
             of_copy, wrong = self._maker.make(rows, own.program.num_places)
             masks.append(of_copy)
-            for index, _ in wrong:
-                self._forget(rows[index].constraint.grammar)
-            failed += [(sequences[index], error) for index, error in wrong]
+            for index, error in wrong:
+                compiled = rows[index].constraint.compiled
+                self._forget(compiled.grammar)
+                renewing_s -= compiled.seconds
+                if renewing_s < 0 or not self._renewed(rows[index], of_copy):
+                    failed.append((sequences[index], error))
         return masks, failed
+
+    def _renewed(self, row: MaskedRow, masks: UInt[np.ndarray, "N W"]) -> bool:
+        """Whether a row can go on after all, by itself; then its masks are made.
+
+        Another may have passed a limit that they share.
+        """
+        assert self._compiler is not None and self._maker is not None
+        constraint = row.constraint
+        if not constraint.matcher.ll.is_error():
+            return False
+        try:
+            constraint.renew(self._compiler.renew(constraint.compiled))
+        except GrammarError:
+            return False
+        return not self._maker.make_into(masks, [row])

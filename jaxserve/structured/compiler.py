@@ -107,13 +107,22 @@ class Compiler:
             raise GrammarError("the client has sent no vocabulary to hold the output to a grammar")
         build = self._builds[grammar] = Build()
 
-        def make() -> Compiled:
-            return compile_grammar(grammar, table.get(), self._config, self._model.vocab_size)
-
-        self._work.put(lambda: build.finish(make))
+        self._work.put(lambda: build.finish(lambda: self._compile(grammar, table)))
         while len(self._builds) > self._config.cached_grammars:
             self._builds.popitem(last=False)
         return build
+
+    def renew(self, compiled: Compiled) -> Compiled:
+        """The same grammar, whose outputs share nothing with those that there are; at once.
+
+        Raises:
+            GrammarError: it can not be compiled any more.
+        """
+        assert self._table is not None, "what has been compiled had a table"
+        return self._compile(compiled.grammar, self._table)
+
+    def _compile(self, grammar: Grammar, table: _Table) -> Compiled:
+        return compile_grammar(grammar, table.get(), self._config, self._model.vocab_size)
 
     def forget(self, grammar: Grammar) -> None:
         """The next one that asks has the grammar compiled anew.

@@ -31,7 +31,7 @@ class Constraint:
         prompt_len: how many of them are no output.
 
     Attributes:
-        grammar: what it is held to.
+        compiled: what it is held to.
         refines: whether masks need `refine`.
 
     Raises:
@@ -46,7 +46,7 @@ class Constraint:
         prompt_len: int,
         model: ModelInfo,
     ) -> None:
-        self.grammar = compiled.grammar
+        self.compiled = compiled
         self.matcher = compiled.matcher()
         self._sampling = sampling
         self._tokens = token_ids
@@ -63,6 +63,16 @@ class Constraint:
             or sampling.bad_words
             or self._allowed is not None
         )
+        self.follow()
+
+    def renew(self, compiled: Compiled) -> None:
+        """Goes on with the grammar compiled anew.
+
+        Raises:
+            GrammarError: as `follow`.
+        """
+        self.compiled = compiled
+        self.matcher = compiled.matcher()
         self.follow()
 
     def follow(self) -> None:

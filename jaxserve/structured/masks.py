@@ -52,6 +52,12 @@ class MaskMaker:
         Where a row has failed, and where none has a mask, every token is allowed.
         """
         masks = np.full((num_places, self._num_words), np.uint32(0xFFFF_FFFF), np.uint32)
+        return masks, self.make_into(masks, rows)
+
+    def make_into(
+        self, masks: UInt[np.ndarray, "N W"], rows: Sequence[MaskedRow]
+    ) -> list[tuple[int, GrammarError]]:
+        """As `make`, in place; of masks of other rows nothing is touched."""
         failed: list[tuple[int, GrammarError]] = []
         good: list[int] = []
         for index, row in enumerate(rows):
@@ -73,7 +79,7 @@ class MaskMaker:
             except GrammarError as error:
                 failed.append((index, error))
                 masks[places] = 0xFFFF_FFFF
-        return masks, failed
+        return failed
 
     def _fill(self, masks: UInt[np.ndarray, "N W"], rows: Sequence[MaskedRow]) -> None:
         at, size, num_places = masks.ctypes.data, masks.strides[0], masks.shape[0]

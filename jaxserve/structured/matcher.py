@@ -1,14 +1,16 @@
 """A grammar compiled, and how far one output has come in it.
 
 `compile_grammar` is all that may take long; `Compiled.matcher` gives each sequence one of its own,
-in microseconds. What a matcher has used up (`step_fuel`, or any other limit of llguidance) ends its
-sequence alone, as a `GrammarError`.
+in microseconds. What a matcher has used up (`step_fuel`, or any other limit of llguidance) is a
+`GrammarError`. Those of one `Compiled` share a lexer, which stays at a limit that one of them has
+passed: the others need another (`compiler.renew`).
 """
 
 from __future__ import annotations
 
 import json
 import re
+import time
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -40,10 +42,12 @@ class Compiled:
 
     Attributes:
         grammar: its source.
+        seconds: that compiling it took.
     """
 
-    def __init__(self, grammar: Grammar, first: LLMatcher) -> None:
+    def __init__(self, grammar: Grammar, first: LLMatcher, seconds: float) -> None:
         self.grammar = grammar
+        self.seconds = seconds
         self._first = first
 
     def matcher(self) -> Matcher:
@@ -110,6 +114,7 @@ def compile_grammar(
     Raises:
         GrammarError: it is wrong, not supported, too complex, or admits no output.
     """
+    begun_s = time.monotonic()
     limits = LLParserLimits(
         step_lexer_fuel=config.step_fuel,
         max_lexer_states=_MAX_LEXER_STATES,
@@ -125,7 +130,7 @@ def compile_grammar(
         if trial.is_error() or not mask.any():
             reason = _first_line(trial) if trial.is_error() else "no token may come first"
             raise GrammarError(f"the grammar admits no output: {reason}")
-    return Compiled(grammar, matcher)
+    return Compiled(grammar, matcher, time.monotonic() - begun_s)
 
 
 def _source(grammar: Grammar) -> str:

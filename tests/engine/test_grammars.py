@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import threading
 import time
 
 import pytest
@@ -13,7 +14,8 @@ from jaxserve.config import Config, StructuredConfig
 from jaxserve.engine.loop import Engine
 from jaxserve.engine.process import build_engine
 from jaxserve.protocol.messages import Cancel, Goodbye, Submit, UseVocabulary
-from jaxserve.structured import grammars
+from jaxserve.structured import compiler, grammars
+from jaxserve.structured.matcher import compile_grammar
 from jaxserve.types import FinishReason, Grammar
 from tests.engine.test_loop import CONFIG, ListServer, submit, turn
 from tests.fakes.engine import fake_parts, oracle
@@ -23,6 +25,7 @@ from tests.fakes.grammar import text_of, vocabulary
 DIGITS = grammars.regex("[0-9]{3,6}")
 #: Soon needs more than a little of `structured.step_fuel`.
 HUNGRY = "x([a-z]{1,40}[0-9]){1,40}(.*foo.*){5}(a|b|ab|ba)*y"
+LITTLE_FUEL = dataclasses.replace(CONFIG, structured=StructuredConfig(step_fuel=1000))
 OBJECT = grammars.json_schema(
     {
         "type": "object",
@@ -156,9 +159,31 @@ def test_what_waits_for_its_grammar_can_be_withdrawn(server):
     assert server.tokens("a", 2) == oracle([5, 6], sampling, 1)
 
 
+def test_steps_go_on_while_a_grammar_is_compiled(server, monkeypatch):
+    """However long that takes; and who asks for it meanwhile waits for the same."""
+    may_go_on, compiled = threading.Event(), []
+
+    def slowly(grammar, *others):
+        compiled.append(grammar)
+        assert may_go_on.wait(60)
+        return compile_grammar(grammar, *others)
+
+    monkeypatch.setattr(compiler, "compile_grammar", slowly)
+    engine = make(server)
+    turn(engine, "a", ask([1], OBJECT), ask([2], None, max_tokens=9), ask([3], OBJECT, (7, 7)))
+    run(engine, server, 1)
+    (end,) = server.ends("a")
+    assert end.sequence_id == 2 and len(server.tokens("a", 2)) == 9
+    assert engine.status().waiting == 2 and server.tokens("a", 1) == []
+    may_go_on.set()
+    run(engine, server, 3)
+    assert compiled == [OBJECT]
+    for number in (1, 3):
+        json.loads(text_of(server.tokens("a", number)))
+
+
 def test_fuel_that_is_used_up_ends_the_row_alone(server):
-    structured = StructuredConfig(step_fuel=1000)
-    engine = make(server, dataclasses.replace(CONFIG, structured=structured))
+    engine = make(server, LITTLE_FUEL)
     turn(engine, "a", ask([1], grammars.regex(HUNGRY)), ask([2], grammars.regex("[01]{9}")))
     run(engine, server, 2)
     by_id = {end.sequence_id: end for end in server.ends("a")}
@@ -166,20 +191,47 @@ def test_fuel_that_is_used_up_ends_the_row_alone(server):
     assert len(server.tokens("a", 2)) == 9
 
 
+def either() -> tuple[Grammar, tuple[int, int], list[tuple[int, int]]]:
+    """A grammar, a prompt that leads to its hungry half, and some that lead to the other."""
+    grammar = grammars.regex(f"[0-9]{{5}}|{HUNGRY}")
+    first: dict[str, list[tuple[int, int]]] = {}
+    for token in range(50):
+        output = oracle([5, token], ask([1], grammar, max_tokens=1).sampling)
+        first.setdefault(text_of(output), []).append((5, token))
+    hungry = first.pop("x")[0]
+    return grammar, hungry, [prompts[0] for prompts in first.values()]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_a_limit_that_an_output_has_passed_ends_no_other(server, monkeypatch, seconds):
+    """Of the very same grammar; where compiling it anew would hold up the step, it does."""
+    engine = make(server, LITTLE_FUEL)
+    grammar, hungry, others = either()
+
+    def compiled(*arguments):
+        made = compile_grammar(*arguments)
+        made.seconds = seconds
+        return made
+
+    monkeypatch.setattr(compiler, "compile_grammar", compiled)
+    prompts = [others[0], hungry, *others[1:4]]
+    turn(engine, "a", *(ask([1 + i], grammar, prompt) for i, prompt in enumerate(prompts)))
+    run(engine, server, 5)
+    wrong = {e.sequence_id for e in server.ends("a") if e.error_code == "invalid_grammar"}
+    assert wrong == ({2, 5} if seconds else {2})  # 5 waited for a row
+    for number in {1, 3, 4, 5} - wrong:
+        expected = oracle(list(prompts[number - 1]), ask([1], grammar).sampling)
+        assert server.tokens("a", number) == expected and len(text_of(expected)) == 5
+
+
 def test_a_limit_that_an_output_has_passed_is_not_the_next_request_s(server):
     """Though the library's lexer, which outputs of a grammar share, stays broken."""
-    structured = StructuredConfig(step_fuel=1000)
-    engine = make(server, dataclasses.replace(CONFIG, structured=structured))
-    either = grammars.regex(f"[0-9]{{5}}|{HUNGRY}")
-    first = {}  # by the output's first character, a prompt that leads there
-    for token in range(50):
-        output = oracle([5, token], ask([1], either, max_tokens=1).sampling)
-        first.setdefault(text_of(output), (5, token))
-    hungry, other = first.pop("x"), first.popitem()[1]
-    turn(engine, "a", ask([1], either, hungry))
+    engine = make(server, LITTLE_FUEL)
+    grammar, hungry, (other, *_) = either()
+    turn(engine, "a", ask([1], grammar, hungry))
     run(engine, server, 1)
     assert "too many expressions" in server.ends("a")[0].error
-    turn(engine, "a", ask([2], either, other))
+    turn(engine, "a", ask([2], grammar, other))
     run(engine, server, 2)
     assert re.fullmatch("[0-9]{5}", text_of(server.tokens("a", 2)))
 

@@ -13,6 +13,8 @@ import httpx
 import pytest
 from openai import OpenAI
 
+from tests.training.adapters import ADAPTERS
+
 TIMEOUT_S = 600
 #: Few programs, so that they compile quickly; two workers, so that events find their way.
 SETTINGS = (
@@ -24,6 +26,10 @@ SETTINGS = (
     "model.max_context=1024",
     "embeddings.model=minilm",
     "embeddings.embed_tokens=512",
+    "lora.enabled=true",
+    "lora.classes=8x3",
+    f"lora.adapters=pirate={ADAPTERS / 'pirate'}",
+    f"lora.root={ADAPTERS}",
 )
 
 

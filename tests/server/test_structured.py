@@ -7,7 +7,8 @@ import os
 import re
 import signal
 import time
-from typing import Literal
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
 
 import httpx
 import jsonschema
@@ -83,6 +84,47 @@ def test_a_wrong_schema_is_refused_by_name(client: OpenAI) -> None:
     with pytest.raises(BadRequestError, match="uniqueItems") as caught:
         client.chat.completions.create(model=MODEL, messages=QUESTION, response_format=held)
     assert caught.value.param == "response_format"
+
+
+#: What the answer's status must be, and what asks.
+HOSTILE: dict[str, tuple[int, dict[str, Any]]] = {
+    "recursive $ref": (
+        400,
+        {"json": {"properties": {"a": {"$ref": "#"}}, "required": ["a"], "type": "object"}},
+    ),
+    "exponential regex": (400, {"regex": "(a|aa|aaa){200}"}),
+    "admits nothing": (400, {"regex": r"[^\s\S]"}),
+    "12,000 properties": (
+        400,
+        {"json": {"properties": {f"property {i}": {"type": "string"} for i in range(12_000)}}},
+    ),
+    "a body of 10 MB": (413, {"json": {"enum": [f"{i:0100}" for i in range(100_000)]}}),
+}
+
+
+def test_hostile_grammars_disturb_no_stream(server: Server, client: OpenAI) -> None:
+    """Each is refused within five seconds, beside streams that bring what they bring alone."""
+    prompt = {"model": MODEL, "prompt": "The history of bread", "max_tokens": 150}
+    greedy = prompt | {"temperature": 0, "extra_body": {"ignore_eos": True}}
+
+    def stream() -> str:
+        with client.completions.create(**greedy, stream=True) as chunks:
+            return "".join(choice.text for chunk in chunks for choice in chunk.choices)
+
+    alone = stream()
+    with ThreadPoolExecutor(3) as pool:
+        streams = [pool.submit(stream) for _ in range(3)]
+        for name, (status, grammar) in HOSTILE.items():
+            begun_s = time.monotonic()
+            body = prompt | {"max_tokens": 5, "structured_outputs": grammar}
+            response = httpx.post(f"{server.base_url}/v1/completions", json=body, timeout=60)
+            assert response.status_code == status, (name, response.text[:200])
+            assert time.monotonic() - begun_s < 5, name
+        raw = b'{"model": "smollm2-135m-instruct", "prompt": "\xff\xfe"}'
+        json_type = {"content-type": "application/json"}
+        response = httpx.post(f"{server.base_url}/v1/completions", content=raw, headers=json_type)
+        assert response.status_code == 400, response.text
+        assert [result.result() for result in streams] == [alone] * 3
 
 
 def test_a_stream_outlives_the_engine(server: Server, client: OpenAI) -> None:

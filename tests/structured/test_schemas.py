@@ -22,6 +22,8 @@ from jaxserve.config import StructuredConfig
 from jaxserve.errors import GrammarError
 from jaxserve.structured import grammars
 from jaxserve.structured.matcher import Compiled, compile_grammar
+from jaxserve.structured.probe import probe
+from jaxserve.structured.scrutiny import scrutinise
 from jaxserve.structured.table import token_table
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.text.vocabulary import vocabulary_of
@@ -108,10 +110,13 @@ def test_what_ends_by_itself_is_valid(tokenizer: Tokenizer, tokens: LLTokenizer)
 def compiled_or_refused(
     schema: Any, tokenizer: Tokenizer, tokens: LLTokenizer, **options: Any
 ) -> tuple[Compiled | None, str]:
-    """One or the other, with what was said."""
+    """One or the other, with what was said: all that is checked before a request is served."""
     grammar = grammars.json_schema(schema, **options)
     try:
-        return compile_grammar(grammar, tokens, CONFIG, tokenizer.vocab_size), ""
+        scrutinise(grammar, CONFIG.max_properties)
+        compiled = compile_grammar(grammar, tokens, CONFIG, tokenizer.vocab_size)
+        probe(compiled, tokenizer.vocab_size)
+        return compiled, ""
     except GrammarError as error:
         return None, error.message
 
