@@ -65,29 +65,28 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     settings = [*SETTINGS, f"engine.compile_cache_dir={cache}", f"http.port={port}"]
     settings.append(f"telemetry.state_dir={state}")
     words = [word for setting in settings for word in ("--set", setting)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jaxserve", "serve", *words],
-        stdout=subprocess.PIPE,
-        stderr=(errors := (cache / "stderr").open("w+")),
-        text=True,
-    )
+    errors = cache / "stderr"
+    with errors.open("wb") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jaxserve", "serve", *words],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+        )
     try:
         base_url = f"http://127.0.0.1:{port}"
         starting = _first_answer(f"{base_url}/ready", process)
         assert process.stdout is not None
         line = process.stdout.readline()
-        errors.seek(0)
-        assert line == f"ready on {base_url}\n", errors.read()
+        assert line == f"ready on {base_url}\n", errors.read_text()
         yield Server(process, base_url, starting)
         process.terminate()
         assert process.wait(TIMEOUT_S) == 0
-        errors.seek(0)
-        assert "Traceback" not in errors.read()
+        assert "Traceback" not in errors.read_text()
     finally:
         if process.poll() is None:
             process.kill()
         process.communicate()
-        errors.close()
 
 
 @pytest.fixture
