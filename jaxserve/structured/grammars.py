@@ -22,6 +22,7 @@ from typing import Any
 
 from jaxserve.config import StructuredConfig
 from jaxserve.errors import GrammarError, InvalidRequest
+from jaxserve.structured.formats import with_real_dates
 from jaxserve.types import Grammar
 
 #: A rule of llama.cpp's and vLLM's EBNF: `root ::= …`.
@@ -59,7 +60,7 @@ def json_object() -> Grammar:
 def json_schema(
     schema: Mapping[str, Any] | bool, *, whitespace: bool = True, whitespace_pattern: str = ""
 ) -> Grammar:
-    """JSON that the schema admits, all of its keywords held to.
+    """JSON that the schema admits, all of its keywords held to, and dates that there are.
 
     Args:
         whitespace: whether any (WHITESPACE) may stand between JSON's tokens.
@@ -73,7 +74,10 @@ def json_schema(
     if not isinstance(schema, Mapping):
         schema = {"anyOf": [{}]} if schema else {"anyOf": [False]}
     # The library reads its options from here: a client's own would switch keywords off.
-    return Grammar(kind="json_schema", text=_dump({**schema, "x-guidance": options}))
+    text = _dump({**schema, "x-guidance": options})
+    if '"format"' in text:
+        text = _dump({**with_real_dates(schema), "x-guidance": options})
+    return Grammar(kind="json_schema", text=text)
 
 
 def regex(pattern: str) -> Grammar:
