@@ -19,6 +19,8 @@ from jaxserve.text.fields import MAX_DEPTH, Fields, show
 
 #: Smaller bodies take well under a millisecond to parse.
 _INLINE_BYTES = 1 << 16
+#: Of a body that is too large, before its connection is closed all the same.
+_MAX_DISCARDED_BYTES = 1 << 28
 
 
 async def read_object(scope: Any, receive: Any, max_bytes: int, one_large: asyncio.Lock) -> Fields:
@@ -44,9 +46,14 @@ async def read_object(scope: Any, receive: Any, max_bytes: int, one_large: async
         said = coding.decode("latin-1")[:80]
         raise UnsupportedMediaType(f"content-encoding {said} is not supported: send it plain")
     announced = headers.get(b"content-length", b"")
-    if announced.isdigit() and int(announced[:20]) > max_bytes:
-        raise _too_large(int(announced[:20]), max_bytes)
-    body = await _read_body(receive, max_bytes)
+    try:
+        if announced.isdigit() and int(announced[:20]) > max_bytes:
+            raise _too_large(int(announced[:20]), max_bytes)
+        body = await _read_body(receive, max_bytes)
+    except PayloadTooLarge:
+        if headers.get(b"connection", b"").lower() == b"close":
+            await _discard(receive)
+        raise
     if len(body) <= _INLINE_BYTES:
         return Fields(parse_object(body))
     async with one_large:
@@ -65,6 +72,15 @@ async def _read_body(receive: Any, max_bytes: int) -> bytes:
             raise _too_large(len(body), max_bytes)
         more = message.get("more_body", False)
     return bytes(body)
+
+
+async def _discard(receive: Any) -> None:
+    """Reads on: who still sends when the connection is closed is reset, and reads no answer."""
+    num_bytes, more = 0, True
+    while more and num_bytes < _MAX_DISCARDED_BYTES:
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        more = message.get("more_body", False)
 
 
 def parse_object(body: bytes) -> dict[str, Any]:

@@ -146,6 +146,28 @@ def test_large_bodies_get_their_413_over_a_socket(front):
     front.run(scenario())
 
 
+@pytest.mark.parametrize("framing", ["content-length: 10485760", "transfer-encoding: chunked"])
+def test_a_413_reaches_who_closes_after_it(front, framing: str) -> None:
+    """As `urllib` does, which sends all of its body before it reads."""
+
+    async def scenario() -> None:
+        async with listening(front) as (_, address):
+            reader, writer = await asyncio.open_connection(*address)
+            head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            writer.write(f"{head}connection: close\r\n{framing}\r\n\r\n".encode())
+            piece = b"a" * 65536
+            for _ in range(160):
+                writer.write(piece if "length" in framing else b"10000\r\n" + piece + b"\r\n")
+                await writer.drain()
+            if "chunked" in framing:
+                writer.write(b"0\r\n\r\n")
+            answer = await reader.read()
+            assert answer.startswith(b"HTTP/1.1 413") and answer.endswith(b"}}")
+            writer.close()
+
+    front.run(scenario())
+
+
 def test_a_slow_readers_tokens_are_merged(front):
     """While `send` holds the first event back, the rest of the answer becomes one more."""
 
