@@ -27,6 +27,8 @@ from jaxserve.types import Grammar
 
 #: A rule of llama.cpp's and vLLM's EBNF: `root ::= …`.
 _EBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
+#: A slash in a regular expression, or what is escaped.
+_SLASH = re.compile(r"\\.|/", re.DOTALL)
 
 
 #: What may stand between JSON's tokens: blanks, or a line's end and the next one's indentation.
@@ -93,6 +95,26 @@ def choice(choices: Sequence[str]) -> Grammar:
 def context_free(text: str) -> Grammar:
     """A grammar in Lark's syntax, or in EBNF as llama.cpp and vLLM write it (`root ::= …`)."""
     return Grammar(kind="ebnf" if _EBNF_RULE.search(text) else "lark", text=text)
+
+
+def in_lark(grammar: Grammar) -> str:
+    """A grammar as a part of a rule in Lark's syntax.
+
+    Raises:
+        GrammarError: it is in EBNF, which takes time to translate.
+    """
+    match grammar.kind:
+        case "json_schema":
+            return f"%json {grammar.text}"
+        case "regex":
+            inner = _SLASH.sub(lambda found: r"\/" if found[0] == "/" else found[0], grammar.text)
+            return f"/{inner or '()'}/"  # two slashes would begin a comment
+        case "lark":
+            return f"%lark {{\n{grammar.text}\n}}"
+    raise GrammarError(
+        "a grammar in EBNF does not go with a prompt that has begun the model's reasoning; write "
+        "it in Lark's syntax"
+    )
 
 
 def from_words(words: Mapping[str, Any]) -> Grammar:

@@ -116,15 +116,18 @@ class Dialect:
 
         Args:
             content: what its words must match, beside reasoning and calls; a grammar that is no
-                JSON schema is that of the whole output.
+                JSON schema is that of the whole output, unless the prompt has begun the thought.
 
         Raises:
             InvalidRequest: that is not a JSON schema, and there are tools.
-            GrammarError: a tool's schema cannot be written in the notation.
+            GrammarError: a tool's schema cannot be written in the notation, or EBNF would have to
+                stand behind a thought.
         """
         opened = self.reasons and reasoning.is_open(prompt)
         if not toolbox:
-            if content is None or content.kind != "json_schema" or not self.reasons:
+            if content is None or not self.reasons:
+                return content
+            if content.kind != "json_schema" and not opened:
                 return content
             return thought_grammar(content, special_tokens=self.special_tokens, opened=opened)
         if content is not None and content.kind != "json_schema":

@@ -111,9 +111,11 @@ def _steps(dialect: Dialect, toolbox: Toolbox, prompt: str, content: Wanted | No
         if grammar is None or grammar is inner:
             return content
         yield Check(wanted=Wanted(grammar, param))
-    except GrammarError:
+    except GrammarError as error:
         loose = yield from _loosened(dialect, toolbox)
         if loose == toolbox:
+            if error.param is None:  # nobody was asked yet
+                raise GrammarError(f"{param}: {error.message}", param=param) from None
             raise
         grammar = dialect.grammar(loose, prompt, inner)
         assert grammar is not None

@@ -229,6 +229,70 @@ def test_reasoning_without_tools(thoughtful):
     assert choice.finish_reason == "stop"
 
 
+FORM = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": [{"a": 1}]}}}
+TAGS = {
+    "type": "structural_tag",
+    "structures": [{"begin": "<fn=f>", "schema": {"enum": [1]}, "end": "</fn>"}],
+    "triggers": ["<fn="],
+}
+#: The model goes on to think: its prompt ends so.
+OPENED = {
+    "messages": [{"role": "user", "content": "hi <think>\n"}],
+    "extra_body": {"add_generation_prompt": False},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize(
+    ("options", "content", "calls"),
+    [
+        ({"tools": openai.omit, "response_format": FORM}, '{"a": 1}', []),
+        ({"tool_choice": "required"}, "", [["get_weather", '{"city": "Paris"}']]),
+    ],
+)
+def test_what_comes_after_the_thought_is_held_to(
+    thoughtful, options, content, calls, opened, stream
+):
+    """The thought is free, also of what begins a call."""
+    said = f"Hm <tool_call> {{5</think>{PARIS if calls else content} and more"
+    more = OPENED if opened else {}
+    made = ask(thoughtful, said if opened else f"<think>{said}", stream=stream, **options | more)
+    message, reason = message_of(made) if stream else (whole_of(made.choices[0]), None)
+    assert without_ids(message) == {
+        "reasoning": "Hm <tool_call> {5",
+        "content": content,
+        "calls": calls,
+    }
+    assert reason in (None, "tool_calls" if calls else "stop")
+
+
+@pytest.mark.parametrize(
+    ("grammar", "content"),
+    [
+        ({"guided_choice": ["yes", "no"]}, "yes"),
+        ({"guided_regex": "y[a-z]s"}, "yes"),
+        ({"guided_grammar": 'start: "y" /e+/ "s"'}, "yes"),
+        ({"guided_json": {"enum": ["yes"]}}, '"yes"'),
+        ({"response_format": TAGS}, "yes <fn=f>1</fn>"),
+    ],
+)
+def test_an_answer_is_no_thought_though_its_prompt_begins_one(thoughtful, grammar, content):
+    options: dict[str, Any] = dict(OPENED) | {"tools": openai.omit}
+    options["extra_body"] = OPENED["extra_body"] | grammar
+    (choice,) = ask(thoughtful, f"Hm <fn=5 </think>{content}", **options).choices
+    assert choice.message.model_extra["reasoning_content"] == "Hm <fn=5"
+    assert (choice.message.content, choice.finish_reason) == (content, "stop")
+
+
+def test_ebnf_behind_a_thought_is_refused(thoughtful):
+    options: dict[str, Any] = dict(OPENED) | {"tools": openai.omit}
+    options["extra_body"] = OPENED["extra_body"] | {"guided_grammar": 'root ::= "yes"'}
+    with pytest.raises(openai.BadRequestError, match="Lark's syntax") as refused:
+        ask(thoughtful, "Hm</think>yes", **options)
+    assert refused.value.param == "guided_grammar"
+
+
 def test_log_probabilities_of_all_tokens(front):
     (choice,) = ask(front, PARIS, logprobs=True).choices
     assert len(choice.logprobs.content) == len(PARIS)

@@ -213,6 +213,8 @@ def test_grammars_of_both_kinds() -> None:
     schema, pattern = json_schema({"type": "object"}), regex("a+")
     assert plain.grammar(Toolbox(), "", schema) is schema
     assert thoughtful.grammar(Toolbox(), "", pattern) is pattern
+    opened = thoughtful.grammar(Toolbox(), "assistant\n<think>\n", pattern)
+    assert opened is not None and opened.kind == "lark" and "/a+/" in opened.text
     behind = thoughtful.grammar(Toolbox(), "", schema)
     assert behind is not None and behind.kind == "lark" and schema.text in behind.text
     both = plain.grammar(TOOLBOX, "", schema)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+from jaxserve.structured.grammars import in_lark
 from jaxserve.text.reasoning import CLOSE, OPEN
 from jaxserve.text.tools.arguments import json_rule, keyword_rules, quoted
 from jaxserve.text.tools.notation import Form, Notation
@@ -71,7 +72,11 @@ def call_grammar(
 def thought_grammar(
     content: Grammar, *, special_tokens: Mapping[str, int], opened: bool
 ) -> Grammar:
-    """Content, a JSON schema, behind reasoning that is free."""
+    """Content behind reasoning that is free.
+
+    Raises:
+        GrammarError: it is in EBNF.
+    """
     rules = _Rules(special_tokens)
     thought = rules.thought(opened=opened)
     words = rules.words((), content)
@@ -132,7 +137,7 @@ class _Rules:
     def words(self, barred: Sequence[str], content: Grammar | None) -> str:
         """A message without calls."""
         if content is not None:
-            self.lines.append(f"words: %json {content.text}")
+            self.lines.append(f"words: {in_lark(content)}")
             return "words"
         self.lines.append(f"FREE: {_excluding(barred)}")
         return "FREE"

@@ -9,7 +9,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from jaxserve.errors import GrammarError
-from jaxserve.structured.grammars import json_schema
+from jaxserve.structured.grammars import Tag, choice, context_free, json_schema, regex, tagged
 from jaxserve.text.message import MessageReader, gather
 from jaxserve.text.tools.call_grammar import call_grammar, thought_grammar
 from jaxserve.text.tools.hermes import HERMES
@@ -163,6 +163,34 @@ def test_words_of_a_form_of_their_own() -> None:
     assert outcome(thoughtful, '<think>Hm</think>{"x": 1}') is True
     assert outcome(thoughtful, '{"x": 1}') is True
     assert outcome(thoughtful, '<think>Hm</think>{"x": "') == '"'
+
+
+TAG = Tag(begin="<f=a>", schema={"enum": [1]}, end="</f>", trigger="<f")
+
+
+@pytest.mark.parametrize(
+    ("content", "text", "wrong"),
+    [
+        (json_schema({"enum": [1]}), "1", "x"),
+        (choice(["yes", "no}"]), "no}", "x"),
+        (context_free('start: "a" x // }\nx: %json {"enum": [1]}'), "a1", "x"),
+        (tagged([TAG]), "Hm <f=a>1</f> }", "<fx"),
+        (regex(""), "", "x"),
+        (regex("a//b"), "a//b", "x"),
+        (regex(r"a/b\/c\\/d"), r"a/b/c\/d", "x"),
+        (regex('(?x) [/}]+ "? # two\n'), '/}/"', "x"),
+    ],
+)
+def test_every_grammar_stands_behind_a_thought(content: Grammar, text: str, wrong: str) -> None:
+    grammar = thought_grammar(content, special_tokens={}, opened=True)
+    assert outcome(grammar, f"Hm <f </think>\n{text}") is True
+    assert outcome(grammar, f"Hm</think>{text}{wrong}") == wrong[-1]
+    assert outcome(grammar, text) is False, "all of it is the thought"
+
+
+def test_ebnf_is_not_translated_for_a_thought() -> None:
+    with pytest.raises(GrammarError, match="Lark's syntax"):
+        thought_grammar(context_free('root ::= "a"'), special_tokens={}, opened=True)
 
 
 def test_as_many_tools_as_there_may_be() -> None:
