@@ -22,7 +22,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jaxserve.formats.peft import adapter_digest
@@ -43,6 +43,7 @@ class DiskAdapters:
         self.directory = directory
         self._max_bytes = max_bytes
         self._held: dict[str, tuple[int, int]] = {}  # file and users, by key
+        self._sizes: dict[str, int] = {}  # of the copies that were here when last looked at
         directory.mkdir(parents=True, exist_ok=True)
         self._sweep()
 
@@ -141,20 +142,34 @@ class DiskAdapters:
 
     def _evict(self, newest: str) -> None:
         """Removes what nobody holds until the rest fits."""
-        found = []
-        for lock in self.directory.glob("*.lock"):
-            path = lock.with_suffix("")
-            try:
-                size = sum(file.stat().st_size for file in path.iterdir())
-                found.append((path.stat().st_mtime_ns, size, path.name))
-            except OSError:
-                continue  # removed, or not there yet
-        total = sum(size for _, size, _ in found)
-        for _, size, key in sorted(found):
-            if total <= self._max_bytes:
-                return
+        sizes = self._look()
+        total = sum(sizes.values())
+        if total <= self._max_bytes:
+            return
+        for key in sorted(sizes, key=self._used_ns):
             if key != newest and self._remove(key):
-                total -= size
+                total -= sizes[key]
+                if total <= self._max_bytes:
+                    return
+
+    def _look(self) -> dict[str, int]:
+        """Bytes of each copy that is here, whoever made it; each is looked into once."""
+        names = set(os.listdir(self.directory))
+        sizes: dict[str, int] = {}
+        for key in names:
+            if f"{key}.lock" not in names:
+                continue
+            size = self._sizes.get(key)
+            with suppress(OSError):  # it is being removed
+                sizes[key] = _size(self.path(key)) if size is None else size
+        self._sizes = sizes
+        return sizes
+
+    def _used_ns(self, key: str) -> int:
+        try:
+            return self.path(key).stat().st_mtime_ns
+        except OSError:
+            return 0  # removed meanwhile
 
     def _remove(self, key: str) -> bool:
         file = self._open(key)
@@ -189,6 +204,11 @@ class DiskAdapters:
             yield
         finally:
             os.close(file)
+
+
+def _size(directory: Path) -> int:
+    with os.scandir(directory) as files:
+        return sum(file.stat().st_size for file in files)
 
 
 def _lock_directory(path: Path, kind: int) -> int | None:

@@ -231,6 +231,40 @@ def test_copies_are_bounded_in_bytes(tmp_path: Path, sources: Path) -> None:
     assert add(disk, 2) == keys[1]
 
 
+def test_copies_are_looked_into_once(
+    tmp_path: Path, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are, and those of other processes too, which count."""
+    directory, scandir = tmp_path / "cache", os.scandir
+    looked: list[Path] = []
+
+    def seen(path: str | Path):
+        if Path(path).parent == directory:
+            looked.append(Path(path))
+        return scandir(path)
+
+    def add(disk: DiskAdapters, seed: int) -> Path:
+        source = Path(written(sources / str(seed), seed))
+
+        def fetch(into: Path) -> None:
+            for file in source.iterdir():
+                shutil.copy(file, into)
+
+        return disk.path(disk.add(fetch, lambda into: None))
+
+    size = sum(f.stat().st_size for f in Path(written(sources / "0", 0)).iterdir())
+    one, two = (DiskAdapters(directory, 25 * size + size // 2) for _ in range(2))
+    theirs = [add(two, seed) for seed in range(10)]
+    monkeypatch.setattr(os, "scandir", seen)
+    ours = [add(one, seed) for seed in range(10, 25)]
+    assert sorted(looked) == sorted([*theirs, *ours])
+    monkeypatch.undo()
+    for seed, path in enumerate([*theirs, *ours]):
+        os.utime(path, (seed, seed))
+    newest = add(one, 25)
+    assert [path.exists() for path in (*theirs, *ours, newest)] == [False, *[True] * 25]
+
+
 def test_two_processes_fetch_the_same_at_once(tmp_path: Path, sources: Path) -> None:
     """One copy, whole."""
     source = written(sources, 1)
