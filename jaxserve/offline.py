@@ -5,7 +5,8 @@
     with LLM() as llm:                                  # the embedded SmolLM2-135M-Instruct
         for answer in llm.generate(["The sea is", "Once upon a time"], max_tokens=32):
             print(answer.text)
-        print(llm.chat([{"role": "user", "content": "What is gravity?"}]).text)
+        (answer,) = llm.chat([{"role": "user", "content": "What is gravity?"}])
+        print(answer.text)
         for piece in llm.stream("One, two,", temperature=0):
             print(piece.text, end="", flush=True)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from jaxserve import offline
 from jaxserve.config import Config, SchedulerConfig
 from jaxserve.engine.thread import EngineThread
 from jaxserve.errors import (
@@ -321,3 +325,25 @@ def test_outputs_match_grammars(llm: LLM) -> None:
     with pytest.raises(InvalidRequest, match="grammar"):
         llm.generate(["a"], grammar={"regexp": "a"})
     assert idle(llm)
+
+
+def readme_example() -> str:
+    page = (Path(__file__).parents[1] / "README.md").read_text()
+    (example,) = re.findall(r"^```python\n(from jaxserve import .*?)^```", page, re.M | re.S)
+    return example
+
+
+def module_example() -> str:
+    """The first one."""
+    return textwrap.dedent("\n\n".join((offline.__doc__ or "").split("\n\n")[1:3]))
+
+
+@pytest.mark.parametrize("example", [readme_example(), module_example()], ids=["readme", "module"])
+def test_examples(
+    example: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With an engine that says what it likes."""
+    template = ChatTemplate(CHAT_TEMPLATE)
+    monkeypatch.setattr("jaxserve.LLM", lambda: start(template=template), raising=False)
+    exec(compile(example, "example", "exec", dont_inherit=True), {})
+    assert capsys.readouterr().out.count("\n") >= 3

@@ -6,8 +6,11 @@ Those are stored (scripts/make_embedding_oracle.py): of 200 texts of 0 to over 2
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,3 +84,20 @@ def test_it_generates_beside(llm):
     with pytest.raises(ContextTooLong, match="limit is 256"):
         llm.embed("word " * 300)
     llm._cuts = True
+
+
+def test_the_example_of_the_page(llm, monkeypatch, capsys):
+    """docs/embeddings.md: what is alike is nearer."""
+    page = (Path(__file__).parents[2] / "docs" / "embeddings.md").read_text()
+    (example,) = re.findall(r"^```python\n(from jaxserve import .*?)^```", page, re.M | re.S)
+    asked = []
+
+    def lent(**settings):
+        asked.append(settings)
+        return nullcontext(llm)
+
+    monkeypatch.setattr("jaxserve.LLM", lent, raising=False)
+    exec(compile(example, "embeddings.md", "exec", dont_inherit=True), {})
+    assert asked == [{"embeddings__model": "minilm"}]
+    ocean, jam = map(float, capsys.readouterr().out.split())
+    assert 0.5 < ocean < 1 and jam < ocean - 0.3
