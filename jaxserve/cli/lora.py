@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxserve.bars import StartupBars
 from jaxserve.training.recipe import TARGETS, Recipe, option
 
 if TYPE_CHECKING:
@@ -91,7 +92,6 @@ def train_adapter(config: Config, arguments: argparse.Namespace) -> int:
         ConfigError, InvalidRequest, WeightsError: see `training`.
     """
     import jax.numpy as jnp
-    from tqdm import tqdm
 
     from jaxserve.training.run import Output, train
     from jaxserve.training.task import load_task
@@ -107,14 +107,8 @@ def train_adapter(config: Config, arguments: argparse.Namespace) -> int:
     )
     dtype = jnp.dtype(arguments.dtype)
     output = Output(directory=arguments.output, resume=arguments.resume, dtype=dtype)
-    with tqdm(unit="", disable=None, leave=False) as bar:
-
-        def show(phase: str, done: int, total: int) -> None:
-            bar.set_description(phase)
-            bar.total, bar.n = total, done
-            bar.refresh()
-
-        task = load_task(config, recipe, arguments.data, arguments.eval_data, show)
+    with StartupBars(shown=None) as bars:
+        task = load_task(config, recipe, arguments.data, arguments.eval_data, bars.show)
     train(task, recipe, output)
     sys.stdout.write(f"{arguments.output}\n")
     return 0

@@ -30,7 +30,7 @@ class Ended(NamedTuple):
 
 
 class Terminal(io.TextIOWrapper):
-    """A stdin at which somebody sits."""
+    """A stream of somebody who sits there."""
 
     def isatty(self) -> bool:
         return True

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
+import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 from jaxserve.formats.peft import read_adapter
-from tests.cli.conftest import Run
+from tests.cli.conftest import Run, Terminal
 from tests.training.tiny import write_data, write_tiny
 
 QUICK = ("--steps", 4, "--row-tokens", 64, "--batch-size", 2, "--warmup-steps", 1, "--rank", 2,
@@ -27,6 +30,7 @@ def test_an_adapter_is_trained(run: Run, words: tuple[object, ...], tmp_path: Pa
     ended = run(*words, "--targets", "all", "--dtype", "bfloat16", "--rslora", "--alpha", 4)
     assert (ended.status, ended.out) == (0, f"{out}\n")
     assert "step 4 of 4: loss" in ended.err
+    assert "\r" not in ended.err and "%" not in ended.err  # stderr is no terminal
     adapter = read_adapter(out, max_rank=2)
     assert len(adapter.modules) == 7 * 3 and adapter.config.rslora
     module = adapter.modules["model.layers.0.mlp.down_proj"]
@@ -37,6 +41,30 @@ def test_an_adapter_is_trained(run: Run, words: tuple[object, ...], tmp_path: Pa
         f"jaxserve: {out} holds a run already: --resume goes on with it, or give another --output\n"
     )
     assert run(*words, "--targets", "all", "--rslora", "--alpha", 4, "--resume").status == 0
+
+
+def test_a_terminal_has_a_bar_of_its_steps(
+    run: Run, words: tuple[object, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In place of their lines; what else is said stands on lines of its own."""
+
+    def shown(*more: object) -> list[str]:
+        screen = io.BytesIO()
+        monkeypatch.setattr(sys, "stderr", Terminal(screen, encoding="utf-8", write_through=True))
+        ended = run(*words, *more)
+        assert (ended.status, ended.out) == (0, f"{tmp_path / 'out'}\n")
+        text = screen.getvalue().decode()
+        assert text.startswith("\rloading:   0%|") and "\rloading: 100%|" in text
+        assert text.endswith("\n")
+        return [re.sub(r".*[\r\x1b]", "", line) for line in text.split("\n")[:-1]]
+
+    *told, bar = shown("--eval-share", 0.25)
+    assert told[0].startswith("6 examples (2 held out)")
+    assert [line.partition(":")[0] for line in told[1:]] == ["step 0", "step 4"]  # of the held-out
+    assert re.fullmatch(r"100%\|.+\| 4/4 \[.*, loss=\d\.\d{3}, tokens_per_s=\d+\]", bar), bar
+    *told, bar = shown("--eval-share", 0.25, "--resume")
+    assert told[-1] == "goes on after step 4"
+    assert re.match(r"100%\|.+\| 4/4 \[", bar), bar
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (10, 9), (11, 10)])
