@@ -1,9 +1,9 @@
 """What do LoRA adapters cost: those who do not use them, and those who do?
 
-Method, in one process, arms interleaved: two engines with the embedded model, one with slots for
-adapters and one without. A run decodes `--rows` sequences side by side; what is compared is CPU
-time of the process (all threads) a step, since on a shared machine wall time differs between runs
-by more than any target (it is told, too). Four arms:
+Method, in one process, arms interleaved: two engines with one model (the embedded one, unless
+settings say another), one with slots for adapters and one without. A run decodes `--rows` sequences
+side by side; what is compared is CPU time of the process (all threads) a step, since on a shared
+machine wall time differs between runs by more than any target (it is told, too). Four arms:
 
     off         no adapters at all
     base        slots for adapters, used by nobody
@@ -18,6 +18,7 @@ Then, with `--registered` adapters over the same slots, requests that pick one a
 law): how many found theirs in a slot, how many were dropped, and what was compiled: neither.
 
     python benchmarks/lora.py [--rounds 30] [--rows 32] [--tokens 16] [--plot docs/lora]
+        [--set SECTION.KEY=VALUE …]
 
 Ends in one JSON line.
 """
@@ -41,13 +42,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout needs no ins
 from jaxserve.bench.plot import grouped_bars
 from jaxserve.bench.roofline import Roofline
 from jaxserve.bench.stats import environment, json_line, median, ratio_interval, table
-from jaxserve.config import CacheConfig, Config, LoraConfig, SchedulerConfig
+from jaxserve.config import Config, LoraConfig
 from jaxserve.engine.load import load_parts
 from jaxserve.engine.thread import EngineThread
 from jaxserve.formats.peft import Adapter, LoraModule, adapter_digest, write_adapter
 from jaxserve.formats.peft_config import PeftConfig
 from jaxserve.protocol.client import SyncClient
 from jaxserve.protocol.messages import AdapterRef
+from jaxserve.settings import load_config
 from jaxserve.types import SamplingParams
 
 ARMS = ("off", "base", "one", "mixed")
@@ -166,18 +168,22 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--registered", type=int, default=1000)
     parser.add_argument("--requests", type=int, default=400)
     parser.add_argument("--plot", type=Path, help="a directory for lora.svg")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     return parser.parse_args(arguments)
 
 
 def main() -> int:
     """Measures, prints, returns the exit status."""
     args = parse()
-    config = Config(
-        cache=CacheConfig(prefix=False, memory_bytes=512 << 20, host_bytes=0),
-        scheduler=SchedulerConfig(
-            max_rows=args.rows, max_step_tokens=max(512, args.rows * PROMPT_TOKENS), draft_tokens=0
-        ),
-    )
+    settings = [
+        "cache.prefix=false",
+        f"cache.memory_bytes={512 << 20}",
+        "cache.host_bytes=0",
+        f"scheduler.max_rows={args.rows}",
+        f"scheduler.max_step_tokens={max(512, args.rows * PROMPT_TOKENS)}",
+        "scheduler.draft_tokens=0",
+    ]
+    config = load_config(settings=[*settings, *args.set])
     lora = LoraConfig(enabled=True, classes=(f"{args.rank}x{args.adapters}",))
     arms = {"off": Arm(config), "on": Arm(dataclasses.replace(config, lora=lora))}
     with tempfile.TemporaryDirectory() as directory:
@@ -195,7 +201,7 @@ def main() -> int:
         seconds = measure(arms, loads, args.rounds, args.tokens)  # pyright: ignore[reportArgumentType]
         report = told(args, seconds, adapter_bytes, max(roofline.bandwidths))
         if args.registered:
-            # Tiny files on two modules, so that a thousand of them fit anywhere.
+            # Tiny files, of rank 4 on one module, so that a thousand of them fit anywhere.
             few = {n: s for n, s in model.adapters.targets().items() if ".0.self_attn.q_" in n}
             many = make_adapters(Path(directory) / "many", few, 4, args.registered)
             report["churn"] = churn(arms["on"], many, args.requests, args.rows)
@@ -205,7 +211,7 @@ def main() -> int:
         arm.close()
     if args.plot is not None:
         args.plot.mkdir(parents=True, exist_ok=True)
-        (args.plot / "lora.svg").write_text(plot(args, report), encoding="utf-8")
+        (args.plot / "lora.svg").write_text(plot(args, model.name, report), encoding="utf-8")
     print(
         json_line(
             {"benchmark": "lora", **environment(), "rows": args.rows, "rank": args.rank, **report}
@@ -265,10 +271,10 @@ def told(
     }
 
 
-def plot(args: argparse.Namespace, report: dict) -> str:
+def plot(args: argparse.Namespace, model: str, report: dict) -> str:
     """CPU time by arm."""
     return grouped_bars(
-        f"{args.rows} sequences decoding side by side, SmolLM2-135M on this CPU",
+        f"{args.rows} sequences decoding side by side, {model} on this CPU",
         ["no adapters", "slots, unused", "1 adapter", f"{args.adapters} adapters"],
         [(f"rank {args.rank}", [report["arms"][name]["step_ms"] for name in ARMS])],
         "CPU time of a decode step, ms, all threads",
