@@ -9,7 +9,6 @@ import numpy as np
 
 from jaxserve.structured.grammars import Tag, regex, tagged
 from jaxserve.types import EmbeddingParams, FinishReason
-from tests.fakes.embedder import vector_of
 from tests.fakes.executor import FakeExecutor
 from tests.interplay.features import Feature, Trial
 from tests.interplay.worlds import Probe
@@ -134,13 +133,14 @@ def _read_vectors(trial: Trial) -> None:
     for event in trial.embedding[1]:
         assert event.finished is not None and event.choice not in trial.vectors
         trial.vectors[event.choice] = event.finished.vector
+        trial.text_records.append(event.finished.record)
 
 
 def _were_embedded(trial: Trial) -> bool:
     assert trial.embedding is not None
     for place, text in enumerate(trial.embedding[0]):
-        found = np.frombuffer(trial.vectors.pop(place), np.float32)
-        np.testing.assert_allclose(found, vector_of(text), rtol=1e-6)
+        vector = np.frombuffer(trial.vectors.pop(place), np.float32)
+        trial.world.check_vector(text, vector)
     return not trial.vectors
 
 

@@ -56,7 +56,7 @@ class Trial:
         records: of all sequences, background too.
         engines: one a life.
         embedding: texts that are embedded beside, and the stream of their vectors.
-        vectors: of them, by place, once they were read.
+        vectors, text_records: of them, once they were read; vectors by place.
     """
 
     def __init__(self, features: tuple[Feature, ...], world: World | None = None) -> None:
@@ -72,6 +72,7 @@ class Trial:
         self.num_mixed = -1
         self.embedding: tuple[list[list[int]], SyncStream] | None = None
         self.vectors: dict[int, bytes] = {}
+        self.text_records: list[SequenceRecord] = []
 
     def run(self) -> None:
         """Runs it to the end; the engine must have nothing left then."""

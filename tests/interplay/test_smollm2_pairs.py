@@ -2,7 +2,8 @@
 
 One set of compiled programs serves all trials; each life of an engine has a scheduler of its own.
 Greedy tokens must be equal up to where the two best differ by less than float32 can tell. Adapters
-are the two that the examples use, with one slot for both.
+are the two that the examples use, with one slot for both. The same weights embed texts beside them,
+whose vectors are those of a lone text (of transformers: tests/models/test_served.py).
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import dataclasses
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
+from jaxtyping import Float32
 
 from jaxserve.config import Config, ModelConfig, WeightsConfig
 from jaxserve.device.executor import Executor
@@ -22,11 +25,11 @@ from jaxserve.engine.parts import Parts, Progressing
 from jaxserve.engine.thread import EngineThread
 from jaxserve.formats.peft import adapter_digest
 from jaxserve.protocol.client import SyncClient
-from jaxserve.protocol.messages import AdapterRef
+from jaxserve.protocol.messages import AdapterRef, SequenceRecord
 from jaxserve.settings import load_config
 from jaxserve.text.tokenizer import load_tokenizer
 from jaxserve.text.vocabulary import vocabulary_of
-from jaxserve.types import SamplingParams, TokenLogprobs, Vocabulary
+from jaxserve.types import EmbeddingParams, SamplingParams, TokenLogprobs, Vocabulary
 from jaxserve.weights.sources import resolve
 from tests.interplay.catalogue import FEATURES, PREEMPTION
 from tests.interplay.features import Trial
@@ -49,7 +52,9 @@ COMPILED = (
     "scheduler.draft_tokens=5",
     "lora.enabled=true",
     "lora.classes=4x1",
+    "embeddings.embed_tokens=64",
 )
+EMBEDS = "embeddings.model=served"
 #: Trained on the embedded model (docs/lora-training.md).
 ADAPTERS = Path(__file__).parents[1] / "data" / "adapters"
 BY_NAME = {feature.name: feature for feature in (*FEATURES, *PREEMPTION)}
@@ -81,6 +86,14 @@ RISKY = (
     ("adapters", "speculation"),
     ("adapters", "replay"),
     ("adapters", "grammar"),
+    ("adapters", "embedding"),
+    ("speculation", "embedding"),
+    ("grammar", "embedding"),
+    ("chunked prefill", "embedding"),
+    ("prefix hit", "embedding"),
+    ("embedding", "recompute"),
+    ("embedding", "swap"),
+    ("embedding", "replay"),
 )
 
 
@@ -90,7 +103,8 @@ class SmolLM2World:
     settings = (*COMPILED, "scheduler.decode_steps=1", "scheduler.draft_tokens=0")
 
     def __init__(self) -> None:
-        self._parts = load_parts(load_config(settings=COMPILED, environ={}), lambda *_: None)
+        config = load_config(settings=(*COMPILED, EMBEDS), environ={})
+        self._parts = load_parts(config, lambda *_: None)
         executor = self._parts.executor
         assert isinstance(executor, Executor) and executor._adapters is not None
         self._slots = executor._adapters
@@ -99,6 +113,7 @@ class SmolLM2World:
             for path in (ADAPTERS / "json", ADAPTERS / "pirate")
         ]
         self._known: dict[tuple[object, ...], list[TokenLogprobs]] = {}
+        self._vectors: dict[tuple[int, ...], Float32[np.ndarray, "D"]] = {}
         path = resolve(ModelConfig(), WeightsConfig(), lambda *_: None)
         self._vocabulary = vocabulary_of(load_tokenizer(path))
 
@@ -113,6 +128,7 @@ class SmolLM2World:
             batch=batch,
             adapters=adapters,
             num_pages=(config.cache.num_pages,),
+            embedding=self._parts.embedding if config.embeddings.model else None,
         )
 
     def vocabulary(self) -> Vocabulary:
@@ -164,6 +180,22 @@ class SmolLM2World:
         for entry, alone in zip(outcome.logprobs, entries, strict=False):
             assert entry.logprob == pytest.approx(alone.logprob, abs=1e-3)
 
+    def check_vector(self, text: list[int], vector: Float32[np.ndarray, "D"]) -> None:
+        """See `World`."""
+        if tuple(text) not in self._vectors:
+            self._vectors[tuple(text)] = self._embed_alone(text)
+        np.testing.assert_allclose(vector, self._vectors[tuple(text)], atol=1e-5, rtol=0)
+
+    def _embed_alone(self, text: list[int]) -> Float32[np.ndarray, "D"]:
+        config = load_config(settings=[*self.settings, EMBEDS], environ={})
+        with EngineThread(config, self.load) as thread:
+            client = SyncClient(thread.connect())
+            client.start()
+            (event,) = client.embed([text], EmbeddingParams(pooling="mean", normalize=True))
+            client.close()
+        assert event.finished is not None
+        return np.frombuffer(event.finished.vector, np.float32)
+
     def _alone(
         self, prompt: list[int], sampling: SamplingParams, choice: int, adapter: str | None
     ) -> list[TokenLogprobs]:
@@ -199,3 +231,12 @@ def test_pair(world: SmolLM2World, names: tuple[str, str]) -> None:
     trial.check()
     executor = trial.engine.executor
     assert executor.compiles_after_warmup == 0
+    if "embedding" in names:
+        texts = trial.text_records
+        assert any(_beside(text, record) for text in texts for record in trial.records)
+        assert any(text.replays for text in texts) == ("replay" in names)
+
+
+def _beside(text: SequenceRecord, record: SequenceRecord) -> bool:
+    """Whether a text was embedded while this one generated."""
+    return record.first_token_ns < text.scheduled_ns < text.done_ns < record.done_ns

@@ -10,12 +10,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+from jaxtyping import Float32
+
 from jaxserve.config import Config
 from jaxserve.engine.parts import Parts, Progressing
 from jaxserve.formats.peft import adapter_digest, write_adapter
 from jaxserve.protocol.messages import AdapterRef, SequenceRecord
 from jaxserve.types import FinishReason, SamplingParams, TokenLogprobs, Vocabulary
 from tests.fakes import grammar
+from tests.fakes.embedder import vector_of
 from tests.fakes.engine import GROUPS, MODULES, fake_parts, oracle
 from tests.fakes.executor import ECHO, oracle_logprob
 from tests.lora.adapters import random_adapter
@@ -111,6 +115,10 @@ class World(Protocol):
         """Log-probabilities are those of the tokens beside them."""
         ...
 
+    def check_vector(self, text: list[int], vector: Float32[np.ndarray, "D"]) -> None:
+        """It is the mean of the text's states, as of a text that is alone."""
+        ...
+
 
 @functools.cache
 def random_adapters() -> list[AdapterRef]:
@@ -185,3 +193,7 @@ class FakeWorld:
             history = [*probe.prompt, *outcome.token_ids[:place]]
             expected = oracle_logprob(history, entry.token_id, GROUPS, probe.adapter_key)
             assert entry.logprob == expected
+
+    def check_vector(self, text: list[int], vector: Float32[np.ndarray, "D"]) -> None:
+        """See `World`."""
+        np.testing.assert_allclose(vector, vector_of(text), rtol=1e-6)
