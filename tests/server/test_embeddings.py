@@ -6,6 +6,8 @@ Expected vectors are sentence-transformers' (tests/models/test_minilm.py).
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
@@ -52,18 +54,40 @@ def test_limits_are_said(client: OpenAI) -> None:
 
 
 def test_many_texts_beside_a_stream(client: OpenAI) -> None:
-    stream = client.completions.create(
-        model="smollm2-135m-instruct",
-        prompt="Once upon a time",
-        max_tokens=40,
-        temperature=0,
-        stream=True,
-        extra_body={"ignore_eos": True},
-    )
-    first = next(iter(stream))
-    many = client.embeddings.create(model=MODEL, input=[f"number {n}" for n in range(2048)])
-    assert len(many.data) == 2048 and first.choices[0].text
-    assert sum(bool(chunk.choices) for chunk in stream) > 0
+    """What each brings is what it brings alone."""
+
+    def generate(pieces: list[str], begun: threading.Event) -> None:
+        for chunk in client.completions.create(
+            model="smollm2-135m-instruct",
+            prompt="Once upon a time",
+            max_tokens=200,
+            temperature=0,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        ):
+            pieces += [choice.text for choice in chunk.choices]
+            begun.set()
+
+    def embed(texts: list[str]) -> np.ndarray:
+        data = client.embeddings.create(model=MODEL, input=texts).data
+        assert [entry.index for entry in data] == list(range(len(texts)))
+        return np.array([entry.embedding for entry in data])
+
+    texts = [f"number {n}" for n in range(2048)]
+    beside, alone, begun = [], [], threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        stream = threads.submit(generate, beside, begun)
+        assert begun.wait(60)
+        num_before = len(beside)
+        many = embed(texts)
+        num_after = len(beside)
+        stream.result()
+    assert num_after - num_before >= 10  # they took turns
+    generate(alone, begun)
+    assert "".join(beside) == "".join(alone)
+    np.testing.assert_allclose(embed(texts), many, atol=1e-5, rtol=0)
+    for place in (0, 10, 1234, 2047):
+        np.testing.assert_allclose(embed([texts[place]])[0], many[place], atol=1e-5, rtol=0)
 
 
 def test_what_means_the_same_ranks_first(server: Server) -> None:
