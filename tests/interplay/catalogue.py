@@ -13,6 +13,19 @@ from tests.fakes.executor import FakeExecutor
 from tests.interplay.features import Feature, Trial
 from tests.interplay.worlds import Probe
 
+CALL = Tag(
+    begin="@",
+    schema={
+        "type": "object",
+        "properties": {"z": {"type": "string", "minLength": 40}},
+        "required": ["z"],
+        "additionalProperties": False,
+    },
+    end="@",
+)
+#: Features of which a probe has one.
+GRAMMARS = ("grammar", "tool", "watched call")
+
 
 def _choices(probe: Probe) -> None:
     probe.n = 3
@@ -91,14 +104,12 @@ def _grammar(probe: Probe) -> None:
 def _tool(probe: Probe) -> None:
     """A call must come, and nothing else. What must come of it is short: a stop token may not be
     among that."""
-    schema = {
-        "type": "object",
-        "properties": {"z": {"type": "string", "minLength": 40}},
-        "required": ["z"],
-        "additionalProperties": False,
-    }
-    call = Tag(begin="@", schema=schema, end="@")
-    probe.shape(grammar=tagged([call], text=False, required=True), ignore_eos=False)
+    probe.shape(grammar=tagged([CALL], text=False, required=True), ignore_eos=False)
+
+
+def _watched(probe: Probe) -> None:
+    """Free text, in which a call that is begun is carried through (`tool_choice: auto`)."""
+    probe.shape(grammar=tagged([CALL]), ignore_eos=False)
 
 
 def _was_masked(trial: Trial) -> bool:
@@ -168,6 +179,7 @@ FEATURES = (
     ),
     Feature(name="grammar", shape=_grammar, acted=_was_masked),
     Feature(name="tool", shape=_tool, acted=_was_masked),
+    Feature(name="watched call", shape=_watched, acted=_was_masked),
     Feature(name="logprobs", shape=_logprobs),
     Feature(name="penalties", shape=_penalties),
     Feature(name="seed", shape=_seed),
