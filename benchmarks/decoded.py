@@ -44,10 +44,11 @@ def decode(
         for message in engine.turn():
             if not isinstance(message, TokenEvents):
                 continue
-            for end in message.finished:
-                assert not end.error, end.error
             for number, tokens in zip(message.sequence_ids, message.token_ids, strict=True):
                 num_tokens[number] += len(tokens)
+            for end in message.finished:
+                early = end.error or f"a row ended ({end.reason}) before {wanted} tokens"
+                assert num_tokens[end.sequence_id] >= wanted, early
             now_ns, fewest = message.at_ns, min(num_tokens.values())
             if fewest >= WARM_STEPS and not begun_ns:
                 begun_ns, begun_tokens = now_ns, sum(num_tokens.values())
