@@ -115,8 +115,8 @@ class Dialect:
         """What the output must match; None where it is free.
 
         Args:
-            content: what its words must match, beside reasoning and calls; a grammar that is no
-                JSON schema is that of the whole output, unless the prompt has begun the thought.
+            content: what its words must match, beside reasoning and calls; in EBNF, the whole
+                output.
 
         Raises:
             InvalidRequest: that is not a JSON schema, and there are tools.
@@ -127,7 +127,7 @@ class Dialect:
         if not toolbox:
             if content is None or not self.reasons:
                 return content
-            if content.kind != "json_schema" and not opened:
+            if content.kind == "ebnf" and not opened:
                 return content
             return thought_grammar(content, special_tokens=self.special_tokens, opened=opened)
         if content is not None and content.kind != "json_schema":

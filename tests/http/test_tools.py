@@ -267,20 +267,27 @@ def test_what_comes_after_the_thought_is_held_to(
     assert reason in (None, "tool_calls" if calls else "stop")
 
 
+#: And what matches.
+GRAMMARS = [
+    ({"guided_choice": ["yes", "no"]}, "yes"),
+    ({"guided_regex": "y[a-z]s"}, "yes"),
+    ({"guided_grammar": 'start: "y" /e+/ "s"'}, "yes"),
+    ({"guided_json": {"enum": ["yes"]}}, '"yes"'),
+]
+
+
 @pytest.mark.parametrize(
-    ("grammar", "content"),
+    ("grammar", "content", "opened"),
     [
-        ({"guided_choice": ["yes", "no"]}, "yes"),
-        ({"guided_regex": "y[a-z]s"}, "yes"),
-        ({"guided_grammar": 'start: "y" /e+/ "s"'}, "yes"),
-        ({"guided_json": {"enum": ["yes"]}}, '"yes"'),
-        ({"response_format": TAGS}, "yes <fn=f>1</fn>"),
+        *((*grammar, opened) for grammar in GRAMMARS for opened in (False, True)),
+        ({"response_format": TAGS}, "yes <fn=f>1</fn>", True),
     ],
 )
-def test_an_answer_is_no_thought_though_its_prompt_begins_one(thoughtful, grammar, content):
-    options: dict[str, Any] = dict(OPENED) | {"tools": openai.omit}
-    options["extra_body"] = OPENED["extra_body"] | grammar
-    (choice,) = ask(thoughtful, f"Hm <fn=5 </think>{content}", **options).choices
+def test_every_grammar_holds_behind_the_thought(thoughtful, grammar, content, opened):
+    options: dict[str, Any] = dict(OPENED if opened else {}) | {"tools": openai.omit}
+    options["extra_body"] = options.get("extra_body", {}) | grammar
+    said = f"Hm <fn=5 </think>{content}"
+    (choice,) = ask(thoughtful, said if opened else f"<think>{said}", **options).choices
     assert choice.message.model_extra["reasoning_content"] == "Hm <fn=5"
     assert (choice.message.content, choice.finish_reason) == (content, "stop")
 

@@ -10,7 +10,7 @@ import pytest
 
 from jaxserve.config import ToolsConfig
 from jaxserve.errors import InvalidRequest
-from jaxserve.structured.grammars import json_schema, regex
+from jaxserve.structured.grammars import context_free, json_schema, regex
 from jaxserve.text.dialect import Dialect, make_dialect
 from jaxserve.text.template import ChatTemplate
 from jaxserve.text.tools.tool import Tool, Toolbox
@@ -212,9 +212,11 @@ def test_grammars_of_both_kinds() -> None:
     plain, thoughtful = dialect_of(CHAT_TEMPLATE), dialect_of("<think></think>")
     schema, pattern = json_schema({"type": "object"}), regex("a+")
     assert plain.grammar(Toolbox(), "", schema) is schema
-    assert thoughtful.grammar(Toolbox(), "", pattern) is pattern
-    opened = thoughtful.grammar(Toolbox(), "assistant\n<think>\n", pattern)
-    assert opened is not None and opened.kind == "lark" and "/a+/" in opened.text
+    ebnf = context_free('root ::= "a"')
+    assert thoughtful.grammar(Toolbox(), "", ebnf) is ebnf
+    for prompt in ("", "assistant\n<think>\n"):
+        after = thoughtful.grammar(Toolbox(), prompt, pattern)
+        assert after is not None and after.kind == "lark" and "/a+/" in after.text
     behind = thoughtful.grammar(Toolbox(), "", schema)
     assert behind is not None and behind.kind == "lark" and schema.text in behind.text
     both = plain.grammar(TOOLBOX, "", schema)
