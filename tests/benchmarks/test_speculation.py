@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.speculation import measure
+from jaxserve.scheduler.draft_costs import DraftCosts
 from jaxserve.settings import load_config
 
 pytestmark = pytest.mark.slow
@@ -18,7 +19,11 @@ SETTINGS = (
 
 @pytest.mark.in_turn
 @pytest.mark.parametrize("quantization", ["none", "int8"])
-def test_tokens_are_the_same_and_extracts_are_drafted(quantization: str) -> None:
+def test_tokens_are_the_same_and_extracts_are_drafted(
+    quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On a busy machine a draft may seem not to pay: where no time is known, all are tried.
+    monkeypatch.setattr(DraftCosts, "measure", lambda *_, **__: None)
     settings = [*SETTINGS, f"weights.quantization={quantization}"]
     extractive, free = measure(load_config(settings=settings, environ={}), 2, 64)
     for pairs in (extractive, free):

@@ -68,6 +68,7 @@ def test_a_step_over_pages_of_codes_updates_them_in_place() -> None:
 
 
 @needs("gpu")
+@pytest.mark.in_turn("hopper")
 def test_a_step_of_int4_weights_on_a_hopper_gpu_writes_no_weight_out() -> None:
     (result,) = compile_rows("llama-3-8b-int4/h100:1/decode")
     widened = 4096 * 28_672 * 2  # of one layer, gate and up in bfloat16
@@ -75,6 +76,7 @@ def test_a_step_of_int4_weights_on_a_hopper_gpu_writes_no_weight_out() -> None:
 
 
 @needs("gpu")
+@pytest.mark.in_turn("hopper")
 def test_a_step_on_a_hopper_gpu_has_its_own_attention_and_copies_no_weights() -> None:
     (result,) = compile_rows("llama-3-8b/h100:1/decode")
     assert result["attention"] == "gpu"
@@ -91,6 +93,7 @@ def test_what_tpus_copied_once_they_copy_no_more() -> None:
 
 
 @needs("gpu")
+@pytest.mark.in_turn("hopper")
 def test_the_hopper_products_change_what_they_are_given_in_place() -> None:
     rows = compile_rows(
         "lora_matmul/qkv/decode/h100:1",

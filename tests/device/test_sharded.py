@@ -81,6 +81,7 @@ def even(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.in_turn
 @pytest.mark.parametrize("mesh", [(1, 1, 8), (2, 1, 4), (8, 1, 1), (1, 2, 4)], ids=str)
 def test_heads_that_the_mesh_divides(even: Path, mesh: tuple[int, int, int]) -> None:
     drafts = ["scheduler.draft_tokens=3"] if mesh == (2, 1, 4) else []
