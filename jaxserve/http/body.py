@@ -51,7 +51,7 @@ async def read_object(scope: Any, receive: Any, max_bytes: int, one_large: async
             raise _too_large(int(announced[:20]), max_bytes)
         body = await _read_body(receive, max_bytes)
     except PayloadTooLarge:
-        if headers.get(b"connection", b"").lower() == b"close":
+        if _closes(scope, headers):
             await _discard(receive)
         raise
     if len(body) <= _INLINE_BYTES:
@@ -72,6 +72,12 @@ async def _read_body(receive: Any, max_bytes: int) -> bytes:
             raise _too_large(len(body), max_bytes)
         more = message.get("more_body", False)
     return bytes(body)
+
+
+def _closes(scope: Any, headers: dict[bytes, bytes]) -> bool:
+    """Whether the connection ends with this request; else the server reads on by itself."""
+    options = headers.get(b"connection", b"").lower().split(b",")
+    return scope.get("http_version") == "1.0" or b"close" in map(bytes.strip, options)
 
 
 async def _discard(receive: Any) -> None:

@@ -32,7 +32,6 @@ def model(request: pytest.FixtureRequest) -> Warm:
     return warm(load_tiny(case, options), limits)
 
 
-@pytest.mark.in_turn
 def test_rows_in_company(model: Warm) -> None:
     rig = Rig(model)
     expected = {}

@@ -146,15 +146,24 @@ def test_large_bodies_get_their_413_over_a_socket(front):
     front.run(scenario())
 
 
-@pytest.mark.parametrize("framing", ["content-length: 10485760", "transfer-encoding: chunked"])
-def test_a_413_reaches_who_closes_after_it(front, framing: str) -> None:
+@pytest.mark.parametrize(
+    ("version", "connection", "framing"),
+    [
+        ("1.1", "close", "content-length: 10485760"),
+        ("1.1", "TE, Close", "transfer-encoding: chunked"),
+        ("1.0", "keep-alive", "content-length: 10485760"),
+    ],
+)
+def test_a_413_reaches_who_closes_after_it(
+    front, version: str, connection: str, framing: str
+) -> None:
     """As `urllib` does, which sends all of its body before it reads."""
 
     async def scenario() -> None:
         async with listening(front) as (_, address):
             reader, writer = await asyncio.open_connection(*address)
-            head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-            writer.write(f"{head}connection: close\r\n{framing}\r\n\r\n".encode())
+            head = f"POST {CHAT} HTTP/{version}\r\nhost: x\r\ncontent-type: application/json\r\n"
+            writer.write(f"{head}connection: {connection}\r\n{framing}\r\n\r\n".encode())
             piece = b"a" * 65536
             for _ in range(160):
                 writer.write(piece if "length" in framing else b"10000\r\n" + piece + b"\r\n")
